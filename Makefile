@@ -1,0 +1,29 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Each makes .venv when it is not current.
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test check format clean
+
+PY := .venv/bin/python
+
+help:  ## show this list
+	@awk -F':.*## ' '/^[a-z]+:.*## /{printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+venv:  ## make .venv with the tested set (nothing happens when it is current)
+	@bash infra/venv.sh
+
+demo: venv  ## the whole loop on this machine: data, training, serving, a report page
+	@.venv/bin/dim demo
+
+test: check  ## lint, types and every test
+	$(PY) -m pytest
+
+check: venv  ## lint, format and types only
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy dim
+
+format: venv  ## rewrite the code in the house format
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+clean:  ## remove .venv and caches, nothing else
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,170 @@
+"""The one command ``dim``, and the same error handling for ``python -m`` programs.
+
+A sub-command is imported when it is called and not before: ``dim --help`` and ``dim --version``
+need neither torch nor Ray.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from dim import __version__
+from dim.failures import INTERRUPTED, Failure, explain
+
+# name -> (module:function, what it does). A name of two words is a command within a group.
+COMMANDS: dict[str, tuple[str, str]] = {
+    "demo": ("pipelines.demo:main", "The whole loop on this machine, ending in a report page."),
+    "data ingest": ("pipelines.ingest:main", "Edit pairs, images or tabletop into raw shards."),
+    "data edit": ("pipelines.edit:main", "Raw pairs into DIM-Edit: filter, triage, blueprint."),
+    "data t2i": ("pipelines.t2i:main", "Raw images into DIM-T2I: filter, long caption."),
+    "data export": ("pipelines.export:main", "A DIM-Edit folder in the public JSONL layout."),
+    "train": ("training.train:main", "One training stage from a YAML file."),
+    "serve": ("serving.serve:main", "Edits and generations over HTTP."),
+    "edit": ("dim.commands.edit:main", "Edit one image."),
+    "generate": ("dim.commands.generate:main", "Paint one image from a text."),
+    "submit": ("infra.submit:main", "Run a sub-command as a job on a Ray cluster."),
+    "tiny build": ("dim.tiny.build:main", "Pretrain the tiny models that ship with the package."),
+    "tiny report": ("dim.tiny.report:main", "Measure the tiny models that ship with the package."),
+}
+GROUPS = {
+    "data": "Make DIM-T2I and DIM-Edit data sets.",
+    "tiny": "The tiny pretrained models of the package.",
+}
+MARKUP: Any = "rich"
+
+
+class LazyGroup(TyperGroup):
+    """A group that lists its commands from a table and imports one only to run it."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[Any, Any, list[str]]:
+        """Swap the listed stand-in for the real command."""
+        name, command, rest = super().resolve_command(ctx, args)
+        target = getattr(command, "target", None)
+        if target is not None:
+            command = command_of(load(target), name=name)
+        return name, command, rest
+
+
+class LazyCommand(TyperCommand):
+    """What the help page shows of a command that is not imported yet."""
+
+    def __init__(self, name: str, target: str, summary: str) -> None:
+        super().__init__(name, help=summary, rich_markup_mode=MARKUP)
+        self.target = target
+
+
+def load(target: str) -> Callable[..., Any]:
+    """The function behind ``module:function``."""
+    module, _, attribute = target.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def command_of(function: Callable[..., Any], *, name: str | None = None) -> Any:
+    """One typer-annotated function as a command object."""
+    app = typer.Typer(add_completion=False, rich_markup_mode=MARKUP)
+    app.command(name)(function)
+    return typer.main.get_command(app)
+
+
+def root() -> LazyGroup:
+    """The command tree of ``COMMANDS``, with nothing imported."""
+    group: LazyGroup = typer.main.get_command(_root_app())  # type: ignore[assignment]
+    groups = {"": group}
+    for path, (target, summary) in COMMANDS.items():
+        parent, _, name = path.rpartition(" ")
+        if parent not in groups:
+            groups[parent] = LazyGroup(
+                name=parent, help=GROUPS[parent], no_args_is_help=True, rich_markup_mode=MARKUP
+            )
+            group.add_command(groups[parent], parent)
+        groups[parent].add_command(LazyCommand(name, target, summary), name)
+    return group
+
+
+def _root_app() -> typer.Typer:
+    app = typer.Typer(
+        name="dim", cls=LazyGroup, no_args_is_help=True, add_completion=False,
+        rich_markup_mode=MARKUP,
+    )  # fmt: skip
+    app.callback()(_root_options)
+    return app
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"dim {__version__}")
+        raise typer.Exit
+
+
+def _root_options(
+    version: bool = typer.Option(
+        False, "--version", is_eager=True, callback=_show_version, help="Show the version."
+    ),
+    debug: bool = typer.Option(
+        False, "--debug", help="Show the traceback of an error (also: DIM_DEBUG=1, any position)."
+    ),
+) -> None:
+    """Draw-In-Mind: a designer writes the edit down, a painter paints it."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The console command ``dim``."""
+    sys.exit(execute(root(), sys.argv[1:] if argv is None else argv, prog_name="dim"))
+
+
+def run(function: Callable[..., Any], argv: Sequence[str] | None = None) -> None:
+    """Run one typer-annotated function as a program: ``python -m pipelines.edit`` and the like."""
+    module = getattr(sys.modules.get("__main__"), "__spec__", None)
+    prog_name = f"python -m {module.name}" if module is not None else None
+    arguments = sys.argv[1:] if argv is None else argv
+    sys.exit(execute(command_of(function), arguments, prog_name=prog_name))
+
+
+def execute(command: Any, argv: Sequence[str], *, prog_name: str | None) -> int:
+    """Run ``command`` and return its exit code; an error becomes one line on stderr.
+
+    0: done. 1: an error of input, storage, designer or the machine. 2: wrong usage or
+    configuration. 130: interrupted.
+    """
+    arguments = [argument for argument in argv if argument != "--debug"]
+    debug = len(arguments) < len(argv) or os.environ.get("DIM_DEBUG", "0") not in ("", "0")
+    try:
+        result = command.main(args=arguments, prog_name=prog_name, standalone_mode=False)
+    except typer.TyperException as error:
+        return _report(Failure(_usage_message(error), error.exit_code))
+    except (typer.Abort, KeyboardInterrupt):
+        return _report(Failure("interrupted", INTERRUPTED))
+    except Exception as error:
+        if debug:
+            traceback.print_exception(error)
+        return _report(explain(error))
+    if result == INTERRUPTED:
+        return _report(Failure("interrupted", INTERRUPTED))
+    return result if isinstance(result, int) else 0
+
+
+def _usage_message(error: typer.TyperException) -> str:
+    context = getattr(error, "ctx", None)
+    message = " ".join(error.format_message().split())
+    if not message or context is None:
+        return message
+    return f"{message.rstrip('.')} (see `{context.command_path} --help`)"
+
+
+def _report(failure: Failure) -> int:
+    # A group called with nothing has printed its help already and has no sentence.
+    if failure.sentence:
+        print(f"error: {failure.sentence}", file=sys.stderr, flush=True)
+    return failure.exit_code
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""Typed configuration: one pydantic model per job, read from YAML, overridden by dotted names."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from dim.errors import ConfigError
+
+
+class StrictModel(BaseModel):
+    """Base of every configuration: immutable, and an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+ConfigT = TypeVar("ConfigT", bound=StrictModel)
+
+
+def load_config(
+    cls: type[ConfigT], path: str | Path | None, overrides: Sequence[str] = ()
+) -> ConfigT:
+    """Read ``path`` (YAML; ``None`` = start from nothing), apply ``key.sub=value`` and validate.
+
+    Override values are read as YAML, so ``steps=20`` is an integer and ``data=[a,b]`` a list.
+
+    Raises:
+        ConfigError: the file is missing or no YAML mapping, an override has no ``=``, or a key is
+            unknown or has a wrong value. The message names the file and every such key.
+    """
+    values = {} if path is None else _read_yaml(Path(path))
+    for override in overrides:
+        _apply_override(values, override)
+    return validate_config(cls, values, where=str(path or "command line"))
+
+
+def validate_config(cls: type[ConfigT], values: dict[str, Any], *, where: str) -> ConfigT:
+    """Build ``cls`` from ``values``; a mistake is a ``ConfigError`` naming ``where`` and key."""
+    try:
+        return cls.model_validate(values)
+    except ValidationError as error:
+        lines = "; ".join(_describe(cls, item) for item in error.errors())
+        raise ConfigError(f"{where}: {lines}") from None
+
+
+def dump_config(config: StrictModel) -> dict[str, Any]:
+    """The resolved configuration as plain JSON types, for manifests and experiment tracking."""
+    return config.model_dump(mode="json")
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"configuration file not found: {path}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read configuration file {path}: {error}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold a mapping at its top, not a {type(values).__name__}")
+    return values
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    name, separator, text = override.partition("=")
+    if not separator or not name:
+        raise ConfigError(f"override {override!r} is not of the form key=value")
+    *parents, leaf = name.split(".")
+    node = values
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"override {override!r}: {parent!r} is a value, not a section")
+        node = child
+    try:
+        node[leaf] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"override {override!r}: the value is not valid YAML") from None
+
+
+def _describe(cls: type[StrictModel], item: Any) -> str:
+    key = ".".join(str(part) for part in item["loc"]) or "the whole file"
+    if item["type"] == "extra_forbidden":
+        return f"unknown key {key!r}{_suggest(cls, item['loc'])}"
+    if item["type"] == "missing":
+        return f"missing key {key!r}"
+    return f"key {key!r}: {item['msg']} (got {item.get('input')!r})"
+
+
+def _suggest(cls: type[StrictModel], location: tuple[int | str, ...]) -> str:
+    model: Any = cls
+    for part in location[:-1]:
+        field = getattr(model, "model_fields", {}).get(part)
+        model = getattr(field, "annotation", None)
+    names = list(getattr(model, "model_fields", {}))
+    close = difflib.get_close_matches(str(location[-1]), names, n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""

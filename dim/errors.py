@@ -1,0 +1,35 @@
+"""The errors a user sees: one sentence that says what is wrong and where."""
+
+from __future__ import annotations
+
+
+class DimError(Exception):
+    """Base of every error that is the user's to fix. The command line prints it as one line."""
+
+    exit_code = 1
+
+
+class ConfigError(DimError):
+    """A configuration file or override has an unknown key or a wrong value."""
+
+    exit_code = 2
+
+
+class InputError(DimError, ValueError):
+    """An argument, an image or a record does not have the required form."""
+
+
+class StorageError(DimError):
+    """The object store or the disk refused a read or a write."""
+
+
+class DesignerError(DimError):
+    """A designer is unknown, unreachable, or answered something that is not a blueprint."""
+
+
+class BlueprintError(DimError, ValueError):
+    """A text is not a blueprint; the message names the section that is wrong."""
+
+
+class CheckpointError(DimError):
+    """A model folder or checkpoint is missing, incomplete or does not fit its configuration."""
