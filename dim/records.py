@@ -1,0 +1,124 @@
+"""What flows between the jobs: one Arrow schema per kind of record, and how records are hashed.
+
+Every schema carries its kind and version in its metadata, which Parquet keeps, so that a reader can
+tell what it holds. Image columns hold the encoded file (JPEG, PNG, …) untouched.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import pyarrow as pa
+
+SCHEMA_VERSION = 1
+"""Raised whenever a column changes its name, type or meaning."""
+
+KIND_KEY = b"dim.kind"
+VERSION_KEY = b"dim.schema_version"
+
+_IDENTITY = (
+    pa.field("id", pa.string(), nullable=False),
+    pa.field("index", pa.int64(), nullable=False),
+    pa.field("source", pa.string(), nullable=False),
+)
+_SIZE = (pa.field("width", pa.int32()), pa.field("height", pa.int32()))
+_TRACE = (pa.field("content_hash", pa.string()), pa.field("provenance", pa.string()))
+
+
+def _schema(kind: str, *fields: pa.Field) -> pa.Schema:
+    metadata = {KIND_KEY: kind.encode(), VERSION_KEY: str(SCHEMA_VERSION).encode()}
+    return pa.schema(fields, metadata=metadata)
+
+
+RAW_PAIR = _schema(
+    "raw_pair",
+    *_IDENTITY,
+    pa.field("instruction", pa.string()),
+    pa.field("image", pa.large_binary()),
+    pa.field("image_target", pa.large_binary()),
+    *_SIZE,
+    pa.field("image_hash", pa.string()),
+    pa.field("image_target_hash", pa.string()),
+    *_TRACE,
+)
+"""An edit pair as it came in. ``index`` is the record's place in its ingest, ``width`` and
+``height`` are the upright source's in pixels, hashes are SHA-256 in hex, ``provenance`` is JSON."""
+
+RAW_IMAGE = _schema(
+    "raw_image",
+    *_IDENTITY,
+    pa.field("image", pa.large_binary()),
+    *_SIZE,
+    pa.field("image_hash", pa.string()),
+    *_TRACE,
+    pa.field("caption_hint", pa.string()),
+)
+"""A single image as it came in; ``caption_hint`` is a caption that came with it, if any."""
+
+EDIT = _schema(
+    "edit",
+    *RAW_PAIR,
+    pa.field("blueprint", pa.string()),
+    pa.field("answer", pa.string()),
+    pa.field("alignment", pa.string()),
+    pa.field("original_instruction", pa.string()),
+    pa.field("designer", pa.string()),
+)
+"""DIM-Edit. ``instruction`` is section 1 of the blueprint (refined where the designer was asked
+to), ``original_instruction`` what came in; ``blueprint`` is in its one form, which training
+and inference read, ``answer`` the same in the designer's own words, which the public form holds;
+``alignment`` is a :data:`dim.blueprint.Alignment`."""
+
+T2I = _schema(
+    "t2i",
+    *(field for field in RAW_IMAGE if field.name != "caption_hint"),
+    pa.field("caption", pa.string()),
+    pa.field("captioner", pa.string()),
+)
+"""DIM-T2I: an image and its long caption."""
+
+_LEFT_OUT = (
+    *_IDENTITY,
+    pa.field("instruction", pa.string()),
+    *_TRACE,
+)
+
+REJECT = _schema(
+    "reject",
+    *_LEFT_OUT,
+    pa.field("reason", pa.string(), nullable=False),
+    pa.field("detail", pa.string()),
+    pa.field("value", pa.float64()),
+    pa.field("threshold", pa.float64()),
+)
+"""A record that a rule dropped: a reason code such as ``pair.ssim_low``, a sentence, and the
+measured value beside the threshold it missed (null where the rule has no number)."""
+
+FAILED = _schema(
+    "failed",
+    *_LEFT_OUT,
+    pa.field("stage", pa.string(), nullable=False),
+    pa.field("error", pa.string(), nullable=False),
+)
+"""A record on which a stage could not do its work, and the error."""
+
+
+def kind_of(schema: pa.Schema) -> str | None:
+    """The kind of record a schema says it holds (``edit``, ``raw_pair``, …); ``None`` if none."""
+    kind = (schema.metadata or {}).get(KIND_KEY)
+    return kind.decode() if kind else None
+
+
+def sha256_hex(data: bytes) -> str:
+    """SHA-256 of ``data`` as 64 hex digits."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def content_hash(*parts: str | None) -> str:
+    """One hash over what makes a record what it is: its image hashes and its instruction."""
+    return sha256_hex("\0".join(part or "" for part in parts).encode())
+
+
+def clean_text(text: str) -> str:
+    """``text`` with halves of surrogate pairs replaced by ``?``: Arrow and files hold UTF-8."""
+    return text.encode("utf-8", "replace").decode("utf-8")
