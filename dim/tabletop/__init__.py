@@ -1,0 +1,45 @@
+"""A procedural world of objects on a table, with exact ground truth.
+
+Scenes are drawn by seed and rendered at any resolution; edits of every kind come with their exact
+target and an oracle blueprint; a checker reads an image and says what is on the table. It stands in
+for photographs wherever a number must be measured and not judged.
+"""
+
+from __future__ import annotations
+
+from dim.tabletop.checker import Reading, exact, matches, read
+from dim.tabletop.edits import KINDS, Edit, caption, sample_edit, understand
+from dim.tabletop.world import (
+    BACKGROUNDS,
+    COLOURS,
+    PLACES,
+    SHAPES,
+    SIZES,
+    STYLES,
+    Scene,
+    Thing,
+    render,
+    sample_scene,
+)
+
+__all__ = [
+    "BACKGROUNDS",
+    "COLOURS",
+    "KINDS",
+    "PLACES",
+    "SHAPES",
+    "SIZES",
+    "STYLES",
+    "Edit",
+    "Reading",
+    "Scene",
+    "Thing",
+    "caption",
+    "exact",
+    "matches",
+    "read",
+    "render",
+    "sample_edit",
+    "sample_scene",
+    "understand",
+]

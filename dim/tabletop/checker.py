@@ -1,0 +1,229 @@
+"""The checker: reads an image and says which things lie where, so that edits are measured.
+
+It knows the world's shapes, colours and tables and nothing of the scene that should be there.
+Pixels are given to the nearest colour of the world, connected pixels of one colour are a thing,
+and the shape, size and style that explain its pixels best are its name. What no thing explains
+counts against the image.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from scipy import ndimage
+from scipy.optimize import linear_sum_assignment
+
+from dim.tabletop.world import (
+    BACKGROUNDS,
+    COLOURS,
+    SHAPES,
+    SIZES,
+    STYLES,
+    Array,
+    Scene,
+    Thing,
+    stamp,
+    table,
+)
+
+# Images are read at this many pixels a side at most; a larger one is scaled down.
+_READ_AT = 128
+# A pixel belongs to a table or colour within this RGB distance (the colours are >= 100 apart).
+_TOLERANCE = 75.0
+# Share of a template's area by which a thing's pixels may differ from it.
+_WORST_FIT = 0.42
+# A blot below this share of the smallest outline's pixels is noise and not a thing.
+_NOISE = 0.45
+# A thing is where it should be within this fraction of the image's side.
+POSITION_TOLERANCE = 0.06
+# How many of the templates are tried at shifted positions, and the shifts in pixels.
+_FINALISTS = 4
+_SHIFTS = (-1.0, -0.5, 0.0, 0.5, 1.0)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What an image shows: the scene, and how many blots on it are no thing of this world."""
+
+    scene: Scene
+    unknown: int
+
+
+def read(image: Image.Image) -> Reading:
+    """Say what lies on the table in ``image`` (any mode; at least 16 pixels a side)."""
+    pixels = _pixels(image)
+    height, width = pixels.shape[:2]
+    background = _find_background(pixels)
+    bare = table(background, width, height)
+    labels = _classify(pixels, bare)
+    named: list[tuple[Thing, str]] = []
+    unknown = _strangers(labels)
+    for colour, blot in _by_size(labels, width, height):
+        if any(_is_rim(blot, thing) for thing, _ in named):
+            continue
+        found = _name(blot, colour, pixels, bare)
+        if found is None:
+            unknown += 1
+        else:
+            named.append(found)
+    styles = [style for _, style in named]
+    style = max(STYLES, key=styles.count) if styles else "flat"
+    unknown += sum(other != style for other in styles)
+    return Reading(Scene(tuple(thing for thing, _ in named), background, style), unknown)
+
+
+def matches(reading: Reading, scene: Scene, tolerance: float = POSITION_TOLERANCE) -> bool:
+    """Whether the image shows exactly ``scene``: table, style, and every thing in its place.
+
+    ``tolerance`` is the largest distance between centres, as a fraction of the image's side.
+    """
+    found = reading.scene
+    if reading.unknown or found.background != scene.background:
+        return False
+    if len(found.objects) != len(scene.objects):
+        return False
+    if scene.objects and found.style != scene.style:
+        return False
+    cost = np.array([[_apart(a, b) for b in scene.objects] for a in found.objects])
+    if not cost.size:
+        return True
+    rows, columns = linear_sum_assignment(cost)
+    return bool((cost[rows, columns] <= tolerance).all())
+
+
+def exact(image: Image.Image, scene: Scene) -> bool:
+    """Whether ``image`` shows exactly ``scene``; the unit of edit accuracy."""
+    return matches(read(image), scene)
+
+
+def _apart(a: Thing, b: Thing) -> float:
+    """Distance between two things' centres; out of reach when they are not the same thing."""
+    if (a.shape, a.colour, a.size) != (b.shape, b.colour, b.size):
+        return 10.0
+    return float(np.hypot(a.x - b.x, a.y - b.y))
+
+
+def _pixels(image: Image.Image) -> Array:
+    image = image.convert("RGB")
+    if min(image.size) > _READ_AT:
+        scale = _READ_AT / min(image.size)
+        size = (round(image.width * scale), round(image.height * scale))
+        image = image.resize(size, Image.Resampling.BOX)
+    return np.asarray(image, np.float32)
+
+
+def _find_background(pixels: Array) -> str:
+    """The table that most pixels agree with."""
+    height, width = pixels.shape[:2]
+
+    def agreeing(name: str) -> float:
+        distance = np.linalg.norm(pixels - table(name, width, height), axis=-1)
+        return float(np.maximum(0, 1 - distance / _TOLERANCE).sum())
+
+    return max(BACKGROUNDS, key=agreeing)
+
+
+def _classify(pixels: Array, bare: Array) -> NDArray[np.int64]:
+    """Index into COLOURS for each pixel; -1 for the bare table, -2 for no colour of the world."""
+    palette = np.array(list(COLOURS.values()), np.float32)
+    to_colours = np.linalg.norm(pixels[:, :, None] - palette, axis=-1)
+    to_table = np.linalg.norm(pixels - bare, axis=-1)
+    nearest = to_colours.argmin(-1)
+    distance = to_colours.min(-1)
+    labels = np.where(distance < to_table, nearest, -1)
+    return np.where(np.minimum(distance, to_table) > _TOLERANCE, -2, labels)
+
+
+def _by_size(
+    labels: NDArray[np.int64], width: int, height: int
+) -> list[tuple[str, NDArray[np.bool_]]]:
+    """Blots of every colour, largest first, so that a thing is named before its rim."""
+    found = [
+        (colour, blot)
+        for index, colour in enumerate(COLOURS)
+        for blot in _blots(labels == index, width, height)
+    ]
+    return sorted(found, key=lambda item: -int(item[1].sum()))
+
+
+def _is_rim(blot: NDArray[np.bool_], thing: Thing) -> bool:
+    """Whether a blot is the blended edge of ``thing``: all of it close around the thing's face."""
+    height, width = blot.shape
+    rows, columns = np.nonzero(blot)
+    x, y = (columns + 0.5) / width - thing.x, (rows + 0.5) / height - thing.y
+    distance = np.hypot(x, y) / thing.radius
+    return bool(distance.min() > 0.6 and distance.max() < 1.6)
+
+
+def _blots(mask: NDArray[np.bool_], width: int, height: int) -> list[NDArray[np.bool_]]:
+    """Connected regions of ``mask`` that are large enough to be a thing."""
+    regions, count = ndimage.label(mask, structure=np.ones((3, 3)))
+    areas = ndimage.sum_labels(mask, regions, index=np.arange(1, count + 1))
+    return [regions == i + 1 for i in range(count) if areas[i] >= _noise_area(width, height)]
+
+
+@functools.cache
+def _noise_area(width: int, height: int) -> float:
+    smallest = min(
+        float(stamp(Thing(shape, "red", "small", 0.5, 0.5), style, width, height)[0].sum())
+        for shape in SHAPES
+        for style in STYLES
+    )
+    return _NOISE * smallest
+
+
+def _name(
+    blot: NDArray[np.bool_], colour: str, pixels: Array, bare: Array
+) -> tuple[Thing, str] | None:
+    """The thing and style whose coverage is nearest to the blot's; ``None`` if none is near."""
+    height, width = blot.shape
+    near = ndimage.binary_dilation(blot, iterations=2)
+    along = np.asarray(COLOURS[colour], np.float32) - bare
+    share = ((pixels - bare) * along).sum(-1) / np.maximum((along * along).sum(-1), 1)
+    observed = np.where(near, np.clip(share, 0, 1), 0)
+    rows, columns = ndimage.center_of_mass(observed)
+    rough = ((columns + 0.5) / width, (rows + 0.5) / height)
+    candidates = [
+        (Thing(shape, colour, size, *rough), style)
+        for shape in SHAPES
+        for size in SIZES
+        for style in STYLES
+    ]
+    # Most candidates are out of the question before their position matters.
+    candidates.sort(key=lambda candidate: _misfit(candidate[0], candidate[1], observed))
+    fits = [_fit(thing, style, observed) for thing, style in candidates[:_FINALISTS]]
+    misfit, placed, style = min(fits, key=lambda fit: fit[0])
+    return None if misfit > _WORST_FIT else (placed, style)
+
+
+def _fit(candidate: Thing, style: str, observed: NDArray[np.floating]) -> tuple[float, Thing, str]:
+    """The best placed copy of ``candidate`` over shifts of up to one pixel, and its misfit."""
+    height, width = observed.shape
+    shifted = [
+        candidate.at(candidate.x + dx / width, candidate.y + dy / height)
+        for dy in _SHIFTS
+        for dx in _SHIFTS
+    ]
+    misfits = [_misfit(thing, style, observed) for thing in shifted]
+    best = int(np.argmin(misfits))
+    return misfits[best], shifted[best], style
+
+
+def _misfit(candidate: Thing, style: str, observed: NDArray[np.floating]) -> float:
+    """Difference between the candidate's coverage and the observed, per unit of its area."""
+    height, width = observed.shape
+    alpha, rows, columns = stamp(candidate, style, width, height)
+    window = observed[rows, columns]
+    difference = np.abs(window - alpha).sum() + observed.sum() - window.sum()
+    return float(difference) / max(float(alpha.sum()), 1.0)
+
+
+def _strangers(labels: NDArray[np.int64]) -> int:
+    """Blots of a colour that is not of this world; edges between two colours do not count."""
+    height, width = labels.shape
+    core = ndimage.binary_opening(labels == -2, structure=np.ones((3, 3)))
+    return len(_blots(core, width, height))
