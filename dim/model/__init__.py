@@ -1,0 +1,8 @@
+"""The model: frozen Qwen2.5-VL, connector, SANA painter, frozen DC-AE, and how they are used."""
+
+from __future__ import annotations
+
+from dim.model.assembly import DIM, EditResult, build, load
+from dim.model.config import ModelConfig
+
+__all__ = ["DIM", "EditResult", "ModelConfig", "build", "load"]

@@ -1,0 +1,265 @@
+"""The painter: a SANA diffusion transformer that follows a condition and sees a source latent."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from diffusers import SanaTransformer2DModel
+from torch import Tensor, nn
+
+from dim.errors import InputError
+from dim.model.attention import CrossAttention, KeysAndValues, keys_and_values
+
+# The published network's query and key norms; diffusers' own 1e-5 moves outputs by 5e-5.
+QK_NORM_EPS = 1e-6
+# What diffusers adds to the attention score of a masked token: nothing is left of it after exp.
+MASKED = -10000.0
+
+
+def random_null_condition(rows: int, features: int) -> Tensor:
+    """A null table (rows, features) to start from, drawn with torch's global generator."""
+    return torch.randn(rows, features) / features**0.5
+
+
+@dataclass(frozen=True)
+class PreparedCondition:
+    """A condition as the network's blocks attend to it; see ``Painter.prepare``."""
+
+    blocks: tuple[KeysAndValues, ...]
+    rows: int
+
+
+class Painter(nn.Module):
+    """diffusers' ``SanaTransformer2DModel`` with the two things that DIM adds.
+
+    ``null_condition``: a learned table (rows, caption_channels); its first N rows stand for "no
+    condition" of N tokens. ``source_latent``: an edit painter has twice the input channels and
+    takes the source's latent behind the noisy one.
+
+    ``integer_timesteps``: the published network saw timesteps with the fraction cut off; False
+    feeds them as they are (for trainings of one's own).
+    """
+
+    def __init__(
+        self,
+        network: SanaTransformer2DModel,
+        null_condition: Tensor,
+        *,
+        integer_timesteps: bool = True,
+    ) -> None:
+        super().__init__()
+        channels = (network.config["in_channels"], network.config["out_channels"])
+        if channels[0] not in (channels[1], 2 * channels[1]):
+            raise InputError(
+                f"a painter has as many input channels as output channels, or twice as many for "
+                f"editing, not {channels[0]} for {channels[1]}"
+            )
+        if null_condition.ndim != 2 or null_condition.shape[1] != network.config.caption_channels:
+            raise InputError(
+                f"the null table must be (rows, {network.config.caption_channels}), "
+                f"not {tuple(null_condition.shape)}"
+            )
+        for block in network.transformer_blocks:
+            block.attn2.set_processor(CrossAttention())
+            for attention in (block.attn1, block.attn2):
+                for norm in (attention.norm_q, attention.norm_k):
+                    if norm is not None:
+                        norm.eps = QK_NORM_EPS
+        self.network = network
+        self.null_condition = nn.Parameter(null_condition)
+        self.integer_timesteps = integer_timesteps
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of one latent (the noisy one, the source, the velocity)."""
+        return self.network.config["out_channels"]
+
+    @property
+    def condition_features(self) -> int:
+        """Features of one condition token."""
+        return self.network.config["caption_channels"]
+
+    @property
+    def takes_source(self) -> bool:
+        """True for an edit painter, whose input has the source latent's channels."""
+        return self.network.config["in_channels"] == 2 * self.latent_channels
+
+    def forward(
+        self,
+        noisy_latent: Tensor,
+        timestep: Tensor | float,
+        condition: Tensor | PreparedCondition,
+        mask: Tensor | None = None,
+        source_latent: Tensor | None = None,
+    ) -> Tensor:
+        """Velocity (noise − image) of ``noisy_latent``.
+
+        Args:
+            noisy_latent: (B, C, h, w).
+            timestep: 0–1000, one number or (B,).
+            condition: (B, N, condition_features), or what ``prepare`` made of it and its mask.
+            mask: (B, N), true or 1 where a token counts; None counts all.
+            source_latent: (B, C, h, w) for an edit painter; without it the painter sees zeros.
+
+        Returns:
+            (B, C, h, w) in the type of ``noisy_latent``.
+
+        Raises:
+            InputError: a shape does not fit, or a text-to-image painter got a source.
+        """
+        self._check_latents(noisy_latent, source_latent)
+        latent = self._with_source(noisy_latent, source_latent).to(self._dtype)
+        told = self._timestep(timestep, noisy_latent)
+        if isinstance(condition, PreparedCondition):
+            return self._prepared_forward(latent, told, condition).to(noisy_latent.dtype)
+        self._check_condition(condition, mask, len(noisy_latent))
+        velocity = self.network(
+            hidden_states=latent,
+            encoder_hidden_states=condition.to(self._dtype),
+            timestep=told,
+            encoder_attention_mask=mask,
+            return_dict=False,
+        )[0]
+        return velocity.to(noisy_latent.dtype)
+
+    def prepare(self, condition: Tensor, mask: Tensor | None = None) -> PreparedCondition:
+        """Compute once what every step of a sample would compute again from its condition.
+
+        The caption projection, its norm, and every block's keys and values depend neither on the
+        latent nor on the timestep. Pass the result to ``forward`` in place of the condition. It
+        holds 2 · layers · B · N · width numbers.
+
+        Args:
+            condition, mask: as ``forward`` takes them.
+        """
+        self._check_condition(condition, mask, len(condition))
+        network = self.network
+        states = network.caption_norm(network.caption_projection(condition.to(self._dtype)))
+        bias = None
+        if mask is not None:
+            bias = ((1 - mask.to(self._dtype)) * MASKED)[:, None, None, :]
+        blocks = (keys_and_values(b.attn2, states, bias) for b in network.transformer_blocks)
+        return PreparedCondition(tuple(blocks), len(condition))
+
+    def null(self, tokens: int) -> Tensor:
+        """The condition (tokens, condition_features) that says nothing.
+
+        Raises:
+            InputError: the table has fewer rows.
+        """
+        if tokens > len(self.null_condition):
+            raise InputError(
+                f"a condition of {tokens} tokens needs as many rows in the painter's null table, "
+                f"which has {len(self.null_condition)}"
+            )
+        return self.null_condition[:tokens]
+
+    def drop_condition(self, condition: Tensor, drop: Tensor) -> Tensor:
+        """``condition`` (B, N, F) with the rows marked in ``drop`` (B,) bool said to be nothing.
+
+        Padding stays padding: the same mask holds before and after.
+        """
+        null = self.null(condition.shape[1]).to(condition.dtype)
+        return torch.where(drop[:, None, None], null, condition)
+
+    def widen(self) -> None:
+        """Turn a text-to-image painter into an edit painter, in place.
+
+        The patch embedding keeps its weights for the noisy latent and starts at zero for the
+        source latent, so the velocity does not change until it is trained.
+
+        Raises:
+            InputError: the painter is an edit painter already.
+        """
+        if self.takes_source:
+            raise InputError("the painter has a source latent's channels already")
+        narrow = self.network.patch_embed.proj
+        weight = narrow.weight.detach()
+        with torch.device("meta"):  # neither memory nor random numbers for weights that we set
+            wide = nn.Conv2d(
+                2 * narrow.in_channels, narrow.out_channels, narrow.kernel_size, narrow.stride
+            )
+        wide.weight = nn.Parameter(torch.cat([weight, torch.zeros_like(weight)], dim=1))
+        wide.bias = narrow.bias
+        self.network.patch_embed.proj = wide
+        self.network.register_to_config(in_channels=wide.in_channels)
+
+    def resize_null_condition(self, rows: int) -> None:
+        """Give the null table ``rows`` rows, in place: the first ones stay, new ones are random."""
+        kept = self.null_condition.detach()[:rows]
+        added = random_null_condition(rows - len(kept), self.condition_features).to(kept)
+        self.null_condition = nn.Parameter(torch.cat([kept, added]))
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return self.network.patch_embed.proj.weight.dtype
+
+    def _prepared_forward(
+        self, latent: Tensor, timestep: Tensor, condition: PreparedCondition
+    ) -> Tensor:
+        """diffusers' forward from the patches on, with ready keys and values for the blocks."""
+        if condition.rows != len(latent):
+            raise InputError(
+                f"the condition was prepared for {condition.rows} rows, not {len(latent)}"
+            )
+        network, patch = self.network, self.network.config["patch_size"]
+        height, width = (side // patch for side in latent.shape[2:])
+        modulation, embedded = network.time_embed(
+            timestep, batch_size=len(latent), hidden_dtype=latent.dtype
+        )
+        states = network.patch_embed(latent)
+        for block, ready in zip(network.transformer_blocks, condition.blocks, strict=True):
+            states = block(
+                states,
+                encoder_hidden_states=ready,
+                timestep=modulation,
+                height=height,
+                width=width,
+            )
+        states = network.proj_out(network.norm_out(states, embedded, network.scale_shift_table))
+        cells = states.reshape(len(latent), height, width, patch, patch, -1)
+        return cells.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+
+    def _timestep(self, timestep: Tensor | float, like: Tensor) -> Tensor:
+        """(B,) float32. The fraction goes first: 249.99999999999994 is 250 in single precision."""
+        if not isinstance(timestep, Tensor):
+            timestep = torch.tensor(timestep, dtype=torch.float64)
+        if self.integer_timesteps:
+            timestep = timestep.trunc()
+        timestep = timestep.to(like.device, torch.float32)
+        return timestep.expand(len(like)) if timestep.ndim == 0 else timestep
+
+    def _with_source(self, noisy_latent: Tensor, source_latent: Tensor | None) -> Tensor:
+        if not self.takes_source:
+            return noisy_latent
+        if source_latent is None:
+            source_latent = torch.zeros_like(noisy_latent)
+        return torch.cat([noisy_latent, source_latent.to(noisy_latent)], dim=1)
+
+    def _check_condition(self, condition: Tensor, mask: Tensor | None, rows: int) -> None:
+        if condition.ndim != 3 or condition.shape[::2] != (rows, self.condition_features):
+            raise InputError(
+                f"the condition must be ({rows}, N, {self.condition_features}), "
+                f"not {tuple(condition.shape)}"
+            )
+        if mask is not None and mask.shape != condition.shape[:2]:
+            raise InputError(
+                f"the mask must be {tuple(condition.shape[:2])}, not {tuple(mask.shape)}"
+            )
+
+    def _check_latents(self, noisy_latent: Tensor, source_latent: Tensor | None) -> None:
+        if noisy_latent.ndim != 4 or noisy_latent.shape[1] != self.latent_channels:
+            raise InputError(
+                f"the noisy latent must be (B, {self.latent_channels}, h, w), "
+                f"not {tuple(noisy_latent.shape)}"
+            )
+        if source_latent is None:
+            return
+        if not self.takes_source:
+            raise InputError("a text-to-image painter takes no source latent; widen it first")
+        if source_latent.shape != noisy_latent.shape:
+            raise InputError(
+                f"the source latent must be {tuple(noisy_latent.shape)} like the noisy one, "
+                f"not {tuple(source_latent.shape)}"
+            )

@@ -1,0 +1,65 @@
+"""Pictures in and out of the model: PIL on one side, tensors in [-1, 1] on the other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from dim.errors import InputError
+from dim.images import MAX_PIXELS, MIN_SIDE, decode_image, encode_png
+
+COLOUR_MODELS = ("CMYK", "YCbCr", "LAB", "HSV")
+
+
+def upright_rgb(image: Image.Image, name: str = "the image") -> Image.Image:
+    """``image`` turned as its EXIF says and brought to 8-bit RGB, transparency laid on white.
+
+    Raises:
+        InputError: no PIL image, damaged, too small or too large, or of an undefined range.
+    """
+    if not isinstance(image, Image.Image):
+        raise InputError(f"{name} must be a PIL image, not a {type(image).__name__}")
+    width, height = image.size
+    if min(width, height) < MIN_SIDE or width * height > MAX_PIXELS:
+        raise InputError(
+            f"{name} is {width}x{height}; each side must have {MIN_SIDE} px or more, and the "
+            f"whole at most {MAX_PIXELS:,} pixels"
+        )
+    try:
+        image = ImageOps.exif_transpose(image)
+        if image.mode in COLOUR_MODELS:
+            return image.convert("RGB")
+        if image.mode == "RGB" and not image.has_transparency_data:
+            image.load()
+            return image
+        encoded = encode_png(image)
+    except (OSError, SyntaxError, ValueError) as error:
+        raise InputError(f"{name} cannot be read: {' '.join(str(error).split())}") from None
+    return decode_image(encoded, name=name)
+
+
+def centre_crop(image: Image.Image, resolution: int) -> Image.Image:
+    """The middle square of ``image`` with its shortest side resized to ``resolution`` pixels."""
+    width, height = image.size
+    scale = resolution / min(width, height)
+    if scale != 1:
+        size = (max(resolution, round(width * scale)), max(resolution, round(height * scale)))
+        image = image.resize(size, Image.Resampling.BICUBIC)
+    left, top = (image.width - resolution) // 2, (image.height - resolution) // 2
+    return image.crop((left, top, left + resolution, top + resolution))
+
+
+def to_pixels(images: Sequence[Image.Image]) -> Tensor:
+    """RGB images of one size as float32 (B, 3, H, W) in [-1, 1]."""
+    stacked = np.stack([np.asarray(image, dtype=np.float32) for image in images])
+    return torch.from_numpy(stacked).permute(0, 3, 1, 2).contiguous() / 127.5 - 1
+
+
+def to_images(pixels: Tensor) -> list[Image.Image]:
+    """(B, 3, H, W) in [-1, 1], clipped, as RGB images."""
+    bytes_ = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return [Image.fromarray(array) for array in bytes_.permute(0, 2, 3, 1).cpu().numpy()]
