@@ -1,0 +1,127 @@
+"""Who writes blueprints and captions: any of these can stand in for any other.
+
+==================  ===========================================================================
+``openai:MODEL@URL``  a vision-language model over HTTP (``openai:MODEL`` alone: OpenAI's own)
+``replay:PATH``       recorded answers from a JSONL file
+``oracle``            exact answers for images of the tabletop world
+``self``              the shipped tiny model's own understanding; ``self:FOLDER`` a saved model's
+==================  ===========================================================================
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from dim.designers.base import (
+    CallOptions,
+    Captioner,
+    Designer,
+    DesignRequest,
+    OnAnswer,
+    Reply,
+)
+from dim.errors import DesignerError
+
+__all__ = [
+    "CallOptions",
+    "Captioner",
+    "DesignRequest",
+    "Designer",
+    "OnAnswer",
+    "Reply",
+    "check",
+    "create",
+    "create_captioner",
+]
+
+DESIGNERS = ("openai:MODEL@URL", "replay:PATH", "oracle", "self", "self:MODEL_FOLDER")
+CAPTIONERS = ("openai:MODEL@URL", "replay:PATH", "oracle")
+
+_MODEL_AT_URL = re.compile(r"(?P<model>\S+?)(?:@(?P<url>https?://\S+))?")
+
+
+def create(spec: str, *, calls: CallOptions | None = None) -> Designer:
+    """The designer that ``spec`` names.
+
+    Args:
+        spec: one of the forms above.
+        calls: how an HTTP designer calls; the others have no use for it.
+
+    Raises:
+        DesignerError: the spec is unknown or incomplete, or what it names does not exist.
+    """
+    kind, argument = _split(spec, DESIGNERS, "designer")
+    if kind == "openai":
+        from dim.designers.openai import OpenAIDesigner
+
+        return OpenAIDesigner(*_model_and_url(argument, spec), calls)
+    if kind == "replay":
+        from dim.designers.replay import ReplayDesigner
+
+        return ReplayDesigner(argument)
+    if kind == "oracle":
+        from dim.designers.tabletop import TabletopOracle
+
+        return TabletopOracle()
+    return _create_self(argument)
+
+
+def create_captioner(spec: str, *, calls: CallOptions | None = None) -> Captioner:
+    """The captioner that ``spec`` names; arguments and errors as of :func:`create`."""
+    kind, argument = _split(spec, CAPTIONERS, "captioner")
+    if kind == "openai":
+        from dim.designers.openai import OpenAICaptioner
+
+        return OpenAICaptioner(*_model_and_url(argument, spec), calls)
+    if kind == "replay":
+        from dim.designers.replay import ReplayCaptioner
+
+        return ReplayCaptioner(argument)
+    from dim.designers.tabletop import TabletopCaptioner
+
+    return TabletopCaptioner()
+
+
+def check(spec: str, *, captioner: bool = False) -> None:
+    """Fail now rather than on every record: the spec is well formed and its file is there.
+
+    Raises:
+        DesignerError: see :func:`create`.
+    """
+    known, role = (CAPTIONERS, "captioner") if captioner else (DESIGNERS, "designer")
+    kind, argument = _split(spec, known, role)
+    if kind == "openai":
+        _model_and_url(argument, spec)
+    elif kind == "replay" and not Path(argument).is_file():
+        raise DesignerError(f"recorded answers not found: {argument}")
+    elif kind == "self" and argument and not Path(argument).is_dir():
+        raise DesignerError(f"model folder not found: {argument}")
+
+
+def _split(spec: str, known: tuple[str, ...], role: str) -> tuple[str, str]:
+    kind, colon, argument = spec.strip().partition(":")
+    forms = [form.partition(":") for form in known if form.partition(":")[0] == kind]
+    if not forms:
+        raise DesignerError(f"unknown {role} {spec!r}; there are {', '.join(known)}")
+    if not any(bool(form[2]) == bool(argument) for form in forms) or (colon and not argument):
+        wanted = " or ".join("".join(form) for form in forms)
+        raise DesignerError(f"incomplete {role} {spec!r}; write {wanted}")
+    return kind, argument
+
+
+def _model_and_url(argument: str, spec: str) -> tuple[str, str | None]:
+    found = _MODEL_AT_URL.fullmatch(argument)
+    if found is None or (found["url"] is None and "@" in found["model"]):
+        raise DesignerError(f"{spec!r} is not of the form openai:MODEL@http://host:port/v1")
+    return found["model"], found["url"]
+
+
+def _create_self(folder: str) -> Designer:
+    from dim.designers.self_play import SelfDesigner, TinyUnderstanding
+
+    if not folder:
+        return SelfDesigner(TinyUnderstanding())
+    from dim.model import load
+
+    return SelfDesigner(load(folder), name=f"self:{Path(folder).name}")

@@ -1,0 +1,88 @@
+"""Self-play: the painter's own understanding module writes the blueprint it is conditioned on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
+
+from PIL import Image
+
+from dim.designers.base import DesignRequest, OnAnswer, Reply
+from dim.errors import DesignerError, DimError, InputError
+from dim.images import decode_image
+
+if TYPE_CHECKING:
+    from dim.model.conditioner import Conditioner
+
+TINY_WEIGHTS = "package:tiny/understanding"
+_TINY_SIDE = 64  # pixels; what the shipped understanding model was pretrained at
+_TINY_TOKENS = 256  # longer than any tabletop blueprint in its tokens
+
+
+class Understands(Protocol):
+    """What can design: a :class:`dim.model.DIM`, or its understanding module alone."""
+
+    def design(self, images: Sequence[Image.Image], instructions: Sequence[str]) -> list[str]:
+        """One answer per image and instruction."""
+        ...
+
+
+class TinyUnderstanding:
+    """The shipped understanding model by itself; it answers a bare instruction with a blueprint.
+
+    Raises:
+        CheckpointError: its weights are not installed.
+    """
+
+    def __init__(self) -> None:
+        from dim.model import parts
+        from dim.model.config import UnderstandingConfig
+
+        config = UnderstandingConfig(weights=TINY_WEIGHTS, image_size=_TINY_SIDE)
+        self._conditioner: Conditioner = parts.conditioner(config)
+
+    def design(self, images: Sequence[Image.Image], instructions: Sequence[str]) -> list[str]:
+        """One answer per image and instruction."""
+        return self._conditioner.generate(instructions, images, _TINY_TOKENS)
+
+
+class SelfDesigner:
+    """Designs with a model's own frozen vision-language model, without a network or a key.
+
+    Args:
+        model: such as a :class:`dim.model.DIM`; weights are shared with whoever else holds it.
+        name: what records call this designer.
+    """
+
+    costly = False
+
+    def __init__(self, model: Understands, *, name: str = "self") -> None:
+        self._model = model
+        self.name = self.fingerprint = name
+
+    def design(
+        self, requests: Sequence[DesignRequest], *, on_answer: OnAnswer | None = None
+    ) -> list[Reply]:
+        """See :meth:`dim.designers.Designer.design`. Readable requests make one batch."""
+        replies: dict[int, Reply] = {}
+        images: dict[int, Image.Image] = {}
+        for place, request in enumerate(requests):
+            try:
+                images[place] = decode_image(request.image)
+            except InputError as error:
+                replies[place] = DesignerError(str(error))
+        instructions = [requests[place].instruction for place in images]
+        answers = self._answer(list(images.values()), instructions)
+        replies.update(zip(images, answers, strict=True))
+        for place, reply in replies.items():
+            if on_answer is not None and isinstance(reply, str):
+                on_answer(place, reply)
+        return [replies[place] for place in range(len(requests))]
+
+    def _answer(self, images: list[Image.Image], instructions: list[str]) -> list[Reply]:
+        if not images:
+            return []
+        try:
+            return list(self._model.design(images, instructions))
+        except DimError as error:
+            return [DesignerError(str(error)) for _ in images]

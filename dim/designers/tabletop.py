@@ -1,0 +1,74 @@
+"""The oracle: reads a tabletop image, knows what an instruction means on it, and writes it down."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image
+
+from dim import tabletop
+from dim.designers.base import DesignRequest, OnAnswer, Reply, answer_each
+from dim.errors import DesignerError, InputError
+from dim.images import decode_image
+
+# A target is the expected one if no 4x4-pixel patch is further off than this (8-bit levels). The
+# source is read to a quarter of a pixel, which costs at most 2.5; one wrong small shape costs 8.
+_PATCH = 4
+_SAME = 4.0
+
+
+class TabletopOracle:
+    """Perfect designer of the tabletop world. Given a target, it also triages the pair."""
+
+    name = fingerprint = "oracle"
+    costly = False
+
+    def design(
+        self, requests: Sequence[DesignRequest], *, on_answer: OnAnswer | None = None
+    ) -> list[Reply]:
+        """See :meth:`dim.designers.Designer.design`."""
+        return answer_each(requests, _plan, on_answer)
+
+
+class TabletopCaptioner:
+    """Describes a tabletop image completely."""
+
+    name = fingerprint = "oracle"
+    costly = False
+
+    def caption(self, images: Sequence[bytes], *, on_answer: OnAnswer | None = None) -> list[Reply]:
+        """See :meth:`dim.designers.Captioner.caption`."""
+        requests = [DesignRequest("", image) for image in images]
+        return answer_each(requests, lambda r: tabletop.caption(_read(r.image)), on_answer)
+
+
+def _plan(request: DesignRequest) -> str:
+    edit = tabletop.understand(_read(request.image), request.instruction)
+    if request.target is None:
+        return edit.blueprint.render()
+    if not _shows(decode_image(request.target, name="the target"), edit.target):
+        return "Alignment: misaligned"
+    return f"Alignment: aligned\n\n{edit.blueprint.render()}"
+
+
+def _shows(image: Image.Image, scene: tabletop.Scene) -> bool:
+    """Whether ``image`` is of ``scene``: at a glance where that is enough, else read properly."""
+    expected = tabletop.render(scene, image.size)
+    off = np.abs(np.asarray(image, np.float32) - np.asarray(expected, np.float32)).mean(axis=-1)
+    height, width = (side - side % _PATCH for side in off.shape)
+    patches = off[:height, :width].reshape(height // _PATCH, _PATCH, width // _PATCH, _PATCH)
+    return bool(patches.mean(axis=(1, 3)).max() < _SAME) or tabletop.exact(image, scene)
+
+
+def _read(image: bytes) -> tabletop.Scene:
+    try:
+        reading = tabletop.read(decode_image(image))
+    except InputError as error:
+        raise DesignerError(f"the oracle cannot read this image: {error}") from None
+    if reading.unknown:
+        raise DesignerError(
+            f"the oracle cannot read this image: {reading.unknown} of its objects are not of the "
+            "tabletop world"
+        )
+    return reading.scene

@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dim import designers
+from dim.designers.openai import OpenAIDesigner
+from dim.errors import DesignerError
+
+
+@pytest.mark.parametrize(
+    ("spec", "complaint"),
+    [
+        ("gpt-4o", "unknown designer 'gpt-4o'; there are openai:MODEL@URL, replay:PATH, oracle"),
+        ("", "unknown designer"),
+        ("Oracle", "unknown designer"),
+        ("openai", "incomplete designer"),
+        ("openai:", "incomplete designer"),
+        ("replay:", "incomplete designer 'replay:'; write replay:PATH"),
+        ("oracle:x", "incomplete designer"),
+        ("self:", "incomplete designer"),
+        ("openai:m@localhost:8000/v1", "not of the form openai:MODEL@http"),
+        ("openai:a b@http://x/v1", "not of the form"),
+        ("replay:nowhere.jsonl", "recorded answers not found: nowhere.jsonl"),
+        ("self:nowhere", "model folder not found: nowhere"),
+    ],
+)
+def test_a_wrong_spec_is_one_clear_sentence(spec: str, complaint: str) -> None:
+    with pytest.raises(DesignerError, match=complaint):
+        designers.check(spec)
+
+
+@pytest.mark.parametrize("spec", ["gpt-4o", "openai:m@localhost:8000/v1", "replay:nowhere.jsonl"])
+def test_create_refuses_what_check_refuses(spec: str) -> None:
+    with pytest.raises(DesignerError):
+        designers.create(spec)
+
+
+def test_model_names_may_hold_slashes_colons_and_at_signs() -> None:
+    spec = "openai:org/model@v1:tag@http://127.0.0.1:9/v1"
+    designers.check(spec)
+    designer = designers.create(spec)
+    assert isinstance(designer, OpenAIDesigner)
+    assert designer.name == "openai:org/model@v1:tag"
+    assert designer.costly
+
+
+def test_openai_itself_needs_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    with pytest.raises(DesignerError, match="needs OPENAI_API_KEY"):
+        designers.create("openai:gpt-4o")
+
+
+def test_captioners_have_their_own_list(tmp_path: Path) -> None:
+    with pytest.raises(DesignerError, match="unknown captioner 'self'"):
+        designers.check("self", captioner=True)
+    designers.check("oracle", captioner=True)
+    assert not designers.create_captioner("oracle").costly

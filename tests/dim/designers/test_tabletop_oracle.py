@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+import numpy as np
+from PIL import Image
+
+from dim import tabletop
+from dim.blueprint import Blueprint, parse_answer
+from dim.designers import DesignRequest, create, create_captioner
+from dim.errors import DesignerError
+from dim.images import encode_png
+
+
+def pair(index: int) -> tuple[tabletop.Edit, bytes, bytes]:
+    edit = tabletop.sample_edit(np.random.default_rng([11, index]))
+    source, target = (tabletop.render(scene, 64) for scene in (edit.source, edit.target))
+    return edit, encode_png(source), encode_png(target)
+
+
+def test_plans_from_the_image_alone() -> None:
+    pairs = [pair(index) for index in range(12)]
+    replies = create("oracle").design(
+        [DesignRequest(edit.instruction, source) for edit, source, _ in pairs]
+    )
+    for (edit, _, _), reply in zip(pairs, replies, strict=True):
+        assert isinstance(reply, str)
+        assert Blueprint.parse(reply).instruction == edit.blueprint.instruction
+        assert reply.startswith("1. Edit Instruction:")
+
+
+def test_triages_by_the_target() -> None:
+    edits = [pair(index) for index in range(6)]
+    requests = [DesignRequest(edit.instruction, source, target) for edit, source, target in edits]
+    wrong = [DesignRequest(edit.instruction, source, source) for edit, source, _ in edits]
+    designer = create("oracle")
+    for reply in designer.design(requests):
+        assert parse_answer(str(reply), instruction="").alignment == "aligned"
+    for reply in designer.design(wrong):
+        assert parse_answer(str(reply), instruction="").alignment == "misaligned"
+
+
+def test_what_it_cannot_do_is_that_records_error() -> None:
+    edit, source, _ = pair(0)
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    replies = create("oracle").design(
+        [
+            DesignRequest("Make it rain.", source),
+            DesignRequest(edit.instruction, b"no image"),
+            DesignRequest(edit.instruction, encode_png(tabletop_image(noise))),
+            DesignRequest(edit.instruction, source),
+        ]
+    )
+    assert all(isinstance(reply, DesignerError) for reply in replies[:3])
+    assert isinstance(replies[3], str)
+
+
+def test_captions_what_is_on_the_table() -> None:
+    edit, source, _ = pair(3)
+    (caption,) = create_captioner("oracle").caption([source])
+    assert isinstance(caption, str)
+    for thing in edit.source.objects:
+        assert thing.colour in caption and thing.shape in caption
+
+
+def tabletop_image(pixels: np.ndarray) -> Image.Image:
+    return Image.fromarray(pixels)
