@@ -27,6 +27,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "data t2i": ("pipelines.t2i:main", "Raw images into DIM-T2I: filter, long caption."),
     "data export": ("pipelines.export:main", "A DIM-Edit folder in the public JSONL layout."),
     "train": ("training.train:main", "One training stage from a YAML file."),
+    "evaluate": (
+        "pipelines.evaluate:main",
+        "Edit accuracy of a model on held-out tabletop edits.",
+    ),
     "serve": ("serving.serve:main", "Edits and generations over HTTP."),
     "edit": ("dim.commands.edit:main", "Edit one image."),
     "generate": ("dim.commands.generate:main", "Paint one image from a text."),

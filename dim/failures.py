@@ -8,12 +8,15 @@ none of them.
 from __future__ import annotations
 
 import errno
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from dim import errors
 from dim.errors import DimError
 
 INTERRUPTED = 130
+_IN_TRACEBACK = re.compile(r"^dim\.errors\.(\w+): (.+)$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -28,13 +31,15 @@ def find_dim_error(error: BaseException) -> DimError | None:
     """The ``DimError`` inside ``error``, however often it was wrapped, or ``None``.
 
     Looks at explicit and implicit causes, at the ``cause`` of a Ray task error (whose own text is
-    a remote traceback), at the failures per worker of a Ray Train run and at exception groups.
+    a remote traceback), at the failures per worker of a Ray Train run and at exception groups. An
+    actor that died while it was made leaves nothing but a text; that is read last.
     """
-    for candidate in _unwrap(error):
+    candidates = list(_unwrap(error))
+    for candidate in candidates:
         # A Ray task error also inherits from the class of its cause; its text is a traceback.
         if isinstance(candidate, DimError) and not hasattr(candidate, "as_instanceof_cause"):
             return candidate
-    return None
+    return next(filter(None, map(_from_traceback, candidates)), None)
 
 
 def explain(error: BaseException) -> Failure:
@@ -52,6 +57,13 @@ def explain(error: BaseException) -> Failure:
     root = _root(error)
     said = _one_line(str(root)) or "no message"
     return Failure(f"unexpected {type(root).__name__}: {said} (--debug shows where)", 1)
+
+
+def _from_traceback(error: BaseException) -> DimError | None:
+    """The ``DimError`` that the last line of a traceback in the error's text names."""
+    named = _IN_TRACEBACK.findall(str(error))
+    kind = getattr(errors, named[-1][0], None) if named else None
+    return kind(named[-1][1]) if isinstance(kind, type) and issubclass(kind, DimError) else None
 
 
 def _unwrap(error: BaseException) -> Iterator[BaseException]:

@@ -26,7 +26,7 @@ if [ -x .venv/bin/python ] && [ "$(cat .venv/.stamp 2>/dev/null)" = "$wanted" ];
     exit 0
 fi
 
-install() { .venv/bin/python -m pip install --quiet --disable-pip-version-check "$@"; }
+install() { .venv/bin/python -m pip install -qq --disable-pip-version-check "$@"; }
 
 # torch comes first and as its CPU build, which weighs a tenth of the CUDA one: from wherever pip
 # looks already, else from PyTorch's own index. macOS has one build only, without a suffix.

@@ -111,7 +111,7 @@ def test_wrong_usage_names_the_option(capsys: pytest.CaptureFixture[str]) -> Non
         (InputError("the image photo.png is truncated"), 1, "the image photo.png is truncated"),
         (ConfigError("a.yaml: unknown key 'stepz'"), 2, "a.yaml: unknown key 'stepz'"),
         (OSError(errno.ENOSPC, "No space left on device", "x.bin"), 1, "no space left"),
-        (PermissionError(errno.EACCES, "Permission denied", "/root/x"), 1, "permission denied"),
+        (PermissionError(errno.EACCES, "Permission denied", "locked.bin"), 1, "permission denied"),
         (FileNotFoundError(errno.ENOENT, "No such file", "gone.png"), 1, "file not found: gone"),
         (ZeroDivisionError("division by zero"), 1, "unexpected ZeroDivisionError"),
         (KeyboardInterrupt(), 130, "interrupted"),

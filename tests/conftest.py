@@ -1,0 +1,106 @@
+"""What every test may ask for: a local Ray, an S3 store, a small random model, the shared data."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+# Before anything imports torch, Ray or a hub client: one thread per process, nothing from outside.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
+BUCKET_NUMBERS = itertools.count()
+
+
+def _shared_folder(name: str) -> Path:
+    folder = SHARED / name
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is not there")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def shared_real() -> Path:
+    """The folder of real edit pairs and blueprints that lies beside the checkout, if it does."""
+    return _shared_folder("real")
+
+
+@pytest.fixture(scope="session")
+def shared_golden() -> Path:
+    """The folder of golden tensors that lies beside the checkout, if it does."""
+    return _shared_folder("golden")
+
+
+@pytest.fixture(scope="session")
+def s3_endpoint() -> Iterator[str]:
+    """A moto S3 server; the environment points the S3 clients of this process and its Ray at it."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    endpoint = f"http://{host}:{port}"
+    environment = {
+        "AWS_ENDPOINT_URL": endpoint,
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        yield endpoint
+    server.stop()
+
+
+@pytest.fixture
+def s3(s3_endpoint: str) -> str:
+    """The URI of a new, empty bucket."""
+    import boto3
+
+    bucket = f"dim-test-{next(BUCKET_NUMBERS)}"
+    boto3.client("s3", endpoint_url=s3_endpoint).create_bucket(Bucket=bucket)
+    return f"s3://{bucket}"
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(s3_endpoint: str) -> Iterator[None]:
+    """A Ray of this test session's own; its workers see the S3 server."""
+    import ray
+
+    ray.init(
+        address="local",
+        num_cpus=8,
+        object_store_memory=300 * 2**20,
+        include_dashboard=False,
+        logging_level="warning",
+    )
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved DIM of the tiny configuration with random weights: right shapes, no knowledge."""
+    from dim import model
+    from dim.config import load_config
+    from dim.model.config import ModelConfig
+
+    config = load_config(
+        ModelConfig,
+        ROOT / "configs" / "tiny.yaml",
+        ["understanding.weights=null", "autoencoder.weights=null", "painter.weights=null"],
+    )
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    model.build(config, seed=0).save(folder)
+    return folder
