@@ -1,0 +1,1 @@
+"""Where the applications run and what they stand on: object storage, tracking, clusters."""

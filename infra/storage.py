@@ -1,0 +1,404 @@
+"""Object storage: local folders and S3 behind the same few calls, with errors a user can act on.
+
+An address is a local path, ``file://…`` or ``s3://bucket/key``. The S3 endpoint comes from
+``?endpoint_override=http://host:port`` in the address, or from ``AWS_ENDPOINT_URL``; credentials
+come from where AWS's own tools look for them. A :class:`Store` is opened once in the driver and
+travels to workers with its connection, so that they need no environment variable of their own.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TextIO
+from urllib.parse import parse_qs, unquote, urlsplit
+
+import pyarrow as pa
+import pyarrow.dataset as ds
+import pyarrow.fs as pafs
+
+from dim.errors import StorageError
+
+_ATTEMPTS = 8  # a busy store (503, SlowDown) is asked again with growing pauses: about a minute
+_CONNECT_TIMEOUT_S = 10.0
+_REQUEST_TIMEOUT_S = 60.0
+
+_MEANINGS = (
+    ("NO_SUCH_BUCKET", "the bucket does not exist"),
+    ("ACCESS_DENIED", "access denied"),
+    ("INVALID_ACCESS_KEY_ID", "the access key is not known there"),
+    ("SIGNATURE_DOES_NOT_MATCH", "the secret key is wrong"),
+    ("SLOW_DOWN", f"the store is too busy, also after {_ATTEMPTS} attempts"),
+    ("SERVICE_UNAVAILABLE", f"the store is unavailable, also after {_ATTEMPTS} attempts"),
+    ("HTTP STATUS 503", f"the store is unavailable, also after {_ATTEMPTS} attempts"),
+    ("NETWORK_CONNECTION", "the store cannot be reached"),
+    ("CURLCODE", "the store cannot be reached"),
+)
+
+
+@dataclass(frozen=True)
+class Connection:
+    """How to reach an S3 store; ``None`` leaves the choice to the AWS library."""
+
+    endpoint: str | None = None
+    region: str | None = None
+    access_key: str | None = field(default=None, repr=False)
+    secret_key: str | None = field(default=None, repr=False)
+    session_token: str | None = field(default=None, repr=False)
+
+    def open(self) -> pafs.S3FileSystem:
+        """The file system. Must run in the process that uses it: the library reads its
+        environment when a client is made."""
+        if self.endpoint:
+            # Many S3-compatible stores refuse the chunked uploads that newer clients default to.
+            os.environ.setdefault("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
+        return pafs.S3FileSystem(
+            endpoint_override=self.endpoint,
+            region=self.region,
+            access_key=self.access_key,
+            secret_key=self.secret_key,
+            session_token=self.session_token,
+            connect_timeout=_CONNECT_TIMEOUT_S,
+            request_timeout=_REQUEST_TIMEOUT_S,
+            retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=_ATTEMPTS),
+        )
+
+
+@dataclass(frozen=True)
+class Store:
+    """A folder in a store. Names are relative to it, with ``/`` between parts.
+
+    Every method raises ``StorageError`` with the address and the cause; nothing is ever seen half
+    written: files appear under their name when they are complete.
+    """
+
+    uri: str
+    root: str
+    connection: Connection | None = None
+
+    @cached_property
+    def filesystem(self) -> pafs.FileSystem:
+        """The pyarrow file system that :attr:`root` lies in."""
+        return self.connection.open() if self.connection else pafs.LocalFileSystem()
+
+    def __getstate__(self) -> dict[str, object]:
+        """Leave the open file system behind: a worker opens its own."""
+        return {key: self.__dict__[key] for key in ("uri", "root", "connection")}
+
+    @property
+    def is_local(self) -> bool:
+        """Whether this is a folder on this machine's file system."""
+        return self.connection is None
+
+    def path(self, name: str = "") -> str:
+        """Where ``name`` lies, as :attr:`filesystem` calls it."""
+        return f"{self.root}/{name}" if name else self.root
+
+    def address(self, name: str = "") -> str:
+        """What to call ``name`` in a message or a manifest."""
+        return join(self.uri, name) if name else self.uri
+
+    def read(self, name: str = "") -> bytes:
+        """The bytes of a file."""
+        with _errors("read", self.address(name)):
+            if self.is_local:
+                return Path(self.path(name)).read_bytes()
+            with self.filesystem.open_input_stream(self.path(name)) as stream:
+                return stream.read()
+
+    def open_input(self, name: str = "") -> pa.NativeFile:
+        """A seekable reader of a file."""
+        with _errors("read", self.address(name)):
+            return self.filesystem.open_input_file(self.path(name))
+
+    def write(self, name: str, data: bytes | pa.Buffer) -> None:
+        """Write a whole file; it replaces one that is there, at once and completely."""
+        with _errors("write", self.address(name)):
+            if self.is_local:
+                _write_local(Path(self.path(name)), data)
+            else:
+                with self.filesystem.open_output_stream(self.path(name)) as stream:
+                    stream.write(data)
+
+    def open_append(self, name: str) -> TextIO:
+        """A local file that lines are added to; an object store has no such thing."""
+        with _errors("write", self.address(name)):
+            path = Path(local_path(self.address(name)))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            return path.open("a", encoding="utf-8")
+
+    def move(self, name: str, to: str) -> None:
+        """Give a file another name; it replaces one that is there."""
+        with _errors("write", self.address(to)):
+            if self.is_local:
+                Path(self.path(to)).parent.mkdir(parents=True, exist_ok=True)
+            self.filesystem.move(self.path(name), self.path(to))
+
+    def exists(self, name: str = "") -> bool:
+        """Whether there is a file or a folder of this name."""
+        with _errors("read", self.address(name)):
+            return self._type(name) != pafs.FileType.NotFound
+
+    def is_file(self, name: str = "") -> bool:
+        """Whether there is a file (and not a folder) of this name."""
+        with _errors("read", self.address(name)):
+            return self._type(name) == pafs.FileType.File
+
+    def list(self, folder: str = "", *, suffix: str = "") -> list[tuple[str, int]]:
+        """(name, size in bytes) of all files in ``folder`` and below, sorted by name.
+
+        A folder that does not exist has no files.
+        """
+        with _errors("list", self.address(folder)):
+            chosen = pafs.FileSelector(self.path(folder), allow_not_found=True, recursive=True)
+            found = self.filesystem.get_file_info(chosen)
+        start = len(self.root) + 1
+        files = [item for item in found if item.type == pafs.FileType.File]
+        return sorted(
+            (item.path[start:], item.size) for item in files if item.path.endswith(suffix)
+        )
+
+    def is_empty(self) -> bool:
+        """Whether there is nothing at all in this folder, or no folder."""
+        with _errors("list", self.uri):
+            chosen = pafs.FileSelector(self.root, allow_not_found=True)
+            return not self.filesystem.get_file_info(chosen)
+
+    def delete(self, name: str) -> None:
+        """Remove a file, or a folder with all that is in it, if it is there."""
+        with _errors("delete", self.address(name)):
+            kind = self._type(name)
+            if kind == pafs.FileType.File:
+                self.filesystem.delete_file(self.path(name))
+            elif kind == pafs.FileType.Directory:
+                self.filesystem.delete_dir(self.path(name))
+
+    def _type(self, name: str) -> pafs.FileType:
+        return self.filesystem.get_file_info(self.path(name)).type
+
+
+def open_store(uri: str) -> Store:
+    """Open the folder (or file) at an address. Nothing is contacted or created yet.
+
+    Raises:
+        StorageError: the address has an unknown scheme, or no bucket.
+    """
+    if not uri:
+        raise StorageError("the storage address is empty")
+    scheme = _scheme(uri)
+    if scheme == "s3":
+        return _open_s3(uri)
+    if scheme == "file":
+        return Store(uri.rstrip("/"), _absolute(unquote(urlsplit(uri).path)))
+    if scheme:
+        raise StorageError(f"cannot store at {uri}: use a local path, file:// or s3://")
+    return Store(uri.rstrip("/") or "/", _absolute(uri))
+
+
+def open_file(uri: str) -> tuple[Store, str]:
+    """The store of a file's folder, and the file's name in it."""
+    base, query = _split_query(uri)
+    folder, slash, name = base.rstrip("/").rpartition("/")
+    return open_store((folder if slash else ".") + query), name
+
+
+def join(uri: str, *names: str) -> str:
+    """``uri`` with names added to its path, in front of any ``?…`` of an ``s3://`` address."""
+    base, query = _split_query(uri)
+    return "/".join([base.rstrip("/"), *(name.strip("/") for name in names)]) + query
+
+
+def filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
+    """The pyarrow file system and path of an address."""
+    store = open_store(uri)
+    return store.filesystem, store.root
+
+
+def is_local(uri: str) -> bool:
+    """Whether an address lies on this machine's file system."""
+    return open_store(uri).is_local
+
+
+def local_path(uri: str) -> str:
+    """The absolute path of a local address.
+
+    Raises:
+        StorageError: the address is not local.
+    """
+    store = open_store(uri)
+    if not store.is_local:
+        raise StorageError(f"{uri} is not on this machine's file system")
+    return store.root
+
+
+def read_bytes(uri: str) -> bytes:
+    """The bytes of a file.
+
+    Raises:
+        StorageError: it does not exist or cannot be read.
+    """
+    store, name = open_file(uri)
+    return store.read(name)
+
+
+def write_bytes(uri: str, data: bytes) -> None:
+    """Write a whole file, atomically.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    store, name = open_file(uri)
+    store.write(name, data)
+
+
+def exists(uri: str) -> bool:
+    """Whether there is a file or folder at an address."""
+    return open_store(uri).exists()
+
+
+def upload_folder(folder: str | Path, uri: str) -> None:
+    """Copy all files of a local folder to an address, below the same relative names.
+
+    Raises:
+        StorageError: a file cannot be read or written.
+    """
+    source, target = open_store(str(folder)), open_store(uri)
+    for name, _ in source.list():
+        target.write(name, source.read(name))
+
+
+def download_folder(uri: str, folder: str | Path) -> None:
+    """Copy all files at an address to a local folder, below the same relative names.
+
+    Raises:
+        StorageError: there is nothing at the address, or a file cannot be read or written.
+    """
+    source, target = open_store(uri), open_store(str(folder))
+    files = source.list()
+    if not files:
+        raise StorageError(f"there is nothing at {uri}")
+    for name, _ in files:
+        target.write(name, source.read(name))
+
+
+def open_dataset(uris: str | Sequence[str]) -> ds.Dataset:
+    """The kept records (``data/*.parquet``) of one or more job outputs, files in order of name.
+
+    Raises:
+        StorageError: an output does not exist or holds no finished shards.
+    """
+    parts = [_open_shards(uri) for uri in ([uris] if isinstance(uris, str) else uris)]
+    if not parts:
+        raise StorageError("no data address was given")
+    return parts[0] if len(parts) == 1 else ds.dataset(parts)
+
+
+def _open_shards(uri: str) -> ds.Dataset:
+    store = open_store(uri)
+    if not store.exists("manifest.json"):
+        there = "is not finished (it has no manifest.json)" if store.exists() else "does not exist"
+        raise StorageError(f"the dataset {uri} {there}")
+    paths = [store.path(name) for name, _ in store.list("data", suffix=".parquet")]
+    if not paths:
+        raise StorageError(f"the dataset {uri} has no data/*.parquet")
+    with _errors("read", uri):
+        return ds.dataset(paths, format="parquet", filesystem=store.filesystem)
+
+
+def _open_s3(uri: str) -> Store:
+    base, query = _split_query(uri)
+    options = {key: values[-1] for key, values in parse_qs(query.removeprefix("?")).items()}
+    unknown = sorted(set(options) - {"endpoint_override", "region", "scheme"})
+    if unknown:
+        raise StorageError(f"unknown option {unknown[0]!r} in {uri}")
+    bucket, _, key = base.removeprefix("s3://").strip("/").partition("/")
+    if not bucket:
+        raise StorageError(f"{uri} names no bucket")
+    root = f"{bucket}/{key}".rstrip("/")
+    return Store(base.rstrip("/") + query, root, _connection(options, bucket))
+
+
+def _connection(options: dict[str, str], bucket: str) -> Connection:
+    env = os.environ.get
+    endpoint = (
+        options.get("endpoint_override") or env("AWS_ENDPOINT_URL_S3") or env("AWS_ENDPOINT_URL")
+    )
+    if endpoint and "://" not in endpoint:
+        endpoint = f"{options.get('scheme', 'https')}://{endpoint}"
+    region = options.get("region") or env("AWS_REGION") or env("AWS_DEFAULT_REGION")
+    if region is None and endpoint:
+        region = "us-east-1"  # what S3-compatible stores go by
+    return Connection(
+        endpoint,
+        region or _find_region(bucket),
+        env("AWS_ACCESS_KEY_ID"),
+        env("AWS_SECRET_ACCESS_KEY"),
+        env("AWS_SESSION_TOKEN"),
+    )
+
+
+def _find_region(bucket: str) -> str | None:
+    with _errors("find the bucket", f"s3://{bucket}"):
+        return pafs.resolve_s3_region(bucket)
+
+
+def _scheme(uri: str) -> str:
+    found = re.match(r"([A-Za-z][A-Za-z0-9+.-]+)://", uri)
+    return found[1].lower() if found else ""
+
+
+def _split_query(uri: str) -> tuple[str, str]:
+    """(address, "?…"); only S3 addresses have a query, a local name may hold a question mark."""
+    if _scheme(uri) != "s3" or "?" not in uri:
+        return uri, ""
+    base, _, query = uri.partition("?")
+    return base, f"?{query}"
+
+
+def _absolute(path: str) -> str:
+    return os.path.abspath(os.path.expanduser(path))
+
+
+def _write_local(path: Path, data: bytes | pa.Buffer) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _errors(action: str, address: str) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError as error:
+        if action == "write":
+            raise StorageError(f"cannot write {address}: {_explain(error)}") from None
+        raise StorageError(f"not found: {address}") from None
+    except (OSError, pa.ArrowException, shutil.Error) as error:
+        raise StorageError(f"cannot {action} {address}: {_explain(error)}") from None
+
+
+def _explain(error: Exception) -> str:
+    number = getattr(error, "errno", None)
+    if number == errno.ENOSPC:
+        return "no space left on the disk"
+    text = " ".join(str(error).split())
+    upper = text.upper()
+    for code, meaning in _MEANINGS:
+        if code in upper:
+            return meaning
+    return os.strerror(number) if number else text

@@ -1,0 +1,249 @@
+"""Experiment tracking: a thin layer over MLflow that every job and training stage logs through.
+
+MLflow's client is used instead of its module-level functions, because those keep one "active run"
+per process and a driver may have several jobs going. Every failure of the tracker is a
+``TrackingError`` that names its URI.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import urlparse
+
+from dim.errors import DimError
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+ResultT = TypeVar("ResultT")
+
+_MAX_PARAM_LENGTH = 6000  # MLflow refuses longer parameter values
+_MAX_BATCH = 1000  # MLflow refuses more metrics in one request
+_REMOTE_SCHEMES = ("http", "https", "databricks")
+
+
+class TrackingError(DimError):
+    """The experiment tracker cannot be reached or refused what was logged."""
+
+
+def default_uri(out: str) -> str:
+    """Where a job that writes to ``out`` logs when its configuration names no tracker.
+
+    ``MLFLOW_TRACKING_URI`` if set, else an SQLite file in the output folder.
+
+    Raises:
+        TrackingError: ``out`` is no local folder, where SQLite cannot live, and nothing is set.
+    """
+    if configured := os.environ.get("MLFLOW_TRACKING_URI"):
+        return configured
+    parsed = urlparse(out)
+    if parsed.scheme not in ("", "file"):
+        raise TrackingError(
+            f"{out} is no local folder, so its MLflow database has no default place: "
+            "set tracking.uri or MLFLOW_TRACKING_URI"
+        )
+    folder = Path(parsed.path if parsed.scheme == "file" else out).expanduser().resolve()
+    return f"sqlite:///{folder / 'mlflow.db'}"
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """A nested configuration as MLflow parameters: ``{"a": {"b": 1}}`` gives ``{"a.b": "1"}``."""
+    flat: dict[str, str] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{name}."))
+        else:
+            flat[name] = str(value)[:_MAX_PARAM_LENGTH]
+    return flat
+
+
+class Tracking:
+    """One experiment of one MLflow store.
+
+    Args:
+        uri: An MLflow tracking URI. For ``sqlite:///FILE`` the folder is created and artifacts
+            go to ``mlartifacts/`` beside the file; otherwise the server decides where they go.
+        experiment: The experiment's name, created when missing.
+
+    Raises:
+        TrackingError: the store cannot be opened.
+    """
+
+    def __init__(self, uri: str, experiment: str = "dim") -> None:
+        self.uri = uri
+        self.experiment = experiment
+        self._client = self._call("be opened", lambda: _open_client(uri))
+        self._experiment_id = self._call("hold the experiment", self._find_or_create_experiment)
+
+    @contextmanager
+    def run(
+        self,
+        name: str,
+        params: Mapping[str, Any] | None = None,
+        tags: Mapping[str, str] | None = None,
+        *,
+        run_id: str | None = None,
+    ) -> Iterator[Run]:
+        """Log inside a run; it ends FINISHED, or FAILED (KILLED on Ctrl-C) when the body raises.
+
+        Args:
+            name: Shown in the MLflow UI.
+            params: A possibly nested configuration, logged flattened. Not logged again when an
+                earlier run is continued.
+            tags: MLflow tags.
+            run_id: Continue this run instead of starting one.
+        """
+        run = self._continue(run_id) if run_id else self._create(name, params or {}, tags or {})
+        try:
+            yield run
+        except BaseException as error:
+            killed = isinstance(error, KeyboardInterrupt)
+            self._try_terminate(run, "KILLED" if killed else "FAILED")
+            raise
+        self._call("end the run", lambda: self._client.set_terminated(run.id, "FINISHED"))
+
+    def attach(self, run_id: str) -> Run:
+        """Log into a run whose life another process governs (a training worker uses this)."""
+        self._call(f"find run {run_id}", lambda: self._client.get_run(run_id))
+        return Run(self, run_id)
+
+    def _create(self, name: str, params: Mapping[str, Any], tags: Mapping[str, str]) -> Run:
+        def start() -> str:
+            from mlflow.entities import Param
+
+            run_id: str = self._client.create_run(
+                self._experiment_id, run_name=name, tags=dict(tags)
+            ).info.run_id
+            entries = [Param(key, value) for key, value in flatten(params).items()]
+            for first in range(0, len(entries), 100):  # MLflow takes 100 parameters a request
+                self._client.log_batch(run_id, params=entries[first : first + 100])
+            return run_id
+
+        return Run(self, self._call("start a run", start))
+
+    def _continue(self, run_id: str) -> Run:
+        run = self.attach(run_id)
+        self._call("continue the run", lambda: self._client.update_run(run_id, status="RUNNING"))
+        return run
+
+    def _try_terminate(self, run: Run, status: str) -> None:
+        try:
+            self._client.set_terminated(run.id, status)
+        except Exception:  # the body's own error is what the user must see
+            logging.getLogger(__name__).warning("MLflow run %s stays open", run.id)
+
+    def _find_or_create_experiment(self) -> str:
+        found = self._client.get_experiment_by_name(self.experiment)
+        if found is not None:
+            return str(found.experiment_id)
+        location = None
+        if database := _sqlite_file(self.uri):
+            location = (database.parent / "mlartifacts").as_uri()
+        return str(self._client.create_experiment(self.experiment, artifact_location=location))
+
+    def _call(self, what: str, action: Callable[[], ResultT]) -> ResultT:
+        try:
+            return action()
+        except Exception as error:
+            reason = " ".join(str(error).split()).split(" (Background on this error")[0]
+            raise TrackingError(f"MLflow at {self.uri} cannot {what}: {reason}") from error
+
+
+class Run:
+    """One MLflow run being logged to. ``id`` is MLflow's run id."""
+
+    def __init__(self, tracking: Tracking, run_id: str) -> None:
+        self.id = run_id
+        self._tracking = tracking
+        self._client: MlflowClient = tracking._client
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int = 0) -> None:
+        """Log numbers at ``step``."""
+        self.log_metric_rows([(step, metrics)])
+
+    def log_metric_rows(
+        self, rows: Sequence[tuple[int, Mapping[str, float]]], timestamp_ms: int | None = None
+    ) -> None:
+        """Log many ``(step, metrics)`` rows in as few requests as possible."""
+
+        def send() -> None:
+            from mlflow.entities import Metric
+
+            now = int(time.time() * 1000) if timestamp_ms is None else timestamp_ms
+            entries = [
+                Metric(key, float(value), now, step)
+                for step, metrics in rows
+                for key, value in metrics.items()
+            ]
+            for first in range(0, len(entries), _MAX_BATCH):
+                self._client.log_batch(self.id, metrics=entries[first : first + _MAX_BATCH])
+
+        self._tracking._call("log metrics", send)
+
+    def log_dict(self, values: Mapping[str, Any], name: str) -> None:
+        """Store ``values`` as the artifact ``name`` (``.json`` or ``.yaml``)."""
+        self._tracking._call(
+            f"store {name}", lambda: self._client.log_dict(self.id, dict(values), name)
+        )
+
+    def log_figure(self, figure: Any, name: str) -> None:
+        """Store a ``PIL.Image`` or a matplotlib figure as the artifact ``name`` (``.png``)."""
+        log: Callable[..., None] = self._client.log_figure
+        if not hasattr(figure, "savefig"):
+            log = self._client.log_image
+        self._tracking._call(f"store {name}", lambda: log(self.id, figure, artifact_file=name))
+
+    def log_text(self, text: str, name: str) -> None:
+        """Store ``text`` as the artifact ``name``."""
+        self._tracking._call(f"store {name}", lambda: self._client.log_text(self.id, text, name))
+
+    def log_artifact(self, path: str | Path, folder: str | None = None) -> None:
+        """Copy a local file into the run's artifacts, under ``folder``."""
+        self._tracking._call(
+            f"store {path}", lambda: self._client.log_artifact(self.id, str(path), folder)
+        )
+
+    def latest(self) -> tuple[dict[str, float], dict[str, str]]:
+        """The last value of every metric, and the tags: to watch what another process logs."""
+        found = self._tracking._call("be read", lambda: self._client.get_run(self.id))
+        return dict(found.data.metrics), dict(found.data.tags)
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Set MLflow tags on the run."""
+
+        def send() -> None:
+            for key, value in tags.items():
+                self._client.set_tag(self.id, key, value)
+
+        self._tracking._call("set tags", send)
+
+
+def _open_client(uri: str) -> MlflowClient:
+    # Jobs must not phone home, and MLflow's default of seven retries with doubling pauses turns an
+    # unreachable server into minutes of silence. All three stay the user's to set.
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+    for noisy in ("alembic", "mlflow.store.db.utils"):  # table creation, hundreds of lines
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    if database := _sqlite_file(uri):
+        database.parent.mkdir(parents=True, exist_ok=True)
+    elif urlparse(uri).scheme not in _REMOTE_SCHEMES and "://" not in uri:
+        raise ValueError(
+            "not a tracking URI; use sqlite:///FILE, http(s)://HOST:PORT or a database URI"
+        )
+    from mlflow import MlflowClient  # takes seconds to import, so only where a job does track
+
+    return MlflowClient(tracking_uri=uri)
+
+
+def _sqlite_file(uri: str) -> Path | None:
+    prefix = "sqlite:///"
+    return Path(uri[len(prefix) :]).resolve() if uri.startswith(prefix) else None

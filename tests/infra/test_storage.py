@@ -1,0 +1,225 @@
+"""The same calls against a local folder and a real S3 API."""
+
+from __future__ import annotations
+
+import errno
+import os
+import pickle
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from dim.errors import StorageError
+from infra import storage
+from infra.storage import Store, open_store
+
+
+@pytest.fixture(params=["local", "s3"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    uri = str(tmp_path / "out") if request.param == "local" else request.getfixturevalue("s3")
+    return open_store(storage.join(uri, "deep", "er"))
+
+
+def test_writes_and_reads(store: Store) -> None:
+    assert store.is_empty() and not store.exists("a.bin") and store.list() == []
+    store.write("a.bin", b"one")
+    store.write("x/b.bin", b"two!")
+    store.write("a.bin", b"three")
+    assert store.read("a.bin") == b"three"
+    assert store.list() == [("a.bin", 5), ("x/b.bin", 4)]
+    assert store.list("x") == [("x/b.bin", 4)]
+    assert store.list(suffix="b.bin") == [("x/b.bin", 4)]
+    assert store.is_file("a.bin") and store.exists("x") and not store.is_file("x")
+    assert not store.is_empty()
+
+
+def test_moves_and_deletes(store: Store) -> None:
+    store.write("a", b"1")
+    store.write("f/b", b"2")
+    store.move("a", "g/c")
+    store.delete("f")
+    store.delete("not there")
+    assert store.list() == [("g/c", 1)]
+    store.delete("g/c")
+    assert store.list() == []
+
+
+def test_reads_parts_of_a_file(store: Store) -> None:
+    store.write("a", b"0123456789")
+    with store.open_input("a") as file:
+        file.seek(3)
+        assert file.read(4) == b"3456"
+
+
+def test_travels_to_another_process(store: Store) -> None:
+    store.write("a", b"1")
+    copy = pickle.loads(pickle.dumps(store))
+    assert copy == store
+    assert copy.read("a") == b"1"
+
+
+def test_needs_no_environment_once_opened(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    frozen = pickle.dumps(open_store(s3))
+    for name in ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    thawed = pickle.loads(frozen)
+    thawed.write("a", b"1")
+    assert thawed.read("a") == b"1"
+    assert "test" not in repr(thawed.connection).replace("dim-test", "")
+
+
+def test_endpoint_in_the_address(
+    s3: str, s3_endpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("AWS_ENDPOINT_URL")
+    uri = f"{s3}/folder?endpoint_override={s3_endpoint}"
+    file = storage.join(uri, "a.txt")
+    assert file == f"{s3}/folder/a.txt?endpoint_override={s3_endpoint}"
+    storage.write_bytes(file, b"x")
+    assert storage.read_bytes(file) == b"x"
+    assert storage.exists(file) and storage.exists(uri)
+    assert open_store(uri).list() == [("a.txt", 1)]
+    assert os.environ["AWS_REQUEST_CHECKSUM_CALCULATION"] == "when_required"
+
+
+def test_a_missing_file_says_where(store: Store) -> None:
+    with pytest.raises(StorageError, match="not found: .*deep/er/gone.txt"):
+        store.read("gone.txt")
+    with pytest.raises(StorageError, match="not found: "):
+        store.open_input("gone.txt")
+
+
+def test_a_missing_bucket_says_so(s3_endpoint: str) -> None:
+    with pytest.raises(StorageError, match="cannot write s3://no-such/a: the bucket does not exi"):
+        open_store("s3://no-such").write("a", b"1")
+    with pytest.raises(StorageError, match="not found: s3://no-such/a"):
+        open_store("s3://no-such").read("a")
+
+
+@pytest.mark.parametrize(
+    ("uri", "complaint"),
+    [
+        ("", "address is empty"),
+        ("ftp://x/y", "use a local path, file:// or s3://"),
+        ("s3://", "names no bucket"),
+        ("s3://b/k?endpoint=http://x", "unknown option 'endpoint'"),
+    ],
+)
+def test_a_wrong_address_is_refused(uri: str, complaint: str) -> None:
+    with pytest.raises(StorageError, match=complaint):
+        open_store(uri)
+
+
+def test_local_addresses(tmp_path: Path) -> None:
+    assert storage.local_path(f"file://{tmp_path}/a%20b") == f"{tmp_path}/a b"
+    assert storage.is_local(str(tmp_path)) and not storage.is_local("s3://b/x?region=us-east-1")
+    with pytest.raises(StorageError, match="is not on this machine"):
+        storage.local_path("s3://b/x?region=us-east-1")
+    odd = tmp_path / "why?.txt"
+    storage.write_bytes(str(odd), b"1")
+    assert odd.read_bytes() == b"1"
+
+
+def test_a_file_is_seen_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store(str(tmp_path))
+    store.write("a", b"old")
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StorageError, match="cannot write .*/a: no space left on the disk"):
+        store.write("a", b"new")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert store.read("a") == b"old"
+
+
+def test_a_full_disk_is_named() -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+    with (
+        pytest.raises(StorageError, match="no space left on the disk"),
+        storage._errors("write", "x"),
+    ):
+        Path("/dev/full").write_bytes(b"1")
+
+
+def test_a_folder_where_a_file_should_be(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(StorageError, match="cannot write .*/file/a: (Not a directory|File exists)"):
+        open_store(str(tmp_path / "file")).write("a", b"1")
+
+
+def test_copies_folders_both_ways(tmp_path: Path, s3: str) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "b" / "c.txt").write_bytes(b"deep")
+    storage.upload_folder(tmp_path / "a", f"{s3}/up")
+    storage.download_folder(f"{s3}/up", tmp_path / "down")
+    assert (tmp_path / "down" / "b" / "c.txt").read_bytes() == b"deep"
+    with pytest.raises(StorageError, match="there is nothing at"):
+        storage.download_folder(f"{s3}/nothing", tmp_path / "down")
+
+
+def test_opens_the_shards_of_several_outputs(store: Store) -> None:
+    for name, value in (("one", 1), ("two", 2)):
+        buffer = pa.BufferOutputStream()
+        pq.write_table(pa.table({"a": [value]}), buffer)
+        store.write(f"{name}/data/part-00000.parquet", buffer.getvalue())
+        store.write(f"{name}/rejected/part-00000.parquet", b"not read")
+        store.write(f"{name}/manifest.json", b"{}")
+    both = storage.open_dataset([storage.join(store.uri, name) for name in ("one", "two")])
+    assert both.to_table()["a"].to_pylist() == [1, 2]
+    assert storage.open_dataset(storage.join(store.uri, "two")).count_rows() == 1
+
+
+def test_unfinished_data_sets_are_not_opened(store: Store) -> None:
+    with pytest.raises(StorageError, match="does not exist"):
+        storage.open_dataset(store.uri)
+    store.write("data/part-00000.parquet", b"half")
+    with pytest.raises(StorageError, match="is not finished"):
+        storage.open_dataset(store.uri)
+
+
+@pytest.fixture
+def busy_server() -> Iterator[tuple[str, list[str]]]:
+    """An S3 server that says 503 twice to every file it is asked for."""
+    asked: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            busy = asked.count(self.path) <= 2
+            body = b"" if busy else b"finally"
+            self.send_response(503 if busy else 200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(body)
+
+        do_HEAD = do_GET
+
+        def log_message(self, format: str, *args: object) -> None:
+            """Keep the test's output clean."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}", asked
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_busy_store_is_asked_again(busy_server: tuple[str, list[str]], s3_endpoint: str) -> None:
+    endpoint, asked = busy_server
+    uri = f"s3://bucket/a.txt?endpoint_override={endpoint}"
+    assert storage.read_bytes(uri) == b"finally"
+    assert len(asked) >= 3
