@@ -1,0 +1,92 @@
+"""DIM-Edit: raw pairs → filter → triage → blueprint → edit shards."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import ray.data
+import typer
+from pydantic import Field
+
+from dim import designers
+from dim.config import load_config
+from dim.designers import CallOptions
+from dim.records import EDIT, RAW_PAIR
+from infra.storage import Store
+from pipelines.command import ConfigFile, Out, Overrides, Overwrite, RetryFailed, settings, summary
+from pipelines.job import Job, JobConfig
+from pipelines.manifest import Manifest
+from pipelines.shards import Shards
+from pipelines.stages.design import WriteBlueprints
+from pipelines.stages.filters import FilterPairs, PairRules
+
+
+class EditConfig(JobConfig):
+    """How raw pairs become DIM-Edit."""
+
+    raw: str
+    """Address of the raw pairs, as ``dim data ingest`` makes them."""
+    designer: str
+    """Who writes the blueprints; see :mod:`dim.designers`."""
+    with_target: bool = True
+    """Show the designer the target, to judge and refine the instruction by it."""
+    filters: PairRules = PairRules()
+    calls: CallOptions = CallOptions()
+    workers: int = Field(1, ge=1)
+    """Processes that each hold a designer."""
+    cpus_per_worker: float = Field(0.5, gt=0)
+    """What each is reckoned to need: one that calls a server mostly waits."""
+    batch_size: int = Field(64, ge=1)
+    """Records that a stage works on at a time."""
+
+
+def run(config: EditConfig, *, overwrite: bool = False, retry_failed: bool = False) -> Manifest:
+    """Make DIM-Edit. See :meth:`pipelines.job.Job.run` for reruns and errors."""
+    designers.check(config.designer)
+    raw = Shards.open(config.raw, RAW_PAIR)
+    job = Job("edit", config, EDIT, identity=raw.identity, rows=raw.rows)
+    return job.run(
+        lambda: edit(raw, config, job.store), overwrite=overwrite, retry_failed=retry_failed
+    )
+
+
+def edit(raw: Shards, config: EditConfig, store: Store) -> ray.data.Dataset:
+    """Raw pairs → filter → triage and blueprint, which are one call."""
+    batches = {"batch_format": "pyarrow", "batch_size": config.batch_size}
+    return (
+        raw.read(config.batch_size)
+        .map_batches(FilterPairs(config.filters), **batches)
+        .map_batches(
+            WriteBlueprints,
+            fn_constructor_args=(config.designer, config.calls, config.with_target, store),
+            compute=ray.data.ActorPoolStrategy(size=config.workers),
+            num_cpus=config.cpus_per_worker,
+            **batches,
+        )
+    )
+
+
+def main(
+    raw: Annotated[str, typer.Option(help="Raw pairs: the output of `dim data ingest`.")],
+    designer: Annotated[
+        str, typer.Option(help="openai:MODEL@URL, replay:PATH, oracle, self or self:MODEL_FOLDER.")
+    ],
+    out: Out,
+    overrides: Overrides = None,
+    config: ConfigFile = None,
+    overwrite: Overwrite = False,
+    retry_failed: RetryFailed = False,
+) -> None:
+    """Make DIM-Edit from raw pairs: filter, triage, blueprint.
+
+    Killed and run again, no designer call that was answered is made twice.
+    """
+    given = settings(raw=raw, designer=designer, out=out)
+    chosen = load_config(EditConfig, config, [*(overrides or []), *given])
+    summary(out, run(chosen, overwrite=overwrite, retry_failed=retry_failed))
+
+
+if __name__ == "__main__":
+    from dim.cli import run as run_program
+
+    run_program(main)

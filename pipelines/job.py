@@ -1,0 +1,233 @@
+"""The frame of every data job: begin or find it done, run, commit, account, report."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import pyarrow as pa
+from pydantic import Field
+from ray.data import Dataset
+
+from dim.config import StrictModel, dump_config
+from dim.errors import DimError, InputError
+from dim.failures import find_dim_error
+from infra.storage import open_store
+from infra.tracking import Run, Tracking, default_uri
+from pipelines import manifest as manifests
+from pipelines.cluster import connect
+from pipelines.manifest import Counts, FileEntry, Manifest
+from pipelines.sink import FOLDERS, STAGING, OutcomeSink
+from pipelines.stages.outcome import FAILED, KEPT, REJECTED
+
+MARKER = "unfinished.json"
+
+# Settings that say how a job runs and not what comes out: they may differ between two runs.
+_HOW_ONLY = frozenset(
+    {
+        "out",
+        "batch_size",
+        "workers",
+        "cpus_per_worker",
+        "tracking",
+        "calls.in_flight",
+        "calls.timeout_s",
+        "calls.retries",
+    }
+)
+
+
+class TrackingConfig(StrictModel):
+    """Where a job's MLflow run goes. Without ``uri``: MLFLOW_TRACKING_URI, else a file in out."""
+
+    uri: str | None = None
+    experiment: str = "dim-data"
+
+
+class JobConfig(StrictModel):
+    """What every data job is told."""
+
+    out: str
+    """Address of the output folder."""
+    rows_per_file: int = Field(512, ge=1)
+    """Places in the input per output file; also the unit that depends on nothing else."""
+    tracking: TrackingConfig | None = None
+    """Log to MLflow. Without this, a job logs only if MLFLOW_TRACKING_URI is set."""
+
+
+class Job:
+    """One run of a data job.
+
+    Args:
+        name: what it is called in its manifest and in MLflow.
+        config: its settings.
+        schema: the columns of the records it keeps.
+        identity: what it reads, the same exactly when the input is the same.
+        rows: how many records it reads.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        config: JobConfig,
+        schema: pa.Schema,
+        *,
+        identity: Mapping[str, Any],
+        rows: int,
+    ) -> None:
+        self.name = name
+        self.store = open_store(config.out)
+        self._config = config
+        self._settings = dump_config(config)
+        self._schema = schema
+        self._identity = {**identity, "rows": rows}
+        self._rows = rows
+
+    def run(
+        self, build: Callable[[], Dataset], *, overwrite: bool = False, retry_failed: bool = False
+    ) -> Manifest:
+        """Bring the output folder to hold the records of ``build()``, and say what is in it.
+
+        A finished output of the same settings and input is left as it is, an unfinished one is
+        made again; answers that were paid for are kept in either case.
+
+        Args:
+            build: makes the data set of records with outcomes; only called when there is work.
+            overwrite: replace a finished output, whatever made it.
+            retry_failed: make a finished output again if records failed in it.
+
+        Raises:
+            InputError: the folder holds something else, and ``overwrite`` is not set.
+            StorageError: it cannot be written.
+            DimError: whatever stopped the job, in one sentence.
+        """
+        done = manifests.read(self.store)
+        if done is not None and not overwrite:
+            self._check_same(done)
+            if not (retry_failed and done.counts.failed):
+                return done
+        self._begin(overwrite=overwrite)
+        with _one_sentence(), self._tracked() as tracked:
+            connect()
+            started = time.monotonic()
+            manifest = self._write(build())
+            tracked(manifest, time.monotonic() - started)
+        return manifest
+
+    def _check_same(self, done: Manifest) -> None:
+        if done.job != self.name:
+            raise InputError(
+                f"{self.store.uri} holds the output of 'data {done.job}'; choose another --out"
+            )
+        changes = [
+            *manifests.differences(_what(done.config), _what(self._settings)),
+            *manifests.differences(done.input, self._identity, "input "),
+        ]
+        if changes:
+            raise InputError(
+                f"{self.store.uri} holds a finished output made otherwise ({changes[0]}"
+                f"{f' and {len(changes) - 1} more' if len(changes) > 1 else ''}); choose another "
+                "--out, or --overwrite it"
+            )
+
+    def _begin(self, *, overwrite: bool) -> None:
+        """Claim the folder, and clear what an earlier attempt left, but for its answers."""
+        ours = self.store.is_file(MARKER) or self.store.is_file(manifests.NAME)
+        if not ours and not self.store.is_empty():
+            raise InputError(
+                f"{self.store.uri} is not empty and holds no output of a data job; choose "
+                "another --out"
+            )
+        self.store.write(MARKER, f'{{"job": "{self.name}"}}\n'.encode())
+        for name in (manifests.NAME, STAGING, *FOLDERS.values()):
+            self.store.delete(name)
+
+    def _write(self, dataset: Dataset) -> Manifest:
+        sink = OutcomeSink(self.store, self._schema, self._config.rows_per_file)
+        dataset.write_datasink(sink)
+        files = sink.commit()
+        manifest = Manifest(
+            job=self.name,
+            config=self._settings,
+            input=self._identity,
+            counts=self._count(sink, files),
+            files=tuple(files),
+        )
+        manifests.write(self.store, manifest)
+        self.store.delete(STAGING)
+        self.store.delete(MARKER)
+        return manifest
+
+    def _count(self, sink: OutcomeSink, files: list[FileEntry]) -> Counts:
+        rows: Counter[str] = Counter()
+        for file in files:
+            rows[file.path.partition("/")[0]] += file.rows
+        reasons: Counter[str] = Counter()
+        for piece in sink.pieces:
+            reasons.update(piece.reasons)
+        counts = Counts(
+            input=self._rows,
+            kept=rows[FOLDERS[KEPT]],
+            rejected=rows[FOLDERS[REJECTED]],
+            failed=rows[FOLDERS[FAILED]],
+            by_reason=dict(sorted(reasons.items())),
+        )
+        if not counts.add_up():
+            raise DimError(f"the records of {self.store.uri} do not add up: {counts}")
+        return counts
+
+    @contextmanager
+    def _tracked(self) -> Iterator[Callable[[Manifest, float], None]]:
+        """An MLflow run around the job, if one is wanted, and how to report to it."""
+        chosen = self._config.tracking
+        if chosen is None and not os.environ.get("MLFLOW_TRACKING_URI"):
+            yield lambda manifest, seconds: None
+            return
+        chosen = chosen or TrackingConfig()
+        tracking = Tracking(chosen.uri or default_uri(self._config.out), chosen.experiment)
+        with tracking.run(f"data {self.name}", self._settings, {"job": self.name}) as run:
+            yield lambda manifest, seconds: _report(run, manifest, seconds)
+
+
+def _report(run: Run, manifest: Manifest, seconds: float) -> None:
+    counts = manifest.counts
+    run.log_metrics(
+        {
+            "input": counts.input,
+            "kept": counts.kept,
+            "rejected": counts.rejected,
+            "failed": counts.failed,
+            "seconds": seconds,
+            "records_per_second": counts.input / max(seconds, 1e-9),
+            **{f"rejected/{reason}": rows for reason, rows in counts.by_reason.items()},
+        }
+    )
+    run.log_dict(manifest.model_dump(mode="json"), manifests.NAME)
+
+
+def _what(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The settings that decide what comes out."""
+    chosen: dict[str, Any] = {}
+    for key, value in settings.items():
+        if f"{prefix}{key}" in _HOW_ONLY:
+            continue
+        chosen[key] = _what(value, f"{prefix}{key}.") if isinstance(value, dict) else value
+    return chosen
+
+
+@contextmanager
+def _one_sentence() -> Iterator[None]:
+    """Whatever Ray wrapped our errors in, raise the error itself."""
+    try:
+        yield
+    except DimError:
+        raise
+    except Exception as error:
+        known = find_dim_error(error)
+        if known is None:
+            raise
+        raise known from None

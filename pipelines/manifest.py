@@ -1,0 +1,91 @@
+"""The manifest: what a job read, what became of every record, and which files hold it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from pydantic import ValidationError
+
+from dim.config import StrictModel
+from dim.errors import StorageError
+from infra.storage import Store
+
+NAME = "manifest.json"
+VERSION = 1
+
+
+class FileEntry(StrictModel):
+    """One file of an output; ``path`` is relative to the manifest, ``bytes`` its size."""
+
+    path: str
+    rows: int
+    bytes: int
+    sha256: str
+
+
+class Counts(StrictModel):
+    """What became of the records; ``by_reason`` divides ``rejected`` by reason code."""
+
+    input: int
+    kept: int
+    rejected: int
+    failed: int
+    by_reason: dict[str, int]
+
+    def add_up(self) -> bool:
+        """Whether every record that went in came out exactly once."""
+        outcomes = self.kept + self.rejected + self.failed
+        return self.input == outcomes and self.rejected == sum(self.by_reason.values())
+
+
+class Manifest(StrictModel):
+    """Written last, so that its presence says that the output is complete.
+
+    ``input`` identifies what the job read: the same value and the same ``config`` give the same
+    files.
+    """
+
+    version: int = VERSION
+    job: str
+    config: dict[str, Any]
+    input: dict[str, Any]
+    counts: Counts
+    files: tuple[FileEntry, ...]
+
+    def rows_in(self, folder: str) -> int:
+        """Rows of all files below ``folder``."""
+        return sum(file.rows for file in self.files if file.path.startswith(f"{folder}/"))
+
+
+def read(store: Store) -> Manifest | None:
+    """The manifest of an output, or ``None`` while it is not finished.
+
+    Raises:
+        StorageError: there is one that is not readable.
+    """
+    if not store.is_file(NAME):
+        return None
+    try:
+        return Manifest.model_validate_json(store.read(NAME))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise StorageError(
+            f"{store.address(NAME)} is no manifest: {where} {first['msg']}"
+        ) from None
+
+
+def write(store: Store, manifest: Manifest) -> None:
+    """Write the manifest, at once and completely."""
+    store.write(NAME, (manifest.model_dump_json(indent=2) + "\n").encode())
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> Iterable[str]:
+    """The dotted names that differ between two configurations, with both values."""
+    for key in sorted(old.keys() | new.keys()):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            yield from differences(before, after, f"{prefix}{key}.")
+        elif before != after:
+            yield f"{prefix}{key} was {before!r} and is {after!r}"

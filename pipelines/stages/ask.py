@@ -1,0 +1,48 @@
+"""Asking once: what is stored is not asked again, and equal requests are one request."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol, TypeVar
+
+from dim.designers import OnAnswer, Reply
+from pipelines.answers import Answers
+
+RequestT = TypeVar("RequestT", contravariant=True)
+
+
+class Ask(Protocol[RequestT]):
+    """The method of a designer or captioner that answers many requests."""
+
+    def __call__(
+        self, requests: Sequence[RequestT], /, *, on_answer: OnAnswer | None = None
+    ) -> list[Reply]: ...
+
+
+def ask_once(
+    ask: Ask[RequestT], requests: Sequence[RequestT], keys: Sequence[str], answers: Answers | None
+) -> list[Reply]:
+    """One reply per request, in order.
+
+    Args:
+        ask: answers what is not known.
+        requests: what to ask.
+        keys: one per request; equal keys mean equal answers.
+        answers: where answers are kept the moment they arrive; ``None`` keeps none.
+    """
+    replies: dict[str, Reply] = {}
+    for key in keys:
+        stored = answers.get(key) if answers else None
+        if stored is not None:
+            replies[key] = stored
+    open_requests = {k: r for k, r in zip(keys, requests, strict=True) if k not in replies}
+    open_keys = list(open_requests)
+
+    def store(place: int, answer: str) -> None:
+        if answers is not None:
+            answers.add(open_keys[place], answer)
+
+    if open_keys:
+        fresh = ask(list(open_requests.values()), on_answer=store)
+        replies.update(zip(open_keys, fresh, strict=True))
+    return [replies[key] for key in keys]

@@ -1,0 +1,89 @@
+"""DIM-T2I: raw images → filter → long caption → T2I shards."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import ray.data
+import typer
+from pydantic import Field
+
+from dim import designers
+from dim.config import load_config
+from dim.designers import CallOptions
+from dim.records import RAW_IMAGE, T2I
+from infra.storage import Store
+from pipelines.command import ConfigFile, Out, Overrides, Overwrite, RetryFailed, settings, summary
+from pipelines.job import Job, JobConfig
+from pipelines.manifest import Manifest
+from pipelines.shards import Shards
+from pipelines.stages.caption import CaptionRules, WriteCaptions
+from pipelines.stages.filters import FilterImages, ImageRules
+
+
+class T2IConfig(JobConfig):
+    """How raw images become DIM-T2I."""
+
+    raw: str
+    """Address of the raw images, as ``dim data ingest`` makes them."""
+    captioner: str
+    """Who writes the captions: ``openai:MODEL@URL``, ``replay:PATH`` or ``oracle``."""
+    filters: ImageRules = ImageRules(min_side=512)
+    captions: CaptionRules = CaptionRules()
+    calls: CallOptions = CallOptions()
+    workers: int = Field(1, ge=1)
+    """Processes that each hold a captioner."""
+    cpus_per_worker: float = Field(0.5, gt=0)
+    """What each is reckoned to need: one that calls a server mostly waits."""
+    batch_size: int = Field(64, ge=1)
+    """Records that a stage works on at a time."""
+
+
+def run(config: T2IConfig, *, overwrite: bool = False, retry_failed: bool = False) -> Manifest:
+    """Make DIM-T2I. See :meth:`pipelines.job.Job.run` for reruns and errors."""
+    designers.check(config.captioner, captioner=True)
+    raw = Shards.open(config.raw, RAW_IMAGE)
+    job = Job("t2i", config, T2I, identity=raw.identity, rows=raw.rows)
+    return job.run(
+        lambda: caption(raw, config, job.store), overwrite=overwrite, retry_failed=retry_failed
+    )
+
+
+def caption(raw: Shards, config: T2IConfig, store: Store) -> ray.data.Dataset:
+    """Raw images → filter → long caption."""
+    batches = {"batch_format": "pyarrow", "batch_size": config.batch_size}
+    return (
+        raw.read(config.batch_size)
+        .map_batches(FilterImages(config.filters), **batches)
+        .map_batches(
+            WriteCaptions,
+            fn_constructor_args=(config.captioner, config.calls, config.captions, store),
+            compute=ray.data.ActorPoolStrategy(size=config.workers),
+            num_cpus=config.cpus_per_worker,
+            **batches,
+        )
+    )
+
+
+def main(
+    raw: Annotated[str, typer.Option(help="Raw images: the output of `dim data ingest`.")],
+    captioner: Annotated[str, typer.Option(help="openai:MODEL@URL, replay:PATH or oracle.")],
+    out: Out,
+    overrides: Overrides = None,
+    config: ConfigFile = None,
+    overwrite: Overwrite = False,
+    retry_failed: RetryFailed = False,
+) -> None:
+    """Make DIM-T2I from raw images: filter, and caption along 21 dimensions.
+
+    Killed and run again, no captioner call that was answered is made twice.
+    """
+    given = settings(raw=raw, captioner=captioner, out=out)
+    chosen = load_config(T2IConfig, config, [*(overrides or []), *given])
+    summary(out, run(chosen, overwrite=overwrite, retry_failed=retry_failed))
+
+
+if __name__ == "__main__":
+    from dim.cli import run as run_program
+
+    run_program(main)

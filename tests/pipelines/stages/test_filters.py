@@ -1,0 +1,211 @@
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from PIL import Image
+
+from dim import records
+from pipelines.stages.filters import (
+    FilterImages,
+    FilterPairs,
+    ImageRules,
+    PairRules,
+    changed_share,
+    check_pair,
+    luminance,
+    open_checked,
+    probe,
+    ssim,
+)
+from pipelines.stages.outcome import Rejection, to_table
+from pipelines.stages.readers import image_columns, pair_columns
+from tests.pipelines.samples import edited, encoded, photo
+
+RULES = PairRules(min_side=32)
+
+
+def bomb(side: int = 17_500) -> bytes:
+    """A PNG of a few hundred bytes that says it has 306 megapixels."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        check = struct.pack(">I", zlib.crc32(kind + body))
+        return struct.pack(">I", len(body)) + kind + body + check
+
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    data = zlib.compress(bytes(10_000))
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+    )
+
+
+def rejection(action: Any, *args: Any) -> Rejection:
+    with pytest.raises(Rejection) as caught:
+        action(*args)
+    return caught.value
+
+
+def pairs(*images: tuple[bytes, bytes], instruction: str | None = "Add a box.") -> pa.Table:
+    """Raw pairs as ingest would have made them, but for headers it would have refused."""
+    rows = []
+    for index, (image, target) in enumerate(images):
+        row = {
+            "id": str(index),
+            "index": index,
+            "source": "test",
+            "instruction": instruction,
+            "image": image,
+            "image_target": target,
+            "image_hash": records.sha256_hex(image),
+            "image_target_hash": records.sha256_hex(target),
+        }
+        rows.append(row)
+    return to_table(rows, records.RAW_PAIR).select(records.RAW_PAIR.names)
+
+
+def outcomes(table: pa.Table) -> list[str | None]:
+    return [row["reason"] or row["outcome"] for row in table.to_pylist()]
+
+
+def test_pairs_get_their_outcomes_in_one_pass() -> None:
+    source = photo(1)
+    good, target = encoded(source), encoded(edited(source))
+    small = encoded(photo(1, (20, 20)))
+    jpeg = encoded(source, "JPEG")
+    turned = encoded(edited(source).transpose(Image.Transpose.ROTATE_90))
+    batch = pairs(
+        (good, target),
+        (b"no image", target),
+        (good, b""),
+        (jpeg[: len(jpeg) // 2], target),
+        (small, small + b" "),
+        (bomb(), target),
+        (encoded(photo(1, (400, 40))), target),
+        (good, turned),
+        (good, good),
+        (good, encoded(source, "BMP")),
+        (good, encoded(photo(1).transpose(Image.Transpose.FLIP_TOP_BOTTOM))),
+    )
+    result = FilterPairs(RULES.model_copy(update={"min_ssim": 0.3}))(batch)
+    assert outcomes(result) == [
+        "kept",
+        "image.undecodable",
+        "image.undecodable",
+        "image.undecodable",
+        "image.too_small",
+        "image.too_large",
+        "image.aspect",
+        "pair.size_mismatch",
+        "pair.unchanged",
+        "pair.unchanged",
+        "pair.ssim_low",
+    ]
+    kept, *others = result.to_pylist()
+    assert kept["image"] == good and kept["image_target"] == target
+    assert all(row["image"] is None and row["image_target"] is None for row in others)
+    assert all(row["detail"] for row in others)
+    small_row = result.to_pylist()[4]
+    assert (small_row["value"], small_row["threshold"]) == (20.0, 32.0)
+
+
+def test_a_pair_without_an_instruction_is_rejected() -> None:
+    source = photo(1)
+    batch = pairs((encoded(source), encoded(edited(source))), instruction=" ")
+    assert outcomes(FilterPairs(RULES)(batch)) == ["pair.no_instruction"]
+
+
+def test_rows_that_are_out_already_are_left_alone() -> None:
+    first = FilterPairs(RULES)(pairs((b"x", b"y")))
+    again = FilterPairs(RULES)(first)
+    assert again.equals(first)
+
+
+def test_an_empty_batch_keeps_its_columns() -> None:
+    result = FilterPairs(RULES)(records.RAW_PAIR.empty_table())
+    assert result.num_rows == 0
+    assert set(records.RAW_PAIR.names) < set(result.schema.names)
+
+
+def test_single_images_are_filtered_alike() -> None:
+    rows = [
+        {"id": "a", "index": 0, "source": "t", **image_columns(encoded(photo(1)), None)},
+        {"id": "b", "index": 1, "source": "t", **image_columns(encoded(photo(1, (9, 9))), "hint")},
+    ]
+    table = to_table(rows, records.RAW_IMAGE)
+    assert outcomes(FilterImages(ImageRules(min_side=32))(table)) == ["kept", "image.too_small"]
+
+
+def test_headers_are_read_without_decoding() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    assert probe(encoded(photo(0)), "x") == (64, 48)
+    assert probe(encoded(photo(0), "JPEG", exif=exif), "x") == (48, 64)
+    assert rejection(probe, b"", "x").reason == "image.undecodable"
+    # within Pillow's own limit the header is fine, beyond it Pillow refuses
+    assert probe(bomb(10_000), "x") == (10_000, 10_000)
+    assert rejection(probe, bomb(), "x").reason == "image.too_large"
+
+
+def test_pixels_are_limited_before_decoding() -> None:
+    fault = rejection(open_checked, bomb(10_000), "x", RULES)
+    assert (fault.reason, fault.value, fault.threshold) == ("image.too_large", 1e8, 5e7)
+
+
+def test_photos_are_upright_when_they_are_compared() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    opened = open_checked(encoded(photo(0), "JPEG", exif=exif), "x", RULES)
+    assert opened.size == (48, 64)
+
+
+def test_pairs_of_different_size_are_compared_at_the_sources() -> None:
+    source = photo(3, (400, 300))
+    target = edited(source).resize((800, 600), Image.Resampling.BICUBIC)
+    check_pair(source, target, PairRules())
+    fault = rejection(check_pair, source, source.resize((800, 600)), PairRules())
+    assert fault.reason == "pair.unchanged"
+
+
+def test_compression_noise_is_no_change() -> None:
+    source = photo(4, (256, 256))
+    with Image.open(io.BytesIO(encoded(source, "JPEG", quality=60))) as noisy:
+        assert changed_share(np.asarray(source), np.asarray(noisy.convert("RGB"))) < 0.001
+
+
+def test_measures() -> None:
+    black, white = np.zeros((16, 16, 3), np.uint8), np.full((16, 16, 3), 255, np.uint8)
+    half = black.copy()
+    half[:8, :, 1] = 200
+    assert changed_share(black, white) == 1.0
+    assert changed_share(black, half) == 0.5
+    assert luminance(white).max() == pytest.approx(1.0)
+    ramp = luminance(np.asarray(photo(5)))
+    assert ssim(ramp, ramp) == pytest.approx(1.0)
+    assert ssim(ramp, 1 - ramp) < 0.1
+
+
+def test_real_edits_pass_the_default_rules(shared_real: Path) -> None:
+    """All 27, the nine in a new style included: at 32 px they keep a layout that others lack."""
+    folder = shared_real / "edit_pairs" / "image"
+    sources = sorted(folder.glob("*_source.jpg"))
+    opened = [open_checked(path.read_bytes(), path.name, PairRules()) for path in sources]
+    for path, source in zip(sources, opened, strict=True):
+        for version in ("target", "target_b", "target_c"):
+            file = path.with_name(path.name.replace("source", version))
+            check_pair(source, open_checked(file.read_bytes(), file.name, PairRules()), PairRules())
+    strict = PairRules(min_ssim=0.28)
+    for first, second in zip(opened, opened[1:], strict=False):
+        assert rejection(check_pair, first, second, strict).reason == "pair.ssim_low"
+
+
+def test_ingest_refuses_only_what_has_no_header() -> None:
+    good = encoded(photo(1), "JPEG")
+    assert pair_columns("x", good, good)["width"] == 64
+    assert rejection(pair_columns, "x", good, b"").detail == "the target is not an image"
+    assert image_columns(good, "a\ud800")["caption_hint"] == "a?"

@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dim.config import load_config
+from dim.errors import ConfigError
+from pipelines.edit import EditConfig
+from pipelines.ingest import IngestConfig
+from pipelines.job import JobConfig
+from pipelines.t2i import T2IConfig
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+EDIT = ["raw=in", "designer=oracle", "out=o"]
+T2I = ["raw=in", "captioner=oracle", "out=o"]
+
+
+@pytest.mark.parametrize(
+    ("cls", "name", "given"),
+    [(EditConfig, "data-edit.yaml", EDIT), (T2IConfig, "data-t2i.yaml", T2I)],
+)
+def test_the_files_for_photographs_hold_the_defaults(
+    cls: type[JobConfig], name: str, given: list[str]
+) -> None:
+    assert load_config(cls, CONFIGS / name, given) == load_config(cls, None, given)
+
+
+@pytest.mark.parametrize(
+    ("cls", "name", "given"),
+    [(EditConfig, "data-tabletop-edit.yaml", EDIT), (T2IConfig, "data-tabletop-t2i.yaml", T2I)],
+)
+def test_the_files_for_the_tabletop_can_be_read(
+    cls: type[JobConfig], name: str, given: list[str]
+) -> None:
+    assert load_config(cls, CONFIGS / name, given) != load_config(cls, None, given)
+
+
+@pytest.mark.parametrize(
+    ("given", "complaint"),
+    [
+        ([], "give exactly one of pairs, images, tabletop, tabletop_images"),
+        (["pairs=a", "tabletop=3"], "give exactly one"),
+        (["tabletop=0"], "greater than or equal to 1"),
+        (["tabletop=3", "kinds=[remove,dance]"], "unknown kind 'dance'"),
+        (["tabletop=3", "sizes=3"], "unknown key 'sizes' .*did you mean 'size'"),
+        (["tabletop=3", "rows_per_file=0"], "rows_per_file"),
+    ],
+)
+def test_wrong_settings_are_named(given: list[str], complaint: str) -> None:
+    with pytest.raises(ConfigError, match=complaint):
+        load_config(IngestConfig, None, ["out=o", *given])
