@@ -1,0 +1,216 @@
+"""The loop on one worker, without a cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+import pytest
+import torch
+
+from dim import model, records
+from dim.config import dump_config
+from dim.errors import CheckpointError, DimError, InputError
+from infra.tracking import Tracking
+from training import loop
+from training.data import open_samples
+from training.loop import DivergedError, train_loop_per_worker
+from training.stages import StageConfig
+from training.worker import Plan
+
+
+@pytest.fixture
+def start(
+    tiny_model_dir: Path, tmp_path: Path, tracking_uri: str, alone: Any
+) -> Callable[..., tuple[dict[str, Any], str]]:
+    """``start(stage=…, data=[…], …)``: run the loop; its answer and the MLflow run's id."""
+
+    def run(**settings: Any) -> tuple[dict[str, Any], str]:
+        defaults = {
+            "stage": "edit1",
+            "init": str(tiny_model_dir),
+            "out": str(tmp_path / "out"),
+            "steps": 3,
+            "batch_size": 2,
+            "learning_rate": 1e-3,
+            "log_every": 1,
+        }
+        config = StageConfig.model_validate(defaults | settings)
+        alone.folder = Path(config.out) / "checkpoints"
+        _, rows = open_samples(config.data, config.columns)
+        with Tracking(tracking_uri, "dim-training").run(config.stage) as mlflow_run:
+            plan = Plan(
+                config=config,
+                steps=config.steps or 1,
+                rows=rows,
+                tracking_uri=tracking_uri,
+                run_id=mlflow_run.id,
+            )
+            return train_loop_per_worker(dump_config(plan)), mlflow_run.id
+
+    return run
+
+
+def losses_of(tracking_uri: str, run_id: str) -> dict[int, float]:
+    history = mlflow.MlflowClient(tracking_uri).get_metric_history(run_id, "loss")
+    return {metric.step: metric.value for metric in history}
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    saved = model.load(folder)
+    return dict(saved.connector.state_dict()) | dict(saved.painter.state_dict())
+
+
+def test_text_to_image_trains_and_its_painter_becomes_an_edit_painter(
+    start: Callable[..., Any], tiny_model_dir: Path, t2i_data: str, edit_data: str, tmp_path: Path
+) -> None:
+    first = model.load(tiny_model_dir)
+    painter = first.config.painter.model_copy(update={"source_latent": False})
+    model.build(first.config.model_copy(update={"painter": painter})).save(tmp_path / "narrow")
+    answer, _ = start(
+        stage="t2i",
+        data=[t2i_data],
+        init=str(tmp_path / "narrow"),
+        out=str(tmp_path / "t2i"),
+        cache_features=False,
+    )
+    assert answer["error"] is None
+    painted = model.load(tmp_path / "t2i" / "model")
+    assert not painted.painter.takes_source
+    answer, _ = start(
+        data=[edit_data], init=str(tmp_path / "t2i" / "model"), out=str(tmp_path / "edit")
+    )
+    assert answer["error"] is None
+    edited = model.load(tmp_path / "edit" / "model")
+    kernel = edited.painter.network.patch_embed.proj.weight
+    assert kernel.shape[1] == 32 and kernel[:, 16:].abs().max() > 0
+    untouched = edited.conditioner.state_dict()
+    for name, tensor in first.conditioner.state_dict().items():
+        assert torch.equal(tensor, untouched[name]), name
+
+
+def test_cached_and_live_features_train_alike(
+    start: Callable[..., Any], edit_data: str, tracking_uri: str, tmp_path: Path
+) -> None:
+    _, cached = start(data=[edit_data], out=str(tmp_path / "a"))
+    _, live = start(data=[edit_data], out=str(tmp_path / "b"), cache_features=False)
+    one, other = losses_of(tracking_uri, cached), losses_of(tracking_uri, live)
+    assert list(one) == [1, 2, 3]
+    assert one == pytest.approx(other, rel=2e-2)
+
+
+def test_the_exported_weights_are_the_average(
+    start: Callable[..., Any], edit_data: str, tmp_path: Path, alone: Any, tiny_model_dir: Path
+) -> None:
+    answer, _ = start(data=[edit_data], ema_decay=0.9, out=str(tmp_path / "out"))
+    assert answer["error"] is None
+    with alone.checkpoint.as_directory() as folder:
+        saved = torch.load(Path(folder, "state.pt"), weights_only=True)
+    exported, begun = weights_of(tmp_path / "out" / "model"), weights_of(tiny_model_dir)
+    name = "network.proj_out.weight"
+    average, trained = saved["ema"][f"painter.{name}"], saved["module"][f"painter.{name}"]
+    assert torch.equal(exported[name], average)
+    assert not torch.equal(average, trained) and not torch.equal(average, begun[name])
+    assert saved["step"] == 3
+
+
+def test_a_run_goes_on_from_its_checkpoint_and_not_from_the_start(
+    start: Callable[..., Any],
+    edit_data: str,
+    tracking_uri: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    settings = {"data": [edit_data], "steps": 6, "checkpoint_every": 2, "ema_decay": 0.9}
+    _, through = start(**settings, out=str(tmp_path / "through"))
+
+    update = loop.update
+
+    def power_cut(worker: Any, step: int) -> Any:
+        if step == 5:
+            raise ConnectionError("the power went")
+        return update(worker, step)
+
+    monkeypatch.setattr(loop, "update", power_cut)
+    with pytest.raises(ConnectionError):
+        start(**settings, out=str(tmp_path / "resumed"))
+    monkeypatch.setattr(loop, "update", update)
+    answer, resumed = start(**settings, out=str(tmp_path / "resumed"))
+    assert answer["error"] is None
+    whole, rest = losses_of(tracking_uri, through), losses_of(tracking_uri, resumed)
+    assert list(rest) == [5, 6]
+    assert rest == {step: whole[step] for step in (5, 6)}
+    one, other = (weights_of(tmp_path / name / "model") for name in ("through", "resumed"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    status = mlflow.MlflowClient(tracking_uri).get_run(resumed).data.tags
+    assert "step 6/6" in status["status"]
+
+
+def test_a_diverging_run_stops_with_the_step(
+    start: Callable[..., Any], edit_data: str, tmp_path: Path
+) -> None:
+    answer, _ = start(data=[edit_data], steps=8, learning_rate=1e30, out=str(tmp_path / "out"))
+    assert isinstance(answer["error"], DivergedError)
+    message = str(answer["error"])
+    assert "at step 2 (loss" in message and "lower learning_rate" in message
+    assert not (tmp_path / "out" / "model").exists()
+
+
+def test_mistakes_are_returned_before_the_first_step(
+    start: Callable[..., Any], make_dataset: Callable[..., str], edit_data: str, tmp_path: Path
+) -> None:
+    def error_of(**settings: Any) -> DimError:
+        error = start(**settings)[0]["error"]
+        assert isinstance(error, DimError)
+        return error
+
+    row = {"id": "bad", "index": 0, "source": "s", "instruction": "x", "image": b"no"}
+    broken = make_dataset("broken", [row | {"image_target": b"no"}], records.EDIT)
+    assert "the image of sample bad" in str(error_of(data=[broken]))
+    assert isinstance(error_of(data=[broken]), InputError)
+    missing = error_of(data=[edit_data], init=str(tmp_path / "nothing"))
+    assert isinstance(missing, CheckpointError) and "neither a model folder nor" in str(missing)
+
+
+def test_a_checkpoint_of_another_model_is_refused(
+    start: Callable[..., Any], edit_data: str, alone: Any
+) -> None:
+    start(data=[edit_data], steps=1)
+    with alone.checkpoint.as_directory() as folder:
+        file = Path(folder, "state.pt")
+        saved = torch.load(file, weights_only=True)
+        saved["module"].pop("connector.0.weight")
+        torch.save(saved, file)
+    answer, _ = start(data=[edit_data], steps=2)
+    assert isinstance(answer["error"], CheckpointError)
+    assert "does not fit the model" in str(answer["error"])
+
+
+def test_updates_are_counted(
+    start: Callable[..., Any], edit_data: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    update = loop.update
+
+    def skipping(worker: Any, step: int) -> Any:
+        if step == 1:
+            worker.state.step = 2
+            return torch.zeros(()), torch.zeros(())
+        return update(worker, step)
+
+    monkeypatch.setattr(loop, "update", skipping)
+    with pytest.raises(RuntimeError, match=r"3 updates were asked for but \[2\] made"):
+        start(data=[edit_data])
+
+
+def test_metrics_reach_mlflow(start: Callable[..., Any], edit_data: str, tracking_uri: str) -> None:
+    _, run_id = start(data=[edit_data], warmup_steps=2)
+    client = mlflow.MlflowClient(tracking_uri)
+    rates = [metric.value for metric in client.get_metric_history(run_id, "learning_rate")]
+    assert np.allclose(rates, [5e-4, 1e-3, 1e-3])
+    latest = client.get_run(run_id).data.metrics
+    assert latest["progress"] == 1 and latest["features_done"] == 1
+    assert latest["grad_norm"] > 0 and latest["samples_per_second"] > 0
+    assert latest["epoch"] == pytest.approx(3 / 10)

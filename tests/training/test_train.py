@@ -1,0 +1,240 @@
+"""Stages on a real Ray Train: two workers, killed ones, the same weights in the end."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import psutil
+import pytest
+import torch
+
+from dim import model, records
+from dim.config import dump_config, validate_config
+from dim.errors import ConfigError, InputError, StorageError
+from infra.tracking import TrackingError
+from training import train
+from training.stages import StageConfig
+from training.train import StageResult, TrainingError
+
+STEPS = 12
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the tests here have in common; ``stage(**changes)`` makes a stage of it."""
+
+    values: dict[str, Any]
+
+    def stage(self, out: Path, **changes: Any) -> StageConfig:
+        return validate_config(
+            StageConfig, self.values | {"out": str(out)} | changes, where="test.yaml"
+        )
+
+
+@pytest.fixture(scope="module")
+def settings(
+    tiny_model_dir: Path, edit_data: str, held_out_data: str, tracking_uri: str
+) -> Settings:
+    return Settings(
+        {
+            "stage": "edit2",
+            "init": str(tiny_model_dir),
+            "data": [edit_data],
+            "text_mix": {"blueprint": 1, "instruction": 2},
+            "steps": STEPS,
+            "batch_size": 4,
+            "learning_rate": 1e-3,
+            "warmup_steps": 2,
+            "ema_decay": 0.9,
+            "changed_cell_weight": 5.0,
+            "workers": 2,
+            "log_every": 1,
+            "checkpoint_every": 4,
+            "max_failures": 0,
+            "validation": {"data": [held_out_data], "samples": 3, "steps": 2, "every": 6},
+            "tracking": {"uri": tracking_uri, "experiment": "test"},
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    ray_cluster: None, settings: Settings, tmp_path_factory: pytest.TempPathFactory
+) -> StageResult:
+    """Twelve steps on two workers without any trouble."""
+    return train.run(settings.stage(tmp_path_factory.mktemp("undisturbed")))
+
+
+def losses_of(tracking_uri: str, result: StageResult) -> dict[int, float]:
+    client = mlflow.MlflowClient(tracking_uri)
+    history = client.get_metric_history(result.mlflow_run_id, "loss")
+    return {metric.step: metric.value for metric in history}
+
+
+def weights_of(folder: str | Path) -> dict[str, torch.Tensor]:
+    saved = model.load(folder)
+    return dict(saved.connector.state_dict()) | dict(saved.painter.state_dict())
+
+
+def assert_close(one: str, other: str, tolerance: float) -> None:
+    expected = weights_of(other)
+    for name, tensor in weights_of(one).items():
+        assert torch.allclose(tensor, expected[name], atol=tolerance), name
+
+
+@contextmanager
+def worker_killed_after(checkpoint: str, out: Path) -> Iterator[None]:
+    """Kill one of this run's worker processes, once, as soon as ``checkpoint`` is committed."""
+    snapshot = out / "checkpoints" / "checkpoint_manager_snapshot.json"
+    killed = threading.Event()
+
+    def kill() -> None:
+        while not (snapshot.exists() and checkpoint in snapshot.read_text()):
+            if killed.wait(0.02):
+                return
+        descendants = psutil.Process().children(recursive=True)
+        next(p for p in descendants if "RayTrainWorker" in " ".join(p.cmdline())).kill()
+        killed.set()
+
+    thread = threading.Thread(target=kill, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        happened = killed.is_set()
+        killed.set()
+        thread.join()
+    assert happened, "the run ended before its worker could be killed"
+
+
+def test_a_stage_leaves_a_model_metrics_and_a_picture(
+    undisturbed: StageResult, settings: Settings, tracking_uri: str, tiny_model_dir: Path
+) -> None:
+    losses = losses_of(tracking_uri, undisturbed)
+    assert list(losses) == list(range(1, STEPS + 1))
+    assert sum(losses[step] for step in (10, 11, 12)) < sum(losses[step] for step in (1, 2, 3))
+    client = mlflow.MlflowClient(tracking_uri)
+    stored = client.get_run(undisturbed.mlflow_run_id)
+    assert stored.info.status == "FINISHED"
+    assert stored.data.params["learning_rate"] == "0.001"
+    assert stored.data.params["validation.samples"] == "3"
+    assert {"loss", "learning_rate", "samples_per_second", "grad_norm"} <= set(stored.data.metrics)
+    pictures = [file.path for file in client.list_artifacts(stored.info.run_id, "validation")]
+    assert pictures == ["validation/step-00000006.png", "validation/step-00000012.png"]
+    assert undisturbed.metrics["validation_exact"] >= 0
+    assert undisturbed.metrics["progress"] == 1
+    begun, trained = weights_of(tiny_model_dir), weights_of(undisturbed.model_dir)
+    assert any(not torch.equal(begun[name], trained[name]) for name in begun)
+
+
+def test_only_the_last_checkpoints_are_kept(undisturbed: StageResult) -> None:
+    kept = sorted(path.name for path in Path(undisturbed.checkpoint).parent.glob("step-*"))
+    assert kept == ["step-00000008", "step-00000012"]
+
+
+def test_a_finished_stage_is_handed_back_and_not_run_again(
+    undisturbed: StageResult, settings: Settings
+) -> None:
+    out = Path(undisturbed.model_dir).parent
+    before = time.monotonic()
+    assert train.run(settings.stage(out)) == undisturbed
+    assert train.run(settings.stage(out, workers=1, log_every=5)) == undisturbed
+    assert time.monotonic() - before < 10
+    with pytest.raises(ConfigError, match=r"finished run with other settings \(learning_rate\)"):
+        train.run(settings.stage(out, learning_rate=2e-3))
+
+
+def test_a_killed_worker_is_replaced_and_the_weights_are_the_same(
+    undisturbed: StageResult, settings: Settings, tracking_uri: str, tmp_path: Path
+) -> None:
+    with worker_killed_after("step-00000004", tmp_path):
+        result = train.run(settings.stage(tmp_path, max_failures=1))
+    assert losses_of(tracking_uri, result) == pytest.approx(losses_of(tracking_uri, undisturbed))
+    assert_close(result.model_dir, undisturbed.model_dir, 1e-6)
+
+
+def test_an_interrupted_stage_goes_on_with_another_number_of_workers(
+    undisturbed: StageResult, settings: Settings, tracking_uri: str, tmp_path: Path
+) -> None:
+    with (
+        worker_killed_after("step-00000004", tmp_path),
+        pytest.raises(TrainingError, match="stage edit2 failed after 0 restarts"),
+    ):
+        train.run(settings.stage(tmp_path, workers=1))
+    said: list[str] = []
+    result = train.run(
+        settings.stage(tmp_path), on_progress=lambda status, metrics: said.append(status)
+    )
+    assert any("resumed after step" in status for status in said)
+    curve, expected = losses_of(tracking_uri, result), losses_of(tracking_uri, undisturbed)
+    assert list(curve) == list(expected)
+    assert curve == pytest.approx(expected, rel=1e-2)  # other sums of the same numbers
+    assert_close(result.model_dir, undisturbed.model_dir, 5e-3)
+
+
+def test_a_bad_sample_of_one_worker_stops_all_with_its_name(
+    ray_cluster: None,
+    settings: Settings,
+    make_dataset: Callable[..., str],
+    edit_data: str,
+    tmp_path: Path,
+) -> None:
+    row = {"id": "bad", "index": 0, "source": "s", "instruction": "x", "blueprint": "y"}
+    broken = make_dataset("broken", [row | {"image": b"no", "image_target": b"no"}], records.EDIT)
+    config = settings.stage(tmp_path / "out", data=[edit_data, broken], validation=None)
+    with pytest.raises(InputError, match="the image of sample bad"):
+        train.run(config.model_copy(update={"max_failures": 5}))
+
+
+def test_mistakes_are_found_before_a_worker_starts(
+    settings: Settings, t2i_data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_trainer(plan: object) -> None:
+        raise AssertionError("a trainer was made")
+
+    monkeypatch.setattr(train, "make_trainer", no_trainer)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    nowhere = str(tmp_path / "nowhere")
+    mistakes: list[tuple[dict[str, Any], type[Exception], str]] = [
+        ({"data": [nowhere]}, StorageError, "nowhere does not exist"),
+        ({"data": [t2i_data]}, InputError, "lacks the column 'image_target'"),
+        ({"init": nowhere}, Exception, "no model folder or model YAML at"),
+        (
+            {"validation": {"data": [t2i_data]}},
+            InputError,
+            f"the training data in {t2i_data} lacks",
+        ),
+        (
+            {"tracking": {"uri": "http://127.0.0.1:9"}},
+            TrackingError,
+            "MLflow at http://127.0.0.1:9 cannot",
+        ),
+    ]
+    for changes, kind, message in mistakes:
+        with pytest.raises(kind, match=message) as caught:
+            train.run(settings.stage(tmp_path / "out", **changes))
+        assert "\n" not in str(caught.value)
+
+
+def test_a_wrong_key_is_one_clear_line(
+    settings: Settings, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    import yaml
+
+    from dim.cli import run as run_command
+
+    file = tmp_path / "stage.yaml"
+    values = dump_config(settings.stage(tmp_path / "out"))
+    file.write_text(yaml.safe_dump({**values, "learning_rat": 1}))
+    with pytest.raises(SystemExit) as caught:
+        run_command(train.main, [str(file), "workers=1"])
+    assert caught.value.code == 2
+    lines = [line for line in capfd.readouterr().err.splitlines() if line]
+    assert lines == [f"error: {file}: unknown key 'learning_rat' (did you mean 'learning_rate'?)"]

@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from PIL import Image
+
+from dim import model, tabletop
+from dim.errors import InputError
+from dim.model import DIM
+from training.stages import StageConfig
+from training.validation import Painted, Validation, _summarise, picture, target_scene
+from training.worker import read_validation
+
+SCENE = tabletop.sample_scene(np.random.default_rng(0))
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_model_dir: Path) -> DIM:
+    return model.load(tiny_model_dir)
+
+
+def stage(data: str, **validation: object) -> StageConfig:
+    held_out = {"data": [data], "samples": 3, "steps": 2, "batch_size": 2} | validation
+    return StageConfig.model_validate(
+        {
+            "stage": "edit1",
+            "init": "m",
+            "data": [data],
+            "out": "o",
+            "steps": 1,
+            "batch_size": 2,
+            "learning_rate": 1e-3,
+            "validation": held_out,
+        }
+    )
+
+
+def painted_by(tiny: DIM, config: StageConfig, table: pa.Table, world_size: int) -> list[Painted]:
+    samples: list[Painted] = []
+    for rank in range(world_size):
+        part = Validation(config, tiny, table, rank=rank, world_size=world_size)
+        samples += part._paint(0, len(part._numbers))
+    return sorted(samples, key=lambda sample: sample.number)
+
+
+def test_the_split_over_workers_changes_nothing(tiny: DIM, held_out_data: str) -> None:
+    config = stage(held_out_data)
+    table = read_validation(config)
+    alone, split = painted_by(tiny, config, table, 1), painted_by(tiny, config, table, 2)
+    assert [sample.number for sample in split] == [0, 1, 2]
+    for one, other in zip(alone, split, strict=True):
+        assert one.text == other.text
+        assert one.loss == pytest.approx(other.loss, rel=1e-3)
+        assert one.distance == pytest.approx(other.distance, abs=2e-3)
+
+
+def test_metrics_and_picture_of_a_run(tiny: DIM, held_out_data: str) -> None:
+    config = stage(held_out_data, grid_rows=2)
+    outcome = Validation(config, tiny, read_validation(config), rank=0, world_size=1).run()
+    assert outcome is not None
+    metrics, sheet = outcome
+    assert set(metrics) == {"validation_loss", "validation_distance", "validation_exact"}
+    assert metrics["validation_loss"] > 0 and 0 < metrics["validation_distance"] < 1
+    assert metrics["validation_exact"] == 0  # random weights paint no scene
+    assert sheet.height == 2 * 196 and sheet.width == 3 * 196 + 360
+
+
+def test_scores_of_a_perfect_and_of_a_wrong_image() -> None:
+    right = Painted(0, "text", (tabletop.render(SCENE, 64),) * 3, 0.5, 0.0, True)
+    wrong = Painted(1, "text", (Image.new("RGB", (64, 64)),) * 3, 1.5, 0.5, False)
+    other = Painted(2, "text", (Image.new("RGB", (64, 64)),) * 3, 1.0, 0.25, None)
+    assert _summarise([right, wrong, other]) == {
+        "validation_loss": 1.0,
+        "validation_distance": 0.25,
+        "validation_exact": 0.5,
+    }
+    assert "validation_exact" not in _summarise([other])
+
+
+def test_the_picture_shows_the_images_in_order() -> None:
+    colours = ("red", "green", "blue")
+    images = tuple(Image.new("RGB", (64, 64), colour) for colour in colours)
+    sheet = picture([Painted(0, "make it blue\n\nsecond line", images, 0, 0, None)])
+    for column, colour in enumerate(colours):
+        assert sheet.getpixel((column * 196 + 96, 96)) == Image.new("RGB", (1, 1), colour).getpixel(
+            (0, 0)
+        )
+    text = sheet.crop((3 * 196, 0, sheet.width, sheet.height)).convert("L")
+    assert text.getextrema()[1] > 200  # something is written there
+
+
+def test_the_scene_of_a_record() -> None:
+    as_text = json.dumps({"tabletop": {"target_scene": SCENE.to_json()}})
+    as_object = json.dumps({"tabletop": {"scene": json.loads(SCENE.to_json())}})
+    assert target_scene(as_text) == target_scene(as_object) == SCENE
+    assert target_scene(None) is None and target_scene('{"file": "a.png"}') is None
+    with pytest.raises(InputError, match="provenance is no JSON object"):
+        target_scene("[1")

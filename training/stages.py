@@ -1,0 +1,155 @@
+"""What a training stage is: its YAML, its defaults and its rules."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from dim.config import StrictModel
+
+StageName = Literal["t2i", "edit1", "edit2"]
+TextName = Literal["caption", "instruction", "blueprint"]
+
+_DEFAULT_TEXT: dict[StageName, TextName] = {
+    "t2i": "caption",
+    "edit1": "instruction",
+    "edit2": "blueprint",
+}
+# What may change between an interrupted run and its continuation: nothing that moves a weight.
+OPERATIONAL_KEYS = frozenset(
+    {
+        "out",
+        "workers",
+        "cpus_per_worker",
+        "use_gpu",
+        "encode_batch",
+        "log_every",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "max_failures",
+        "collective_timeout_s",
+        "validation",
+        "tracking",
+    }
+)
+
+
+class ValidationConfig(StrictModel):
+    """Held-out samples that are painted and scored during training."""
+
+    data: list[str] = Field(min_length=1)
+    samples: PositiveInt = 32
+    every: PositiveInt | None = None  # steps between two validations; None = at the end only
+    steps: PositiveInt = 12  # sampler steps
+    guidance_scale: float = 1.0
+    grid_rows: PositiveInt = 8  # samples shown in the picture that goes to MLflow
+    batch_size: PositiveInt = 32
+
+
+class TrackingConfig(StrictModel):
+    """Where MLflow lives. Without ``uri``: MLFLOW_TRACKING_URI, else SQLite in the stage's out."""
+
+    uri: str | None = None
+    experiment: str = "dim-training"
+
+
+class StageConfig(StrictModel):
+    """One training stage, as its YAML file says it.
+
+    ``init`` is a DIM folder (of an earlier stage or a download) or a model YAML to build from.
+    ``data`` are output folders of data jobs. Exactly one of ``steps`` and ``epochs`` is given.
+    """
+
+    stage: StageName
+    init: str
+    data: list[str] = Field(min_length=1)
+    out: str
+
+    text: TextName | None = None  # None = caption for t2i, instruction for edit1, else blueprint
+    text_mix: dict[TextName, PositiveFloat] | None = None  # instead: shares, drawn at each use
+
+    steps: PositiveInt | None = None
+    epochs: PositiveInt | None = None
+    batch_size: PositiveInt  # over all workers
+    learning_rate: PositiveFloat
+    warmup_steps: NonNegativeInt = 0
+    schedule: Literal["constant", "cosine"] = "constant"
+    weight_decay: float = Field(default=0.0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    grad_clip: PositiveFloat = 1.0
+    condition_dropout: float = Field(default=0.1, ge=0, le=1)
+    ema_decay: float | None = Field(default=None, gt=0, lt=1)
+    # How much more a latent cell counts whose source and target differ. 1 = the published loss.
+    changed_cell_weight: float = Field(default=1.0, ge=1)
+    seed: NonNegativeInt = 0
+
+    workers: PositiveInt = 1
+    cpus_per_worker: PositiveInt = 1
+    use_gpu: bool = False
+    precision: Literal["fp32", "bf16"] = "fp32"
+    cache_features: bool = True
+    encode_batch: PositiveInt = 64
+
+    log_every: PositiveInt = 10
+    checkpoint_every: PositiveInt | None = None  # steps; None = at the end only
+    keep_checkpoints: PositiveInt = 2
+    max_failures: int = Field(default=3, ge=-1)  # worker deaths survived; -1 = any number
+    collective_timeout_s: PositiveInt = 1800
+    validation: ValidationConfig | None = None
+    tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _check_together(self) -> StageConfig:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give exactly one of steps and epochs")
+        if self.batch_size % self.workers:
+            raise ValueError(
+                f"batch_size {self.batch_size} cannot be shared equally by {self.workers} workers"
+            )
+        wrong = [text for text in self.texts if (text == "caption") != (self.stage == "t2i")]
+        if wrong:
+            raise ValueError(f"stage {self.stage} cannot train on the text {wrong[0]!r}")
+        return self
+
+    @property
+    def edits(self) -> bool:
+        """Whether a source image is part of every sample."""
+        return self.stage != "t2i"
+
+    @property
+    def texts(self) -> tuple[TextName, ...]:
+        """Every text a sample may be trained on, in a fixed order."""
+        if self.text_mix:
+            return tuple(sorted(self.text_mix))
+        return (self.text or _DEFAULT_TEXT[self.stage],)
+
+    @property
+    def text_shares(self) -> tuple[float, ...]:
+        """The probability of each of ``texts``."""
+        if not self.text_mix:
+            return (1.0,)
+        total = sum(self.text_mix.values())
+        return tuple(self.text_mix[text] / total for text in self.texts)
+
+    @property
+    def validation_text(self) -> TextName:
+        """The text validation paints from: the most frequent one of training."""
+        return max(zip(self.text_shares, self.texts, strict=True))[1]
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns that the stage reads of its data."""
+        images = ["image", "image_target"] if self.edits else ["image"]
+        return ["id", *images, *self.texts]
+
+
+def learning_rate_at(config: StageConfig, step: int, steps: int) -> float:
+    """The learning rate of update ``step`` (from 0) of ``steps``: linear warm-up, then schedule."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return config.learning_rate
+    done = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
+    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * done))

@@ -1,0 +1,297 @@
+"""``dim train``: one training stage on Ray Train."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import ray
+import typer
+from ray.exceptions import RayActorError
+from ray.train import (
+    CheckpointConfig,
+    FailureConfig,
+    LoggingConfig,
+    RunConfig,
+    ScalingConfig,
+    TrainingFailedError,
+)
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from dim.config import dump_config, load_config
+from dim.errors import CheckpointError, DimError
+from dim.failures import explain, find_dim_error
+from infra import storage
+from infra.tracking import Run, Tracking, default_uri
+from training.data import open_samples
+from training.export import MODEL_FOLDER
+from training.loop import train_loop_per_worker
+from training.metrics import STATUS
+from training.order import SampleOrder
+from training.outcome import STAGE_FILE, StageRecord, identify, read_record
+from training.stages import StageConfig
+from training.worker import Plan
+
+_RAY_FOLDER = "checkpoints"
+OnProgress = Callable[[str, Mapping[str, float]], None]
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What a stage leaves behind. ``model_dir`` is a folder for ``dim.model.load``."""
+
+    model_dir: str
+    checkpoint: str
+    metrics: dict[str, float]
+    mlflow_run_id: str
+
+
+class TrainingError(DimError):
+    """The workers failed more often than ``max_failures`` allows."""
+
+
+def run(
+    config: StageConfig, *, fresh: bool = False, on_progress: OnProgress | None = None
+) -> StageResult:
+    """Train a stage, or go on with it, or hand back what an earlier call finished.
+
+    Args:
+        config: The stage.
+        fresh: Discard what an earlier run left in ``out``.
+        on_progress: Called every second or so with what rank 0 last said (one line or several)
+            and the latest metrics: ``progress`` (0 to 1), ``loss``, ``samples_per_second``, …,
+            and before the first step ``features_done`` (0 to 1).
+
+    Raises:
+        DimError: configuration, data, model, tracker or storage are not as they must be (before
+            the first step), the training diverged, or workers failed too often.
+    """
+    config = _absolute(config)
+    steps, rows = _check(config)
+    if fresh:
+        _discard(config.out)
+    identity, earlier = identify(config, steps), read_record(config.out)
+    if earlier is not None:
+        earlier.check_same(identity, config.out)
+        if earlier.finished:
+            return _result(config, earlier)
+    uri = config.tracking.uri or default_uri(config.out)
+    tracking = Tracking(uri, config.tracking.experiment)
+    settings = dump_config(config)
+    with (
+        ray_session(config),
+        tracking.run(
+            config.stage,
+            settings,
+            {"stage": config.stage, "init": config.init},
+            run_id=earlier.run_id if earlier else None,
+        ) as mlflow_run,
+    ):
+        record = StageRecord(identity, settings, mlflow_run.id)
+        record.write(config.out)
+        mlflow_run.log_dict(settings, "stage.json")  # also proves that artifacts can be stored
+        plan = Plan(config=config, steps=steps, rows=rows, tracking_uri=uri, run_id=mlflow_run.id)
+        with _watch(mlflow_run, on_progress):
+            record = _fit(plan, record)
+    record.write(config.out)
+    return _result(config, record)
+
+
+def make_trainer(plan: Plan) -> TorchTrainer:
+    """The Ray Train job of a stage."""
+    config = plan.config
+    store = storage.open_store(config.out)
+    return TorchTrainer(
+        train_loop_per_worker,
+        train_loop_config=dump_config(plan),
+        torch_config=TorchConfig(timeout_s=config.collective_timeout_s),
+        scaling_config=ScalingConfig(
+            num_workers=config.workers,
+            use_gpu=config.use_gpu,
+            resources_per_worker={
+                "CPU": config.cpus_per_worker,
+                **({"GPU": 1} if config.use_gpu else {}),
+            },
+        ),
+        run_config=RunConfig(
+            name=_RAY_FOLDER,
+            storage_path=store.root,
+            storage_filesystem=store.filesystem,
+            checkpoint_config=CheckpointConfig(num_to_keep=config.keep_checkpoints),
+            failure_config=FailureConfig(max_failures=config.max_failures),
+            logging_config=LoggingConfig(log_level="WARNING"),
+        ),
+    )
+
+
+def main(
+    stage: Annotated[Path, typer.Argument(help="A stage file, such as configs/tiny-t2i.yaml.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Settings of the file to change: key.sub=value.")
+    ] = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Discard what an earlier run left in the output.")
+    ] = False,
+) -> None:
+    """Train one stage from a YAML file.
+
+    An interrupted run goes on where its last checkpoint stands; a finished one is not run again.
+    """
+    from rich.console import Console
+
+    from training.progress import progress_bar
+
+    config = load_config(StageConfig, stage, overrides or [])
+    console = Console()
+    with progress_bar(console, config.stage) as on_progress:
+        result = run(config, fresh=fresh, on_progress=on_progress)
+    for name, value in result.metrics.items():
+        if name == "loss" or name.startswith("validation_"):
+            console.print(f"{name}: {value:.4g}")
+    console.print(f"model: {result.model_dir}", soft_wrap=True)
+    console.print(f"MLflow run: {result.mlflow_run_id}")
+
+
+@contextmanager
+def ray_session(config: StageConfig) -> Iterator[None]:
+    """Ray is there inside: the caller's, the cluster in RAY_ADDRESS, or one on this machine."""
+    if ray.is_initialized():
+        yield
+        return
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init()
+    else:
+        needed = config.workers * config.cpus_per_worker
+        cpus = max(needed, os.cpu_count() or 1)
+        # What the workers say comes through on_progress; Ray's own lines stay in its log files.
+        ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _fit(plan: Plan, record: StageRecord) -> StageRecord:
+    """Run the trainer; its outcome as the finished record, its troubles as one sentence."""
+    try:
+        with _restored_sigint():
+            result = make_trainer(plan).fit()
+    except TrainingFailedError as error:
+        if (known := find_dim_error(error)) is not None:
+            raise known from error
+        raise TrainingError(
+            f"stage {plan.config.stage} failed after {plan.config.max_failures} restarts: "
+            f"{explain(error).sentence}"
+        ) from error
+    outcome = result.return_value
+    if outcome["error"] is not None:
+        raise outcome["error"]
+    return StageRecord(
+        record.identity,
+        record.config,
+        record.run_id,
+        finished=True,
+        metrics=outcome["metrics"],
+        checkpoint=result.checkpoint.path,
+    )
+
+
+@contextmanager
+def _restored_sigint() -> Iterator[None]:
+    """Ctrl-C inside is a ``KeyboardInterrupt``, and outside it does what it did before.
+
+    Ray Train installs a handler of its own that ends the controller, and leaves it installed.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except (SystemExit, RayActorError) as error:
+        if signal.getsignal(signal.SIGINT) is before:
+            raise
+        raise KeyboardInterrupt from error
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def _watch(mlflow_run: Run, on_progress: OnProgress | None) -> Iterator[None]:
+    """Tell ``on_progress`` what rank 0 logs, while the trainer blocks this thread."""
+    if on_progress is None:
+        yield
+        return
+    stopped = threading.Event()
+
+    def watch() -> None:
+        while not stopped.wait(1.0):
+            metrics, tags = mlflow_run.latest()
+            on_progress(tags.get(STATUS, ""), metrics)
+
+    thread = threading.Thread(target=watch, name="progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stopped.set()
+        thread.join()
+
+
+def _absolute(config: StageConfig) -> StageConfig:
+    """Local paths made absolute: Ray Train gives its workers another working directory."""
+    changes: dict[str, Any] = {
+        "init": _absolute_uri(config.init),
+        "out": _absolute_uri(config.out),
+        "data": [_absolute_uri(uri) for uri in config.data],
+    }
+    if config.validation is not None:
+        held_out = [_absolute_uri(uri) for uri in config.validation.data]
+        changes["validation"] = config.validation.model_copy(update={"data": held_out})
+    return config.model_copy(update=changes)
+
+
+def _absolute_uri(uri: str) -> str:
+    store = storage.open_store(uri)
+    return store.root if store.is_local else uri
+
+
+def _check(config: StageConfig) -> tuple[int, int]:
+    """Steps and rows of the stage, after everything that can be known to be wrong was checked."""
+    if not storage.exists(config.init):
+        raise CheckpointError(f"init: there is no model folder or model YAML at {config.init}")
+    _, rows = open_samples(config.data, config.columns)
+    if config.validation is not None:
+        open_samples(config.validation.data, config.columns)
+    if config.steps is not None:
+        return config.steps, rows
+    assert config.epochs is not None
+    order = SampleOrder(rows, config.batch_size, config.seed)
+    return config.epochs * order.steps_per_epoch, rows
+
+
+def _discard(out: str) -> None:
+    store = storage.open_store(out)
+    for name in (_RAY_FOLDER, MODEL_FOLDER, STAGE_FILE):
+        store.delete(name)
+
+
+def _result(config: StageConfig, record: StageRecord) -> StageResult:
+    return StageResult(
+        model_dir=storage.join(config.out, MODEL_FOLDER),
+        checkpoint=record.checkpoint,
+        metrics=record.metrics,
+        mlflow_run_id=record.run_id,
+    )
+
+
+if __name__ == "__main__":
+    from dim.cli import run as run_command
+
+    run_command(main)

@@ -1,0 +1,226 @@
+"""Painting held-out samples during training: numbers, and a picture for the eye.
+
+The samples are split over the workers, so none waits for another one's validation. The numbers
+do not depend on how they were split.
+"""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import torch
+import torch.distributed as dist
+from PIL import Image, ImageDraw, ImageFont
+
+from dim import tabletop
+from dim.errors import InputError
+from dim.images import decode_image
+from dim.model import DIM, flow, sampler
+from dim.model.pictures import to_images
+from training.draws import Draws, draw
+from training.features import CachedFeatures, Features, FrozenEncoder
+from training.stages import StageConfig, ValidationConfig
+
+_CELL = 192  # pixels of an image in the picture
+_TEXT_WIDTH = 360
+_LINE = 12
+
+
+@dataclass(frozen=True)
+class Painted:
+    """One validation sample after painting: images are RGB, ``exact`` only where it is known."""
+
+    number: int
+    text: str
+    images: tuple[Image.Image, ...]  # source (edits only), painted, target
+    loss: float
+    distance: float  # mean absolute difference to the target, 0 to 1
+    exact: bool | None
+
+
+class Validation:
+    """One worker's share of the held-out samples, their features computed once.
+
+    Args:
+        config: The stage, with its ``validation`` section.
+        model: Painted with; its weights are whatever they are at the time of a call.
+        table: All held-out rows, the same on every worker.
+        rank, world_size: Which of them are this worker's.
+    """
+
+    def __init__(
+        self, config: StageConfig, model: DIM, table: pa.Table, *, rank: int, world_size: int
+    ) -> None:
+        assert config.validation is not None
+        self._config: ValidationConfig = config.validation
+        self._seed = config.seed
+        self._model = model
+        self._schedule = flow.FlowSchedule(model.config.sampling.shift)
+        self._numbers = list(range(rank, table.num_rows, world_size))
+        self._table = table.take(pa.array(self._numbers, pa.int64()))
+        self._edits = config.edits
+        self._text = config.validation_text
+        self._features: CachedFeatures | None = None
+        if self._numbers:
+            encoder = FrozenEncoder(
+                model, edits=config.edits, resolution=model.config.sampling.resolution
+            )
+            self._features = CachedFeatures(
+                encoder, self._table, [self._text], encode_batch=config.encode_batch
+            )
+
+    @torch.no_grad()
+    def run(self) -> tuple[dict[str, float], Image.Image] | None:
+        """Paint and score. Every worker calls this; rank 0 gets the metrics and the picture.
+
+        Metrics: ``validation_loss`` (flow matching, the same noise each time),
+        ``validation_distance`` (mean absolute pixel difference to the target, 0 to 1) and, where
+        the target scene is known, ``validation_exact`` (share painted exactly).
+        """
+        painted: list[Painted] = []
+        for first in range(0, len(self._numbers), self._config.batch_size):
+            painted += self._paint(first, min(first + self._config.batch_size, len(self._numbers)))
+        everything = _gather(painted)
+        if everything is None:
+            return None
+        everything.sort(key=lambda sample: sample.number)
+        return _summarise(everything), picture(everything[: self._config.grid_rows])
+
+    def _paint(self, first: int, last: int) -> list[Painted]:
+        assert self._features is not None
+        places = np.arange(first, last)
+        batch = self._features.batch(places, np.zeros(len(places), np.int64))
+        batch = batch.to(self._model.painter.null_condition.device)
+        # A sample's noise depends on its number only: the split over workers changes nothing.
+        draws = draw(
+            self._seed,
+            0,
+            [self._numbers[place] for place in places],
+            tuple(batch.latent.shape[1:]),  # type: ignore[arg-type]
+            dropout=0.0,
+        )
+        losses, images = self._losses(batch, draws), self._images(batch, draws)
+        return [
+            self._score(place, image, loss)
+            for place, image, loss in zip(places.tolist(), images, losses, strict=True)
+        ]
+
+    def _losses(self, batch: Features, draws: Draws) -> list[float]:
+        rows = flow.loss(
+            self._model.painter,
+            batch.latent,
+            draws.noise.to(batch.latent.device),
+            draws.index,
+            self._model.connector(batch.hidden_states),
+            batch.mask,
+            source_latent=batch.source_latent,
+            schedule=self._schedule,
+        )
+        return rows.tolist()
+
+    def _images(self, batch: Features, draws: Draws) -> list[Image.Image]:
+        latent = sampler.sample(
+            self._model.painter,
+            draws.noise.to(batch.latent.device),
+            self._model.connector(batch.hidden_states),
+            batch.mask,
+            source_latent=batch.source_latent,
+            steps=self._config.steps,
+            guidance_scale=self._config.guidance_scale,
+            shift=self._model.config.sampling.shift,
+        )
+        return to_images(self._model.autoencoder.decode(latent))
+
+    def _score(self, place: int, image: Image.Image, loss: float) -> Painted:
+        row = self._table.slice(place, 1).to_pylist()[0]
+        target = self._fit(row["image_target" if self._edits else "image"], row["id"])
+        shown = [self._fit(row["image"], row["id"])] if self._edits else []
+        difference = np.abs(np.asarray(image, np.float32) - np.asarray(target, np.float32))
+        return Painted(
+            number=self._numbers[place],
+            text=row[self._text],
+            images=(*shown, image, target),
+            loss=loss,
+            distance=float(difference.mean()) / 255,
+            exact=_is_exact(image, row.get("provenance")),
+        )
+
+    def _fit(self, data: bytes, sample: str) -> Image.Image:
+        image = decode_image(data, name=f"an image of sample {sample}")
+        resolution = self._model.config.sampling.resolution
+        return to_images(self._model.autoencoder.prepare(image, resolution)[None])[0]
+
+
+def picture(samples: Sequence[Painted]) -> Image.Image:
+    """One row per sample: source | painted | target, and the text it was painted from."""
+    columns = len(samples[0].images)
+    sheet = Image.new("RGB", (columns * (_CELL + 4) + _TEXT_WIDTH, len(samples) * (_CELL + 4)))
+    pen = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(_LINE - 2)
+    for row, sample in enumerate(samples):
+        top = row * (_CELL + 4)
+        for column, image in enumerate(sample.images):
+            resample = Image.Resampling.NEAREST if image.width < _CELL else None
+            sheet.paste(image.resize((_CELL, _CELL), resample), (column * (_CELL + 4), top))
+        lines = [line for part in sample.text.splitlines() for line in textwrap.wrap(part, 64)]
+        pen.multiline_text(
+            (columns * (_CELL + 4) + 4, top + 2),
+            "\n".join(lines[: _CELL // _LINE]),
+            font=font,
+            spacing=2,
+            fill="white",
+        )
+    return sheet
+
+
+def _gather(painted: list[Painted]) -> list[Painted] | None:
+    """Every worker's samples, on rank 0."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return painted
+    parts: list[list[Painted]] | None = None
+    if dist.get_rank() == 0:
+        parts = [[] for _ in range(dist.get_world_size())]
+    dist.gather_object(painted, parts)
+    return None if parts is None else [sample for part in parts for sample in part]
+
+
+def _summarise(samples: Sequence[Painted]) -> dict[str, float]:
+    metrics = {
+        "validation_loss": float(np.mean([sample.loss for sample in samples])),
+        "validation_distance": float(np.mean([sample.distance for sample in samples])),
+    }
+    judged = [sample.exact for sample in samples if sample.exact is not None]
+    if judged:
+        metrics["validation_exact"] = float(np.mean(judged))
+    return metrics
+
+
+def _is_exact(image: Image.Image, provenance: str | None) -> bool | None:
+    """Whether the tabletop scene in ``provenance`` is what ``image`` shows; ``None``: no scene."""
+    scene = target_scene(provenance)
+    return None if scene is None else tabletop.exact(image, scene)
+
+
+def target_scene(provenance: str | None) -> tabletop.Scene | None:
+    """The scene that a tabletop record's image to paint shows, or ``None`` for other records.
+
+    Raises:
+        InputError: the provenance is no JSON or its scene is none.
+    """
+    if not provenance:
+        return None
+    try:
+        origin = json.loads(provenance).get("tabletop")
+    except (ValueError, AttributeError):
+        raise InputError(f"a record's provenance is no JSON object: {provenance[:80]!r}") from None
+    if not origin:
+        return None
+    scene = origin.get("target_scene") or origin.get("scene")
+    if scene is None:
+        return None
+    return tabletop.Scene.from_json(scene if isinstance(scene, str) else json.dumps(scene))
