@@ -1,0 +1,136 @@
+"""What a client reads when something went wrong: a status, and one sentence in OpenAI's shape."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from fastapi import Request, Response
+from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import (
+    BackPressureError,
+    DeploymentUnavailableError,
+    ReplicaUnavailableError,
+)
+from starlette.exceptions import HTTPException
+
+from dim.errors import DesignerError, DimError
+from dim.failures import find_dim_error
+
+logger = logging.getLogger("ray.serve")
+
+
+class BadRequestError(DimError):
+    """The client sent something that is not a request this server understands."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class TooLargeError(DimError):
+    """The request exceeds a limit on size."""
+
+
+class BusyError(DimError):
+    """As much work is admitted as the server takes on at once."""
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class NotReadyError(DimError):
+    """A deployment has no healthy replica at the moment."""
+
+
+def error_response(error: BaseException) -> JSONResponse:
+    """The response for ``error``, however often Ray wrapped it."""
+    known = find_dim_error(error)
+    if isinstance(known, BusyError):
+        return _busy(str(known), known.retry_after_s)
+    if isinstance(known, TooLargeError):
+        return answer(413, str(known), "invalid_request_error", code="request_too_large")
+    if isinstance(known, NotReadyError):
+        return answer(503, str(known), "server_error", code="not_ready", retry_after_s=5)
+    if isinstance(known, DesignerError):
+        # The same question to the same designer costs again and answers the same: say so to SDKs.
+        return answer(502, str(known), "designer_error", code="designer_failed", retry=False)
+    if known is not None:
+        param = getattr(known, "param", None)
+        return answer(400, str(known), "invalid_request_error", param=param)
+    return _machine_error(error)
+
+
+def _machine_error(error: BaseException) -> JSONResponse:
+    for wrapped in _each(error):
+        if isinstance(wrapped, BackPressureError):
+            return _busy("the server is busy; try again later", 2)
+        if isinstance(wrapped, TimeoutError | asyncio.TimeoutError):
+            return answer(504, "the request took too long and was given up", "server_error")
+        if isinstance(
+            wrapped, DeploymentUnavailableError | ReplicaUnavailableError | RayActorError
+        ):
+            return answer(
+                503, "a part of the server is restarting; try again", "server_error",
+                code="not_ready", retry_after_s=5,
+            )  # fmt: skip
+    logger.error("a request failed", exc_info=error)
+    return answer(500, "the server failed on this request; its log says why", "server_error")
+
+
+def _each(error: BaseException) -> list[BaseException]:
+    members = list(error.exceptions) if isinstance(error, BaseExceptionGroup) else []
+    return [error, *members]
+
+
+def _busy(message: str, retry_after_s: float) -> JSONResponse:
+    return answer(429, message, "rate_limit_error", code="server_busy", retry_after_s=retry_after_s)
+
+
+def answer(
+    status: int,
+    message: str,
+    kind: str,
+    *,
+    param: str | None = None,
+    code: str | None = None,
+    retry_after_s: float | None = None,
+    retry: bool | None = None,
+) -> JSONResponse:
+    """An error response. ``retry=False`` tells OpenAI's SDKs not to repeat the request."""
+    headers = {}
+    if retry_after_s is not None:
+        headers["Retry-After"] = str(max(1, math.ceil(retry_after_s)))
+    if retry is not None:
+        headers["X-Should-Retry"] = str(retry).lower()
+    body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+    return JSONResponse(body, status_code=status, headers=headers)
+
+
+def on_http_error(_request: Request, error: Exception) -> JSONResponse:
+    """Unknown paths and methods, in the same shape as every other error."""
+    status = error.status_code if isinstance(error, HTTPException) else 500
+    said = error.detail if isinstance(error, HTTPException) else "internal error"
+    return answer(status, str(said), "invalid_request_error")
+
+
+class OpenAIErrorRoute(APIRoute):
+    """A route whose failures are answered by ``error_response``."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """FastAPI's handler for this route, with the errors caught."""
+        handle = super().get_route_handler()
+
+        async def guarded(request: Request) -> Response:
+            try:
+                return await handle(request)
+            except Exception as error:
+                return error_response(error)
+
+        return guarded

@@ -1,0 +1,106 @@
+"""What travels between the deployments. Images travel encoded, as in the data path."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from dim.errors import DimError
+
+
+@dataclass(frozen=True)
+class DesignJob:
+    """One blueprint to write. ``image``: PNG bytes; ``designer``: a spec the server knows."""
+
+    designer: str
+    image: bytes
+    instruction: str
+
+
+@dataclass(frozen=True)
+class EditJob:
+    """One edit to paint from ``text`` (a blueprint, or the instruction). ``image``: PNG bytes."""
+
+    image: bytes
+    text: str
+    seed: int
+    steps: int
+    guidance_scale: float
+
+
+@dataclass(frozen=True)
+class GenerateJob:
+    """One image to paint from ``prompt``. ``size``: (width, height) in pixels."""
+
+    prompt: str
+    size: tuple[int, int]
+    seed: int
+    steps: int
+    guidance_scale: float
+
+
+@dataclass(frozen=True)
+class Painted:
+    """A painted image as PNG bytes, and how many images shared its forward passes."""
+
+    png: bytes
+    batch_size: int
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What the served model does unless a request says otherwise.
+
+    ``resolution``: side of an edit, in pixels. ``size_multiple``: what the sides of a generated
+    image must be multiples of (pixels per latent cell).
+    """
+
+    resolution: int
+    size_multiple: int
+    steps: int
+    guidance_scale: float
+
+
+JobT = TypeVar("JobT")
+ResultT = TypeVar("ResultT")
+
+
+def in_groups(
+    jobs: Sequence[JobT],
+    key: Callable[[JobT], object],
+    work: Callable[[Sequence[JobT]], Sequence[ResultT | Exception]],
+) -> list[ResultT | Exception]:
+    """Do ``jobs`` in groups of equal ``key``, keeping their order in the result.
+
+    A group that fails as a whole is done again one by one, so that one bad job takes only itself
+    down; its error is its result.
+    """
+    groups: dict[object, list[int]] = {}
+    for index, job in enumerate(jobs):
+        groups.setdefault(key(job), []).append(index)
+    results: dict[int, ResultT | Exception] = {}
+    for indices in groups.values():
+        done = _attempt([jobs[index] for index in indices], work)
+        results.update(zip(indices, done, strict=True))
+    return [results[index] for index in range(len(jobs))]
+
+
+def _attempt(
+    group: Sequence[JobT], work: Callable[[Sequence[JobT]], Sequence[ResultT | Exception]]
+) -> list[ResultT | Exception]:
+    try:
+        return list(work(group))
+    except Exception as error:
+        if len(group) == 1:
+            return [error]
+        return [_attempt([job], work)[0] for job in group]
+
+
+def unwrap(result: ResultT | Exception) -> ResultT:
+    """The result, or its error raised in the request that it belongs to."""
+    if isinstance(result, DimError):
+        raise result
+    if isinstance(result, Exception):
+        raise RuntimeError(f"{type(result).__name__}: {result}") from result
+    return result

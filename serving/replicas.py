@@ -1,0 +1,31 @@
+"""The other deployments as seen from a replica of this application."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+from ray import serve
+
+from serving.jobs import Painted
+
+
+async def together(method: Any, jobs: Sequence[Any]) -> list[Painted]:
+    """Paint all ``jobs`` of a request at once, so that they share a batch; one failure is all's."""
+
+    async def paint(job: Any) -> Painted:
+        return await method.remote(job)
+
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(paint(job)) for job in jobs]
+    return [task.result() for task in tasks]
+
+
+def running_replicas() -> dict[str, int]:
+    """Deployment name → how many of its replicas run, in the application of this replica."""
+    application = serve.status().applications[serve.get_replica_context().app_name]
+    return {
+        name: part.replica_states.get("RUNNING", 0)
+        for name, part in application.deployments.items()
+    }

@@ -1,0 +1,45 @@
+"""From a request to its jobs' settings, and from painted images to OpenAI's response."""
+
+from __future__ import annotations
+
+import base64
+import secrets
+import time
+from collections.abc import Sequence
+
+from fastapi import Response
+from fastapi.responses import JSONResponse
+
+from serving.jobs import Defaults, EditJob, GenerateJob, Painted
+from serving.requests import MAX_SEED, PaintRequest
+
+
+def seeds(wanted: PaintRequest) -> list[int]:
+    """One seed per image: counted up from the request's, else drawn anew."""
+    first = secrets.randbelow(2**31) if wanted.seed is None else wanted.seed
+    return [(first + index) % (MAX_SEED + 1) for index in range(wanted.n)]
+
+
+def settings(wanted: PaintRequest, defaults: Defaults) -> tuple[int, float]:
+    """Steps and guidance scale: the request's, else the model's own."""
+    return (
+        defaults.steps if wanted.steps is None else wanted.steps,
+        defaults.guidance_scale if wanted.guidance_scale is None else wanted.guidance_scale,
+    )
+
+
+def respond(
+    jobs: Sequence[EditJob | GenerateJob], painted: Sequence[Painted], blueprint: str | None
+) -> Response:
+    """OpenAI's images response; ``blueprint``, ``seed`` and ``batch_size`` are ours."""
+    data = [
+        {
+            "b64_json": base64.b64encode(result.png).decode("ascii"),
+            "revised_prompt": blueprint,
+            "blueprint": blueprint,
+            "seed": job.seed,
+            "batch_size": result.batch_size,
+        }
+        for job, result in zip(jobs, painted, strict=True)
+    ]
+    return JSONResponse({"created": int(time.time()), "data": data})

@@ -1,0 +1,132 @@
+"""The pieces of the server that need no Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+from ray.serve.exceptions import BackPressureError
+
+from dim.config import load_config
+from dim.errors import ConfigError, DesignerError, InputError
+from serving.admission import Admission
+from serving.app import build, read_args
+from serving.config import ServingConfig
+from serving.designer import checked
+from serving.errors import BusyError, error_response
+from serving.jobs import DesignJob, in_groups, unwrap
+from serving.requests import PaintRequest
+from serving.responses import seeds
+
+
+def test_admission_counts_images_and_frees_their_places() -> None:
+    admission = Admission(10)
+    with admission.admit(6):
+        with admission.admit(4):
+            assert admission.pending == 10
+            with pytest.raises(BusyError) as refused, admission.admit(1):
+                pytest.fail("the eleventh image was let in")
+            with pytest.raises(BusyError, match="10 images"):
+                admission.refuse_when_full()
+        assert admission.pending == 6
+        admission.refuse_when_full()
+    assert refused.value.retry_after_s > 0
+    with pytest.raises(ValueError, match="broke"), admission.admit(10):
+        raise ValueError("broke")
+    assert admission.pending == 0
+
+
+def test_groups_keep_the_order() -> None:
+    seen: list[Sequence[int]] = []
+
+    def work(group: Sequence[int]) -> list[int]:
+        seen.append(list(group))
+        return [number * 10 for number in group]
+
+    assert in_groups([1, 2, 3, 4, 5], lambda number: number % 2, work) == [10, 20, 30, 40, 50]
+    assert sorted(seen) == [[1, 3, 5], [2, 4]]
+
+
+def test_a_failing_group_is_done_one_by_one() -> None:
+    def work(group: Sequence[int]) -> list[int]:
+        if 2 in group:
+            raise InputError("two is bad")
+        return list(group)
+
+    results = in_groups([1, 2, 3], lambda _: None, work)
+    assert (results[0], results[2]) == (1, 3)
+    with pytest.raises(InputError, match="two is bad"):
+        unwrap(results[1])
+    assert unwrap(results[0]) == 1
+
+
+def test_a_bug_in_a_batch_names_itself() -> None:
+    with pytest.raises(RuntimeError, match="KeyError"):
+        unwrap(KeyError("x"))
+
+
+def test_a_designers_answer_is_brought_into_the_grammar_or_refused() -> None:
+    job = DesignJob("vlm", b"", "remove the cup")
+    answer = (
+        "**2. Global Layout Perception:** a table\n3. Local Object Perception: a cup\n"
+        "4. Edit Area Localization: the middle\n5. Edited Image Imagination: no cup"
+    )
+    clean = checked(job, answer, "vlm")
+    assert isinstance(clean, str) and clean.startswith("1. Edit Instruction: remove the cup")
+    refused = checked(job, "I cannot help with that.", "vlm")
+    assert isinstance(refused, DesignerError) and "vlm" in str(refused)
+    failed = DesignerError("timed out")
+    assert checked(job, failed, "vlm") is failed
+
+
+def test_seeds_count_up_and_stay_in_range() -> None:
+    assert seeds(PaintRequest(prompt="a", n=3, seed=7)) == [7, 8, 9]
+    assert seeds(PaintRequest(prompt="a", n=2, seed=2**63 - 1)) == [2**63 - 1, 0]
+    assert len(set(seeds(PaintRequest(prompt="a", n=3)))) == 3
+
+
+class WrappedByRay(Exception):
+    """The shape of a remote task's error."""
+
+    def __init__(self, cause: Exception) -> None:
+        super().__init__("Traceback (most recent call last): …")
+        self.cause = cause
+
+    def as_instanceof_cause(self) -> Exception:
+        return self
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "header"),
+    [
+        (DesignerError("the designer timed out"), 502, ("x-should-retry", "false")),
+        (WrappedByRay(DesignerError("the designer timed out")), 502, None),
+        (ExceptionGroup("many", [WrappedByRay(InputError("a bad image"))]), 400, None),
+        (BackPressureError(3, 3), 429, ("retry-after", "2")),
+        (TimeoutError(), 504, None),
+        (KeyError("a bug"), 500, None),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_every_error_has_its_status_and_no_traceback(
+    error: Exception, status: int, header: tuple[str, str] | None
+) -> None:
+    response = error_response(error)
+    assert response.status_code == status
+    assert b"Traceback" not in response.body and b"a bug" not in response.body
+    if header is not None:
+        assert response.headers[header[0]] == header[1]
+
+
+def test_configuration_mistakes_are_named() -> None:
+    with pytest.raises(ConfigError, match=r"max_batchsize.*did you mean 'max_batch_size'"):
+        load_config(ServingConfig, None, ["model=m", "max_batchsize=3"])
+    with pytest.raises(ConfigError, match="at least one designer"):
+        read_args({"model": "m", "designers": []})
+    with pytest.raises(ConfigError, match="missing key 'model'"):
+        build({})
+
+
+def test_a_model_is_called_after_its_folder() -> None:
+    assert ServingConfig(model="runs/edit2/model").model_name == "edit2"
+    assert ServingConfig(model="runs/tiny").model_name == "tiny"
