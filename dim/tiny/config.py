@@ -1,0 +1,69 @@
+"""Configuration of ``dim tiny build``: what each part is trained on, and for how long."""
+
+from __future__ import annotations
+
+from pydantic import Field, PositiveInt
+
+from dim.config import StrictModel
+from dim.tabletop import KINDS
+
+
+class PartConfig(StrictModel):
+    """One part's training: AdamW, warm-up, then a cosine down to a hundredth of the rate."""
+
+    steps: PositiveInt
+    batch_size: PositiveInt
+    learning_rate: float = Field(gt=0)
+    warmup_steps: int = Field(default=200, ge=0)
+    weight_decay: float = Field(default=0.01, ge=0)
+    grad_clip: float = Field(default=1.0, gt=0)
+
+
+class AutoencoderPartConfig(PartConfig):
+    """The DC-AE.
+
+    ``thing_weight`` says how much more a pixel on or beside a thing counts than bare table;
+    ``latent_noise`` is the largest standard deviation of the noise that the decoder must see
+    through (latents have about unit scale); ``latent_scale_weight`` weighs the pull of every
+    latent channel towards mean 0 and deviation 1.
+    """
+
+    thing_weight: float = Field(default=8.0, ge=1)
+    latent_noise: float = Field(default=0.15, ge=0)
+    latent_scale_weight: float = Field(default=0.02, ge=0)
+
+
+class UnderstandingPartConfig(PartConfig):
+    """The Qwen2.5-VL; the shares say how often each form of text is drawn.
+
+    ``text_only_start``: during the first ``text_only_until`` of the steps this share of the
+    sequences has the scene as words instead of an image, later ``text_only`` of them.
+    """
+
+    tokenizer_texts: PositiveInt = 4000
+    text_only_start: float = Field(default=0.5, ge=0, le=1)
+    text_only_until: float = Field(default=0.15, ge=0, le=1)
+    text_only: float = Field(default=0.12, ge=0, le=1)
+    captions: float = Field(default=0.33, ge=0, le=1)
+
+
+class PainterPartConfig(PartConfig):
+    """The painter and its connector, on text-to-image alone; edits are the demo's to learn."""
+
+    scenes: PositiveInt
+    condition_dropout: float = Field(default=0.1, ge=0, le=1)
+    ema_decay: float = Field(default=0.999, gt=0, lt=1)
+
+
+class TinyBuildConfig(StrictModel):
+    """Everything ``dim tiny build`` needs besides the architectures of the model file."""
+
+    seed: int = 0
+    resolution: PositiveInt = 64
+    objects: tuple[int, int] = (2, 4)
+    kinds: tuple[str, ...] = KINDS
+    referential: float = Field(default=0.3, ge=0, le=1)
+    autoencoder: AutoencoderPartConfig
+    understanding: UnderstandingPartConfig
+    painter: PainterPartConfig
+    evaluate: PositiveInt = 200
