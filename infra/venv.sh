@@ -28,18 +28,15 @@ fi
 
 install() { .venv/bin/python -m pip install -qq --disable-pip-version-check "$@"; }
 
-# torch comes first and as its CPU build, which weighs a tenth of the CUDA one: from wherever pip
-# looks already, else from PyTorch's own index. macOS has one build only, without a suffix.
+# torch comes first and as its CPU build where pip finds one (PIP_EXTRA_INDEX_URL can name PyTorch's
+# CPU index), because what needs torch would otherwise bring the CUDA build, ten times as large.
 install_torch() {
     local version
     version=$(sed -n 's/^torch==//p' constraints.txt)
     if [ -n "${TORCH:-}" ]; then
         install "$TORCH"
-    elif [ "$(uname -s)" = Darwin ]; then
+    elif [ "$(uname -s)" = Darwin ] || ! install "torch==$version+cpu" 2>/dev/null; then
         install "torch==$version"
-    elif ! install "torch==$version+cpu" 2>/dev/null; then
-        install "torch==$version+cpu" --extra-index-url https://download.pytorch.org/whl/cpu ||
-            fail "no CPU build of torch $version found; TORCH=torch==$version make venv takes the CUDA build (several GB)"
     fi
 }
 
