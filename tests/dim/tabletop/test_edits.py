@@ -67,9 +67,10 @@ def test_operations_do_what_they_say() -> None:
     assert target("move the red circle to the top right") == Scene(
         (RED.at(*top_right), BLUE, GREEN)
     )
-    assert Thing("star", "pink", "small", *top_right) in target(
-        "Add a small pink star at the top right."
-    ).objects
+    assert (
+        Thing("star", "pink", "small", *top_right)
+        in target("Add a small pink star at the top right.").objects
+    )
     assert target("make the blue square red and then remove the green square") == Scene(
         (RED, Thing("square", "red", "small", 0.8, 0.5))
     )

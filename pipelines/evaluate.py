@@ -1,0 +1,190 @@
+"""Evaluate a trained model on held-out tabletop edits: how many come out exactly as they should."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import typer
+from pydantic import Field, field_validator
+from ray.data import ActorPoolStrategy
+from rich.console import Console
+from rich.table import Table
+
+from dim.config import StrictModel, load_config
+from dim.errors import CheckpointError, InputError
+from dim.records import EDIT
+from infra.storage import join, open_store
+from pipelines.cluster import connect
+from pipelines.command import ConfigFile, Overrides, settings
+from pipelines.shards import Shards
+from pipelines.stages.paint import BLUEPRINT, INSTRUCTION, SELF, WAYS, PaintEdits
+
+NAMES = {BLUEPRINT: "with blueprints", SELF: "with its own blueprints", INSTRUCTION: "without"}
+
+
+class EvaluateConfig(StrictModel):
+    """What is painted, and how."""
+
+    model: str
+    """Folder of a DIM."""
+    data: str
+    """Address of held-out DIM-Edit shards of the tabletop."""
+    ways: tuple[str, ...] = WAYS
+    """From whose words: the shards' blueprints, the model's own, or the bare instruction."""
+    steps: int | None = Field(None, ge=1)
+    """Sampler steps; the model's default unless given."""
+    guidance_scale: float | None = Field(None, ge=1)
+    """Guidance scale; the model's default unless given."""
+    workers: int = Field(2, ge=1)
+    """Processes that each hold a model."""
+    cpus_per_worker: float = Field(0.5, gt=0)
+    """What each is reckoned to need; below 1, so that two cores can also read the shards."""
+    gpus_per_worker: float = Field(0.0, ge=0)
+    batch_size: int = Field(32, ge=1)
+
+    @field_validator("ways")
+    @classmethod
+    def _known(cls, ways: tuple[str, ...]) -> tuple[str, ...]:
+        unknown = sorted(set(ways) - set(WAYS))
+        if unknown or not ways:
+            raise ValueError(f"unknown way {unknown}; there are {', '.join(WAYS)}")
+        return ways
+
+
+@dataclass(frozen=True)
+class Share:
+    """``exact`` of ``count`` edits came out exactly."""
+
+    exact: int
+    count: int
+
+    @property
+    def accuracy(self) -> float:
+        """From 0 to 1; 0 where there is nothing to count."""
+        return self.exact / self.count if self.count else 0.0
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Every painted edit (schema ``pipelines.stages.paint.PAINTED``), and sums over them."""
+
+    painted: pa.Table
+
+    def share(self, way: str, *, referential: bool | None = None, kind: str | None = None) -> Share:
+        """Exact edits of one way; of direct or referential instructions or one kind if asked."""
+        chosen = pc.field("way") == way
+        if referential is not None:
+            chosen &= pc.field("referential") == referential
+        if kind is not None:
+            chosen &= pc.field("kind") == kind
+        rows = self.painted.filter(chosen)
+        return Share(int(pc.sum(rows["exact"]).as_py() or 0), rows.num_rows)
+
+    @property
+    def ways(self) -> list[str]:
+        """The ways that were painted, in their order of mention."""
+        return [way for way in WAYS if way in self.painted["way"].unique().to_pylist()]
+
+    @property
+    def kinds(self) -> list[str]:
+        """The kinds of edits among the samples."""
+        return sorted(self.painted["kind"].unique().to_pylist())
+
+    def designed_right(self, way: str) -> float:
+        """Share of the blueprints whose edit area and result are the oracle's."""
+        rows = self.painted.filter(pc.field("way") == way)
+        return float(pc.mean(rows["designed_right"]).as_py() or 0.0)
+
+    def metrics(self) -> dict[str, float]:
+        """The numbers that go to MLflow, each from 0 to 1."""
+        values: dict[str, float] = {}
+        for way in self.ways:
+            values[f"exact/{way}"] = self.share(way).accuracy
+            values[f"exact/{way}/direct"] = self.share(way, referential=False).accuracy
+            values[f"exact/{way}/referential"] = self.share(way, referential=True).accuracy
+        if SELF in self.ways:
+            values["designed_right/self"] = self.designed_right(SELF)
+        return values
+
+
+def run(config: EvaluateConfig) -> Evaluation:
+    """Paint and check every record of ``config.data``.
+
+    Raises:
+        CheckpointError: there is no model.
+        InputError: there are no shards, or they are not of the tabletop.
+    """
+    if not open_store(config.model).is_file("dim.json"):
+        raise CheckpointError(f"no model at {config.model} (a model folder holds a dim.json)")
+    shards = Shards.open(config.data, EDIT)
+    _check_tabletop(shards)
+    connect()
+    painted = shards.read().map_batches(
+        PaintEdits,
+        fn_constructor_args=(config.model, config.ways, config.steps, config.guidance_scale),
+        batch_format="pyarrow",
+        batch_size=config.batch_size,
+        compute=ActorPoolStrategy(size=config.workers),
+        num_cpus=config.cpus_per_worker,
+        num_gpus=config.gpus_per_worker,
+    )
+    tables = list(painted.iter_batches(batch_format="pyarrow", batch_size=None))
+    return Evaluation(pa.concat_tables(tables).sort_by([("id", "ascending")]))
+
+
+def table(evaluation: Evaluation) -> Table:
+    """The result for a terminal: ways as columns, kinds of edits as rows."""
+    shown = Table(title="exact edits on held-out scenes")
+    shown.add_column("")
+    for way in evaluation.ways:
+        shown.add_column(NAMES[way], justify="right")
+    for name, values in summary(evaluation):
+        shown.add_row(name, *values)
+    return shown
+
+
+def summary(evaluation: Evaluation) -> list[tuple[str, list[str]]]:
+    """Rows of the result: a name and one cell a way."""
+    groups: list[tuple[str, dict[str, Any]]] = [
+        ("direct instructions", {"referential": False}),
+        ("referential instructions", {"referential": True}),
+        *((f"direct: {kind}", {"kind": kind, "referential": False}) for kind in evaluation.kinds),
+    ]
+    rows = []
+    for name, chosen in groups:
+        shares = [evaluation.share(way, **chosen) for way in evaluation.ways]
+        if shares[0].count:
+            rows.append((name, [f"{s.accuracy:.0%} of {s.count}" for s in shares]))
+    return rows
+
+
+def main(
+    model: Annotated[str, typer.Option("--model", "-m", help="Folder of a DIM.")],
+    data: Annotated[str, typer.Option(help="Held-out DIM-Edit shards of the tabletop.")],
+    overrides: Overrides = None,
+    config: ConfigFile = None,
+) -> None:
+    """Paint held-out tabletop edits and count those that come out exactly."""
+    given = settings(model=model, data=data)
+    evaluation = run(load_config(EvaluateConfig, config, [*given, *(overrides or [])]))
+    Console().print(table(evaluation))
+
+
+def _check_tabletop(shards: Shards) -> None:
+    for name in shards.names[:1]:
+        with shards.store.open_input(name) as file:
+            first = next(pq.ParquetFile(file).iter_batches(1, columns=["provenance"]), None)
+        if first is None or "tabletop" not in str(first["provenance"][0]):
+            raise InputError(
+                f"{join(shards.store.uri, name)} holds no tabletop edits; only those can be checked"
+            )
+
+
+if __name__ == "__main__":
+    from dim.cli import run as run_command
+
+    run_command(main)
