@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
 NOT_UPLOADED = [".git", ".venv", "*.egg-info", "mlruns", "mlflow.db"]
-AGENT_PATIENCE_S = 60.0
+AGENT_PATIENCE_S = 180.0
 
 
 def main(

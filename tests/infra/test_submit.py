@@ -33,7 +33,7 @@ def submit_from_outside(working_dir: Path, *command: str) -> subprocess.Complete
     environment.pop("RAY_ADDRESS", None)
     return subprocess.run(
         [sys.executable, "-c", SUBMITTER, str(working_dir), *command],
-        env=environment, capture_output=True, text=True, timeout=150,
+        env=environment, capture_output=True, text=True, timeout=280,
     )  # fmt: skip
 
 

@@ -309,7 +309,7 @@ def test_a_bad_edit_is_refused_with_a_sentence(
         (b"[1]", "JSON object"),
         (b"{}", "prompt: field required"),
         (b'{"prompt": "a", "size": "big"}', "WIDTHxHEIGHT"),
-        (b'{"prompt": "a", "size": "65x64"}', "multiples of 16"),
+        (b'{"prompt": "a", "size": "65x64"}', "multiples of 8"),
         (b'{"prompt": "a", "size": "9600x64"}', "at most 4096"),
         (b'{"prompt": 3}', "prompt: "),
     ],
