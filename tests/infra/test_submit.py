@@ -10,17 +10,23 @@ import pytest
 from dim.errors import DimError, InputError
 from infra.submit import connect, entrypoint_of, submit
 
-# A cluster of its own in a process of its own: the test session's Ray has no job server.
+# A cluster of its own in its own process: the test session's Ray has no job server. Both run an
+# agent, whose port Ray fixes unless told, and without an agent a cluster takes no job.
 SUBMITTER = """
-import os, sys
-import ray
+import sys
+from ray.cluster_utils import Cluster
+from infra.ports import free_port
 from infra.submit import main
 from dim.cli import run
 
-context = ray.init(address="local", num_cpus=2, include_dashboard=True, dashboard_port=0,
-                   logging_level="error", log_to_driver=False)
-run(main, ["--address", "http://" + context.dashboard_url, "--working-dir", sys.argv[1], "--",
-           *sys.argv[2:]])
+head = dict(num_cpus=2, include_dashboard=True, dashboard_port=free_port(),
+            dashboard_agent_listen_port=free_port())
+cluster = Cluster(initialize_head=True, head_node_args=head)
+try:
+    run(main, ["--address", "http://" + cluster.head_node.webui_url, "--working-dir", sys.argv[1],
+               "--", *sys.argv[2:]])
+finally:
+    cluster.shutdown()
 """
 
 
