@@ -100,7 +100,7 @@ class Store:
 
     def path(self, name: str = "") -> str:
         """Where ``name`` lies, as :attr:`filesystem` calls it."""
-        return f"{self.root}/{name}" if name else self.root
+        return f"{self.root.rstrip('/')}/{name}" if name else self.root
 
     def address(self, name: str = "") -> str:
         """What to call ``name`` in a message or a manifest."""
@@ -160,7 +160,7 @@ class Store:
         with _errors("list", self.address(folder)):
             chosen = pafs.FileSelector(self.path(folder), allow_not_found=True, recursive=True)
             found = self.filesystem.get_file_info(chosen)
-        start = len(self.root) + 1
+        start = len(self.root.rstrip("/")) + 1
         files = [item for item in found if item.type == pafs.FileType.File]
         return sorted(
             (item.path[start:], item.size) for item in files if item.path.endswith(suffix)
@@ -204,10 +204,16 @@ def open_store(uri: str) -> Store:
 
 
 def open_file(uri: str) -> tuple[Store, str]:
-    """The store of a file's folder, and the file's name in it."""
+    """The store of a file's folder, and the file's name in it.
+
+    Raises:
+        StorageError: the address is not one of a file.
+    """
     base, query = _split_query(uri)
+    if _scheme(base) == "s3" and "/" not in base[len("s3://") :].rstrip("/"):
+        raise StorageError(f"{uri} names a bucket and no file in it")
     folder, slash, name = base.rstrip("/").rpartition("/")
-    return open_store((folder if slash else ".") + query), name
+    return open_store((folder or slash or ".") + query), name
 
 
 def join(uri: str, *names: str) -> str:

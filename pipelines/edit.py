@@ -59,7 +59,7 @@ def edit(raw: Shards, config: EditConfig, store: Store) -> ray.data.Dataset:
         .map_batches(
             WriteBlueprints,
             fn_constructor_args=(config.designer, config.calls, config.with_target, store),
-            compute=ray.data.ActorPoolStrategy(size=config.workers),
+            compute=raw.pool(config.workers, config.batch_size),
             num_cpus=config.cpus_per_worker,
             **batches,
         )

@@ -17,6 +17,8 @@ from pipelines.job import Job, JobConfig
 from pipelines.manifest import Manifest
 from pipelines.sources import Source
 
+_MOST_TASKS = 2_000  # ranges share a task beyond this; each task costs the driver a few ms
+
 
 class IngestConfig(JobConfig):
     """What to take in: exactly one of ``pairs``, ``images``, ``tabletop``, ``tabletop_images``."""
@@ -59,7 +61,8 @@ def run(config: IngestConfig, *, overwrite: bool = False, retry_failed: bool = F
 
 def read(source: Source) -> ray.data.Dataset:
     """Ranges → records."""
-    units = ray.data.from_items(source.units, override_num_blocks=len(source.units))
+    blocks = min(len(source.units), _MOST_TASKS)
+    units = ray.data.from_items(source.units, override_num_blocks=blocks)
     return units.map_batches(source.reader, batch_format="pyarrow", batch_size=1)
 
 

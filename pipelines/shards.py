@@ -66,6 +66,10 @@ class Shards:
         records_read = ray.data.read_parquet(paths, filesystem=self.store.filesystem)
         return records_read.repartition(target_num_rows_per_block=rows_per_block)
 
+    def pool(self, workers: int, rows_per_block: int) -> ray.data.ActorPoolStrategy:
+        """``workers`` processes for a stage that holds something; fewer for a few records."""
+        return ray.data.ActorPoolStrategy(size=max(1, min(workers, self.rows // rows_per_block)))
+
     def _check_kind(self, wanted: pa.Schema) -> None:
         with self.store.open_input(self.names[0]) as file:
             found = records.kind_of(pq.read_schema(file))

@@ -58,7 +58,7 @@ def caption(raw: Shards, config: T2IConfig, store: Store) -> ray.data.Dataset:
         .map_batches(
             WriteCaptions,
             fn_constructor_args=(config.captioner, config.calls, config.captions, store),
-            compute=ray.data.ActorPoolStrategy(size=config.workers),
+            compute=raw.pool(config.workers, config.batch_size),
             num_cpus=config.cpus_per_worker,
             **batches,
         )

@@ -125,6 +125,26 @@ def test_local_addresses(tmp_path: Path) -> None:
     assert odd.read_bytes() == b"1"
 
 
+@pytest.mark.parametrize(
+    ("uri", "folder", "name"),
+    [
+        ("a.jsonl", os.getcwd(), "a.jsonl"),
+        ("/a.jsonl", "/", "a.jsonl"),
+        ("/x/a.jsonl", "/x", "a.jsonl"),
+        ("s3://b/a.jsonl?region=r", "b", "a.jsonl"),
+        ("s3://b/x/a.jsonl?region=r", "b/x", "a.jsonl"),
+    ],
+)
+def test_a_files_folder_and_name(uri: str, folder: str, name: str) -> None:
+    store, found = storage.open_file(uri)
+    assert (store.root, found) == (folder, name)
+
+
+def test_a_bucket_is_no_file() -> None:
+    with pytest.raises(StorageError, match="names a bucket and no file"):
+        storage.read_bytes("s3://b?region=r")
+
+
 def test_a_file_is_seen_whole_or_not_at_all(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -61,8 +61,6 @@ def test_every_version_of_every_pair_is_kept(shared_real: Path, tmp_path: Path) 
         assert (row["width"], row["height"], row["source"]) == (768, 768, "real")
         assert Blueprint.parse(row["blueprint"]).render() == row["blueprint"]
         assert Blueprint.parse(row["answer"]).render() == row["blueprint"]
-    again = edit.run(config.model_copy(update={"out": str(tmp_path / "again"), "batch_size": 5}))
-    assert again.files == manifest.files
 
 
 @pytest.mark.usefixtures("ray_cluster")
