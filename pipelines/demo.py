@@ -158,10 +158,17 @@ def make_data(config: DemoConfig, places: Places, console: Console) -> list[tupl
     """Tabletop → raw shards → DIM-T2I, DIM-Edit and held-out DIM-Edit shards."""
     tracking = TrackingConfig(uri=places.tracking, experiment="dim-data")
     filters = {"min_side": min(config.size, 256)}
+    # A new table changes most pixels, a small thing very few: both are edits here.
+    pair_filters = {**filters, "min_ssim": -1, "min_changed": 0.0005}
     world = {"size": config.size, "tracking": tracking}
     edits = {**world, "kinds": config.kinds, "referential": config.referential}
     raw, raw_images, raw_held_out = (places.data(f"raw-{n}") for n in ("edit", "t2i", "held-out"))
-    designed = {"designer": "oracle", "filters": filters, "tracking": tracking}
+    designed = {
+        "designer": "oracle",
+        "filters": pair_filters,
+        "workers": 2,
+        "tracking": tracking,
+    }
     steps: list[tuple[str, Callable[[], Manifest]]] = [
         (
             "ingest pairs",
