@@ -13,7 +13,8 @@ from PIL import Image
 
 from infra.tracking import Run, TrackingError
 
-STATUS = "status"
+SAID = "said"  # the tag that holds what was said last
+_SAID_LINES = 20
 _FLUSH_SECONDS = 2.0
 
 
@@ -27,6 +28,7 @@ class RunLog:
     def __init__(self, run: Run | None) -> None:
         self._run = run
         self._rows: list[tuple[int, Mapping[str, float]]] = []
+        self._lines: list[str] = []
         self._sent = time.monotonic()
         self._failing = False
 
@@ -54,14 +56,17 @@ class RunLog:
         self._rows.clear()
 
     def say(self, text: str) -> None:
-        """Lines for a human: in the worker's log, and as the run's ``status`` tag."""
+        """Lines for a human: in the worker's log, and (the latest ones) as the run's tag."""
         if self._run is None:
             return
+        now = time.strftime("%H:%M:%S")
+        self._lines += [f"{now} {line}" for line in text.splitlines()]
+        del self._lines[:-_SAID_LINES]
         # Not print: Ray Train also turns that into a record of its own log, and shows both.
         sys.stdout.write(f"{text}\n")
         sys.stdout.flush()
         with suppress(TrackingError):
-            self._run.set_tags({STATUS: text})
+            self._run.set_tags({SAID: "\n".join(self._lines)})
 
     def picture(self, image: Image.Image, name: str) -> None:
         """Store an image as the run's artifact ``name``."""

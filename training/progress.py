@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 @contextmanager
 def progress_bar(
     console: Console, name: str
-) -> Iterator[Callable[[str, Mapping[str, float]], None]]:
+) -> Iterator[Callable[[Sequence[str], Mapping[str, float]], None]]:
     """A bar on ``console``; yields what ``training.train.run`` takes as ``on_progress``.
 
     It shows the share of features computed and, from the first step on, the share of steps.
@@ -26,13 +26,10 @@ def progress_bar(
     )
     with Progress(*columns, console=console) as progress:
         task = progress.add_task(name, total=1.0, now="starting the workers")
-        said = ""
 
-        def show(status: str, metrics: Mapping[str, float]) -> None:
-            nonlocal said
-            if status != said:
-                progress.console.print(status, highlight=False, soft_wrap=True)
-                said = status
+        def show(said: Sequence[str], metrics: Mapping[str, float]) -> None:
+            for line in said:
+                progress.console.print(line, highlight=False, markup=False, soft_wrap=True)
             if "progress" in metrics:
                 now = f"loss {metrics['loss']:.4f} · {metrics['samples_per_second']:.0f} samples/s"
                 progress.update(task, completed=metrics["progress"], now=now)

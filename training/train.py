@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,18 +28,18 @@ from dim.config import dump_config, load_config
 from dim.errors import CheckpointError, DimError
 from dim.failures import explain, find_dim_error
 from infra import storage
-from infra.tracking import Run, Tracking, default_uri
+from infra.tracking import Run, Tracking, TrackingError, default_uri
 from training.data import open_samples
 from training.export import MODEL_FOLDER
 from training.loop import train_loop_per_worker
-from training.metrics import STATUS
+from training.metrics import SAID
 from training.order import SampleOrder
 from training.outcome import STAGE_FILE, StageRecord, identify, read_record
 from training.stages import StageConfig
 from training.worker import Plan
 
 _RAY_FOLDER = "checkpoints"
-OnProgress = Callable[[str, Mapping[str, float]], None]
+OnProgress = Callable[[Sequence[str], Mapping[str, float]], None]
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,8 @@ def run(
     Args:
         config: The stage.
         fresh: Discard what an earlier run left in ``out``.
-        on_progress: Called every second or so with what rank 0 last said (one line or several)
-            and the latest metrics: ``progress`` (0 to 1), ``loss``, ``samples_per_second``, …,
+        on_progress: Called every second or so with the lines that rank 0 has said since the last
+            call and the latest metrics: ``progress`` (0 to 1), ``loss``, ``samples_per_second``, …,
             and before the first step ``features_done`` (0 to 1).
 
     Raises:
@@ -160,21 +160,38 @@ def main(
 
 @contextmanager
 def ray_session(config: StageConfig) -> Iterator[None]:
-    """Ray is there inside: the caller's, the cluster in RAY_ADDRESS, or one on this machine."""
+    """Ray is there inside: the caller's, the cluster in RAY_ADDRESS, or one on this machine.
+
+    Raises:
+        TrainingError: the cluster cannot be reached, or none can be started here.
+    """
     if ray.is_initialized():
         yield
         return
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init()
-    else:
-        needed = config.workers * config.cpus_per_worker
-        cpus = max(needed, os.cpu_count() or 1)
-        # What the workers say comes through on_progress; Ray's own lines stay in its log files.
-        ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False)
+    _start_ray(config)
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _start_ray(config: StageConfig) -> None:
+    address = os.environ.get("RAY_ADDRESS", "local")
+    cpus = max(config.workers * config.cpus_per_worker, os.cpu_count() or 1)
+    try:
+        if address == "local":
+            # What the workers say comes through on_progress; Ray's own lines stay in its log files.
+            ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False)
+        else:
+            ray.init(runtime_env={"env_vars": _store_variables()})
+    except Exception as error:  # Ray raises bare exceptions and its many own ones here
+        raise TrainingError(f"Ray at {address} did not start: {explain(error).sentence}") from error
+
+
+def _store_variables() -> dict[str, str]:
+    """What S3-compatible stores need set before a client is made, also in Ray Train's processes."""
+    name = "AWS_REQUEST_CHECKSUM_CALCULATION"
+    return {name: os.environ[name]} if name in os.environ else {}
 
 
 def _fit(plan: Plan, record: StageRecord) -> StageRecord:
@@ -189,6 +206,10 @@ def _fit(plan: Plan, record: StageRecord) -> StageRecord:
             f"stage {plan.config.stage} failed after {plan.config.max_failures} restarts: "
             f"{explain(error).sentence}"
         ) from error
+    except RayActorError as error:
+        raise TrainingError(
+            f"stage {plan.config.stage}: Ray Train's controller died: {explain(error).sentence}"
+        ) from error
     outcome = result.return_value
     if outcome["error"] is not None:
         raise outcome["error"]
@@ -198,7 +219,7 @@ def _fit(plan: Plan, record: StageRecord) -> StageRecord:
         record.run_id,
         finished=True,
         metrics=outcome["metrics"],
-        checkpoint=result.checkpoint.path,
+        checkpoint=storage.join(plan.config.out, _RAY_FOLDER, Path(result.checkpoint.path).name),
     )
 
 
@@ -214,9 +235,7 @@ def _restored_sigint() -> Iterator[None]:
     before = signal.getsignal(signal.SIGINT)
     try:
         yield
-    except (SystemExit, RayActorError) as error:
-        if signal.getsignal(signal.SIGINT) is before:
-            raise
+    except SystemExit as error:
         raise KeyboardInterrupt from error
     finally:
         signal.signal(signal.SIGINT, before)
@@ -230,10 +249,18 @@ def _watch(mlflow_run: Run, on_progress: OnProgress | None) -> Iterator[None]:
         return
     stopped = threading.Event()
 
+    seen = set(_said(mlflow_run.latest()[1]))  # by an earlier part of the run
+
+    def show() -> None:
+        with suppress(TrackingError):
+            metrics, tags = mlflow_run.latest()
+            new = [line for line in _said(tags) if line not in seen]
+            seen.update(new)
+            on_progress(new, metrics)
+
     def watch() -> None:
         while not stopped.wait(1.0):
-            metrics, tags = mlflow_run.latest()
-            on_progress(tags.get(STATUS, ""), metrics)
+            show()
 
     thread = threading.Thread(target=watch, name="progress", daemon=True)
     thread.start()
@@ -242,6 +269,11 @@ def _watch(mlflow_run: Run, on_progress: OnProgress | None) -> Iterator[None]:
     finally:
         stopped.set()
         thread.join()
+        show()
+
+
+def _said(tags: Mapping[str, str]) -> list[str]:
+    return tags.get(SAID, "").splitlines()
 
 
 def _absolute(config: StageConfig) -> StageConfig:

@@ -145,8 +145,8 @@ def test_a_run_goes_on_from_its_checkpoint_and_not_from_the_start(
     assert rest == {step: whole[step] for step in (5, 6)}
     one, other = (weights_of(tmp_path / name / "model") for name in ("through", "resumed"))
     assert all(torch.equal(one[name], other[name]) for name in one)
-    status = mlflow.MlflowClient(tracking_uri).get_run(resumed).data.tags
-    assert "step 6/6" in status["status"]
+    said = mlflow.MlflowClient(tracking_uri).get_run(resumed).data.tags["said"]
+    assert "resumed after step 4 of 6 (epoch 0, batch 4 of 10)" in said and "step 6/6" in said
 
 
 def test_a_diverging_run_stops_with_the_step(
