@@ -8,7 +8,7 @@ for photographs wherever a number must be measured and not judged.
 from __future__ import annotations
 
 from dim.tabletop.checker import Reading, exact, matches, read
-from dim.tabletop.edits import KINDS, Edit, caption, sample_edit, understand
+from dim.tabletop.edits import KINDS, Edit, caption, lay_out, sample_edit, understand
 from dim.tabletop.world import (
     BACKGROUNDS,
     COLOURS,
@@ -36,6 +36,7 @@ __all__ = [
     "Thing",
     "caption",
     "exact",
+    "lay_out",
     "matches",
     "read",
     "render",

@@ -31,8 +31,8 @@ _SIZE, _PLACE = alternatives(list(SIZES)), alternatives(list(PLACES))
 _SIDE, _TABLE = alternatives([*SIDES]), alternatives(list(BACKGROUNDS))
 _REST = "the rest is unchanged"
 _STYLE_TEXTS = {"outline": "draw all objects as outlines", "flat": "fill all objects with colour"}
-# "Left of X" puts a new thing this far from X's centre.
-_BESIDE = 0.3
+# "Left of X" puts a new thing this far from X's centre: two large ones lie clear of each other.
+_BESIDE = 0.39
 
 
 class Operation(Protocol):

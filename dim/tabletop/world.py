@@ -31,7 +31,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "purple": (136, 40, 168),
     "pink": (255, 112, 182),
 }
-SIZES: dict[str, float] = {"small": 0.085, "large": 0.14}
+SIZES: dict[str, float] = {"small": 0.1, "large": 0.16}
 BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "wood": (186, 144, 104),
     "slate": (56, 62, 72),
@@ -39,17 +39,18 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "white": (255, 255, 255),
 }
 STYLES = ("flat", "outline")
-# The nine named places, in reading order, and the point each stands for.
+# The nine named places, in reading order, and the point each stands for: the middle of a ninth of
+# the image, outer ones moved in so far that a large thing fits.
 PLACES: dict[str, tuple[float, float]] = {
-    "top left": (1 / 6, 1 / 6),
-    "top": (1 / 2, 1 / 6),
-    "top right": (5 / 6, 1 / 6),
-    "left": (1 / 6, 1 / 2),
-    "center": (1 / 2, 1 / 2),
-    "right": (5 / 6, 1 / 2),
-    "bottom left": (1 / 6, 5 / 6),
-    "bottom": (1 / 2, 5 / 6),
-    "bottom right": (5 / 6, 5 / 6),
+    "top left": (0.19, 0.19),
+    "top": (0.5, 0.19),
+    "top right": (0.81, 0.19),
+    "left": (0.19, 0.5),
+    "center": (0.5, 0.5),
+    "right": (0.81, 0.5),
+    "bottom left": (0.19, 0.81),
+    "bottom": (0.5, 0.81),
+    "bottom right": (0.81, 0.81),
 }
 # Every shape fits in a circle of this many radii, which is what "without overlap" is measured on.
 _REACH = 1.15

@@ -11,7 +11,7 @@ from dim.errors import InputError
 from dim.tabletop import KINDS, PLACES, Edit, Scene, Thing
 
 RED = Thing("circle", "red", "large", 0.2, 0.3)
-BLUE = Thing("square", "blue", "small", 0.8, 0.5)
+BLUE = Thing("square", "blue", "small", 0.8, 0.55)
 GREEN = Thing("square", "green", "small", 0.25, 0.75)
 SCENE = Scene((RED, BLUE, GREEN))
 
@@ -72,7 +72,7 @@ def test_operations_do_what_they_say() -> None:
         in target("Add a small pink star at the top right.").objects
     )
     assert target("make the blue square red and then remove the green square") == Scene(
-        (RED, Thing("square", "red", "small", 0.8, 0.5))
+        (RED, Thing("square", "red", "small", 0.8, 0.55))
     )
 
 
