@@ -96,10 +96,9 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from dim.config import load_config
     from dim.model.config import ModelConfig
 
+    parts = ("understanding", "connector", "painter", "autoencoder")
     config = load_config(
-        ModelConfig,
-        ROOT / "configs" / "tiny.yaml",
-        ["understanding.weights=null", "autoencoder.weights=null", "painter.weights=null"],
+        ModelConfig, ROOT / "configs" / "tiny.yaml", [f"{part}.weights=null" for part in parts]
     )
     folder = tmp_path_factory.mktemp("tiny") / "model"
     model.build(config, seed=0).save(folder)

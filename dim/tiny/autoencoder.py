@@ -13,6 +13,7 @@ from dim import tabletop
 from dim.model.autoencoder import Autoencoder
 from dim.model.config import AutoencoderConfig
 from dim.model.pictures import to_images, to_pixels
+from dim.tabletop import STYLES
 from dim.tiny.config import TinyBuildConfig
 from dim.tiny.corpus import edit
 from dim.tiny.schedule import Progress, Trainer, seeded
@@ -62,14 +63,15 @@ def reconstruction_accuracy(config: TinyBuildConfig, network: AutoencoderDC) -> 
 def _batch(config: TinyBuildConfig, step: int) -> tuple[Tensor, Tensor]:
     """Sources and targets of edits: pixels (B, 3, H, W) in [-1, 1] and weights (B, 1, H, W).
 
-    A pixel on or beside a thing weighs ``thing_weight``, any other 1.
+    Every other image is drawn as outlines, which are the harder half: their holes are two pixels
+    wide. A pixel on or beside a thing weighs ``thing_weight``, any other 1.
     """
     size = config.autoencoder.batch_size
     scenes = []
     for i in range(size // 2 + size % 2):
         sample = edit(config, "autoencoder", step * size + i)
         scenes += [sample.source, sample.target]
-    scenes = scenes[:size]
+    scenes = [replace(s, style=STYLES[i // 2 % 2]) for i, s in enumerate(scenes[:size])]
     pixels = to_pixels([tabletop.render(scene, config.resolution) for scene in scenes])
     bare = [replace(scene, objects=()) for scene in scenes]
     empty = to_pixels([tabletop.render(scene, config.resolution) for scene in bare])

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from pydantic import Field, PositiveInt
+from typing import Literal
+
+from pydantic import Field, PositiveInt, field_validator
 
 from dim.config import StrictModel
 from dim.tabletop import KINDS
+
+Form = Literal["words", "look", "caption", "prompt", "design"]
 
 
 class PartConfig(StrictModel):
@@ -34,17 +38,26 @@ class AutoencoderPartConfig(PartConfig):
 
 
 class UnderstandingPartConfig(PartConfig):
-    """The Qwen2.5-VL; the shares say how often each form of text is drawn.
+    """The Qwen2.5-VL. A share says how often a form of text is drawn, early and late in training.
 
-    ``text_only_start``: during the first ``text_only_until`` of the steps this share of the
-    sequences has the scene as words instead of an image, later ``text_only`` of them.
+    The forms: ``words`` (a scene in words and an instruction, answered by the blueprint), ``look``
+    (an image, answered by what lies at each place), ``caption`` (an image, described), ``design``
+    (image and instruction, answered by the blueprint), ``prompt`` (a painter's condition).
+    ``grounding_weight`` weighs the helper of :mod:`dim.tiny.grounding` against the words.
     """
 
     tokenizer_texts: PositiveInt = 4000
-    text_only_start: float = Field(default=0.5, ge=0, le=1)
-    text_only_until: float = Field(default=0.15, ge=0, le=1)
-    text_only: float = Field(default=0.12, ge=0, le=1)
-    captions: float = Field(default=0.33, ge=0, le=1)
+    grounding_weight: float = Field(default=1.0, ge=0)
+    early_until: float = Field(default=0.15, ge=0, le=1)
+    early: dict[Form, float]
+    late: dict[Form, float]
+
+    @field_validator("early", "late")
+    @classmethod
+    def _sums_to_one(cls, shares: dict[Form, float]) -> dict[Form, float]:
+        if min(shares.values(), default=0) < 0 or abs(sum(shares.values()) - 1) > 1e-6:
+            raise ValueError("shares must not be negative and must sum to 1")
+        return shares
 
 
 class PainterPartConfig(PartConfig):

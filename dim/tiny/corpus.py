@@ -6,7 +6,7 @@ and in whatever order its samples are made. Streams of training and evaluation n
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +16,7 @@ from dim.tabletop import Edit, Scene
 from dim.tiny.config import TinyBuildConfig, UnderstandingPartConfig
 
 CAPTION_REQUEST = "describe the image"
+LOOK_REQUEST = "look at every place"
 STREAMS = {"autoencoder": 1, "understanding": 2, "painter": 3, "tokenizer": 4, "evaluation": 9}
 
 
@@ -49,17 +50,9 @@ def conversation(
     sample = tabletop.sample_edit(
         rng, kinds=config.kinds, referential=config.referential, objects=config.objects
     )
-    text_only = part.text_only_start if progress < part.text_only_until else part.text_only
-    form, aside = rng.random(2)
-    if form < text_only:
-        return _in_words(sample)
-    if form < text_only + (1 - text_only) * part.captions:
-        return _caption(sample, aside)
-    blueprint = sample.blueprint.render()
-    if aside < 0.3:
-        # What a painter is conditioned on: image and blueprint as the user's own words.
-        return Conversation(sample.source, blueprint, None)
-    return Conversation(sample.source, sample.instruction, blueprint)
+    shares = part.early if progress < part.early_until else part.late
+    form = str(rng.choice(list(shares), p=list(shares.values())))
+    return _FORMS[form](sample, float(rng.random()))
 
 
 def tokenizer_texts(config: TinyBuildConfig) -> Iterator[str]:
@@ -69,18 +62,55 @@ def tokenizer_texts(config: TinyBuildConfig) -> Iterator[str]:
         yield tabletop.caption(sample.source)
         yield sample.instruction
         yield sample.blueprint.render()
+        yield look(sample.target)
     yield CAPTION_REQUEST
+    yield LOOK_REQUEST
 
 
-def _in_words(sample: Edit) -> Conversation:
+def look(scene: Scene) -> str:
+    """Each of the nine places in reading order, and what lies there."""
+    lines = []
+    for place in tabletop.PLACES:
+        there = [f"{t.size} {t.colour} {t.shape}" for t in scene.objects if t.place == place]
+        lines.append(f"{place}: {' and '.join(there) or 'nothing'}")
+    return f"{tabletop.lay_out(scene)}. {'; '.join(lines)}"
+
+
+def _in_words(sample: Edit, aside: float) -> Conversation:
     """The scene as words instead of an image: what copying and reasoning are learnt from."""
     user = f"{tabletop.caption(sample.source)}\n{sample.instruction}"
     return Conversation(None, user, sample.blueprint.render())
 
 
+def _look(sample: Edit, aside: float) -> Conversation:
+    """What lies where, empty places included: seeing is learnt before listing."""
+    return Conversation(_either(sample, aside), LOOK_REQUEST, look(_either(sample, aside)))
+
+
 def _caption(sample: Edit, aside: float) -> Conversation:
-    """A description of an image, of the edited one too; a third in the form of a T2I prompt."""
-    scene = sample.target if aside < 0.5 else sample.source
-    if aside % 0.5 < 0.15:
-        return Conversation(None, tabletop.caption(scene), None)
+    scene = _either(sample, aside)
     return Conversation(scene, CAPTION_REQUEST, tabletop.caption(scene))
+
+
+def _prompt(sample: Edit, aside: float) -> Conversation:
+    """What a painter is conditioned on: captions, or image and blueprint, as the user's words."""
+    if aside < 0.5:
+        return Conversation(None, tabletop.caption(sample.target), None)
+    return Conversation(sample.source, sample.blueprint.render(), None)
+
+
+def _design(sample: Edit, aside: float) -> Conversation:
+    return Conversation(sample.source, sample.instruction, sample.blueprint.render())
+
+
+def _either(sample: Edit, aside: float) -> Scene:
+    return sample.target if aside < 0.5 else sample.source
+
+
+_FORMS: dict[str, Callable[[Edit, float], Conversation]] = {
+    "words": _in_words,
+    "look": _look,
+    "caption": _caption,
+    "prompt": _prompt,
+    "design": _design,
+}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,11 +18,14 @@ from dim.model import parts
 from dim.model.conditioner import IMAGE_TYPE, TEXT_TYPE, Conditioner
 from dim.model.config import UnderstandingConfig
 from dim.model.tokenizer import build_tokenizer
-from dim.tiny.config import TinyBuildConfig
+from dim.tabletop import Scene
+from dim.tiny.config import TinyBuildConfig, UnderstandingPartConfig
 from dim.tiny.corpus import Conversation, conversation, edit, tokenizer_texts
+from dim.tiny.grounding import Grounding
 from dim.tiny.schedule import Progress, Trainer, seeded
 
 _IGNORED = -100
+_POOL = 4
 
 
 def new_understanding(config: TinyBuildConfig, model: UnderstandingConfig) -> Conditioner:
@@ -49,11 +53,13 @@ def train_understanding(
     conditioner = new_understanding(config, model)
     network = conditioner.model.requires_grad_(True).train()
     batches = _Batches(conditioner, config)
-    trainer = Trainer("understanding", [network], part, out / "understanding.jsonl", progress)
+    grounding = Grounding(conditioner.hidden_size, batches.side)
+    log = out / "understanding.jsonl"
+    trainer = Trainer("understanding", [network, grounding], part, log, progress)
     for step in range(part.steps):
-        first, done = step * part.batch_size, step / part.steps
-        texts = [conversation(config, part, first + i, done) for i in range(part.batch_size)]
-        trainer.update(_loss(network, *batches.make(texts)))
+        if step % _POOL == 0:
+            pool = batches.pool(step)
+        trainer.update(_loss(network, grounding, part, *batches.make(pool[step % _POOL])))
     network.requires_grad_(False).eval()
     return conditioner
 
@@ -89,55 +95,85 @@ def _right_sections(answer: str, truth: Blueprint) -> list[str]:
 
 
 def _loss(
-    network: Qwen2_5_VLForConditionalGeneration, inputs: dict[str, Tensor], labels: Tensor
+    network: Qwen2_5_VLForConditionalGeneration,
+    grounding: Grounding,
+    part: UnderstandingPartConfig,
+    inputs: dict[str, Tensor],
+    labels: Tensor,
+    scenes: list[Scene],
 ) -> Tensor:
-    logits = network(**inputs, use_cache=False).logits
-    return torch.nn.functional.cross_entropy(
-        logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=_IGNORED
+    """Next-token prediction, and the grounding of image tokens in a middle layer."""
+    output = network(**inputs, use_cache=False, output_hidden_states=True)
+    words = torch.nn.functional.cross_entropy(
+        output.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=_IGNORED
     )
+    if not scenes:
+        return words
+    middle = output.hidden_states[network.config.text_config.num_hidden_layers // 2]
+    seen = middle[inputs["mm_token_type_ids"] == IMAGE_TYPE]
+    return words + part.grounding_weight * grounding.loss(seen, scenes)
+
+
+class Row(NamedTuple):
+    """A conversation as tokens; those from ``start`` on are to be learnt."""
+
+    ids: list[int]
+    start: int
+    scene: Scene | None
 
 
 class _Batches:
-    """Conversations as padded tensors, with every word of the user and assistant as a label."""
+    """Conversations as padded tensors; the labels are the answer, or all words without one.
+
+    What a user asks cannot be foretold, and learning to foretell it drowns the answers.
+    """
 
     def __init__(self, conditioner: Conditioner, config: TinyBuildConfig) -> None:
         self.conditioner, self.config = conditioner, config
         self.tokenizer: PreTrainedTokenizerBase = conditioner.tokenizer
         vision = conditioner.model.config.vision_config
-        side = conditioner.image_size // vision.patch_size // vision.spatial_merge_size
-        self.image_tokens = side * side
+        self.side = conditioner.image_size // vision.patch_size // vision.spatial_merge_size
+        self.image_tokens = self.side**2
 
-    def make(self, texts: list[Conversation]) -> tuple[dict[str, Tensor], Tensor]:
-        """Model inputs (B, L) and labels (B, L)."""
-        rows = [self._tokens(text) for text in texts]
-        length = max(len(ids) for ids, _ in rows)
+    def pool(self, step: int) -> list[list[Row]]:
+        """The batches of ``_POOL`` steps from ``step`` on: texts of about one length together."""
+        part = self.config.understanding
+        size, done = part.batch_size, step / part.steps
+        drawn = range(step * size, (step + _POOL) * size)
+        rows = [self._row(conversation(self.config, part, i, done)) for i in drawn]
+        rows.sort(key=lambda row: len(row.ids))
+        return [rows[i * size : (i + 1) * size] for i in torch.randperm(_POOL).tolist()]
+
+    def make(self, rows: list[Row]) -> tuple[dict[str, Tensor], Tensor, list[Scene]]:
+        """Model inputs (B, L), labels (B, L), and what the images show."""
+        length = max(len(row.ids) for row in rows)
         ids = torch.full((len(rows), length), int(self.tokenizer.pad_token_id))
         labels = torch.full((len(rows), length), _IGNORED)
         mask = torch.zeros_like(ids)
-        for row, (tokens, start) in enumerate(rows):
-            ids[row, : len(tokens)] = torch.tensor(tokens)
-            labels[row, start : len(tokens)] = ids[row, start : len(tokens)]
-            mask[row, : len(tokens)] = 1
+        for i, row in enumerate(rows):
+            end = len(row.ids)
+            ids[i, :end] = torch.tensor(row.ids)
+            labels[i, row.start : end] = ids[i, row.start : end]
+            mask[i, :end] = 1
         kinds = torch.where(ids == self.conditioner.chat.image_token, IMAGE_TYPE, TEXT_TYPE)
         labels[kinds == IMAGE_TYPE] = _IGNORED
         inputs = {"input_ids": ids, "attention_mask": mask, "mm_token_type_ids": kinds}
-        return inputs | self._pixels(texts), labels
+        scenes = [row.scene for row in rows if row.scene]
+        return inputs | self._pixels(scenes), labels, scenes
 
-    def _tokens(self, text: Conversation) -> tuple[list[int], int]:
-        """Tokens of a whole conversation, and where the user's content starts."""
+    def _row(self, text: Conversation) -> Row:
         chat, images = self.conditioner.chat, self.image_tokens if text.scene else 0
+        end = int(self.tokenizer.eos_token_id)
         if text.assistant is None:
             prompt = chat.prompt(text.user, images)
-            ids = prompt.ids
-        else:
-            prompt = chat.request(text.user, images)
-            ids = prompt.ids + self.tokenizer(text.assistant, add_special_tokens=False).input_ids
-        return [*ids, int(self.tokenizer.eos_token_id)], prompt.start
+            return Row([*prompt.ids, end], prompt.start, text.scene)
+        asked = chat.request(text.user, images).ids
+        answer = self.tokenizer(text.assistant, add_special_tokens=False).input_ids
+        return Row([*asked, *answer, end], len(asked), text.scene)
 
-    def _pixels(self, texts: list[Conversation]) -> dict[str, Tensor]:
-        size = self.conditioner.image_size
-        images = [tabletop.render(text.scene, size) for text in texts if text.scene]
-        if not images:
+    def _pixels(self, scenes: list[Scene]) -> dict[str, Tensor]:
+        if not scenes:
             return {}
+        images = [tabletop.render(scene, self.conditioner.image_size) for scene in scenes]
         patches = self.conditioner.image_processor(images=images, return_tensors="pt")
         return {name: patches[name] for name in ("pixel_values", "image_grid_thw")}

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from dim.blueprint import Blueprint
 from dim.config import load_config
+from dim.errors import ConfigError
+from dim.model.conditioner import IMAGE_TYPE
+from dim.model.config import ModelConfig
+from dim.tabletop import COLOURS, SHAPES, Scene, Thing, sample_scene
 from dim.tiny import corpus
 from dim.tiny.config import TinyBuildConfig
+from dim.tiny.grounding import Grounding
+from dim.tiny.understanding import _Batches, new_understanding
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -34,8 +43,9 @@ def test_conversations_have_every_form(config: TinyBuildConfig) -> None:
     designs = [text for text in texts if text.scene and text.assistant and "1. " in text.assistant]
     conditions = [text for text in texts if text.scene and text.assistant is None]
     captions = [text for text in texts if text.user == corpus.CAPTION_REQUEST]
+    looks = [text for text in texts if text.user == corpus.LOOK_REQUEST]
     prompts = [text for text in texts if text.scene is None and text.assistant is None]
-    for form in (words_only, designs, conditions, captions, prompts):
+    for form in (words_only, designs, conditions, captions, looks, prompts):
         assert len(form) > 5
     for text in designs:
         assert text.assistant is not None
@@ -44,9 +54,87 @@ def test_conversations_have_every_form(config: TinyBuildConfig) -> None:
         assert Blueprint.parse(text.user).render() == text.user
 
 
-def test_more_words_in_the_beginning(config: TinyBuildConfig) -> None:
-    def in_words(progress: float) -> int:
-        texts = [corpus.conversation(config, config.understanding, i, progress) for i in range(300)]
-        return sum(text.scene is None and text.assistant is not None for text in texts)
+def test_the_shares_of_the_forms_change_during_training(config: TinyBuildConfig) -> None:
+    part = config.understanding.model_copy(
+        update={"early_until": 0.5, "early": {"look": 1.0}, "late": {"words": 0.5, "caption": 0.5}}
+    )
 
-    assert in_words(0.0) > 2 * in_words(0.9)
+    def requests(progress: float) -> set[str]:
+        texts = [corpus.conversation(config, part, i, progress) for i in range(40)]
+        return {"words" if text.scene is None else text.user for text in texts}
+
+    assert requests(0.49) == {corpus.LOOK_REQUEST}
+    assert requests(0.5) == {"words", corpus.CAPTION_REQUEST}
+
+
+def test_shares_that_do_not_sum_to_one_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"early.*sum to 1"):
+        load_config(
+            TinyBuildConfig,
+            ROOT / "configs" / "tiny-build.yaml",
+            ["understanding.early={look: 0.5}"],
+        )
+
+
+def test_a_look_names_every_place() -> None:
+    scene = Scene(
+        (Thing("star", "red", "small", 0.2, 0.2), Thing("circle", "pink", "large", 0.8, 0.5))
+    )
+    text = corpus.look(scene)
+    assert text.startswith("A wood table with 2 objects. top left: small red star; top: nothing; ")
+    assert "; right: large pink circle; " in text
+    assert text.count("nothing") == 7
+
+
+def test_image_tokens_are_told_what_they_show() -> None:
+    """The head's labels: a thing counts in every cell that covers enough of it."""
+    scene = Scene(
+        (Thing("star", "red", "small", 0.125, 0.125), Thing("circle", "pink", "large", 0.5, 0.7))
+    )
+    grounding = Grounding(8, side=4)
+    labels = torch.tensor(grounding._labels(scene))
+    assert labels[:, 0].tolist() == list(range(16))
+    star = [1, 1 + list(COLOURS).index("red"), 1 + SHAPES.index("star"), 1]
+    assert labels[0, 1:].tolist() == star
+    assert labels[:, 1].nonzero().flatten().tolist() == [0, 9, 10, 13, 14]
+
+
+def test_the_grounding_loss_tells_right_from_wrong_scenes() -> None:
+    torch.manual_seed(0)
+    scenes = [sample_scene(np.random.default_rng(i)) for i in range(6)]
+    grounding = Grounding(64, side=4)
+    states = torch.randn(6 * 16, 64)
+    optimizer = torch.optim.Adam([*grounding.parameters(), states.requires_grad_(True)], lr=0.1)
+    for _ in range(60):
+        optimizer.zero_grad()
+        grounding.loss(states, scenes).backward()
+        optimizer.step()
+    assert grounding.loss(states, scenes) < 0.05
+    assert grounding.loss(states, scenes[::-1]) > 1
+
+
+def test_a_batch_labels_answers_and_pads_the_rest(config: TinyBuildConfig) -> None:
+    small = config.model_copy(
+        update={
+            "understanding": config.understanding.model_copy(
+                update={"tokenizer_texts": 50, "batch_size": 4}
+            )
+        }
+    )
+    section = load_config(ModelConfig, ROOT / "configs" / "tiny.yaml").understanding
+    batches = _Batches(new_understanding(small, section), small)
+    pool = batches.pool(0)
+    lengths = [[len(row.ids) for row in rows] for rows in pool]
+    assert [len(rows) for rows in pool] == [4] * len(pool)
+    ordered = sorted(lengths)
+    assert all(max(a) <= min(b) for a, b in itertools.pairwise(ordered))
+    for rows in pool:
+        inputs, labels, scenes = batches.make(rows)
+        assert labels.shape == inputs["input_ids"].shape
+        image = inputs["mm_token_type_ids"] == IMAGE_TYPE
+        assert int(image.sum()) == 16 * len(scenes)
+        for i, row in enumerate(rows):
+            learnt = labels[i] != -100
+            assert labels[i, row.start : len(row.ids)][learnt[row.start : len(row.ids)]].numel() > 0
+            assert not learnt[: row.start].any() and not learnt[len(row.ids) :].any()
+            assert not (learnt & image[i]).any()
