@@ -9,12 +9,14 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -280,7 +282,12 @@ def serve(config: DemoConfig, places: Places, model: str, console: Console) -> B
             cwd=CONFIGS.parent,
         )
         url = f"http://127.0.0.1:{port}"
-        _wait_for(f"{url}/healthz", process, log)
+        try:
+            _wait_for(f"{url}/healthz", process, log)
+        except BaseException:  # also when the user gives up: no server is left that nobody named
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)
+            raise
     return Background(process.pid, url, log)
 
 
@@ -367,7 +374,6 @@ def _wait_for(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
                     return
         except (urllib.error.URLError, OSError):
             time.sleep(0.5)
-    os.killpg(process.pid, 15)
     raise DimError(f"the server did not answer within {_SERVER_STARTS_WITHIN:.0f} s; see {log}")
 
 

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from PIL import Image
 
@@ -26,22 +27,26 @@ SMALL = [
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
     """What the demo wrote and printed; its server is stopped afterwards."""
     out = tmp_path_factory.mktemp("demo") / "out"
-    done = subprocess.run(
-        [sys.executable, "-m", "pipelines.demo", "--out", str(out), *SMALL],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=280,
-        env={key: value for key, value in os.environ.items() if not key.startswith("AWS_")},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    yield out, done.stdout
-    stop = re.search(r"kill (\d+)", done.stdout)
-    assert stop is not None
-    os.kill(int(stop.group(1)), signal.SIGTERM)
+    command = [sys.executable, "-m", "pipelines.demo", "--out", str(out), *SMALL]
+    env = {key: value for key, value in os.environ.items() if not key.startswith("AWS_")}
+    try:
+        done = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, timeout=480, env=env
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        yield out, done.stdout
+    finally:
+        for process in servers_of(out):
+            process.send_signal(signal.SIGTERM)
 
 
-@pytest.mark.timeout(300)
+def servers_of(out: Path) -> list[psutil.Process]:
+    """The servers that a demo in ``out`` has left running."""
+    found = psutil.process_iter(["cmdline"])
+    return [p for p in found if f"{out}/" in " ".join(p.info["cmdline"] or [])]
+
+
+@pytest.mark.timeout(500)
 def test_it_says_where_everything_is(demo: tuple[Path, str]) -> None:
     out, printed = demo
     assert (out / "data" / "edit" / "manifest.json").is_file()
@@ -49,6 +54,9 @@ def test_it_says_where_everything_is(demo: tuple[Path, str]) -> None:
     assert (out / "mlflow.db").is_file()
     for name in ("shards", "MLflow UI", "checkpoint", "model", "report", "server"):
         assert re.search(rf"^{name} ", printed, re.MULTILINE)
+    stop = re.search(r"kill (\d+)", printed)
+    assert stop is not None
+    assert [process.pid for process in servers_of(out)] == [int(stop.group(1))]
 
 
 def test_the_report_is_one_page_with_its_pictures_inside(demo: tuple[Path, str]) -> None:
