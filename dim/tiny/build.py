@@ -22,12 +22,13 @@ from safetensors.torch import save_file
 from dim.config import dump_config, load_config
 from dim.errors import InputError
 from dim.model import parts
+from dim.model.conditioner import Conditioner
 from dim.model.config import ModelConfig
 from dim.tiny.autoencoder import reconstruction_accuracy, train_autoencoder
 from dim.tiny.config import TinyBuildConfig
 from dim.tiny.painter import painting_accuracy, train_painter
 from dim.tiny.schedule import Progress
-from dim.tiny.understanding import design_accuracy, train_understanding
+from dim.tiny.understanding import design_accuracy, train_binding, train_understanding
 
 _PACKAGES = ("torch", "transformers", "diffusers", "numpy")
 
@@ -47,12 +48,27 @@ def build_understanding(
     """Train and save the Qwen2.5-VL with its tokenizer; returns its held-out accuracies."""
     section = model.understanding
     conditioner = train_understanding(config, section, out / "logs", progress)
+    _save_understanding(conditioner, out)
+    return design_accuracy(config, conditioner, section.design_max_new_tokens)
+
+
+def build_binding(
+    config: TinyBuildConfig, model: ModelConfig, out: Path, progress: Progress
+) -> dict[str, float]:
+    """Go on with the Qwen2.5-VL in ``out``, binding words; returns its held-out accuracies."""
+    section = model.understanding.model_copy(update={"weights": str(out / "understanding")})
+    conditioner = parts.conditioner(section, dtype=torch.float32)
+    train_binding(config, conditioner, out / "logs", progress)
+    _save_understanding(conditioner, out)
+    return design_accuracy(config, conditioner, section.design_max_new_tokens)
+
+
+def _save_understanding(conditioner: Conditioner, out: Path) -> None:
     folder = out / "understanding"
     conditioner.model.to(torch.float16).save_pretrained(folder)
     conditioner.tokenizer.save_pretrained(folder)
     conditioner.image_processor.save_pretrained(folder)
     conditioner.model.float()
-    return design_accuracy(config, conditioner, section.design_max_new_tokens)
 
 
 def build_painter(
@@ -77,6 +93,7 @@ Builder = Callable[[TinyBuildConfig, ModelConfig, Path, Progress], dict[str, flo
 PARTS: dict[str, Builder] = {
     "autoencoder": build_autoencoder,
     "understanding": build_understanding,
+    "binding": build_binding,
     "painter": build_painter,
 }
 

@@ -43,11 +43,13 @@ class UnderstandingPartConfig(PartConfig):
     The forms: ``words`` (a scene in words and an instruction, answered by the blueprint), ``look``
     (an image, answered by what lies at each place), ``caption`` (an image, described), ``design``
     (image and instruction, answered by the blueprint), ``prompt`` (a painter's condition).
-    ``grounding_weight`` weighs the helper of :mod:`dim.tiny.grounding` against the words.
+    ``grounding_weight`` and ``binding_weight`` weigh the helpers of :mod:`dim.tiny.grounding` and
+    :mod:`dim.tiny.binding` against the words.
     """
 
     tokenizer_texts: PositiveInt = 4000
     grounding_weight: float = Field(default=1.0, ge=0)
+    binding_weight: float = Field(default=0.0, ge=0)
     early_until: float = Field(default=0.15, ge=0, le=1)
     early: dict[Form, float]
     late: dict[Form, float]
@@ -78,5 +80,6 @@ class TinyBuildConfig(StrictModel):
     referential: float = Field(default=0.3, ge=0, le=1)
     autoencoder: AutoencoderPartConfig
     understanding: UnderstandingPartConfig
+    binding: UnderstandingPartConfig
     painter: PainterPartConfig
     evaluate: PositiveInt = 200

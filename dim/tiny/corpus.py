@@ -17,7 +17,14 @@ from dim.tiny.config import TinyBuildConfig, UnderstandingPartConfig
 
 CAPTION_REQUEST = "describe the image"
 LOOK_REQUEST = "look at every place"
-STREAMS = {"autoencoder": 1, "understanding": 2, "painter": 3, "tokenizer": 4, "evaluation": 9}
+STREAMS = {
+    "autoencoder": 1,
+    "understanding": 2,
+    "painter": 3,
+    "tokenizer": 4,
+    "binding": 5,
+    "evaluation": 9,
+}
 
 
 @dataclass(frozen=True)
@@ -43,10 +50,14 @@ def edit(config: TinyBuildConfig, stream: str, index: int) -> Edit:
 
 
 def conversation(
-    config: TinyBuildConfig, part: UnderstandingPartConfig, index: int, progress: float
+    config: TinyBuildConfig,
+    part: UnderstandingPartConfig,
+    index: int,
+    progress: float,
+    stream: str = "understanding",
 ) -> Conversation:
     """Text ``index`` of the understanding model's training, at ``progress`` in [0, 1]."""
-    rng = generator(config, "understanding", index)
+    rng = generator(config, stream, index)
     sample = tabletop.sample_edit(
         rng, kinds=config.kinds, referential=config.referential, objects=config.objects
     )

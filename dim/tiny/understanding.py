@@ -17,8 +17,10 @@ from dim.errors import BlueprintError
 from dim.model import parts
 from dim.model.conditioner import IMAGE_TYPE, TEXT_TYPE, Conditioner
 from dim.model.config import UnderstandingConfig
+from dim.model.prompt import Prompt
 from dim.model.tokenizer import build_tokenizer
 from dim.tabletop import Scene
+from dim.tiny.binding import Binding, Mention, mentions
 from dim.tiny.config import TinyBuildConfig, UnderstandingPartConfig
 from dim.tiny.corpus import Conversation, conversation, edit, tokenizer_texts
 from dim.tiny.grounding import Grounding
@@ -48,20 +50,39 @@ def train_understanding(
     config: TinyBuildConfig, model: UnderstandingConfig, out: Path, progress: Progress
 ) -> Conditioner:
     """Train from nothing by next-token prediction; the log goes to ``out/understanding.jsonl``."""
-    part = config.understanding
     seeded(config.seed)
     conditioner = new_understanding(config, model)
+    _train(conditioner, config, config.understanding, "understanding", out, progress)
+    return conditioner
+
+
+def train_binding(
+    config: TinyBuildConfig, conditioner: Conditioner, out: Path, progress: Progress
+) -> None:
+    """Go on with ``conditioner`` in place, binding words; the log goes to ``out/binding.jsonl``."""
+    seeded(config.seed)
+    _train(conditioner, config, config.binding, "binding", out, progress)
+
+
+def _train(
+    conditioner: Conditioner,
+    config: TinyBuildConfig,
+    part: UnderstandingPartConfig,
+    stream: str,
+    out: Path,
+    progress: Progress,
+) -> None:
     network = conditioner.model.requires_grad_(True).train()
-    batches = _Batches(conditioner, config)
-    grounding = Grounding(conditioner.hidden_size, batches.side)
-    log = out / "understanding.jsonl"
-    trainer = Trainer("understanding", [network, grounding], part, log, progress)
+    batches = _Batches(conditioner, config, part, stream)
+    helpers = Helpers(
+        Grounding(conditioner.hidden_size, batches.side), Binding(conditioner.hidden_size)
+    )
+    trainer = Trainer(stream, [network, *helpers], part, out / f"{stream}.jsonl", progress)
     for step in range(part.steps):
         if step % _POOL == 0:
             pool = batches.pool(step)
-        trainer.update(_loss(network, grounding, part, *batches.make(pool[step % _POOL])))
+        trainer.update(_loss(network, helpers, part, batches.make(pool[step % _POOL])))
     network.requires_grad_(False).eval()
-    return conditioner
 
 
 def design_accuracy(
@@ -94,24 +115,46 @@ def _right_sections(answer: str, truth: Blueprint) -> list[str]:
     return ["parsed", *names, *decisive, *["blueprint"] * (written == truth)]
 
 
+class Helpers(NamedTuple):
+    """Heads that help the training and are thrown away after it."""
+
+    grounding: Grounding
+    binding: Binding
+
+
+class Batch(NamedTuple):
+    """Model inputs (B, L), labels (B, L), what the images show, and mentions of things.
+
+    ``rows`` and ``tokens`` (M,) say where the mentions are, ``words`` (M, 4) what they say.
+    """
+
+    inputs: dict[str, Tensor]
+    labels: Tensor
+    scenes: list[Scene]
+    rows: Tensor
+    tokens: Tensor
+    words: Tensor
+
+
 def _loss(
     network: Qwen2_5_VLForConditionalGeneration,
-    grounding: Grounding,
+    helpers: Helpers,
     part: UnderstandingPartConfig,
-    inputs: dict[str, Tensor],
-    labels: Tensor,
-    scenes: list[Scene],
+    batch: Batch,
 ) -> Tensor:
-    """Next-token prediction, and the grounding of image tokens in a middle layer."""
-    output = network(**inputs, use_cache=False, output_hidden_states=True)
-    words = torch.nn.functional.cross_entropy(
-        output.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=_IGNORED
+    """Next-token prediction, grounding in a middle layer, and binding in the last."""
+    output = network(**batch.inputs, use_cache=False, output_hidden_states=True)
+    loss = torch.nn.functional.cross_entropy(
+        output.logits[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten(), ignore_index=_IGNORED
     )
-    if not scenes:
-        return words
-    middle = output.hidden_states[network.config.text_config.num_hidden_layers // 2]
-    seen = middle[inputs["mm_token_type_ids"] == IMAGE_TYPE]
-    return words + part.grounding_weight * grounding.loss(seen, scenes)
+    if batch.scenes:
+        middle = output.hidden_states[network.config.text_config.num_hidden_layers // 2]
+        seen = middle[batch.inputs["mm_token_type_ids"] == IMAGE_TYPE]
+        loss = loss + part.grounding_weight * helpers.grounding.loss(seen, batch.scenes)
+    if part.binding_weight and len(batch.words):
+        states = output.hidden_states[-1][batch.rows, batch.tokens]
+        loss = loss + part.binding_weight * helpers.binding.loss(states, batch.words)
+    return loss
 
 
 class Row(NamedTuple):
@@ -120,6 +163,7 @@ class Row(NamedTuple):
     ids: list[int]
     start: int
     scene: Scene | None
+    mentions: list[Mention]
 
 
 class _Batches:
@@ -128,8 +172,15 @@ class _Batches:
     What a user asks cannot be foretold, and learning to foretell it drowns the answers.
     """
 
-    def __init__(self, conditioner: Conditioner, config: TinyBuildConfig) -> None:
+    def __init__(
+        self,
+        conditioner: Conditioner,
+        config: TinyBuildConfig,
+        part: UnderstandingPartConfig,
+        stream: str,
+    ) -> None:
         self.conditioner, self.config = conditioner, config
+        self.part, self.stream = part, stream
         self.tokenizer: PreTrainedTokenizerBase = conditioner.tokenizer
         vision = conditioner.model.config.vision_config
         self.side = conditioner.image_size // vision.patch_size // vision.spatial_merge_size
@@ -137,15 +188,16 @@ class _Batches:
 
     def pool(self, step: int) -> list[list[Row]]:
         """The batches of ``_POOL`` steps from ``step`` on: texts of about one length together."""
-        part = self.config.understanding
-        size, done = part.batch_size, step / part.steps
+        size, done = self.part.batch_size, step / self.part.steps
         drawn = range(step * size, (step + _POOL) * size)
-        rows = [self._row(conversation(self.config, part, i, done)) for i in drawn]
+        rows = [
+            self._row(conversation(self.config, self.part, i, done, self.stream)) for i in drawn
+        ]
         rows.sort(key=lambda row: len(row.ids))
         return [rows[i * size : (i + 1) * size] for i in torch.randperm(_POOL).tolist()]
 
-    def make(self, rows: list[Row]) -> tuple[dict[str, Tensor], Tensor, list[Scene]]:
-        """Model inputs (B, L), labels (B, L), and what the images show."""
+    def make(self, rows: list[Row]) -> Batch:
+        """The rows padded on the right."""
         length = max(len(row.ids) for row in rows)
         ids = torch.full((len(rows), length), int(self.tokenizer.pad_token_id))
         labels = torch.full((len(rows), length), _IGNORED)
@@ -159,17 +211,32 @@ class _Batches:
         labels[kinds == IMAGE_TYPE] = _IGNORED
         inputs = {"input_ids": ids, "attention_mask": mask, "mm_token_type_ids": kinds}
         scenes = [row.scene for row in rows if row.scene]
-        return inputs | self._pixels(scenes), labels, scenes
+        said = [(i, *mention) for i, row in enumerate(rows) for mention in row.mentions]
+        return Batch(
+            inputs | self._pixels(scenes),
+            labels,
+            scenes,
+            torch.tensor([i for i, _, _ in said], dtype=torch.long),
+            torch.tensor([token for _, token, _ in said], dtype=torch.long),
+            torch.tensor([words for _, _, words in said], dtype=torch.long),
+        )
 
     def _row(self, text: Conversation) -> Row:
         chat, images = self.conditioner.chat, self.image_tokens if text.scene else 0
         end = int(self.tokenizer.eos_token_id)
         if text.assistant is None:
             prompt = chat.prompt(text.user, images)
-            return Row([*prompt.ids, end], prompt.start, text.scene)
-        asked = chat.request(text.user, images).ids
+            return Row([*prompt.ids, end], prompt.start, text.scene, self._said(text, prompt))
+        asked = chat.request(text.user, images)
         answer = self.tokenizer(text.assistant, add_special_tokens=False).input_ids
-        return Row([*asked, *answer, end], len(asked), text.scene)
+        ids = [*asked.ids, *answer, end]
+        return Row(ids, len(asked.ids), text.scene, self._said(text, asked))
+
+    def _said(self, text: Conversation, prompt: Prompt) -> list[Mention]:
+        """Mentions in the user's words, counted from the start of the prompt."""
+        words = len(self.tokenizer(text.user, add_special_tokens=False).input_ids)
+        found = mentions(text.user, self.tokenizer)
+        return [Mention(prompt.end - words + m.token, m.words) for m in found]
 
     def _pixels(self, scenes: list[Scene]) -> dict[str, Tensor]:
         if not scenes:

@@ -16,7 +16,9 @@ from dim.model.conditioner import IMAGE_TYPE
 from dim.model.config import ModelConfig
 from dim.tabletop import COLOURS, SHAPES, Scene, Thing, sample_scene
 from dim.tiny import corpus
+from dim.tiny.binding import mentions
 from dim.tiny.config import TinyBuildConfig
+from dim.tiny.corpus import Conversation
 from dim.tiny.grounding import Grounding
 from dim.tiny.understanding import _Batches, new_understanding
 
@@ -113,23 +115,56 @@ def test_the_grounding_loss_tells_right_from_wrong_scenes() -> None:
     assert grounding.loss(states, scenes[::-1]) > 1
 
 
-def test_a_batch_labels_answers_and_pads_the_rest(config: TinyBuildConfig) -> None:
-    small = config.model_copy(
-        update={
-            "understanding": config.understanding.model_copy(
-                update={"tokenizer_texts": 50, "batch_size": 4}
-            )
-        }
-    )
+@pytest.fixture(scope="module")
+def batches(config: TinyBuildConfig) -> _Batches:
+    part = config.understanding.model_copy(update={"tokenizer_texts": 50, "batch_size": 4})
+    small = config.model_copy(update={"understanding": part})
     section = load_config(ModelConfig, ROOT / "configs" / "tiny.yaml").understanding
-    batches = _Batches(new_understanding(small, section), small)
+    return _Batches(new_understanding(small, section), small, part, "understanding")
+
+
+def test_mentions_are_at_the_tokens_that_end_them(batches: _Batches) -> None:
+    tokenizer = batches.tokenizer
+    text = "A wood table. small red star, top left; large pink circle, right. the red star is left"
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    said = [
+        (tokenizer.decode(ids[: mention.token + 1]).rpartition(" ")[2], mention.words)
+        for mention in mentions(text, tokenizer)
+    ]
+    star, circle = (1 + SHAPES.index(shape) for shape in ("star", "circle"))
+    red, pink = (1 + list(COLOURS).index(colour) for colour in ("red", "pink"))
+    assert said == [
+        ("star", [1, red, star, 0]),
+        ("left", [1, red, star, 1]),
+        ("circle", [2, pink, circle, 0]),
+        ("right", [2, pink, circle, 6]),
+    ]
+
+
+def test_mentions_are_counted_from_the_start_of_the_prompt(batches: _Batches) -> None:
+    scene = Scene((Thing("star", "red", "small", 0.2, 0.2),))
+    text = Conversation(scene, "small red star, top left", None)
+    row = batches._row(text)
+    assert [row.ids[m.token] for m in row.mentions] == [
+        row.ids[len(row.ids) - 1 - back] for back in (1 + len(_tokens(batches, ", top left")), 1)
+    ]
+    batch = batches.make([row])
+    assert batch.rows.tolist() == [0, 0]
+    assert batch.words[1].tolist() == [1, 1, 1 + SHAPES.index("star"), 1]
+
+
+def _tokens(batches: _Batches, text: str) -> list[int]:
+    return list(batches.tokenizer(text, add_special_tokens=False).input_ids)
+
+
+def test_a_batch_labels_answers_and_pads_the_rest(batches: _Batches) -> None:
     pool = batches.pool(0)
     lengths = [[len(row.ids) for row in rows] for rows in pool]
     assert [len(rows) for rows in pool] == [4] * len(pool)
     ordered = sorted(lengths)
     assert all(max(a) <= min(b) for a, b in itertools.pairwise(ordered))
     for rows in pool:
-        inputs, labels, scenes = batches.make(rows)
+        inputs, labels, scenes, *_ = batches.make(rows)
         assert labels.shape == inputs["input_ids"].shape
         image = inputs["mm_token_type_ids"] == IMAGE_TYPE
         assert int(image.sum()) == 16 * len(scenes)
