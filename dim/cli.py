@@ -34,12 +34,22 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "serve": ("serving.serve:main", "Edits and generations over HTTP."),
     "edit": ("dim.commands.edit:main", "Edit one image."),
     "generate": ("dim.commands.generate:main", "Paint one image from a text."),
+    "model import": (
+        "dim.commands.model_import:main",
+        "A published checkpoint as a DIM folder.",
+    ),
+    "model export": (
+        "dim.commands.model_export:main",
+        "A DIM folder in the published checkpoints' layout.",
+    ),
+    "model info": ("dim.commands.model_info:main", "What a DIM folder holds."),
     "submit": ("infra.submit:main", "Run a sub-command as a job on a Ray cluster."),
     "tiny build": ("dim.tiny.build:main", "Pretrain the tiny models that ship with the package."),
     "tiny report": ("dim.tiny.report:main", "Measure the tiny models that ship with the package."),
 }
 GROUPS = {
     "data": "Make DIM-T2I and DIM-Edit data sets.",
+    "model": "Published checkpoints and model folders.",
     "tiny": "The tiny pretrained models of the package.",
 }
 MARKUP: Any = "rich"

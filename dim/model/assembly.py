@@ -19,6 +19,7 @@ from dim.model.autoencoder import Autoencoder
 from dim.model.conditioner import Conditioner, Seen
 from dim.model.config import INSTRUCTION, ModelConfig
 from dim.model.connector import Connector
+from dim.model.folder import Provenance
 from dim.model.painter import Painter
 from dim.model.pictures import to_images, upright_rgb
 
@@ -40,7 +41,8 @@ class EditResult:
 class DIM(nn.Module):
     """The frozen ``conditioner`` and ``autoencoder`` around the trained ``connector``, ``painter``.
 
-    Made by ``build`` or ``load``. ``config`` is what it was made from.
+    Made by ``build`` or ``load``. ``config`` is what it was made from, ``provenance`` the published
+    checkpoint that it started from, if it did.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class DIM(nn.Module):
         autoencoder: Autoencoder,
         *,
         understanding_source: str | None = None,
+        provenance: Provenance | None = None,
     ) -> None:
         super().__init__()
         _check_sizes(conditioner, connector, painter, autoencoder)
@@ -61,6 +64,7 @@ class DIM(nn.Module):
         self.painter = painter
         self.autoencoder = autoencoder
         self.understanding_source = understanding_source
+        self.provenance = provenance
         self.eval()
 
     @property
@@ -104,6 +108,7 @@ class DIM(nn.Module):
             self._present_config(),
             parts.Parts(self.conditioner, self.connector, self.painter, self.autoencoder),
             reference=self.understanding_source if understanding == "reference" else None,
+            provenance=self.provenance,
         )
 
     def condition(
@@ -410,8 +415,13 @@ def load(
     Raises:
         CheckpointError: no such folder, not a DIM, incomplete or damaged.
     """
-    config, modules, source = folder.read(Path(path), _dtype(dtype))
-    dim = DIM(config, *modules, understanding_source=source)
+    description, modules = folder.read(Path(path), _dtype(dtype))
+    dim = DIM(
+        description.config,
+        *modules,
+        understanding_source=description.understanding,
+        provenance=description.provenance,
+    )
     return dim.to(device) if device is not None else dim
 
 

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import torch
+from pydantic import PositiveInt
 from safetensors.torch import save_file
 
 from dim import __version__
-from dim.config import dump_config, validate_config
+from dim.config import StrictModel, dump_config, validate_config
 from dim.errors import CheckpointError, InputError
 from dim.model import parts
 from dim.model.conditioner import Conditioner
@@ -26,6 +31,41 @@ UNDERSTANDING = "understanding"
 AUTOENCODER = "autoencoder"
 PAINTER = "painter"
 CONNECTOR_FILE = "connector.safetensors"
+# What a published checkpoint holds and no part uses; kept for the way back.
+UNUSED_FILE = "unused.safetensors"
+NETWORK_STEM = "diffusion_pytorch_model"
+UNDERSTANDING_STEM = "model"
+
+
+class Provenance(StrictModel):
+    """The published checkpoint that a folder's connector and painter started from.
+
+    ``checkpoint``: the file or folder as it was given. ``task``: the checkpoint's, ``edit`` if its
+    painter sees a source latent. ``sections``: the prefixes of the tensors that were taken;
+    ``left_out``: of those that were not. ``metadata``: the text in its header.
+    ``null_condition_tokens``: rows of its null table.
+    """
+
+    checkpoint: str
+    task: Literal["edit", "t2i"]
+    sections: tuple[str, ...]
+    left_out: tuple[str, ...]
+    metadata: dict[str, str]
+    null_condition_tokens: PositiveInt
+
+
+@dataclass(frozen=True)
+class Description:
+    """A ``dim.json``.
+
+    ``understanding``: where the understanding model is; ``UNDERSTANDING`` is in the folder.
+    ``version``: of the program that wrote it.
+    """
+
+    config: ModelConfig
+    understanding: str
+    provenance: Provenance | None
+    version: str
 
 
 def write(
@@ -34,10 +74,29 @@ def write(
     modules: parts.Parts,
     *,
     reference: str | None,
+    provenance: Provenance | None = None,
 ) -> None:
     """Write the folder ``path``, all of it or nothing; an earlier DIM there is replaced.
 
-    ``reference``: where the understanding model is, instead of a copy.
+    ``reference``: where the understanding model is, instead of a copy. ``provenance``: the
+    checkpoint that connector and painter started from.
+
+    Raises:
+        InputError: something else than a DIM is at ``path``.
+        CheckpointError: the disk refused.
+    """
+    with replacing(path) as staged:
+        if reference is None:
+            write_understanding(staged / UNDERSTANDING, modules.conditioner)
+        modules.autoencoder.network.save_pretrained(staged / AUTOENCODER)
+        write_painter(staged, modules.painter)
+        write_connector(staged / CONNECTOR_FILE, modules.connector)
+        describe(staged, config, reference or UNDERSTANDING, provenance)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A new folder to fill, which takes the place of ``path`` when the block ends well.
 
     Raises:
         InputError: something else than a DIM is at ``path``.
@@ -45,24 +104,29 @@ def write(
     """
     if path.exists() and not (path / DESCRIPTION).is_file() and not _is_empty(path):
         raise InputError(f"{path} exists and is not a DIM folder; it is left as it is")
+    with staging(path) as staged:
+        yield staged
+        replace(staged, path)
+
+
+@contextmanager
+def staging(path: Path) -> Iterator[Path]:
+    """A new folder beside ``path`` to write in; it is gone after the block, unless moved.
+
+    Raises:
+        CheckpointError: the disk refused.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+        staged = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     except OSError as error:
         raise CheckpointError(f"cannot write {path}: {error.strerror or error}") from None
     try:
-        if reference is None:
-            _write_understanding(staging / UNDERSTANDING, modules.conditioner)
-        modules.autoencoder.network.save_pretrained(staging / AUTOENCODER)
-        write_painter(staging, modules.painter)
-        write_connector(staging / CONNECTOR_FILE, modules.connector)
-        _describe(staging, config, reference or UNDERSTANDING)
-        staging.chmod(0o755)
-        _replace(staging, path)
+        yield staged
     except OSError as error:
         raise CheckpointError(f"cannot write {path}: {error.strerror or error}") from None
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        shutil.rmtree(staged, ignore_errors=True)
 
 
 def write_painter(folder: Path, painter: Painter) -> None:
@@ -77,60 +141,75 @@ def write_connector(file: Path, connector: Connector) -> None:
     save_file({k: v.detach().cpu().contiguous() for k, v in connector.state_dict().items()}, file)
 
 
-def read(path: Path, dtype: torch.dtype | None) -> tuple[ModelConfig, parts.Parts, str]:
-    """The parts in the folder ``path``, and where the understanding model came from.
+def read(path: Path, dtype: torch.dtype | None) -> tuple[Description, parts.Parts]:
+    """The parts in the folder ``path``, and what its ``dim.json`` says.
+
+    The described understanding model is where it was loaded from.
 
     Raises:
         CheckpointError: no such folder, not a DIM, or a part is missing or damaged.
     """
-    description = _description(path)
-    config = validate_config(ModelConfig, description["config"], where=str(path / DESCRIPTION))
+    description = read_description(path)
     needed = (PAINTER, AUTOENCODER, CONNECTOR_FILE, parts.NULL_CONDITION_FILE)
     if missing := [name for name in needed if not (path / name).exists()]:
         raise CheckpointError(f"{path} is incomplete: it lacks {', '.join(missing)}")
+    config = located(path, description)
+    found = dataclasses.replace(description, understanding=str(config.understanding.weights))
+    return found, parts.make(config, dtype=dtype)
+
+
+def located(path: Path, description: Description) -> ModelConfig:
+    """The configuration of the folder ``path`` with the places of its parts' weights.
+
+    What is in the folder keeps the type that it has there. What is referred to lies as it was
+    first loaded, so the configured type holds for it.
+    """
+    config = description.config
     inside = {
-        "connector": str(path / CONNECTOR_FILE),
-        "painter": str(path / PAINTER),
-        "autoencoder": str(path / AUTOENCODER),
+        "connector": path / CONNECTOR_FILE,
+        "painter": path / PAINTER,
+        "autoencoder": path / AUTOENCODER,
     }
-    source = str(description["understanding"])
-    if source == UNDERSTANDING:
-        source = inside[UNDERSTANDING] = str(path.resolve() / UNDERSTANDING)
-    located = _located(config, **inside)
-    if UNDERSTANDING not in inside:
-        # what is referred to lies as it was first loaded, so the configured type holds for it
-        section = located.understanding.model_copy(update={"weights": source})
-        located = located.model_copy(update={"understanding": section})
-    return config, parts.make(located, dtype=dtype), source
-
-
-def _located(config: ModelConfig, **weights: str) -> ModelConfig:
-    """``config`` with other places of weights, by section, in the types found there."""
-    sections = {
-        name: getattr(config, name).model_copy(update={"weights": where, "dtype": None})
-        for name, where in weights.items()
+    referred = {"weights": description.understanding}
+    sections = {"understanding": config.understanding.model_copy(update=referred)}
+    if description.understanding == UNDERSTANDING:
+        inside[UNDERSTANDING] = path.resolve() / UNDERSTANDING
+    sections |= {
+        name: getattr(config, name).model_copy(update={"weights": str(place), "dtype": None})
+        for name, place in inside.items()
     }
     return config.model_copy(update=sections)
 
 
-def _write_understanding(folder: Path, conditioner: Conditioner) -> None:
+def write_understanding(folder: Path, conditioner: Conditioner) -> None:
+    """The understanding model in transformers' format, with tokenizer and image processor."""
     with parts.without_progress_bars():
         conditioner.model.save_pretrained(folder)
     conditioner.tokenizer.save_pretrained(folder)
     conditioner.image_processor.save_pretrained(folder)
 
 
-def _describe(folder: Path, config: ModelConfig, understanding: str) -> None:
+def describe(
+    folder: Path, config: ModelConfig, understanding: str, provenance: Provenance | None
+) -> None:
+    """Write the ``dim.json`` of ``folder``; ``understanding`` as in ``Description``."""
     description = {
         "format": FORMAT,
         "dim": __version__,
         "understanding": understanding,
+        "provenance": None if provenance is None else dump_config(provenance),
         "config": dump_config(config),
     }
     (folder / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
 
 
-def _description(path: Path) -> dict[str, Any]:
+def read_description(path: Path) -> Description:
+    """What the ``dim.json`` of the folder ``path`` says.
+
+    Raises:
+        CheckpointError: no such folder, not a DIM, or a damaged or later description.
+        ConfigError: its configuration is none.
+    """
     file = path / DESCRIPTION
     if not path.is_dir():
         raise CheckpointError(f"model folder not found: {path}")
@@ -139,22 +218,29 @@ def _description(path: Path) -> dict[str, Any]:
     try:
         description = json.loads(file.read_text(encoding="utf-8"))
         written = description["format"]
-        description["config"], description["understanding"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        config, understanding = description["config"], str(description["understanding"])
+        provenance, version = description.get("provenance"), str(description.get("dim"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{file} is damaged: {' '.join(str(error).split())}") from None
     if written != FORMAT:
         raise CheckpointError(f"{file} has format {written}; this version reads format {FORMAT}")
-    return description
+    return Description(
+        validate_config(ModelConfig, config, where=str(file)),
+        understanding,
+        provenance and validate_config(Provenance, provenance, where=str(file)),
+        version,
+    )
 
 
-def _replace(staging: Path, path: Path) -> None:
+def replace(staged: Path, path: Path) -> None:
     """Put the finished folder in place; the old one is out of the way before it is deleted."""
+    staged.chmod(0o755)
     if not path.exists():
-        staging.rename(path)
+        staged.rename(path)
         return
     old = Path(tempfile.mkdtemp(prefix=f".{path.name}-old-", dir=path.parent))
     path.rename(old)
-    staging.rename(path)
+    staged.rename(path)
     shutil.rmtree(old)
 
 

@@ -22,6 +22,23 @@ def random_null_condition(rows: int, features: int) -> Tensor:
     return torch.randn(rows, features) / features**0.5
 
 
+def resized_null_condition(table: Tensor, rows: int) -> Tensor:
+    """``table`` (N, features) with ``rows`` rows: the first ones stay, new ones are random.
+
+    New rows are drawn with torch's global generator, in the table's type.
+    """
+    kept = table[:rows]
+    return torch.cat([kept, random_null_condition(rows - len(kept), table.shape[1]).to(kept)])
+
+
+def widened(patch_weight: Tensor) -> Tensor:
+    """A patch embedding's weight (width, C, p, p) for latents with a source's channels behind.
+
+    Returns (width, 2 C, p, p): the weights for the noisy latent, then zeros for the source latent.
+    """
+    return torch.cat([patch_weight, torch.zeros_like(patch_weight)], dim=1)
+
+
 @dataclass(frozen=True)
 class PreparedCondition:
     """A condition as the network's blocks attend to it; see ``Painter.prepare``."""
@@ -175,21 +192,20 @@ class Painter(nn.Module):
         if self.takes_source:
             raise InputError("the painter has a source latent's channels already")
         narrow = self.network.patch_embed.proj
-        weight = narrow.weight.detach()
         with torch.device("meta"):  # neither memory nor random numbers for weights that we set
             wide = nn.Conv2d(
                 2 * narrow.in_channels, narrow.out_channels, narrow.kernel_size, narrow.stride
             )
-        wide.weight = nn.Parameter(torch.cat([weight, torch.zeros_like(weight)], dim=1))
+        wide.weight = nn.Parameter(widened(narrow.weight.detach()))
         wide.bias = narrow.bias
         self.network.patch_embed.proj = wide
         self.network.register_to_config(in_channels=wide.in_channels)
 
     def resize_null_condition(self, rows: int) -> None:
         """Give the null table ``rows`` rows, in place: the first ones stay, new ones are random."""
-        kept = self.null_condition.detach()[:rows]
-        added = random_null_condition(rows - len(kept), self.condition_features).to(kept)
-        self.null_condition = nn.Parameter(torch.cat([kept, added]))
+        self.null_condition = nn.Parameter(
+            resized_null_condition(self.null_condition.detach(), rows)
+        )
 
     @property
     def _dtype(self) -> torch.dtype:

@@ -87,9 +87,7 @@ def conditioner(
     else:
         where = weights_path(config.weights)
         model = _understanding(where, dtype)
-        with _readable(where):
-            tokenizer = AutoTokenizer.from_pretrained(where)
-            processor = _saved_image_processor(where, model.config)
+        tokenizer, processor = _readers(where, model.config)
     if dtype is not None:
         model = model.to(dtype)
     return Conditioner(
@@ -167,7 +165,7 @@ def connector(
         module = Connector(in_features, config.out_features)
     if config.weights is not None:
         where = Path(weights_path(config.weights))
-        with _readable(str(where)):
+        with readable(str(where)):
             tensors = load_file(where)
             module.to(next(iter(tensors.values())).dtype).load_state_dict(tensors)
         require_finite(str(where), tensors)
@@ -219,13 +217,13 @@ def _painter(config: PainterConfig, dtype: torch.dtype | None) -> Painter:
 def _null_condition(folder: Path) -> Tensor | None:
     for file in (folder / NULL_CONDITION_FILE, folder.parent / NULL_CONDITION_FILE):
         if file.is_file():
-            with _readable(str(file)):
+            with readable(str(file)):
                 return load_file(file)[NULL_CONDITION]
     return None
 
 
 def _understanding(where: str, dtype: torch.dtype | None) -> Qwen2_5_VLForConditionalGeneration:
-    with _readable(where):
+    with readable(where):
         model, report = Qwen2_5_VLForConditionalGeneration.from_pretrained(
             where, dtype=dtype or "auto", output_loading_info=True
         )
@@ -235,10 +233,50 @@ def _understanding(where: str, dtype: torch.dtype | None) -> Qwen2_5_VLForCondit
     return model
 
 
-def _saved_image_processor(where: str, config: Qwen2_5_VLConfig) -> Qwen2VLImageProcessorPil:
-    if Path(where).is_dir() and not (Path(where) / "preprocessor_config.json").is_file():
-        return image_processor(config)
-    return Qwen2VLImageProcessorPil.from_pretrained(where)
+def saved_understanding_config(where: str) -> Qwen2_5_VLConfig:
+    """The configuration of the understanding model at ``where``, a folder or a hub id.
+
+    Raises:
+        CheckpointError: it has none, or a damaged one.
+    """
+    with readable(where):
+        return Qwen2_5_VLConfig.from_pretrained(where)
+
+
+def copy_understanding_files(where: str, folder: Path) -> None:
+    """All but the weights of the understanding model at ``where``, written into ``folder``.
+
+    Raises:
+        CheckpointError: something is missing or damaged.
+    """
+    config = saved_understanding_config(where)
+    for part in (config, *_readers(where, config)):
+        part.save_pretrained(folder)
+
+
+def _readers(
+    where: str, config: Qwen2_5_VLConfig
+) -> tuple[PreTrainedTokenizerBase, Qwen2VLImageProcessorPil]:
+    """What reads texts and pictures for the understanding model at ``where``."""
+    with readable(where):
+        tokenizer = AutoTokenizer.from_pretrained(where)
+        if Path(where).is_dir() and not (Path(where) / "preprocessor_config.json").is_file():
+            return tokenizer, image_processor(config)
+        return tokenizer, Qwen2VLImageProcessorPil.from_pretrained(where)
+
+
+def autoencoder_config(config: AutoencoderConfig) -> dict[str, Any]:
+    """The keyword arguments of ``AutoencoderDC`` for ``config``; no weights are read.
+
+    Raises:
+        CheckpointError: the weights have no configuration, or a damaged one.
+    """
+    if config.weights is None:
+        return config.architecture
+    where = weights_path(config.weights)
+    with readable(where):
+        saved = AutoencoderDC.load_config(where)
+    return {name: value for name, value in saved.items() if not name.startswith("_")}
 
 
 def _diffusers(cls: Any, where: str, subfolder: str | None, dtype: torch.dtype | None) -> Any:
@@ -246,7 +284,7 @@ def _diffusers(cls: Any, where: str, subfolder: str | None, dtype: torch.dtype |
     folder = Path(where)
     if folder.is_dir() and (folder / "config.json").is_file():
         subfolder = None
-    with _readable(where):
+    with readable(where):
         network, report = cls.from_pretrained(
             where,
             subfolder=subfolder,
@@ -295,7 +333,7 @@ def _random(seed: int, section: str) -> Iterator[None]:
 
 
 @contextmanager
-def _readable(where: str) -> Iterator[None]:
+def readable(where: str) -> Iterator[None]:
     """Loading: what the libraries raise becomes one sentence."""
     try:
         with without_progress_bars():
