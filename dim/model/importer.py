@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -98,6 +99,7 @@ def import_checkpoint(
     layout = released.require_layout(str(path), layout, problems)
     released.require_task(str(path), layout, task)
     _require_allowed(layout, changes)
+    layout = _with_sample_size(layout, config)
     settings = _settings(str(path), config, layout, changes)
     provenance = _provenance(str(path), files, layout, copied)
     with folder.replacing(Path(out)) as staged:
@@ -270,6 +272,13 @@ def _require_allowed(layout: released.Layout, changes: Changes) -> None:
     rows = changes.null_condition_tokens
     if rows is not None and rows < 1:
         raise InputError(f"the null table must have 1 row or more, not {rows}")
+
+
+def _with_sample_size(layout: released.Layout, config: ModelConfig) -> released.Layout:
+    """``layout`` with the configured number that diffusers stores and a SANA does not use."""
+    architecture = config.painter.architecture
+    kept = {name: architecture[name] for name in ("sample_size",) if name in architecture}
+    return dataclasses.replace(layout, architecture=layout.architecture | kept)
 
 
 def _settings(

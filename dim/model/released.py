@@ -198,13 +198,11 @@ def read_layout(
     architecture = (sizes or STAND_IN) | _switches(mine)
     with torch.device("meta"):
         network = SanaTransformer2DModel(**architecture)
-    places = {name: published_place(name) for name in network.state_dict()}
     if sizes is None:
-        names = _expected(network, places, (0, 0), (0, 0))
-        return None, problems + compare(mine, dict.fromkeys(names))
-    expected = _expected(network, places, shapes["projector.0.weight"], shapes[NULL_TABLE])
-    problems += compare(mine, expected)
+        return None, problems + compare(mine, dict.fromkeys(published_shapes(network, 1, 1)))
     hidden_size, rows = shapes["projector.0.weight"][1], shapes[NULL_TABLE][0]
+    problems += compare(mine, published_shapes(network, hidden_size, rows))
+    places = {name: published_place(name) for name in network.state_dict()}
     return Layout(architecture, hidden_size, rows, places), problems
 
 
@@ -351,22 +349,19 @@ def _ratio(hidden: int, inner: int) -> float:
     return ratio if int(ratio * inner) == hidden else (hidden + 0.5) / inner
 
 
-def _expected(
-    network: SanaTransformer2DModel, places: Mapping[str, Place], first: Shape, table: Shape
+def published_shapes(
+    network: SanaTransformer2DModel, hidden_size: int, null_condition_tokens: int
 ) -> dict[str, Shape]:
-    """The published tensors of connector and painter with their shapes.
-
-    ``first``: of the connector's first weight. ``table``: of the null table.
-    """
+    """The tensors of connector and painter that a published checkpoint of ``network`` has."""
     features = network.config["caption_channels"]
     shapes = {
-        NULL_TABLE: (table[0], features),
-        "projector.0.weight": (features, first[1]),
+        NULL_TABLE: (null_condition_tokens, features),
+        "projector.0.weight": (features, hidden_size),
         "projector.0.bias": (features,),
         "projector.2.weight": (features, features),
         "projector.2.bias": (features,),
     }
     for name, tensor in network.state_dict().items():
-        place = places[name]
+        place = published_place(name)
         shapes[place.name] = (tensor.shape[0] * place.parts, *tensor.shape[1:])
     return shapes

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -33,7 +34,8 @@ Shape = tuple[int, ...]
 Produce = Callable[[str], Tensor]
 
 
-class Spec(NamedTuple):
+@dataclass(frozen=True)
+class Spec:
     """What a header says of a tensor: its type as safetensors writes it, and its shape."""
 
     dtype: str
@@ -228,6 +230,9 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def _write_tensor(stream: Any, name: str, spec: Spec, tensor: Tensor) -> None:
-    if spec_of(tensor) != spec:
-        raise CheckpointError(f"{name} is {spec_of(tensor)}, not {spec}")
+    made = spec_of(tensor)
+    if made != spec:
+        raise CheckpointError(
+            f"{name} is {made.dtype} {made.shape}, not {spec.dtype} {spec.shape} as announced"
+        )
     stream.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
