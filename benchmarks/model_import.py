@@ -88,7 +88,7 @@ def _status(name: str) -> int:
 
 
 def main(
-    parameters: Annotated[float, typer.Option(min=1e6, help="Of the painter.")] = 100e6,
+    parameters: Annotated[float, typer.Option(min=4e6, help="Of the painter.")] = 100e6,
     dtype: Annotated[Literal["BF16", "F32"], typer.Option(help="Of its weights.")] = "BF16",
 ) -> None:
     """Import a random checkpoint and compare the memory it takes with its largest file."""

@@ -85,7 +85,7 @@ def import_checkpoint(
     Raises:
         CheckpointError: no such checkpoint, a damaged one, one for another task, weights that are
             not finite; or tensors are missing, unexpected or of wrong shape or type, all listed.
-        ConfigError: the parts' sizes do not fit each other.
+        ConfigError: ``config`` says too little or nonsense about the frozen parts.
         InputError: something else is at ``out``, or a change that the checkpoint does not allow.
     """
     changes = changes or Changes()
@@ -94,7 +94,7 @@ def import_checkpoint(
     layout, problems = released.read_layout(files, *heads)
     copied = _copies(files, copy_understanding)
     problems += _unknown_sections(files)
-    problems += _autoencoder_problems(files, config.autoencoder)
+    problems += _autoencoder_problems(files, config.autoencoder, layout)
     problems += _understanding_problems(files, config.understanding, layout, copied)
     layout = released.require_layout(str(path), layout, problems)
     released.require_task(str(path), layout, task)
@@ -178,13 +178,24 @@ def _unknown_sections(files: Mapping[str, Spec]) -> list[str]:
     return [f"unexpected {name}" for name in sorted(files) if not name.startswith(known)]
 
 
-def _autoencoder_problems(files: TensorFiles, config: AutoencoderConfig) -> list[str]:
+def _autoencoder_problems(
+    files: TensorFiles, config: AutoencoderConfig, layout: released.Layout | None
+) -> list[str]:
     found = {name: files[name] for name in _section(files, AUTOENCODER).values()}
-    if not found:
-        missing = f"missing {AUTOENCODER}*, and autoencoder.weights names no other autoencoder"
-        return [missing] if config.weights is None else []
-    shapes = _shapes(_autoencoder(config), AUTOENCODER)
-    return released.wrong_types(found) + released.compare(found, shapes)
+    if not found and config.weights is None:
+        return [f"missing {AUTOENCODER}*, and autoencoder.weights names no other autoencoder"]
+    network = _autoencoder(config)
+    problems = []
+    channels = network.config["latent_channels"]
+    if layout is not None and layout.latent_channels != channels:
+        problems.append(
+            f"the painter's latents have {layout.latent_channels} channels, the autoencoder's "
+            f"have {channels}"
+        )
+    if found:
+        problems += released.wrong_types(found)
+        problems += released.compare(found, _shapes(network, AUTOENCODER))
+    return problems
 
 
 def _understanding_problems(

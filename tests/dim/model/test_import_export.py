@@ -430,7 +430,7 @@ def test_a_checkpoint_of_the_other_task_is_refused(settings, tmp_path, source):
 
 def test_an_autoencoder_of_other_latents_is_refused(settings, tmp_path):
     file = saved(published(hidden_size=128, channels=4), tmp_path)
-    with pytest.raises(ConfigError, match="latent_channels is 5 but painter.*in_channels is 4"):
+    with pytest.raises(CheckpointError, match="latents have 4 channels, the autoencoder's have 5"):
         import_checkpoint(file, tmp_path / "dim", config=settings, **HEADS)
 
 
