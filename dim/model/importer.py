@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from dim.config import dump_config, validate_config
-from dim.errors import ConfigError, InputError
+from dim.errors import CheckpointError, ConfigError, InputError
 from dim.model import folder, parts, released, tensorfile
 from dim.model.checks import is_finite, refuse_not_finite
 from dim.model.config import AutoencoderConfig, ModelConfig, UnderstandingConfig, weights_path
@@ -184,7 +184,10 @@ def _autoencoder_problems(
     found = {name: files[name] for name in _section(files, AUTOENCODER).values()}
     if not found and config.weights is None:
         return [f"missing {AUTOENCODER}*, and autoencoder.weights names no other autoencoder"]
-    network = _autoencoder(config)
+    try:
+        network = _autoencoder(config)
+    except CheckpointError as error:
+        return [str(error)]
     problems = []
     channels = network.config["latent_channels"]
     if layout is not None and layout.latent_channels != channels:
@@ -212,7 +215,10 @@ def _understanding_problems(
     taken = _section(files, UNDERSTANDING) if copied else {}
     if not taken and not Path(where).is_dir():
         return []
-    saved = parts.saved_understanding_config(where)
+    try:
+        saved = parts.saved_understanding_config(where)
+    except CheckpointError as error:
+        return [str(error)]
     problems = []
     hidden_size = saved.text_config.hidden_size
     if layout is not None and layout.hidden_size != hidden_size:

@@ -239,6 +239,9 @@ def saved_understanding_config(where: str) -> Qwen2_5_VLConfig:
     Raises:
         CheckpointError: it has none, or a damaged one.
     """
+    # Of a folder without one transformers would make up a configuration.
+    if Path(where).is_dir() and not (Path(where) / "config.json").is_file():
+        raise CheckpointError(f"cannot load weights from {where}: it has no config.json")
     with readable(where):
         return Qwen2_5_VLConfig.from_pretrained(where)
 

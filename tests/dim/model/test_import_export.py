@@ -434,6 +434,20 @@ def test_an_autoencoder_of_other_latents_is_refused(settings, tmp_path):
         import_checkpoint(file, tmp_path / "dim", config=settings, **HEADS)
 
 
+def test_frozen_parts_that_cannot_be_read_are_named_with_the_rest(settings, tmp_path):
+    tensors = published(hidden_size=128)
+    del tensors["projector.2.bias"]
+    places = {"understanding": UnderstandingConfig, "autoencoder": AutoencoderConfig}
+    for name in places:
+        (tmp_path / name).mkdir()
+    sections = {name: kind(weights=str(tmp_path / name)) for name, kind in places.items()}
+    config = settings.model_copy(update=sections)
+    with pytest.raises(CheckpointError, match=r"missing projector\.2\.bias; ") as error:
+        import_checkpoint(saved(tensors, tmp_path), tmp_path / "dim", config=config, **HEADS)
+    for name in places:
+        assert f"cannot load weights from {tmp_path / name}: " in str(error.value)
+
+
 def test_nothing_but_a_model_is_replaced(imported, settings, tmp_path):
     file = imported.parent / "model.safetensors"
     (tmp_path / "mine").mkdir()

@@ -1,14 +1,21 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from diffusers import SanaTransformer2DModel
 from safetensors.torch import load_file, save_file
 
+from dim.config import load_config
 from dim.errors import CheckpointError
 from dim.model import released
+from dim.model.config import ModelConfig
+from dim.model.tensorfile import Spec
 from tests.dim.model.published import HEADS, published
+
+CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 
 
 @pytest.mark.parametrize("source", [True, False])
@@ -157,3 +164,18 @@ def test_the_file_is_not_held_open_or_mapped(tmp_path, golden):
     expected = load_file(golden.file)["decoder.model.final_layer.linear.weight"]
     copy.write_bytes(b"\0" * copy.stat().st_size)
     assert torch.equal(painter.network.proj_out.weight, expected)
+
+
+def test_the_published_sizes_are_read_off_a_header():
+    config = load_config(ModelConfig, CONFIGS / "dim-4.6b.yaml").painter.architecture
+    with torch.device("meta"):
+        network = SanaTransformer2DModel(**config | {"in_channels": 64})
+    shapes = released.published_shapes(network, 2048, 8192)
+    specs = {name: Spec("BF16", shape) for name, shape in shapes.items()}
+    layout, problems = released.read_layout(specs)
+    assert problems == [] and layout.task == "edit"
+    assert (layout.hidden_size, layout.null_condition_tokens) == (2048, 8192)
+    sizes = {name: value for name, value in config.items() if name != "sample_size"}
+    assert layout.architecture == sizes | {"in_channels": 64}
+    counted = sum(spec.count for name, spec in specs.items() if name.startswith("decoder"))
+    assert counted == 1_604_713_632 + 8192 * 2304
