@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import AutoencoderDC, SanaTransformer2DModel
@@ -19,7 +19,13 @@ from dim.config import dump_config, validate_config
 from dim.errors import CheckpointError, ConfigError, InputError
 from dim.model import folder, parts, released, tensorfile
 from dim.model.checks import is_finite, refuse_not_finite
-from dim.model.config import AutoencoderConfig, ModelConfig, UnderstandingConfig, weights_path
+from dim.model.config import (
+    AutoencoderConfig,
+    ModelConfig,
+    PartConfig,
+    UnderstandingConfig,
+    weights_path,
+)
 from dim.model.folder import Provenance
 from dim.model.painter import resized_null_condition, widened
 from dim.model.released import AUTOENCODER, CONNECTOR, NULL_TABLE, PAINTER, UNDERSTANDING, UNUSED
@@ -93,9 +99,11 @@ def import_checkpoint(
     heads = _head_dims(files.metadata, config, attention_head_dim, cross_attention_head_dim)
     layout, problems = released.read_layout(files, *heads)
     copied = _copies(files, copy_understanding)
+    vae = _source(files, AUTOENCODER, config.autoencoder, folder.NETWORK_STEM)
+    mllm = _source(files, UNDERSTANDING, config.understanding, folder.UNDERSTANDING_STEM)
     problems += _unknown_sections(files)
-    problems += _autoencoder_problems(files, config.autoencoder, layout)
-    problems += _understanding_problems(files, config.understanding, layout, copied)
+    problems += _autoencoder_problems(config.autoencoder, layout, vae)
+    problems += _understanding_problems(config.understanding, layout, mllm if copied else None)
     layout = released.require_layout(str(path), layout, problems)
     released.require_task(str(path), layout, task)
     _require_allowed(layout, changes)
@@ -105,13 +113,31 @@ def import_checkpoint(
     with folder.replacing(Path(out)) as staged:
         writer = Writer(files, max_shard_bytes)
         _write_trained(staged, writer, layout, changes)
-        _write_autoencoder(staged / folder.AUTOENCODER, writer, config.autoencoder)
+        _write_autoencoder(staged / folder.AUTOENCODER, writer, config.autoencoder, vae)
         if copied:
-            _write_understanding(staged / folder.UNDERSTANDING, writer, config.understanding)
+            place = staged / folder.UNDERSTANDING
+            _write_understanding(place, writer, config.understanding, mllm)
         refuse_not_finite(str(path), writer.not_finite)
         reference = folder.UNDERSTANDING if copied else _reference(config.understanding)
         folder.describe(staged, settings, reference, provenance)
     return provenance
+
+
+class Source(NamedTuple):
+    """Where a frozen part's tensors are read: ``names`` has the part's names → those in ``files``.
+
+    ``label``: what messages put in front of the part's names.
+    """
+
+    files: TensorFiles
+    names: dict[str, str]
+    label: str
+
+    def problems(self, shapes: Mapping[str, Shape]) -> list[str]:
+        """What is missing, unexpected or wrong, a phrase each; ``shapes`` by the part's names."""
+        found = {self.label + new: self.files[old] for new, old in self.names.items()}
+        expected = {self.label + name: shape for name, shape in shapes.items()}
+        return released.wrong_types(found) + released.compare(found, expected)
 
 
 class Writer:
@@ -122,10 +148,14 @@ class Writer:
         self.max_shard_bytes = max_shard_bytes
         self.not_finite: list[str] = []
 
-    def copy(self, target: Path, stem: str, names: Mapping[str, str]) -> None:
-        """The tensors ``names`` (new name → name in the checkpoint) into ``target/stem``."""
-        specs = {new: self.files[old] for new, old in names.items()}
-        self.write(target, stem, specs, lambda new: self.read(names[new]))
+    def copy(self, target: Path, stem: str, source: Source) -> None:
+        """The tensors of ``source`` as they are into ``target/stem``."""
+
+        def produce(new: str) -> Tensor:
+            return self.checked(source.label + new, source.files.read(source.names[new]))
+
+        specs = {new: source.files[old] for new, old in source.names.items()}
+        self.write(target, stem, specs, produce)
 
     def write(self, target: Path, stem: str, specs: Mapping[str, Spec], produce: Produce) -> None:
         """Tensors as ``produce`` gives them into ``target/stem``, in shards if need be."""
@@ -178,11 +208,29 @@ def _unknown_sections(files: Mapping[str, Spec]) -> list[str]:
     return [f"unexpected {name}" for name in sorted(files) if not name.startswith(known)]
 
 
+def _source(files: TensorFiles, prefix: str, config: PartConfig, stem: str) -> Source | None:
+    """A frozen part's tensors in the checkpoint, or else in the part's own folder.
+
+    None: the part must be loaded, because it lies on the hub, in another format, or is wanted in
+    another type.
+    """
+    if names := _section(files, prefix):
+        return Source(files, names, prefix)
+    if config.weights is None or config.dtype is not None:
+        return None
+    where = weights_path(config.weights)
+    try:
+        elsewhere = tensorfile.open_folder(Path(where), stem)
+    except CheckpointError:
+        return None
+    return Source(elsewhere, {name: name for name in elsewhere}, f"{where}: ")
+
+
 def _autoencoder_problems(
-    files: TensorFiles, config: AutoencoderConfig, layout: released.Layout | None
+    config: AutoencoderConfig, layout: released.Layout | None, source: Source | None
 ) -> list[str]:
-    found = {name: files[name] for name in _section(files, AUTOENCODER).values()}
-    if not found and config.weights is None:
+    """What does not fit between checkpoint and autoencoder."""
+    if source is None and config.weights is None:
         return [f"missing {AUTOENCODER}*, and autoencoder.weights names no other autoencoder"]
     try:
         network = _autoencoder(config)
@@ -195,25 +243,19 @@ def _autoencoder_problems(
             f"the painter's latents have {layout.latent_channels} channels, the autoencoder's "
             f"have {channels}"
         )
-    if found:
-        problems += released.wrong_types(found)
-        problems += released.compare(found, _shapes(network, AUTOENCODER))
-    return problems
+    return problems + (source.problems(_shapes(network)) if source else [])
 
 
 def _understanding_problems(
-    files: TensorFiles,
-    config: UnderstandingConfig,
-    layout: released.Layout | None,
-    copied: bool,
+    config: UnderstandingConfig, layout: released.Layout | None, source: Source | None
 ) -> list[str]:
     """What does not fit between checkpoint and understanding model.
 
-    A model that is only referred to and lies elsewhere is not asked for: loading will tell.
+    ``source``: its tensors, if they are to be copied. A model that is only referred to and lies
+    elsewhere is not asked for: loading will tell.
     """
     where = _understanding_place(config)
-    taken = _section(files, UNDERSTANDING) if copied else {}
-    if not taken and not Path(where).is_dir():
+    if source is None and not Path(where).is_dir():
         return []
     try:
         saved = parts.saved_understanding_config(where)
@@ -226,30 +268,25 @@ def _understanding_problems(
             f"projector.0.weight takes tokens of {layout.hidden_size} features, "
             f"but {where} gives {hidden_size}"
         )
-    if taken:
-        found = {name: files[name] for name in taken.values()}
-        problems += released.wrong_types(found)
-        problems += released.compare(found, _understanding_shapes(saved, found))
-    return problems
+    return problems + (source.problems(_understanding_shapes(saved, source)) if source else [])
 
 
-def _understanding_shapes(saved: Qwen2_5_VLConfig, found: Mapping[str, Spec]) -> dict[str, Shape]:
-    """The shapes of the understanding model's tensors, named as they are in ``found``.
+def _understanding_shapes(saved: Qwen2_5_VLConfig, source: Source) -> dict[str, Shape]:
+    """The shapes of the understanding model's tensors, named as they are in ``source``.
 
     Checkpoints have the names that transformers writes or, with a level more, those of its
     classes; it reads both.
     """
     with torch.device("meta"):
         model = Qwen2_5_VLForConditionalGeneration(saved)
-    shapes = _shapes(model, UNDERSTANDING)
-    if not any(name.startswith(f"{UNDERSTANDING}model.language_model.") for name in found):
+    shapes = _shapes(model)
+    if not any(name.startswith("model.language_model.") for name in source.names):
         shapes = {
-            re.sub(r"^mllm\.model\.(visual)|^mllm\.(model)\.language_model", r"mllm.\1\2", k): v
-            for k, v in shapes.items()
+            re.sub(r"^model\.(visual)|^(model)\.language_model", r"\1\2", name): shape
+            for name, shape in shapes.items()
         }
-    output = f"{UNDERSTANDING}lm_head.weight"
-    if saved.tie_word_embeddings and output not in found:
-        del shapes[output]
+    if saved.tie_word_embeddings and "lm_head.weight" not in source.names:
+        del shapes["lm_head.weight"]
     return shapes
 
 
@@ -279,8 +316,8 @@ def _autoencoder(config: AutoencoderConfig) -> AutoencoderDC:
         raise ConfigError(f"autoencoder.architecture: {reason}") from error
 
 
-def _shapes(module: torch.nn.Module, prefix: str) -> dict[str, Shape]:
-    return {prefix + name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+def _shapes(module: torch.nn.Module) -> dict[str, Shape]:
+    return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
 
 
 def _require_allowed(layout: released.Layout, changes: Changes) -> None:
@@ -370,17 +407,21 @@ def _write_painter(target: Path, writer: Writer, layout: released.Layout, widen:
     writer.write(target, folder.NETWORK_STEM, specs, produce)
 
 
-def _write_autoencoder(target: Path, writer: Writer, config: AutoencoderConfig) -> None:
-    if names := _section(writer.files, AUTOENCODER):
-        _autoencoder(config).save_config(target)
-        writer.copy(target, folder.NETWORK_STEM, names)
-    else:
+def _write_autoencoder(
+    target: Path, writer: Writer, config: AutoencoderConfig, source: Source | None
+) -> None:
+    if source is None:
         parts.autoencoder(config).network.save_pretrained(target)
+        return
+    _autoencoder(config).save_config(target)
+    writer.copy(target, folder.NETWORK_STEM, source)
 
 
-def _write_understanding(target: Path, writer: Writer, config: UnderstandingConfig) -> None:
-    if names := _section(writer.files, UNDERSTANDING):
-        parts.copy_understanding_files(_understanding_place(config), target)
-        writer.copy(target, folder.UNDERSTANDING_STEM, names)
-    else:
+def _write_understanding(
+    target: Path, writer: Writer, config: UnderstandingConfig, source: Source | None
+) -> None:
+    if source is None:
         folder.write_understanding(target, parts.conditioner(config))
+        return
+    parts.copy_understanding_files(_understanding_place(config), target)
+    writer.copy(target, folder.UNDERSTANDING_STEM, source)

@@ -229,6 +229,17 @@ def test_frozen_parts_that_a_checkpoint_lacks_come_from_elsewhere(settings, tmp_
     assert model.load(tmp_path / "dim").conditioner.hidden_size == 128
     [back] = export_checkpoint(tmp_path / "dim", tmp_path / "back.safetensors")
     assert same_tensors(back, file)
+    for part, config in (
+        ("autoencoder/diffusion_pytorch_model", settings.autoencoder),
+        ("understanding/model", settings.understanding),
+    ):
+        own = Path(parts.weights_path(config.weights)) / f"{Path(part).name}.safetensors"
+        assert same_tensors(tmp_path / "dim" / f"{part}.safetensors", own)
+    # a type that is asked for is obeyed, so the part is loaded
+    half = settings.autoencoder.model_copy(update={"dtype": "float16"})
+    config = settings.model_copy(update={"autoencoder": half})
+    import_checkpoint(file, tmp_path / "half", config=config, **HEADS)
+    assert summarise(tmp_path / "half").parts[-1].dtypes == ("F16",)
     nowhere = settings.model_copy(update={"autoencoder": AutoencoderConfig()})
     with pytest.raises(CheckpointError, match=r"missing decoder\.vae\.\*, and autoencoder"):
         import_checkpoint(file, tmp_path / "other", config=nowhere, **HEADS)
@@ -446,6 +457,22 @@ def test_frozen_parts_that_cannot_be_read_are_named_with_the_rest(settings, tmp_
         import_checkpoint(saved(tensors, tmp_path), tmp_path / "dim", config=config, **HEADS)
     for name in places:
         assert f"cannot load weights from {tmp_path / name}: " in str(error.value)
+
+
+def test_a_frozen_parts_own_folder_is_checked_too(settings, autoencoder, tmp_path):
+    file = saved(published(hidden_size=128), tmp_path)
+    place = shutil.copytree(autoencoder, tmp_path / "vae")
+    weights = place / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    del tensors["encoder.conv_in.weight"]
+    save_file(tensors | {"decoder.conv_in.bias": torch.zeros(3)}, weights)
+    config = settings.model_copy(
+        update={"autoencoder": AutoencoderConfig(weights=str(place))},
+    )
+    with pytest.raises(CheckpointError) as error:
+        import_checkpoint(file, tmp_path / "dim", config=config, **HEADS)
+    assert f"missing {place}: encoder.conv_in.weight" in str(error.value)
+    assert f"{place}: decoder.conv_in.bias is (3,), not (20,)" in str(error.value)
 
 
 def test_nothing_but_a_model_is_replaced(imported, settings, tmp_path):
