@@ -12,6 +12,8 @@ from dim.config import StrictModel
 from dim.errors import CheckpointError
 
 INSTRUCTION = "{instruction}"
+Fit = Literal["source", "square"]
+Solver = Literal["dpm", "euler"]
 
 
 class PartConfig(StrictModel):
@@ -80,13 +82,21 @@ class AutoencoderConfig(PartConfig):
 
 
 class SamplingConfig(StrictModel):
-    """What edit and generate do unless told otherwise. ``resolution`` in pixels."""
+    """What edit and generate do unless told otherwise.
+
+    ``resolution``: side in pixels of the square that the painter was made for. ``solver``: how a
+    velocity becomes a step, see ``dim.model.sampler``. ``fit``: what of a source is edited.
+    ``source``: all of it, painted in the nearest of SANA's shapes and given back at its own size.
+    ``square``: the middle square, given back at ``resolution``, as published.
+    """
 
     resolution: PositiveInt = 1024
     steps: PositiveInt = 30
     guidance_scale: float = Field(default=7.5, ge=1)
     shift: float = Field(default=3.0, gt=0)
     seed: int = Field(default=233, ge=0)
+    solver: Solver = "dpm"
+    fit: Fit = "source"
 
 
 class ModelConfig(StrictModel):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers import SanaTransformer2DModel
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 
 from dim.errors import InputError
 from dim.model.attention import CrossAttention, KeysAndValues, keys_and_values
+from dim.model.block import sampling_block
 
 # The published network's query and key norms; diffusers' own 1e-5 moves outputs by 5e-5.
 QK_NORM_EPS = 1e-6
@@ -41,10 +44,14 @@ def widened(patch_weight: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class PreparedCondition:
-    """A condition as the network's blocks attend to it; see ``Painter.prepare``."""
+    """A condition as the network's blocks attend to it; see ``Painter.prepare``.
+
+    ``rows`` of conditions are ``branches`` for each of ``rows / branches`` latents.
+    """
 
     blocks: tuple[KeysAndValues, ...]
     rows: int
+    branches: int = 1
 
 
 class Painter(nn.Module):
@@ -86,11 +93,26 @@ class Painter(nn.Module):
         self.network = network
         self.null_condition = nn.Parameter(null_condition)
         self.integer_timesteps = integer_timesteps
+        self._sampling_block: Callable[..., Tensor] = sampling_block
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The network's blocks, all of one kind and nearly all of its weights.
+
+        They are what to wrap one by one for sharded training: ``fully_shard(block)`` for each,
+        then ``fully_shard(painter)``.
+        """
+        return self.network.transformer_blocks
 
     @property
     def latent_channels(self) -> int:
         """Channels of one latent (the noisy one, the source, the velocity)."""
         return self.network.config["out_channels"]
+
+    @property
+    def patch_size(self) -> int:
+        """Latent cells along each side of a token: what a latent's sides must be multiples of."""
+        return self.network.config["patch_size"]
 
     @property
     def condition_features(self) -> int:
@@ -115,12 +137,14 @@ class Painter(nn.Module):
         Args:
             noisy_latent: (B, C, h, w).
             timestep: 0–1000, one number or (B,).
-            condition: (B, N, condition_features), or what ``prepare`` made of it and its mask.
+            condition: (B, N, condition_features), or what ``prepare`` made of conditions and
+                their mask.
             mask: (B, N), true or 1 where a token counts; None counts all.
             source_latent: (B, C, h, w) for an edit painter; without it the painter sees zeros.
 
         Returns:
-            (B, C, h, w) in the type of ``noisy_latent``.
+            (B, C, h, w) in the type of ``noisy_latent``; of a condition prepared with several
+            branches (branches · B, C, h, w), branch after branch.
 
         Raises:
             InputError: a shape does not fit, or a text-to-image painter got a source.
@@ -140,24 +164,36 @@ class Painter(nn.Module):
         )[0]
         return velocity.to(noisy_latent.dtype)
 
-    def prepare(self, condition: Tensor, mask: Tensor | None = None) -> PreparedCondition:
+    def prepare(
+        self, condition: Tensor, mask: Tensor | None = None, *, branches: int = 1
+    ) -> PreparedCondition:
         """Compute once what every step of a sample would compute again from its condition.
 
         The caption projection, its norm, and every block's keys and values depend neither on the
         latent nor on the timestep. Pass the result to ``forward`` in place of the condition. It
-        holds 2 · layers · B · N · width numbers.
+        holds 2 · layers · R · N · width numbers.
 
         Args:
-            condition, mask: as ``forward`` takes them.
+            condition: (R, N, condition_features).
+            mask: (R, N), as ``forward`` takes it.
+            branches: how many conditions each latent is painted under at once. The rows are the
+                first condition of every latent, then the second of every latent, and so on.
+
+        Raises:
+            InputError: a shape does not fit.
         """
-        self._check_condition(condition, mask, len(condition))
+        rows = len(condition)
+        if branches < 1 or rows % branches:
+            raise InputError(f"{rows} conditions do not make {branches} branches")
+        self._check_condition(condition, mask, rows)
         network = self.network
         states = network.caption_norm(network.caption_projection(condition.to(self._dtype)))
         bias = None
-        if mask is not None:
+        # A bias of zeros would say nothing and keep attention from its fastest kernels.
+        if mask is not None and not bool(mask.all()):
             bias = ((1 - mask.to(self._dtype)) * MASKED)[:, None, None, :]
-        blocks = (keys_and_values(b.attn2, states, bias) for b in network.transformer_blocks)
-        return PreparedCondition(tuple(blocks), len(condition))
+        blocks = (keys_and_values(block.attn2, states, bias) for block in self.blocks)
+        return PreparedCondition(tuple(blocks), rows, branches)
 
     def null(self, tokens: int) -> Tensor:
         """The condition (tokens, condition_features) that says nothing.
@@ -207,6 +243,26 @@ class Painter(nn.Module):
             resized_null_condition(self.null_condition.detach(), rows)
         )
 
+    def checkpoint_gradients(self, on: bool = True) -> None:
+        """Keep no block's inner states for the backward pass: computed again, the same numbers."""
+        if on:
+            self.network.enable_gradient_checkpointing()
+        else:
+            self.network.disable_gradient_checkpointing()
+
+    def compile_blocks(self, **options: Any) -> None:
+        """Compile a block, for training and for sampling, in place.
+
+        All blocks are of one kind, so one of them is compiled and serves for all; each new shape
+        of a batch is compiled once more.
+
+        Args:
+            options: as ``torch.compile`` takes them, such as ``mode`` or ``backend``.
+        """
+        for block in self.blocks:
+            block.compile(**options)
+        self._sampling_block = torch.compile(sampling_block, **options)
+
     @property
     def _dtype(self) -> torch.dtype:
         return self.network.patch_embed.proj.weight.dtype
@@ -215,26 +271,23 @@ class Painter(nn.Module):
         self, latent: Tensor, timestep: Tensor, condition: PreparedCondition
     ) -> Tensor:
         """diffusers' forward from the patches on, with ready keys and values for the blocks."""
-        if condition.rows != len(latent):
+        if condition.rows != condition.branches * len(latent):
             raise InputError(
-                f"the condition was prepared for {condition.rows} rows, not {len(latent)}"
+                f"the condition was prepared for {condition.rows // condition.branches} rows, "
+                f"not {len(latent)}"
             )
-        network, patch = self.network, self.network.config["patch_size"]
+        network, patch = self.network, self.patch_size
         height, width = (side // patch for side in latent.shape[2:])
         modulation, embedded = network.time_embed(
-            timestep, batch_size=len(latent), hidden_dtype=latent.dtype
+            timestep.repeat(condition.branches),
+            batch_size=condition.rows,
+            hidden_dtype=latent.dtype,
         )
         states = network.patch_embed(latent)
-        for block, ready in zip(network.transformer_blocks, condition.blocks, strict=True):
-            states = block(
-                states,
-                encoder_hidden_states=ready,
-                timestep=modulation,
-                height=height,
-                width=width,
-            )
+        for block, ready in zip(self.blocks, condition.blocks, strict=True):
+            states = self._sampling_block(block, states, modulation, ready, (height, width))
         states = network.proj_out(network.norm_out(states, embedded, network.scale_shift_table))
-        cells = states.reshape(len(latent), height, width, patch, patch, -1)
+        cells = states.reshape(condition.rows, height, width, patch, patch, -1)
         return cells.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
     def _timestep(self, timestep: Tensor | float, like: Tensor) -> Tensor:
@@ -269,6 +322,11 @@ class Painter(nn.Module):
             raise InputError(
                 f"the noisy latent must be (B, {self.latent_channels}, h, w), "
                 f"not {tuple(noisy_latent.shape)}"
+            )
+        if any(side % self.patch_size for side in noisy_latent.shape[2:]):
+            raise InputError(
+                f"the noisy latent's sides must be multiples of {self.patch_size}, "
+                f"not {tuple(noisy_latent.shape[2:])}"
             )
         if source_latent is None:
             return

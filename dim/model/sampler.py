@@ -1,15 +1,32 @@
-"""The sampler: from noise to a latent with DPM-Solver++ and classifier-free guidance."""
+"""The sampler: from noise to a latent, by DPM-Solver++ or Euler, with classifier-free guidance."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, get_args
 
 import torch
-from diffusers import DPMSolverMultistepScheduler
+from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
+from torch.nn import functional
 
 from dim.errors import InputError
-from dim.model.painter import Painter
+from dim.model.config import Solver
+from dim.model.painter import Painter, PreparedCondition
+
+
+@dataclass(frozen=True)
+class Step:
+    """Where sampling stands after a step.
+
+    ``number`` counts from 0; ``latent`` (B, C, h, w) is as noisy as the next step expects it;
+    ``estimate`` (B, C, h, w) is the finished latent as far as the network can tell by now.
+    """
+
+    number: int
+    latent: Tensor
+    estimate: Tensor
 
 
 @torch.no_grad()
@@ -23,9 +40,12 @@ def sample(
     steps: int = 30,
     guidance_scale: float | Sequence[float] | Tensor = 7.5,
     shift: float = 3.0,
-    on_step: Callable[[int, Tensor], None] | None = None,
+    solver: Solver = "dpm",
+    negative_condition: Tensor | None = None,
+    negative_mask: Tensor | None = None,
+    on_step: Callable[[Step], None] | None = None,
 ) -> Tensor:
-    """Denoise a batch with DPM-Solver++ (multistep, order 2), as published.
+    """Denoise a batch.
 
     Args:
         painter: the velocity network.
@@ -36,43 +56,109 @@ def sample(
         guidance_scale: how far to go from the unconditional velocity past the conditional one, one
             number or one a row. Where all are 1 the unconditional branch is not computed.
         shift: the time shift of the noise levels.
-        on_step: called after each step with its number (from 0) and the current latent.
+        solver: ``"dpm"``, DPM-Solver++ (multistep, order 2), as published, or ``"euler"``, flow
+            matching's straight steps.
+        negative_condition: (B, M, F), to be guided away from instead of the null condition.
+        negative_mask: (B, M) marks what of it counts, None all; a row without a mark has no
+            negative condition and keeps the null condition.
+        on_step: called after each step. What it raises ends the sampling.
 
     Returns:
         The latent (B, C, h, w) in the type of ``noise``. A row does not depend on its neighbours.
 
     Raises:
-        InputError: ``steps`` below 1, or guidance scales that do not fit the batch.
+        InputError: ``steps`` below 1, an unknown solver, or shapes that do not fit the batch.
     """
+    scheduler = _scheduler(solver, steps, shift)
     scale = _guidance(guidance_scale, noise)
     guided = bool((scale != 1).any())
-    if guided:
-        condition, mask, source_latent = _with_null_branch(painter, condition, mask, source_latent)
-    prepared = painter.prepare(condition, mask)
-    scheduler = _scheduler(steps, shift)
+    negative = _Condition.of(negative_condition, negative_mask)
+    prepared = _prepare(painter, _Condition(condition, mask), negative, guided)
     latent = noise
-    for step, timestep in enumerate(scheduler.timesteps):
-        both = torch.cat([latent, latent]) if guided else latent
-        velocity = painter(both, timestep, prepared, source_latent=source_latent)
+    for number, timestep in enumerate(scheduler.timesteps):
+        velocity = painter(latent, timestep, prepared, source_latent=source_latent)
         if guided:
             null, told = velocity.chunk(2)
             velocity = null + scale * (told - null)
-        latent = scheduler.step(velocity, timestep, latent, return_dict=False)[0]
+        before, latent = latent, scheduler.step(velocity, timestep, latent, return_dict=False)[0]
         if on_step is not None:
-            on_step(step, latent)
+            estimate = before - scheduler.sigmas[number].to(before) * velocity
+            on_step(Step(number, latent, estimate))
     return latent
 
 
-def _scheduler(steps: int, shift: float) -> DPMSolverMultistepScheduler:
+@dataclass(frozen=True)
+class _Condition:
+    """Tokens (B, N, F) and which of them count, (B, N) or None for all."""
+
+    tokens: Tensor
+    mask: Tensor | None
+
+    @classmethod
+    def of(cls, tokens: Tensor | None, mask: Tensor | None) -> _Condition | None:
+        return None if tokens is None else cls(tokens, mask)
+
+    def padded(self, length: int) -> tuple[Tensor, Tensor]:
+        """Tokens (B, length, F) and an explicit bool mask (B, length)."""
+        missing = length - self.tokens.shape[1]
+        mask = self.mask
+        if mask is None:
+            mask = self.tokens.new_ones(self.tokens.shape[:2], dtype=torch.bool)
+        return (
+            functional.pad(self.tokens, (0, 0, 0, missing)),
+            functional.pad(mask.bool(), (0, missing)),
+        )
+
+
+def _prepare(
+    painter: Painter, condition: _Condition, negative: _Condition | None, guided: bool
+) -> PreparedCondition:
+    """Both branches as one batch, the one to go away from first; without guidance only one."""
+    tokens, mask = condition.tokens, condition.mask
+    if not guided:
+        return painter.prepare(tokens, mask, branches=1)
+    null = painter.null(tokens.shape[1]).to(tokens).expand_as(tokens)
+    if negative is not None:
+        away, away_mask = _instead(_Condition(null, mask), negative)
+        tokens, told = condition.padded(away.shape[1])
+        return painter.prepare(torch.cat([away, tokens]), torch.cat([away_mask, told]), branches=2)
+    # One mask serves both: the null condition has as many tokens as the condition.
+    both = None if mask is None else torch.cat([mask, mask])
+    return painter.prepare(torch.cat([null, tokens]), both, branches=2)
+
+
+def _instead(null: _Condition, negative: _Condition) -> tuple[Tensor, Tensor]:
+    """The rows of ``negative`` that have a mark, elsewhere those of ``null``."""
+    if len(negative.tokens) != len(null.tokens):
+        raise InputError(
+            f"{len(negative.tokens)} negative conditions were given for {len(null.tokens)} samples"
+        )
+    length = max(null.tokens.shape[1], negative.tokens.shape[1])
+    null_tokens, null_mask = null.padded(length)
+    tokens, mask = negative.padded(length)
+    given = mask.any(dim=1, keepdim=True)
+    return (
+        torch.where(given[:, :, None], tokens.to(null_tokens), null_tokens),
+        torch.where(given, mask, null_mask),
+    )
+
+
+def _scheduler(solver: Solver, steps: int, shift: float) -> Any:
     if steps < 1:
         raise InputError(f"sampling takes at least 1 step, not {steps}")
-    scheduler = DPMSolverMultistepScheduler(
-        solver_order=2,
-        algorithm_type="dpmsolver++",
-        prediction_type="flow_prediction",
-        use_flow_sigmas=True,
-        flow_shift=shift,
-    )
+    if solver not in get_args(Solver):
+        raise InputError(f"solver {solver!r} is not one of {', '.join(get_args(Solver))}")
+    scheduler: Any
+    if solver == "euler":
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    else:
+        scheduler = DPMSolverMultistepScheduler(
+            solver_order=2,
+            algorithm_type="dpmsolver++",
+            prediction_type="flow_prediction",
+            use_flow_sigmas=True,
+            flow_shift=shift,
+        )
     scheduler.set_timesteps(steps)
     return scheduler
 
@@ -82,15 +168,3 @@ def _guidance(scale: float | Sequence[float] | Tensor, noise: Tensor) -> Tensor:
     if len(scales) not in (1, len(noise)):
         raise InputError(f"{len(scales)} guidance scales were given for {len(noise)} samples")
     return scales.view(-1, 1, 1, 1)
-
-
-def _with_null_branch(
-    painter: Painter, condition: Tensor, mask: Tensor | None, source_latent: Tensor | None
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Both branches as one batch, unconditional rows first; one mask serves both."""
-    null = painter.null(condition.shape[1]).to(condition).expand_as(condition)
-    return (
-        torch.cat([null, condition]),
-        None if mask is None else torch.cat([mask, mask]),
-        None if source_latent is None else torch.cat([source_latent, source_latent]),
-    )

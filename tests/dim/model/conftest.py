@@ -7,6 +7,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
+from diffusers import SanaTransformer2DModel
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -14,9 +16,23 @@ from dim import model
 from dim.config import load_config
 from dim.model import released
 from dim.model.config import ModelConfig
+from dim.model.painter import Painter, random_null_condition
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 RANDOM = [f"{p}.weights=null" for p in ("understanding", "connector", "painter", "autoencoder")]
+
+PAINTER_SIZES = {
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_layers": 2,
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "num_cross_attention_heads": 2,
+    "cross_attention_head_dim": 16,
+    "cross_attention_dim": 32,
+    "caption_channels": 24,
+    "qk_norm": "rms_norm_across_heads",
+}
 
 
 @pytest.fixture(scope="session")
@@ -60,3 +76,23 @@ def golden(request: pytest.FixtureRequest, shared_golden: Path) -> SimpleNamespa
         loss=load_file(shared_golden / f"{task}_loss.safetensors"),
         source=io["source_latent"] if task == "edit" else None,
     )
+
+
+@pytest.fixture
+def painter() -> Painter:
+    """A random text-to-image painter of two small blocks; a test may change it."""
+    torch.manual_seed(0)
+    return Painter(SanaTransformer2DModel(**PAINTER_SIZES), random_null_condition(12, 24))
+
+
+@pytest.fixture
+def batch() -> dict[str, torch.Tensor]:
+    """Two latents and sources (2, 4, 3, 5), conditions of 9 and 5 tokens."""
+    generator = torch.Generator().manual_seed(1)
+    mask = torch.arange(9) < torch.tensor([[9], [5]])
+    return {
+        "latent": torch.randn(2, 4, 3, 5, generator=generator),
+        "source": torch.randn(2, 4, 3, 5, generator=generator),
+        "condition": torch.randn(2, 9, 24, generator=generator),
+        "mask": mask,
+    }
