@@ -25,6 +25,10 @@ def main(
     seed: int | None = typer.Option(None, min=0, help="The same seed paints the same image."),
     steps: int | None = typer.Option(None, min=1, max=1000, help="Sampler steps."),
     guidance_scale: float | None = typer.Option(None, min=1, help="1 turns guidance off."),
+    negative_prompt: str | None = typer.Option(None, help="What to paint away from, in words."),
+    square: bool = typer.Option(
+        False, "--square", help="Edit the middle square only, as published, not all of the image."
+    ),
     device: str | None = typer.Option(None, help="cpu, cuda, cuda:1, …; a GPU if there is one."),
 ) -> None:
     """Edit one image: the designer writes a blueprint, the painter paints it.
@@ -49,6 +53,8 @@ def main(
         seeds=None if seed is None else [seed],
         steps=steps,
         guidance_scale=guidance_scale,
+        negative_prompt=negative_prompt,
+        fit="square" if square else None,
     )[0]
     save_png(result.image, out)
     if result.blueprint and text is None:

@@ -17,6 +17,7 @@ def main(
     seed: int | None = typer.Option(None, min=0, help="The same seed paints the same image."),
     steps: int | None = typer.Option(None, min=1, max=1000, help="Sampler steps."),
     guidance_scale: float | None = typer.Option(None, min=1, help="1 turns guidance off."),
+    negative_prompt: str | None = typer.Option(None, help="What to paint away from, in words."),
     device: str | None = typer.Option(None, help="cpu, cuda, cuda:1, …; a GPU if there is one."),
 ) -> None:
     """Paint one image from a text, as a model of the t2i stage does.
@@ -35,6 +36,7 @@ def main(
         seeds=None if seed is None else [seed],
         steps=steps,
         guidance_scale=guidance_scale,
+        negative_prompt=negative_prompt,
     )[0]
     save_png(image, out)
     typer.echo(f"image: {out}", err=True)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, get_args
 
 import torch
 from PIL import Image
@@ -17,17 +18,18 @@ from dim.images import encode_png
 from dim.model import folder, parts, sampler
 from dim.model.autoencoder import Autoencoder
 from dim.model.conditioner import Conditioner, Seen
-from dim.model.config import INSTRUCTION, ModelConfig
+from dim.model.config import INSTRUCTION, Fit, ModelConfig
 from dim.model.connector import Connector
 from dim.model.folder import Provenance
 from dim.model.painter import Painter
-from dim.model.pictures import to_images, upright_rgb
+from dim.model.pictures import centre_crop, stretched, to_images, to_pixels, upright_rgb
+from dim.model.rows import OnStep, Progress, Row, Told, alike, batches, noise, one_each
+from dim.model.sizes import Size, check_size, nearest_shape
 
 if TYPE_CHECKING:
     from dim.designers.base import Designer, Reply
 
 SELF = "self"
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,11 @@ class DIM(nn.Module):
     def device(self) -> torch.device:
         """Where the painter is."""
         return self.painter.null_condition.device
+
+    @property
+    def cell(self) -> int:
+        """Pixels along each side of the painter's smallest piece; painted sizes are multiples."""
+        return self.autoencoder.factor * self.painter.patch_size
 
     def trainable_parameters(self) -> Iterator[nn.Parameter]:
         """The parameters of connector and painter, the null table included."""
@@ -143,7 +150,10 @@ class DIM(nn.Module):
         seeds: Sequence[int] | None = None,
         steps: int | None = None,
         guidance_scale: float | Sequence[float] | None = None,
+        negative_prompt: str | Sequence[str | None] | None = None,
+        fit: Fit | None = None,
         batch_size: int = 8,
+        on_step: OnStep | None = None,
     ) -> list[EditResult]:
         """Edit images.
 
@@ -151,7 +161,7 @@ class DIM(nn.Module):
         the instruction itself.
 
         Args:
-            images: PIL images of any size; the middle square is edited.
+            images: PIL images of any size and kind (see ``dim.model.pictures.upright_rgb``).
             instructions: one an image.
             blueprints: one an image, None where there is none.
             designer: a designer, its specification (``openai:MODEL@URL``, …), or ``"self"``: this
@@ -159,10 +169,17 @@ class DIM(nn.Module):
             seeds: one an image; default is the configuration's for all.
             steps: default of the configuration.
             guidance_scale: for all or one an image; default of the configuration.
-            batch_size: images in one pass. The result does not depend on it.
+            negative_prompt: what to paint away from, for all or one an image (None where there is
+                none); without it the learned null condition. Nothing at guidance 1.
+            fit: ``"source"`` edits all of an image and gives it back at its own size (that of the
+                upright image); ``"square"`` edits the middle square and gives it back at the
+                configuration's resolution, as published. Default of the configuration.
+            batch_size: images in one pass; the painter takes those of one size together. The
+                result does not depend on it.
+            on_step: called after each sampler step. What it raises ends the call.
 
         Returns:
-            One result an image, squares of the configuration's resolution.
+            One result an image, in their order.
 
         Raises:
             InputError: counts differ, an empty text, an unreadable image, or the painter is a
@@ -171,22 +188,22 @@ class DIM(nn.Module):
         """
         if not self.painter.takes_source:
             raise InputError("this model's painter was made for text-to-image and cannot edit")
-        count = len(images)
-        rows = [
-            Row(upright_rgb(image, f"image {row + 1}"), instruction, blueprint, seed, scale)
-            for row, (image, instruction, blueprint, seed, scale) in enumerate(
-                zip(
-                    images,
-                    _one_each(count, "instructions", instructions, ""),
-                    _one_each(count, "blueprints", blueprints, None),
-                    _one_each(count, "seeds", seeds, self.config.sampling.seed),
-                    self._scales(count, guidance_scale),
-                    strict=True,
-                )
-            )
+        fit = _checked_fit(fit or self.config.sampling.fit)
+        sources = [upright_rgb(image, f"image {row + 1}") for row, image in enumerate(images)]
+        rows = self._rows(
+            sources,
+            one_each(len(sources), "instructions", instructions, ""),
+            [self._sizes(source, fit) for source in sources],
+            blueprints=blueprints,
+            seeds=seeds,
+            guidance_scale=guidance_scale,
+            negative_prompt=negative_prompt,
+        )
+        return [
+            result
+            for batch in batches(rows, batch_size)
+            for result in self._edit(batch, fit, designer, steps, on_step)
         ]
-        batches = _batches(rows, batch_size)
-        return [result for batch in batches for result in self._edit(batch, designer, steps)]
 
     @torch.no_grad()
     def generate(
@@ -197,57 +214,148 @@ class DIM(nn.Module):
         seeds: Sequence[int] | None = None,
         steps: int | None = None,
         guidance_scale: float | Sequence[float] | None = None,
+        negative_prompt: str | Sequence[str | None] | None = None,
         batch_size: int = 8,
+        on_step: OnStep | None = None,
     ) -> list[Image.Image]:
         """Paint images from texts.
 
         Args:
             prompts: one an image.
-            size: (width, height) in pixels; default is a square of the configured resolution.
-            seeds, steps, guidance_scale, batch_size: as for ``edit``.
+            size: (width, height) in pixels, each a multiple of ``cell``; default is a square of
+                the configured resolution. ``dim.model.sizes.shapes`` holds those that SANA was
+                trained on.
+            seeds, steps, guidance_scale, negative_prompt, batch_size, on_step: as for ``edit``.
 
         Returns:
             One RGB image of ``size`` a prompt.
 
         Raises:
             InputError: an empty prompt, counts that differ, or a size that does not divide into
-                latent cells.
+                cells.
         """
-        count = len(prompts)
         resolution = self.config.sampling.resolution
         size = size or (resolution, resolution)
-        self.autoencoder.check_size(size)
-        rows = [
-            Row(None, prompt, None, seed, scale)
-            for prompt, seed, scale in zip(
-                prompts,
-                _one_each(count, "seeds", seeds, self.config.sampling.seed),
-                self._scales(count, guidance_scale),
-                strict=True,
-            )
-        ]
+        check_size(size, self.cell)
+        rows = self._rows(
+            [None] * len(prompts),
+            prompts,
+            [(size, size)] * len(prompts),
+            seeds=seeds,
+            guidance_scale=guidance_scale,
+            negative_prompt=negative_prompt,
+        )
         images: list[Image.Image] = []
-        for batch in _batches(rows, batch_size):
-            condition, mask = self.condition([row.instruction for row in batch])
-            images += self._paint(batch, condition, mask, size, steps)
+        for batch in batches(rows, batch_size):
+            told = self._told(batch, [row.text for row in batch])
+            images += self._paint(batch, told, None, steps, on_step)
         return images
 
-    def _edit(
-        self, rows: Sequence[Row], designer: Designer | str | None, steps: int | None
-    ) -> list[EditResult]:
-        seen = self.conditioner.see([row.image for row in rows])
-        plans = self._plans(rows, seen, designer)
-        texts = [
-            row.instruction if plan is None else plan for plan, row in zip(plans, rows, strict=True)
-        ]
-        condition, mask = self.condition(texts, seen)
-        resolution = self.config.sampling.resolution
-        pixels = torch.stack(
-            [self.autoencoder.prepare(row.image, resolution) for row in rows if row.image]
+    def speed_up(self, *, compile: bool = False, channels_last: bool = False) -> DIM:
+        """Trade start-up time or layout for faster painting, in place; the images stay the same.
+
+        Args:
+            compile: compile the painter's blocks (``torch.compile``): the first pass of each shape
+                takes long.
+            channels_last: keep the convolutions of painter and autoencoder channels last.
+
+        Returns:
+            This model. ``docs/model.md`` says how far the numbers move.
+        """
+        if channels_last:
+            self.painter.to(memory_format=torch.channels_last)
+            self.autoencoder.to(memory_format=torch.channels_last)
+        if compile:
+            self.painter.compile_blocks()
+        return self
+
+    def _rows(
+        self,
+        images: Sequence[Image.Image | None],
+        texts: Sequence[str],
+        sizes: Sequence[tuple[Size, Size]],
+        *,
+        blueprints: Sequence[str | None] | None = None,
+        seeds: Sequence[int] | None,
+        guidance_scale: float | Sequence[float] | None,
+        negative_prompt: str | Sequence[str | None] | None,
+    ) -> list[Row]:
+        count, sampling = len(images), self.config.sampling
+        if isinstance(guidance_scale, int | float):
+            guidance_scale = [float(guidance_scale)] * count
+        if isinstance(negative_prompt, str):
+            negative_prompt = [negative_prompt] * count
+        rows = zip(
+            images,
+            texts,
+            sizes,
+            one_each(count, "blueprints", blueprints, None),
+            one_each(count, "negative prompts", negative_prompt, None),
+            one_each(count, "seeds", seeds, sampling.seed),
+            one_each(count, "guidance scales", guidance_scale, sampling.guidance_scale),
+            strict=True,
         )
-        source_latent = self.autoencoder.encode(pixels.to(self.device))
-        painted = self._paint(rows, condition, mask, (resolution, resolution), steps, source_latent)
-        return [EditResult(image, plan) for image, plan in zip(painted, plans, strict=True)]
+        return [
+            Row(number, image, text, blueprint, negative, seed, scale, *size)
+            for number, (image, text, size, blueprint, negative, seed, scale) in enumerate(rows)
+        ]
+
+    def _sizes(self, source: Image.Image, fit: Fit) -> tuple[Size, Size]:
+        """The size an edit of ``source`` is painted at, and the one it is given back at."""
+        resolution = self.config.sampling.resolution
+        if fit == "square":
+            return (resolution, resolution), (resolution, resolution)
+        return nearest_shape(source.size, resolution, self.cell), source.size
+
+    def _edit(
+        self,
+        rows: Sequence[Row],
+        fit: Fit,
+        designer: Designer | str | None,
+        steps: int | None,
+        on_step: OnStep | None,
+    ) -> list[EditResult]:
+        sources = [row.image for row in rows if row.image is not None]
+        seen = self.conditioner.see(sources)
+        plans = self._plans(rows, seen, designer)
+        texts = [row.text if plan is None else plan for plan, row in zip(plans, rows, strict=True)]
+        told = self._told(rows, texts, seen)
+        painted: dict[int, Image.Image] = {}
+        for places in alike(rows):
+            group = [rows[place] for place in places]
+            source_latent = self._source_latent(group, fit)
+            images = self._paint(group, told.select(places), source_latent, steps, on_step)
+            painted |= zip(places, images, strict=True)
+        return [EditResult(painted[place], plan) for place, plan in enumerate(plans)]
+
+    def _source_latent(self, rows: Sequence[Row], fit: Fit) -> Tensor:
+        """(B, C, h, w) float32 of sources that are painted at one size."""
+        fitted = [
+            centre_crop(row.image, row.size[0])
+            if fit == "square"
+            else stretched(row.image, row.size)
+            for row in rows
+            if row.image is not None
+        ]
+        return self.autoencoder.encode(to_pixels(fitted).to(self.device)).float()
+
+    def _told(self, rows: Sequence[Row], texts: Sequence[str], seen: Seen | None = None) -> Told:
+        """The rows' conditions from ``texts``, and those of their negative prompts.
+
+        An edit's negative prompt is read with the source in view, as its prompt is. A row without
+        one has an empty mask.
+        """
+        condition, mask = self.condition(texts, seen)
+        places = [place for place, row in enumerate(rows) if row.negative is not None]
+        if not places:
+            return Told(condition, mask)
+        some, some_mask = self.condition(
+            [rows[place].negative or "" for place in places], seen and seen.select(places)
+        )
+        negative = some.new_zeros(len(rows), *some.shape[1:])
+        negative_mask = some_mask.new_zeros(len(rows), *some_mask.shape[1:])
+        negative[places], negative_mask[places] = some, some_mask
+        return Told(condition, mask, negative, negative_mask)
 
     def _plans(
         self, rows: Sequence[Row], seen: Seen, designer: Designer | str | None
@@ -259,36 +367,56 @@ class DIM(nn.Module):
             return plans
         asked = [rows[number] for number in open_rows]
         if designer == SELF:
-            told = [row.instruction for row in asked]
+            told = [row.text for row in asked]
             answers: Sequence[Reply] = self.design(seen.select(open_rows), told)
         else:
             answers = _ask(designer, asked)
         for number, row, answer in zip(open_rows, asked, answers, strict=True):
-            plans[number] = _blueprint(answer, row.instruction)
+            plans[number] = _blueprint(answer, row.text)
         return plans
 
     def _paint(
         self,
         rows: Sequence[Row],
-        condition: Tensor,
-        mask: Tensor,
-        size: tuple[int, int],
+        told: Told,
+        source_latent: Tensor | None,
         steps: int | None,
-        source_latent: Tensor | None = None,
+        on_step: OnStep | None,
     ) -> list[Image.Image]:
-        width, height = (side // self.autoencoder.factor for side in size)
+        sampling = self.config.sampling
+        steps = sampling.steps if steps is None else steps
+        width, height = (side // self.autoencoder.factor for side in rows[0].size)
         shape = (self.painter.latent_channels, height, width)
         latent = sampler.sample(
             self.painter,
-            torch.stack([_noise(row.seed, shape) for row in rows]).to(self.device),
-            condition,
-            mask,
-            source_latent=None if source_latent is None else source_latent.float(),
-            steps=self.config.sampling.steps if steps is None else steps,
+            torch.stack([noise(row.seed, shape) for row in rows]).to(self.device),
+            told.condition,
+            told.mask,
+            source_latent=source_latent,
+            steps=steps,
             guidance_scale=[row.guidance_scale for row in rows],
-            shift=self.config.sampling.shift,
+            shift=sampling.shift,
+            solver=sampling.solver,
+            negative_condition=told.negative,
+            negative_mask=told.negative_mask,
+            on_step=on_step and self._reporter(rows, steps, on_step),
         )
-        return to_images(self.autoencoder.decode(latent))
+        return self._images(rows, latent)
+
+    def _images(self, rows: Sequence[Row], latent: Tensor) -> list[Image.Image]:
+        images = to_images(self.autoencoder.decode(latent))
+        return [stretched(image, row.final_size) for image, row in zip(images, rows, strict=True)]
+
+    def _reporter(
+        self, rows: Sequence[Row], steps: int, on_step: OnStep
+    ) -> Callable[[sampler.Step], None]:
+        numbers = tuple(row.number for row in rows)
+
+        def report(step: sampler.Step) -> None:
+            previews = partial(self._images, rows, step.estimate)
+            on_step(Progress(numbers, step.number + 1, steps, previews))
+
+        return report
 
     def _design_request(self, instruction: str) -> str:
         if not instruction.strip():
@@ -297,11 +425,6 @@ class DIM(nn.Module):
         if template is None:
             return request_prompt(instruction, with_target=False)
         return template.replace(INSTRUCTION, instruction)
-
-    def _scales(self, count: int, scale: float | Sequence[float] | None) -> list[float]:
-        if isinstance(scale, int | float):
-            return [float(scale)] * count
-        return _one_each(count, "guidance scales", scale, self.config.sampling.guidance_scale)
 
     def _present_config(self) -> ModelConfig:
         """The configuration with the sizes that training or widening may have changed."""
@@ -314,37 +437,10 @@ class DIM(nn.Module):
         return self.config.model_copy(update={"painter": painter})
 
 
-@dataclass(frozen=True)
-class Row:
-    """One image to be painted."""
-
-    image: Image.Image | None
-    instruction: str
-    blueprint: str | None
-    seed: int
-    guidance_scale: float
-
-
-def _one_each(count: int, name: str, values: Sequence[T] | None, default: T) -> list[T]:
-    if values is None:
-        return [default] * count
-    if len(values) != count:
-        raise InputError(f"{count} images came with {len(values)} {name}")
-    return list(values)
-
-
-def _batches(rows: Sequence[Row], size: int) -> Iterator[Sequence[Row]]:
-    if not rows:
-        raise InputError("there is nothing to paint")
-    if size < 1:
-        raise InputError(f"the batch size must be 1 or more, not {size}")
-    for start in range(0, len(rows), size):
-        yield rows[start : start + size]
-
-
-def _noise(seed: int, shape: tuple[int, ...]) -> Tensor:
-    """A sample's own noise, the same on every device and beside any neighbours."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+def _checked_fit(fit: Fit) -> Fit:
+    if fit not in get_args(Fit):
+        raise InputError(f"fit {fit!r} is not one of {', '.join(get_args(Fit))}")
+    return fit
 
 
 def _ask(designer: Designer | str, rows: Sequence[Row]) -> Sequence[Reply]:
@@ -352,7 +448,7 @@ def _ask(designer: Designer | str, rows: Sequence[Row]) -> Sequence[Reply]:
     from dim.designers import DesignRequest, create
 
     maker = create(designer) if isinstance(designer, str) else designer
-    requests = [DesignRequest(row.instruction, encode_png(row.image)) for row in rows if row.image]
+    requests = [DesignRequest(row.text, encode_png(row.image)) for row in rows if row.image]
     return maker.design(requests)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from dim.errors import InputError
 from dim.model.pictures import centre_crop, to_pixels, upright_rgb
+from dim.model.sizes import check_size
 
 
 class Autoencoder(nn.Module):
@@ -40,7 +41,7 @@ class Autoencoder(nn.Module):
         """
         if pixels.ndim != 4 or pixels.shape[1] != 3:
             raise InputError(f"pixels must be (B, 3, H, W), not {tuple(pixels.shape)}")
-        self.check_size((pixels.shape[3], pixels.shape[2]))
+        check_size((pixels.shape[3], pixels.shape[2]), self.factor)
         weight = next(self.network.parameters())
         latent = self.network.encode(pixels.to(weight), return_dict=False)[0]
         return latent * self.network.config["scaling_factor"]
@@ -60,17 +61,5 @@ class Autoencoder(nn.Module):
         Raises:
             InputError: the image cannot be read, or ``resolution`` is no multiple of ``factor``.
         """
-        self.check_size((resolution, resolution))
+        check_size((resolution, resolution), self.factor)
         return to_pixels([centre_crop(upright_rgb(image), resolution)])[0]
-
-    def check_size(self, size: tuple[int, int]) -> None:
-        """Refuse a (width, height) in pixels that does not divide into latent cells.
-
-        Raises:
-            InputError: a side is no positive multiple of ``factor``.
-        """
-        if any(side < 1 or side % self.factor for side in size):
-            raise InputError(
-                f"an image of {size[0]}x{size[1]} does not divide into cells of "
-                f"{self.factor}x{self.factor} pixels"
-            )

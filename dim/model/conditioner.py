@@ -15,7 +15,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from dim.errors import CheckpointError, InputError
-from dim.model.pictures import upright_rgb
+from dim.model.pictures import stretched, upright_rgb
 from dim.model.prompt import IMAGE_PAD, ChatFormat, Prompt
 
 TURN_END = "<|im_end|>"
@@ -218,9 +218,7 @@ class Conditioner(nn.Module):
         return self.see(images if images is not None else [None] * len(texts))
 
     def _square(self, image: Image.Image) -> Image.Image:
-        image = upright_rgb(image)
-        size = (self.image_size, self.image_size)
-        return image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)
+        return stretched(upright_rgb(image), (self.image_size, self.image_size))
 
     def _kept(self, prompt: Prompt) -> slice:
         length = prompt.end - prompt.start

@@ -53,6 +53,11 @@ def centre_crop(image: Image.Image, resolution: int) -> Image.Image:
     return image.crop((left, top, left + resolution, top + resolution))
 
 
+def stretched(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """All of ``image`` brought to ``size`` (width, height); of that size it is returned itself."""
+    return image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)
+
+
 def to_pixels(images: Sequence[Image.Image]) -> Tensor:
     """RGB images of one size as float32 (B, 3, H, W) in [-1, 1]."""
     stacked = np.stack([np.asarray(image, dtype=np.float32) for image in images])

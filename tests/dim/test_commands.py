@@ -94,7 +94,7 @@ def test_generate_paints_the_size_asked_for(tiny_model_dir: Path, tmp_path: Path
         ),
         (["edit", "PHOTO", "x"], 2, "--model"),
         (["edit", "PHOTO", "x", "--model", "MODEL", "--steps", "0"], 2, "--steps"),
-        (["generate", "x", "--model", "MODEL", "--size", "63x64"], 1, "cells of 8"),
+        (["generate", "x", "--model", "MODEL", "--size", "63x64"], 1, "cells of 16"),
         (["generate", "x", "--model", "MODEL", "--size", "large"], 1, "WIDTHxHEIGHT"),
         (["generate", " ", "--model", "MODEL"], 1, "empty"),
     ],

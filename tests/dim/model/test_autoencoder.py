@@ -71,8 +71,6 @@ def test_images_without_a_meaning_are_refused(tmp_path):
     for image in (Image.new("F", (20, 10)), Image.new("RGB", (1, 1)), "cat.png", None):
         with pytest.raises(InputError, match="image 2"):
             upright_rgb(image, "image 2")
-    with pytest.raises(InputError, match="20000x20000"):
-        upright_rgb(Image.new("1", (20_000, 20_000)))
     Image.new("RGB", (90, 90), "red").save(tmp_path / "a.png")
     broken = (tmp_path / "a.png").read_bytes()[:60]
     (tmp_path / "a.png").write_bytes(broken)

@@ -72,7 +72,7 @@ def test_an_edit_does_not_depend_on_its_neighbours(tiny, photos):
     seeds = [5, 6, 7, 5]
     scales = [7.5, 1.0, 3.0, 7.5]
     together = tiny.edit(photos, told, seeds=seeds, guidance_scale=scales)
-    assert [(r.image.size, r.image.mode) for r in together] == [((64, 64), "RGB")] * 4
+    assert [(r.image.size, r.image.mode) for r in together] == [(p.size, "RGB") for p in photos]
     assert [r.blueprint for r in together] == [None] * 4
     for row, result in enumerate(together):
         alone = tiny.edit(
@@ -161,6 +161,80 @@ def test_texts_are_painted_at_the_size_asked_for(tiny):
     assert difference(alone, images[1]) <= 1
 
 
+def test_all_of_a_source_is_painted_in_its_own_shape_and_size(tiny, photos, monkeypatch):
+    latents = []
+    encode = tiny.autoencoder.encode
+    monkeypatch.setattr(
+        tiny.autoencoder, "encode", lambda p: latents.append(encode(p)) or latents[-1]
+    )
+    strip = Image.new("RGB", (900, 9), "red")
+    results = tiny.edit([*photos, strip], ["remove it"] * 5)
+    assert [r.image.size for r in results] == [*(p.size for p in photos), (900, 9)]
+    # of 64 px: 64x64, 80x48 (3:2), 64x64 (4:5 is 60x68), 80x48 (13:7 is 84x44), 128x32 (4:1)
+    assert [tuple(latent.shape) for latent in latents] == [
+        (2, 16, 8, 8),
+        (2, 16, 6, 10),
+        (1, 16, 4, 16),
+    ]
+
+
+def test_the_middle_square_can_be_edited_as_published(tiny, photos):
+    wide = tiny.edit(photos[1:2], ["remove it"], fit="square")[0].image
+    assert wide.size == (64, 64)
+    other = photos[1].copy()
+    other.paste("red", (0, 0, 96, 10))
+    changed = tiny.edit([other], ["remove it"], fit="square")[0].image
+    assert difference(changed, wide) > 0
+    square = [tiny.edit(photos[:1], ["remove it"], fit=f)[0].image for f in ("square", "source")]
+    assert difference(*square) == 0
+
+
+def test_a_negative_prompt_steers_its_row_alone(tiny, photos):
+    told = ["remove it", "a longer instruction than the first"]
+    plain = tiny.edit(photos[:2], told)
+    away = [None, "a blurred picture of nothing in particular"]
+    steered = tiny.edit(photos[:2], told, negative_prompt=away)
+    assert difference(steered[0].image, plain[0].image) <= 1
+    assert difference(steered[1].image, plain[1].image) > 1
+    alone = tiny.edit(photos[1:2], told[1:], negative_prompt=away[1])
+    assert difference(steered[1].image, alone[0].image) <= 1
+    unguided = [
+        tiny.edit(photos[:1], told[:1], guidance_scale=1, negative_prompt=n)[0].image
+        for n in (None, "blur")
+    ]
+    assert difference(*unguided) == 0
+    one = tiny.generate(["a red circle"])[0]
+    assert difference(tiny.generate(["a red circle"], negative_prompt="blue")[0], one) > 1
+
+
+def test_every_step_can_be_watched(tiny, photos):
+    seen = []
+
+    def watch(progress):
+        seen.append((progress.numbers, progress.step, progress.steps, progress.previews()))
+
+    results = tiny.edit(photos[:2], ["remove it"] * 2, steps=2, on_step=watch)
+    assert [s[:3] for s in seen] == [((n,), step, 2) for n in (0, 1) for step in (1, 2)]
+    assert [s[3][0].size for s in seen] == [(64, 64)] * 2 + [(96, 64)] * 2
+    # after the last step the guess is the result
+    for (*_, previews), result in zip(seen[1::2], results, strict=True):
+        assert difference(previews[0], result.image) <= 1
+    assert difference(seen[0][3][0], results[0].image) > 1
+
+    seen.clear()
+    tiny.generate(["a", "b", "c"], steps=1, batch_size=2, on_step=watch)
+    assert [s[:3] for s in seen] == [((0, 1), 1, 1), ((2,), 1, 1)]
+
+
+def test_another_solver_is_a_matter_of_configuration(tiny, photos, monkeypatch):
+    plain = tiny.edit(photos[:1], ["remove it"])[0].image
+    sampling = tiny.config.sampling
+    assert (sampling.solver, sampling.fit) == ("dpm", "source")
+    euler = sampling.model_copy(update={"solver": "euler"})
+    monkeypatch.setattr(tiny, "config", tiny.config.model_copy(update={"sampling": euler}))
+    assert difference(tiny.edit(photos[:1], ["remove it"])[0].image, plain) > 0
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -174,7 +248,11 @@ def test_texts_are_painted_at_the_size_asked_for(tiny):
         (lambda d, p: d.edit([p[0], "x"], ["a", "b"]), "image 2 must be a PIL image"),
         (lambda d, p: d.edit(p[:1], ["a"], steps=0), "at least 1 step"),
         (lambda d, p: d.edit(p[:1], ["a"], batch_size=0), "batch size"),
+        (lambda d, p: d.edit(p[:1], ["a"], fit="crop"), "'crop' is not one of source, square"),
+        (lambda d, p: d.edit(p[:1], ["a"], negative_prompt=[]), "0 negative prompts"),
+        (lambda d, p: d.edit(p[:1], ["a"], negative_prompt=" "), "the prompt is empty"),
         (lambda d, p: d.generate(["a"], size=(65, 64)), "65x64 does not divide"),
+        (lambda d, p: d.generate(["a"], size=(72, 64)), "cells of 16x16"),
         (lambda d, p: d.save("x", understanding="link"), "'copy' or 'reference'"),
         (lambda d, p: d.save("x", understanding="reference"), "loaded from nowhere"),
     ],
