@@ -263,8 +263,9 @@ class DIM(nn.Module):
             This model. ``docs/model.md`` says how far the numbers move.
         """
         if channels_last:
-            self.painter.to(memory_format=torch.channels_last)
-            self.autoencoder.to(memory_format=torch.channels_last)
+            for part in (self.painter, self.autoencoder):
+                # torch's annotations leave memory_format out
+                part.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if compile:
             self.painter.compile_blocks()
         return self

@@ -253,8 +253,8 @@ class Painter(nn.Module):
     def compile_blocks(self, **options: Any) -> None:
         """Compile a block, for training and for sampling, in place.
 
-        All blocks are of one kind, so one of them is compiled and serves for all; each new shape
-        of a batch is compiled once more.
+        All blocks are of one kind, so one of them is compiled and serves for all; a new shape of a
+        batch may be compiled once more.
 
         Args:
             options: as ``torch.compile`` takes them, such as ``mode`` or ``backend``.

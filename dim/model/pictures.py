@@ -44,13 +44,16 @@ def upright_rgb(image: Image.Image, name: str = "the image") -> Image.Image:
 
 def centre_crop(image: Image.Image, resolution: int) -> Image.Image:
     """The middle square of ``image`` with its shortest side resized to ``resolution`` pixels."""
-    width, height = image.size
-    scale = resolution / min(width, height)
-    if scale != 1:
-        size = (max(resolution, round(width * scale)), max(resolution, round(height * scale)))
-        image = image.resize(size, Image.Resampling.BICUBIC)
-    left, top = (image.width - resolution) // 2, (image.height - resolution) // 2
-    return image.crop((left, top, left + resolution, top + resolution))
+    scale = resolution / min(image.size)
+    width, height = (max(resolution, round(side * scale)) for side in image.size)
+    left, top = (width - resolution) // 2, (height - resolution) // 2
+    square = (left, top, left + resolution, top + resolution)
+    if scale == 1:
+        return image.crop(square)
+    # Only the square is resized: a thin strip's other pixels would be a thousandfold.
+    across, down = image.width / width, image.height / height
+    box = (square[0] * across, square[1] * down, square[2] * across, square[3] * down)
+    return image.resize((resolution, resolution), Image.Resampling.BICUBIC, box=box)
 
 
 def stretched(image: Image.Image, size: tuple[int, int]) -> Image.Image:

@@ -69,6 +69,21 @@ def test_edit_with_a_blueprint_file_or_without_designer(
     assert same(out, plain[0].image)
 
 
+def test_edit_passes_a_negative_prompt_and_the_square_on(
+    tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    save_png(tabletop.render(EDIT.source, 64).resize((96, 64)), tmp_path / "wide.png")
+    wide, out = tmp_path / "wide.png", tmp_path / "edited.png"
+    common = ("--model", tiny_model_dir, "--designer", "none", "--out", out, "--steps", "2")
+    model = models.load(tiny_model_dir)
+    assert run("edit", wide, "make it blue", *common, "--negative-prompt", "red things") == 0
+    options = {"negative_prompt": "red things", "steps": 2}
+    assert same(out, model.edit([Image.open(wide)], ["make it blue"], **options)[0].image)
+    assert run("edit", wide, "make it blue", *common, "--square") == 0
+    square = model.edit([Image.open(wide)], ["make it blue"], fit="square", steps=2)[0]
+    assert same(out, square.image) and square.image.size == (64, 64)
+
+
 def test_generate_paints_the_size_asked_for(tiny_model_dir: Path, tmp_path: Path) -> None:
     out = tmp_path / "generated.png"
     arguments = ("--model", tiny_model_dir, "--out", out, "--steps", "2", "--size", "64x32")

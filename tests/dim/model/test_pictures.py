@@ -12,7 +12,7 @@ from PIL import Image
 
 from dim.errors import InputError
 from dim.images import decode_image, encode_png
-from dim.model.pictures import stretched, upright_rgb
+from dim.model.pictures import centre_crop, stretched, upright_rgb
 
 WIDTH, HEIGHT = 72, 56
 
@@ -135,6 +135,30 @@ def test_a_bomb_is_refused_by_its_header_alone(tiny, unread, monkeypatch, side: 
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
     with pytest.raises(InputError, match=f"image 1 is {side}x{side}.*at most 50,000,000 pixels"):
         tiny.edit([opened(bomb)], ["remove it"])
+
+
+@pytest.mark.parametrize("size", [(72, 56), (333, 70), (41, 97), (64, 200), (1000, 37)])
+def test_the_middle_square_is_that_of_the_whole_picture_resized(size: tuple[int, int]) -> None:
+    # A smooth one: Pillow may resize the two directions in another order, which overshoots show.
+    image = picture().resize(size)
+    scale = 64 / min(size)
+    whole = image.resize([round(side * scale) for side in size], Image.Resampling.BICUBIC)
+    left, top = (whole.width - 64) // 2, (whole.height - 64) // 2
+    assert apart(centre_crop(image, 64), whole.crop((left, top, left + 64, top + 64))) <= 1
+
+
+def test_a_strip_does_not_become_a_bomb_on_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    strip = Image.new("RGB", (8, 500_000), "red")
+    sizes = []
+    resize = Image.Image.resize
+
+    def watched(self: Image.Image, size: tuple[int, int], *rest: object, **options: object):
+        sizes.append(size)
+        return resize(self, size, *rest, **options)
+
+    monkeypatch.setattr(Image.Image, "resize", watched)
+    assert centre_crop(strip, 1024).getpixel((5, 5)) == (255, 0, 0)
+    assert sizes == [(1024, 1024)]
 
 
 def test_a_picture_of_the_wanted_size_is_not_resampled() -> None:
