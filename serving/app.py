@@ -24,6 +24,7 @@ from dim import __version__
 from dim.config import validate_config
 from dim.errors import InputError
 from dim.images import decode_image, encode_png, parse_size
+from dim.model.config import Fit
 from serving.admission import Admission
 from serving.config import NO_DESIGNER, ServingConfig
 from serving.designer import DesignerDeployment
@@ -92,16 +93,19 @@ class Ingress:
         defaults = await self._defaults()
         if wanted.size not in ("auto", f"{defaults.resolution}x{defaults.resolution}"):
             raise BadRequestError(
-                f"size: this model edits at {defaults.resolution}x{defaults.resolution}; "
-                "leave size out or say auto",
+                f"size: auto edits all of the image and gives it back at its own size, "
+                f"{defaults.resolution}x{defaults.resolution} its middle square; nothing else does",
                 param="size",
             )
+        fit: Fit = "source" if wanted.size == "auto" else "square"
         blueprint = wanted.blueprint
         if blueprint is None and designer != NO_DESIGNER:
             job = DesignJob(designer, source, wanted.prompt)
             blueprint = await self._designer.design.remote(job)
         text = blueprint or wanted.prompt
-        jobs = [EditJob(source, text, seed, *settings(wanted, defaults)) for seed in seeds(wanted)]
+        jobs = [
+            EditJob(source, text, fit, seed, *settings(wanted, defaults)) for seed in seeds(wanted)
+        ]
         return respond(jobs, await together(self._painter.edit, jobs), blueprint)
 
     async def _generate(self, wanted: PaintRequest) -> Response:

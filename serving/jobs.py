@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from dim.errors import DimError
+from dim.model.config import Fit
 
 
 @dataclass(frozen=True)
@@ -20,10 +21,14 @@ class DesignJob:
 
 @dataclass(frozen=True)
 class EditJob:
-    """One edit to paint from ``text`` (a blueprint, or the instruction). ``image``: PNG bytes."""
+    """One edit to paint from ``text`` (a blueprint, or the instruction).
+
+    ``image``: PNG bytes. ``fit``: all of it at its own size, or its middle square at the model's.
+    """
 
     image: bytes
     text: str
+    fit: Fit
     seed: int
     steps: int
     guidance_scale: float
@@ -52,8 +57,8 @@ class Painted:
 class Defaults:
     """What the served model does unless a request says otherwise.
 
-    ``resolution``: side of an edit, in pixels. ``size_multiple``: what the sides of a generated
-    image must be multiples of (pixels per latent cell).
+    ``resolution``: side of a square edit, in pixels. ``size_multiple``: what the sides of a
+    generated image must be multiples of (pixels per token of the painter).
     """
 
     resolution: int

@@ -33,7 +33,7 @@ class PainterDeployment:
         sampling = self._model.config.sampling
         return Defaults(
             resolution=sampling.resolution,
-            size_multiple=self._model.autoencoder.factor,
+            size_multiple=self._model.cell,
             steps=sampling.steps,
             guidance_scale=sampling.guidance_scale,
         )
@@ -59,7 +59,7 @@ class PainterDeployment:
         return await asyncio.get_running_loop().run_in_executor(self._worker, work, jobs)
 
     def _edit_all(self, jobs: Sequence[EditJob]) -> list[Painted | Exception]:
-        return in_groups(jobs, lambda job: job.steps, self._edit_same)
+        return in_groups(jobs, lambda job: (job.steps, job.fit), self._edit_same)
 
     def _generate_all(self, jobs: Sequence[GenerateJob]) -> list[Painted | Exception]:
         return in_groups(jobs, lambda job: (job.size, job.steps), self._generate_same)
@@ -70,6 +70,7 @@ class PainterDeployment:
             [Image.open(io.BytesIO(job.image)) for job in jobs],
             texts,
             blueprints=texts,
+            fit=jobs[0].fit,
             seeds=[job.seed for job in jobs],
             steps=jobs[0].steps,
             guidance_scale=[job.guidance_scale for job in jobs],

@@ -165,6 +165,19 @@ def test_an_image_the_oracle_cannot_read_is_its_502(http: httpx.Client) -> None:
     assert "Traceback" not in error_of(response)["message"]
 
 
+def test_an_edit_has_the_sources_size_or_the_models_square(http: httpx.Client) -> None:
+    wide = encode_png(picture(0).resize((96, 64)))
+    for fields, size in (
+        ({}, (96, 64)),
+        ({"size": "auto"}, (96, 64)),
+        ({"size": "64x64"}, (64, 64)),
+    ):
+        response = post_edit(http, wide, steps=1, **fields)
+        assert response.status_code == 200, response.text
+        png = base64.b64decode(response.json()["data"][0]["b64_json"])
+        assert Image.open(io.BytesIO(png)).size == size
+
+
 def test_generations_come_in_the_size_asked_for(client: openai.OpenAI, model: DIM) -> None:
     response = client.images.generate(
         prompt="a red circle", n=2, size="64x32", extra_body={"steps": STEPS, "seed": 11}
@@ -309,7 +322,7 @@ def test_a_bad_edit_is_refused_with_a_sentence(
         (b"[1]", "JSON object"),
         (b"{}", "prompt: field required"),
         (b'{"prompt": "a", "size": "big"}', "WIDTHxHEIGHT"),
-        (b'{"prompt": "a", "size": "65x64"}', "multiples of 8"),
+        (b'{"prompt": "a", "size": "65x64"}', "multiples of 16"),
         (b'{"prompt": "a", "size": "9600x64"}', "at most 4096"),
         (b'{"prompt": 3}', "prompt: "),
     ],

@@ -191,20 +191,21 @@ def test_the_middle_square_can_be_edited_as_published(tiny, photos):
 
 def test_a_negative_prompt_steers_its_row_alone(tiny, photos):
     told = ["remove it", "a longer instruction than the first"]
-    plain = tiny.edit(photos[:2], told)
+    guided = {"guidance_scale": 4.5}
+    plain = tiny.edit(photos[:2], told, **guided)
     away = [None, "a blurred picture of nothing in particular"]
-    steered = tiny.edit(photos[:2], told, negative_prompt=away)
+    steered = tiny.edit(photos[:2], told, negative_prompt=away, **guided)
     assert difference(steered[0].image, plain[0].image) <= 1
     assert difference(steered[1].image, plain[1].image) > 1
-    alone = tiny.edit(photos[1:2], told[1:], negative_prompt=away[1])
+    alone = tiny.edit(photos[1:2], told[1:], negative_prompt=away[1], **guided)
     assert difference(steered[1].image, alone[0].image) <= 1
     unguided = [
         tiny.edit(photos[:1], told[:1], guidance_scale=1, negative_prompt=n)[0].image
         for n in (None, "blur")
     ]
     assert difference(*unguided) == 0
-    one = tiny.generate(["a red circle"])[0]
-    assert difference(tiny.generate(["a red circle"], negative_prompt="blue")[0], one) > 1
+    one = tiny.generate(["a red circle"], **guided)[0]
+    assert difference(tiny.generate(["a red circle"], negative_prompt="blue", **guided)[0], one) > 1
 
 
 def test_every_step_can_be_watched(tiny, photos):
