@@ -191,7 +191,7 @@ def test_an_imported_folder_is_a_whole_model(imported, whole, photos):
         expected = painter(latent, 500.0, condition, source_latent=latent)
         velocity = dim.painter(latent, 500.0, condition, source_latent=latent)
     assert torch.equal(velocity, expected)
-    [result] = dim.float().edit(photos[:1], ["remove it"])
+    [result] = dim.float().edit(photos[:1], ["remove it"], fit="square")
     assert result.image.size == (32, 32)
 
 
