@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -15,10 +15,14 @@ SENTINEL = "\u2402TEXT\u2403"
 
 @dataclass(frozen=True)
 class Prompt:
-    """A conversation as tokens: ``ids``; those from ``start`` to ``end`` are the user's content."""
+    """A conversation as tokens: ``ids``; those from ``start`` to ``end`` are the user's content.
+
+    Of these the ones from ``text`` on are words, those before it an image.
+    """
 
     ids: list[int]
     start: int
+    text: int
     end: int
 
 
@@ -47,14 +51,16 @@ class ChatFormat:
         ids: list[int] = []
         for token in before:
             ids += [token] * image_tokens if token == self.image_token else [token]
-        ids += self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
-        return Prompt(ids, start=len(self._frame[0]), end=len(ids))
+        words = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True).input_ids
+        return Prompt(
+            ids + words, start=len(self._frame[0]), text=len(ids), end=len(ids) + len(words)
+        )
 
     def request(self, text: str, image_tokens: int = 0) -> Prompt:
         """The whole turn and the opening of the assistant's, for the model to go on."""
         prompt = self.prompt(text, image_tokens)
         _, after = self._frame_with_image if image_tokens else self._frame
-        return Prompt(prompt.ids + after, prompt.start, prompt.end)
+        return replace(prompt, ids=prompt.ids + after)
 
     @cached_property
     def _frame(self) -> tuple[list[int], list[int]]:

@@ -63,7 +63,7 @@ def reconstruction_accuracy(config: TinyBuildConfig, network: AutoencoderDC) -> 
 def _batch(config: TinyBuildConfig, step: int) -> tuple[Tensor, Tensor]:
     """Sources and targets of edits: pixels (B, 3, H, W) in [-1, 1] and weights (B, 1, H, W).
 
-    Every other image is drawn as outlines, which are the harder half: their holes are two pixels
+    Every other pair is drawn as outlines, which are the harder half: their holes are two pixels
     wide. A pixel on or beside a thing weighs ``thing_weight``, any other 1.
     """
     size = config.autoencoder.batch_size

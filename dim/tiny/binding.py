@@ -11,18 +11,13 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-import torch
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch import Tensor
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from dim.tabletop import COLOURS, PLACES, SHAPES, SIZES
+from dim.tabletop.references import alternatives
+from dim.tiny.naming import WORDS, NamingHead, numbered
 
-_NAMES = (tuple(SIZES), tuple(COLOURS), SHAPES, tuple(PLACES))
-_PHRASE = re.compile(
-    f"({'|'.join(SIZES)}) ({'|'.join(COLOURS)}) ({'|'.join(SHAPES)}), "
-    f"({'|'.join(sorted(PLACES, key=len, reverse=True))})"
-)
+_PHRASE = re.compile("({}) ({}) ({}), ({})".format(*map(alternatives, WORDS)))
 
 
 class Mention(NamedTuple):
@@ -35,17 +30,8 @@ class Mention(NamedTuple):
     words: list[int]
 
 
-class Binding(nn.Module):
-    """Linear classifiers of tokens that end a phrase about a thing.
-
-    Args:
-        hidden_size: features of a hidden state.
-    """
-
-    def __init__(self, hidden_size: int) -> None:
-        super().__init__()
-        self.classes = [len(names) + 1 for names in _NAMES]
-        self.head = nn.Linear(hidden_size, sum(self.classes))
+class Binding(NamingHead):
+    """Linear classifiers of tokens that end a phrase about a thing."""
 
     def loss(self, states: Tensor, words: Tensor) -> Tensor:
         """Mean cross-entropy over the words of all mentions.
@@ -54,23 +40,18 @@ class Binding(nn.Module):
             states: hidden states of the mentions' tokens, (M, hidden_size).
             words: their words, (M, 4) int64.
         """
-        answers = self.head(states.float()).split(self.classes, dim=1)
-        losses = [cross_entropy(a, words[:, i]) for i, a in enumerate(answers)]
-        return torch.stack(losses).mean()
+        return self.mean_loss(states, words)
 
 
 def mentions(text: str, tokenizer: PreTrainedTokenizerBase) -> list[Mention]:
     """Where ``text``, tokenised alone, has said a thing's shape and then its place."""
-    ends = [
-        end
-        for _, end in tokenizer(
-            text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True
-        ).offset_mapping
-    ]
+    spans = tokenizer(
+        text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True
+    ).offset_mapping
     found = []
     for match in _PHRASE.finditer(text):
-        words = [1 + names.index(w) for names, w in zip(_NAMES, match.groups(), strict=True)]
+        words = numbered(*match.groups())
         for group, said in ((3, [*words[:3], 0]), (4, words)):
-            token = next(i for i, end in enumerate(ends) if end >= match.end(group))
+            token = next(i for i, (_, end) in enumerate(spans) if end >= match.end(group))
             found.append(Mention(token, said))
     return found

@@ -23,7 +23,8 @@ from dim.config import dump_config, load_config
 from dim.errors import InputError
 from dim.model import parts
 from dim.model.conditioner import Conditioner
-from dim.model.config import ModelConfig
+from dim.model.config import ModelConfig, UnderstandingConfig
+from dim.model.folder import UNDERSTANDING, write_understanding
 from dim.tiny.autoencoder import reconstruction_accuracy, train_autoencoder
 from dim.tiny.config import TinyBuildConfig
 from dim.tiny.painter import painting_accuracy, train_painter
@@ -48,35 +49,23 @@ def build_understanding(
     """Train and save the Qwen2.5-VL with its tokenizer; returns its held-out accuracies."""
     section = model.understanding
     conditioner = train_understanding(config, section, out / "logs", progress)
-    _save_understanding(conditioner, out)
-    return design_accuracy(config, conditioner, section.design_max_new_tokens)
+    return _finish_understanding(config, section, conditioner, out)
 
 
 def build_binding(
     config: TinyBuildConfig, model: ModelConfig, out: Path, progress: Progress
 ) -> dict[str, float]:
     """Go on with the Qwen2.5-VL in ``out``, binding words; returns its held-out accuracies."""
-    section = model.understanding.model_copy(update={"weights": str(out / "understanding")})
-    conditioner = parts.conditioner(section, dtype=torch.float32)
+    conditioner = _pretrained(model, out)
     train_binding(config, conditioner, out / "logs", progress)
-    _save_understanding(conditioner, out)
-    return design_accuracy(config, conditioner, section.design_max_new_tokens)
-
-
-def _save_understanding(conditioner: Conditioner, out: Path) -> None:
-    folder = out / "understanding"
-    conditioner.model.to(torch.float16).save_pretrained(folder)
-    conditioner.tokenizer.save_pretrained(folder)
-    conditioner.image_processor.save_pretrained(folder)
-    conditioner.model.float()
+    return _finish_understanding(config, model.understanding, conditioner, out)
 
 
 def build_painter(
     config: TinyBuildConfig, model: ModelConfig, out: Path, progress: Progress
 ) -> dict[str, float]:
     """Train and save painter and connector on the two parts in ``out``; returns accuracies."""
-    seen = model.understanding.model_copy(update={"weights": str(out / "understanding")})
-    conditioner = parts.conditioner(seen, dtype=torch.float32)
+    conditioner = _pretrained(model, out)
     coded = model.autoencoder.model_copy(update={"weights": str(out / "autoencoder")})
     autoencoder = parts.autoencoder(coded, dtype=torch.float32)
     trained = train_painter(config, model, conditioner, autoencoder, out / "logs", progress)
@@ -87,6 +76,22 @@ def build_painter(
     save_file(table, folder / parts.NULL_CONDITION_FILE)
     save_file(trained.connector.half().state_dict(), folder / "connector.safetensors")
     return accuracy
+
+
+def _pretrained(model: ModelConfig, out: Path) -> Conditioner:
+    """The understanding model that an earlier part left in ``out``."""
+    section = model.understanding.model_copy(update={"weights": str(out / UNDERSTANDING)})
+    return parts.conditioner(section, dtype=torch.float32)
+
+
+def _finish_understanding(
+    config: TinyBuildConfig, model: UnderstandingConfig, conditioner: Conditioner, out: Path
+) -> dict[str, float]:
+    """Save the understanding model in ``out``; returns its held-out accuracies."""
+    conditioner.model.half()
+    write_understanding(out / UNDERSTANDING, conditioner)
+    conditioner.model.float()
+    return design_accuracy(config, conditioner, model.design_max_new_tokens)
 
 
 Builder = Callable[[TinyBuildConfig, ModelConfig, Path, Progress], dict[str, float]]

@@ -8,17 +8,16 @@ tokens of a middle layer says it straight away. The head is thrown away after th
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch import Tensor
 
-from dim.tabletop import COLOURS, PLACES, SHAPES, SIZES, Scene, Thing
+from dim.tabletop import Scene, Thing
+from dim.tiny.naming import WORDS, NamingHead, numbered
 
 # A cell shows a thing of whose bounding square it covers at least this share.
 _COVERED = 0.15
-_NAMES = (tuple(SIZES), tuple(COLOURS), SHAPES, tuple(PLACES))
 
 
-class Grounding(nn.Module):
+class Grounding(NamingHead):
     """Linear classifiers of image tokens: their cell, and the thing in it, if any.
 
     Args:
@@ -27,10 +26,8 @@ class Grounding(nn.Module):
     """
 
     def __init__(self, hidden_size: int, side: int) -> None:
-        super().__init__()
+        super().__init__(hidden_size, before=(side * side,))
         self.side = side
-        self.classes = [side * side, *(len(names) + 1 for names in _NAMES)]
-        self.head = nn.Linear(hidden_size, sum(self.classes))
 
     def loss(self, states: Tensor, scenes: list[Scene]) -> Tensor:
         """Mean cross-entropy of every question about every cell.
@@ -40,9 +37,7 @@ class Grounding(nn.Module):
             scenes: what the images show.
         """
         labels = torch.tensor([label for scene in scenes for label in self._labels(scene)])
-        answers = self.head(states.float()).split(self.classes, dim=1)
-        losses = [cross_entropy(a, labels[:, i]) for i, a in enumerate(answers)]
-        return torch.stack(losses).mean()
+        return self.mean_loss(states, labels)
 
     def _labels(self, scene: Scene) -> list[list[int]]:
         """Of each cell its number and the size, colour, shape and place in it; 0 is nothing."""
@@ -50,10 +45,9 @@ class Grounding(nn.Module):
         for cell in range(self.side * self.side):
             shares = [(self._share(thing, cell), thing) for thing in scene.objects]
             share, shown = max(shares, key=lambda item: item[0], default=(0.0, None))
-            words = [0] * len(_NAMES)
+            words = [0] * len(WORDS)
             if shown is not None and share >= _COVERED:
-                named = (shown.size, shown.colour, shown.shape, shown.place)
-                words = [1 + names.index(n) for names, n in zip(_NAMES, named, strict=True)]
+                words = numbered(shown.size, shown.colour, shown.shape, shown.place)
             labels.append([cell, *words])
         return labels
 

@@ -151,7 +151,7 @@ def _loss(
         middle = output.hidden_states[network.config.text_config.num_hidden_layers // 2]
         seen = middle[batch.inputs["mm_token_type_ids"] == IMAGE_TYPE]
         loss = loss + part.grounding_weight * helpers.grounding.loss(seen, batch.scenes)
-    if part.binding_weight and len(batch.words):
+    if len(batch.words):
         states = output.hidden_states[-1][batch.rows, batch.tokens]
         loss = loss + part.binding_weight * helpers.binding.loss(states, batch.words)
     return loss
@@ -233,10 +233,11 @@ class _Batches:
         return Row(ids, len(asked.ids), text.scene, self._said(text, asked))
 
     def _said(self, text: Conversation, prompt: Prompt) -> list[Mention]:
-        """Mentions in the user's words, counted from the start of the prompt."""
-        words = len(self.tokenizer(text.user, add_special_tokens=False).input_ids)
+        """Mentions in the user's words, from the start of the prompt; none if none is learnt."""
+        if not self.part.binding_weight:
+            return []
         found = mentions(text.user, self.tokenizer)
-        return [Mention(prompt.end - words + m.token, m.words) for m in found]
+        return [Mention(prompt.text + m.token, m.words) for m in found]
 
     def _pixels(self, scenes: list[Scene]) -> dict[str, Tensor]:
         if not scenes:

@@ -117,7 +117,9 @@ def test_the_grounding_loss_tells_right_from_wrong_scenes() -> None:
 
 @pytest.fixture(scope="module")
 def batches(config: TinyBuildConfig) -> _Batches:
-    part = config.understanding.model_copy(update={"tokenizer_texts": 50, "batch_size": 4})
+    part = config.understanding.model_copy(
+        update={"tokenizer_texts": 50, "batch_size": 4, "binding_weight": 1.0}
+    )
     small = config.model_copy(update={"understanding": part})
     section = load_config(ModelConfig, ROOT / "configs" / "tiny.yaml").understanding
     return _Batches(new_understanding(small, section), small, part, "understanding")
