@@ -61,7 +61,7 @@ def _facts(summary: Summary) -> Iterator[tuple[str, str]]:
     yield "stage", summary.stage
     for name, size in summary.sizes.items():
         yield name, f"{size:,}"
-    inside = description.understanding == "understanding"
+    inside = description.holds_understanding
     yield "understanding model", "in the folder" if inside else description.understanding
     yield "written by", f"dim {description.version}"
     came = description.provenance

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
@@ -17,6 +17,7 @@ from dim.errors import BlueprintError, CheckpointError, DesignerError, InputErro
 from dim.images import encode_png
 from dim.model import folder, parts, sampler
 from dim.model.autoencoder import Autoencoder
+from dim.model.checks import require_choice
 from dim.model.conditioner import Conditioner, Seen
 from dim.model.config import INSTRUCTION, Fit, ModelConfig
 from dim.model.connector import Connector
@@ -188,7 +189,8 @@ class DIM(nn.Module):
         """
         if not self.painter.takes_source:
             raise InputError("this model's painter was made for text-to-image and cannot edit")
-        fit = _checked_fit(fit or self.config.sampling.fit)
+        fit = fit or self.config.sampling.fit
+        require_choice("fit", fit, Fit)
         sources = [upright_rgb(image, f"image {row + 1}") for row, image in enumerate(images)]
         rows = self._rows(
             sources,
@@ -436,12 +438,6 @@ class DIM(nn.Module):
             }
         )
         return self.config.model_copy(update={"painter": painter})
-
-
-def _checked_fit(fit: Fit) -> Fit:
-    if fit not in get_args(Fit):
-        raise InputError(f"fit {fit!r} is not one of {', '.join(get_args(Fit))}")
-    return fit
 
 
 def _ask(designer: Designer | str, rows: Sequence[Row]) -> Sequence[Reply]:

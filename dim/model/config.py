@@ -14,6 +14,7 @@ from dim.errors import CheckpointError
 INSTRUCTION = "{instruction}"
 Fit = Literal["source", "square"]
 Solver = Literal["dpm", "euler"]
+Task = Literal["edit", "t2i"]
 
 
 class PartConfig(StrictModel):

@@ -12,7 +12,6 @@ from torch import Tensor
 from dim.errors import CheckpointError, InputError
 from dim.model import folder, parts, released, tensorfile
 from dim.model.checks import is_finite, refuse_not_finite
-from dim.model.config import weights_path
 from dim.model.folder import Description
 from dim.model.released import AUTOENCODER, CONNECTOR, NULL_TABLE, UNDERSTANDING
 from dim.model.tensorfile import MAX_SHARD_BYTES, Spec, TensorFiles
@@ -57,8 +56,8 @@ def export_checkpoint(
     taken = description.provenance.sections if description.provenance else ()
     if AUTOENCODER in taken if autoencoder is None else autoencoder:
         source.add_files(AUTOENCODER, path / folder.AUTOENCODER, folder.NETWORK_STEM)
-    inside = description.understanding == folder.UNDERSTANDING
-    if UNDERSTANDING in taken and inside if understanding is None else understanding:
+    own = UNDERSTANDING in taken and description.holds_understanding
+    if own if understanding is None else understanding:
         place = _understanding(path, description)
         source.add_files(UNDERSTANDING, place, folder.UNDERSTANDING_STEM)
     heads = _head_dims(path)
@@ -144,10 +143,8 @@ class Source:
 
 
 def _understanding(path: Path, description: Description) -> Path:
-    if description.understanding == folder.UNDERSTANDING:
-        return path / folder.UNDERSTANDING
-    place = Path(weights_path(description.understanding))
-    if not place.is_dir():
+    place = description.understanding_in_reach(path)
+    if place is None:
         raise InputError(
             f"{path} refers to the understanding model {description.understanding}, which is no "
             f"folder here: export without it"

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from pydantic import PositiveInt
@@ -21,7 +20,7 @@ from dim.config import StrictModel, dump_config, validate_config
 from dim.errors import CheckpointError, InputError
 from dim.model import parts
 from dim.model.conditioner import Conditioner
-from dim.model.config import ModelConfig
+from dim.model.config import ModelConfig, Task, weights_path
 from dim.model.connector import Connector
 from dim.model.painter import Painter
 
@@ -47,7 +46,7 @@ class Provenance(StrictModel):
     """
 
     checkpoint: str
-    task: Literal["edit", "t2i"]
+    task: Task
     sections: tuple[str, ...]
     left_out: tuple[str, ...]
     metadata: dict[str, str]
@@ -66,6 +65,18 @@ class Description:
     understanding: str
     provenance: Provenance | None
     version: str
+
+    @property
+    def holds_understanding(self) -> bool:
+        """Whether the understanding model is in the folder, and not referred to."""
+        return self.understanding == UNDERSTANDING
+
+    def understanding_in_reach(self, path: Path) -> Path | None:
+        """The understanding model of the folder ``path``; None if it is no folder here."""
+        if self.holds_understanding:
+            return path / UNDERSTANDING
+        place = Path(weights_path(self.understanding))
+        return place if place.is_dir() else None
 
 
 def write(
@@ -172,7 +183,7 @@ def located(path: Path, description: Description) -> ModelConfig:
     }
     referred = {"weights": description.understanding}
     sections = {"understanding": config.understanding.model_copy(update=referred)}
-    if description.understanding == UNDERSTANDING:
+    if description.holds_understanding:
         inside[UNDERSTANDING] = path.resolve() / UNDERSTANDING
     sections |= {
         name: getattr(config, name).model_copy(update={"weights": str(place), "dtype": None})

@@ -23,11 +23,12 @@ from dim.model.config import (
     AutoencoderConfig,
     ModelConfig,
     PartConfig,
+    Task,
     UnderstandingConfig,
     weights_path,
 )
 from dim.model.folder import Provenance
-from dim.model.painter import resized_null_condition, widened
+from dim.model.painter import PATCH_WEIGHT, resized_null_condition, widened
 from dim.model.released import AUTOENCODER, CONNECTOR, NULL_TABLE, PAINTER, UNDERSTANDING, UNUSED
 from dim.model.tensorfile import MAX_SHARD_BYTES, Produce, Shape, Spec, TensorFiles
 
@@ -36,7 +37,6 @@ PUBLISHED = ModelConfig(
     understanding=UnderstandingConfig(weights="Qwen/Qwen2.5-VL-3B-Instruct"),
     autoencoder=AutoencoderConfig(weights="mit-han-lab/dc-ae-f32c32-sana-1.1-diffusers"),
 )
-PATCH_WEIGHT = "patch_embed.proj.weight"
 # Seeds the new rows of a lengthened null table.
 SEED = 0
 
@@ -59,7 +59,7 @@ def import_checkpoint(
     out: str | Path,
     *,
     config: ModelConfig = PUBLISHED,
-    task: released.Task | None = None,
+    task: Task | None = None,
     changes: Changes | None = None,
     copy_understanding: bool | None = None,
     attention_head_dim: int | None = None,
@@ -204,8 +204,9 @@ def _copies(files: Mapping[str, Spec], wanted: bool | None) -> bool:
 
 
 def _unknown_sections(files: Mapping[str, Spec]) -> list[str]:
-    known = (CONNECTOR, PAINTER, AUTOENCODER, UNDERSTANDING, released.TEXT_ENCODER)
-    return [f"unexpected {name}" for name in sorted(files) if not name.startswith(known)]
+    return [
+        f"unexpected {name}" for name in sorted(files) if not name.startswith(released.SECTIONS)
+    ]
 
 
 def _source(files: TensorFiles, prefix: str, config: PartConfig, stem: str) -> Source | None:
@@ -330,8 +331,9 @@ def _require_allowed(layout: released.Layout, changes: Changes) -> None:
 
 def _with_sample_size(layout: released.Layout, config: ModelConfig) -> released.Layout:
     """``layout`` with the configured number that diffusers stores and a SANA does not use."""
-    architecture = config.painter.architecture
-    kept = {name: architecture[name] for name in ("sample_size",) if name in architecture}
+    if "sample_size" not in config.painter.architecture:
+        return layout
+    kept = {"sample_size": config.painter.architecture["sample_size"]}
     return dataclasses.replace(layout, architecture=layout.architecture | kept)
 
 
@@ -357,11 +359,7 @@ def _settings(
 
 def _provenance(path: str, files: TensorFiles, layout: released.Layout, copied: bool) -> Provenance:
     taken = [CONNECTOR, PAINTER, AUTOENCODER, *([UNDERSTANDING] if copied else [])]
-    present = [
-        prefix
-        for prefix in (CONNECTOR, PAINTER, AUTOENCODER, UNDERSTANDING, released.TEXT_ENCODER)
-        if _section(files, prefix)
-    ]
+    present = [prefix for prefix in released.SECTIONS if _section(files, prefix)]
     return Provenance(
         checkpoint=path,
         task=layout.task,

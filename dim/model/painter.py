@@ -16,6 +16,8 @@ from dim.model.block import sampling_block
 
 # The published network's query and key norms; diffusers' own 1e-5 moves outputs by 5e-5.
 QK_NORM_EPS = 1e-6
+# The tensor that sees the latents' channels.
+PATCH_WEIGHT = "patch_embed.proj.weight"
 # What diffusers adds to the attention score of a masked token: nothing is left of it after exp.
 MASKED = -10000.0
 

@@ -165,7 +165,7 @@ def connector(
         module = Connector(in_features, config.out_features)
     if config.weights is not None:
         where = Path(weights_path(config.weights))
-        with readable(str(where)):
+        with _readable(str(where)):
             tensors = load_file(where)
             module.to(next(iter(tensors.values())).dtype).load_state_dict(tensors)
         require_finite(str(where), tensors)
@@ -217,13 +217,13 @@ def _painter(config: PainterConfig, dtype: torch.dtype | None) -> Painter:
 def _null_condition(folder: Path) -> Tensor | None:
     for file in (folder / NULL_CONDITION_FILE, folder.parent / NULL_CONDITION_FILE):
         if file.is_file():
-            with readable(str(file)):
+            with _readable(str(file)):
                 return load_file(file)[NULL_CONDITION]
     return None
 
 
 def _understanding(where: str, dtype: torch.dtype | None) -> Qwen2_5_VLForConditionalGeneration:
-    with readable(where):
+    with _readable(where):
         model, report = Qwen2_5_VLForConditionalGeneration.from_pretrained(
             where, dtype=dtype or "auto", output_loading_info=True
         )
@@ -242,7 +242,7 @@ def saved_understanding_config(where: str) -> Qwen2_5_VLConfig:
     # Of a folder without one transformers would make up a configuration.
     if Path(where).is_dir() and not (Path(where) / "config.json").is_file():
         raise CheckpointError(f"cannot load weights from {where}: it has no config.json")
-    with readable(where):
+    with _readable(where):
         return Qwen2_5_VLConfig.from_pretrained(where)
 
 
@@ -261,7 +261,7 @@ def _readers(
     where: str, config: Qwen2_5_VLConfig
 ) -> tuple[PreTrainedTokenizerBase, Qwen2VLImageProcessorPil]:
     """What reads texts and pictures for the understanding model at ``where``."""
-    with readable(where):
+    with _readable(where):
         tokenizer = AutoTokenizer.from_pretrained(where)
         if Path(where).is_dir() and not (Path(where) / "preprocessor_config.json").is_file():
             return tokenizer, image_processor(config)
@@ -277,7 +277,7 @@ def autoencoder_config(config: AutoencoderConfig) -> dict[str, Any]:
     if config.weights is None:
         return config.architecture
     where = weights_path(config.weights)
-    with readable(where):
+    with _readable(where):
         saved = AutoencoderDC.load_config(where)
     return {name: value for name, value in saved.items() if not name.startswith("_")}
 
@@ -287,7 +287,7 @@ def _diffusers(cls: Any, where: str, subfolder: str | None, dtype: torch.dtype |
     folder = Path(where)
     if folder.is_dir() and (folder / "config.json").is_file():
         subfolder = None
-    with readable(where):
+    with _readable(where):
         network, report = cls.from_pretrained(
             where,
             subfolder=subfolder,
@@ -336,7 +336,7 @@ def _random(seed: int, section: str) -> Iterator[None]:
 
 
 @contextmanager
-def readable(where: str) -> Iterator[None]:
+def _readable(where: str) -> Iterator[None]:
     """Loading: what the libraries raise becomes one sentence."""
     try:
         with without_progress_bars():

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import SanaTransformer2DModel
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dim.errors import CheckpointError
 from dim.model.checks import is_finite, refuse_not_finite, require_finite
+from dim.model.config import Task
 from dim.model.connector import Connector
 from dim.model.painter import Painter
 from dim.model.tensorfile import FLOATS, Shape, Spec, TensorFiles, open_folder
@@ -27,12 +28,12 @@ UNDERSTANDING = "mllm."
 UNUSED = "decoder.model.pos_embed"
 # A frozen part of SANA that DIM does not use.
 TEXT_ENCODER = "decoder.text_encoder."
+SECTIONS = (CONNECTOR, PAINTER, AUTOENCODER, UNDERSTANDING, TEXT_ENCODER)
 STEM = "model"
 
 HEAD_DIM = 32
 CROSS_HEAD_DIM = 112
 
-Task = Literal["edit", "t2i"]
 TASKS: dict[Task, str] = {"edit": "an edit", "t2i": "a text-to-image"}
 
 # published name → diffusers names. More than one: the published tensor holds them stacked.
@@ -188,13 +189,15 @@ def read_layout(
     """
     mine = {name: specs[name] for name in specs if name.startswith((CONNECTOR, PAINTER))}
     shapes = {name: specs[name].shape for name in DECISIVE if name in specs}
-    problems = wrong_types(mine) + _wrong_dimensions(shapes)
+    misshapen = _wrong_dimensions(shapes)
+    problems = wrong_types(mine) + misshapen
     mine.pop(UNUSED, None)
     sizes = None
-    if len(shapes) == len(DECISIVE) and not _wrong_dimensions(shapes):
+    if len(shapes) == len(DECISIVE) and not misshapen:
         sizes = _sizes(shapes, attention_head_dim, cross_attention_head_dim)
-        problems += (impossible := _impossible(sizes))
-        sizes = None if impossible else sizes
+        if impossible := _impossible(sizes):
+            problems += impossible
+            sizes = None
     architecture = (sizes or STAND_IN) | _switches(mine)
     with torch.device("meta"):
         network = SanaTransformer2DModel(**architecture)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from dim.errors import InputError
+from dim.model.checks import require_choice
 from dim.model.config import Solver
 from dim.model.painter import Painter, PreparedCondition
 
@@ -72,7 +73,7 @@ def sample(
     scheduler = _scheduler(solver, steps, shift)
     scale = _guidance(guidance_scale, noise)
     guided = bool((scale != 1).any())
-    negative = _Condition.of(negative_condition, negative_mask)
+    negative = None if negative_condition is None else _Condition(negative_condition, negative_mask)
     prepared = _prepare(painter, _Condition(condition, mask), negative, guided)
     latent = noise
     for number, timestep in enumerate(scheduler.timesteps):
@@ -93,10 +94,6 @@ class _Condition:
 
     tokens: Tensor
     mask: Tensor | None
-
-    @classmethod
-    def of(cls, tokens: Tensor | None, mask: Tensor | None) -> _Condition | None:
-        return None if tokens is None else cls(tokens, mask)
 
     def padded(self, length: int) -> tuple[Tensor, Tensor]:
         """Tokens (B, length, F) and an explicit bool mask (B, length)."""
@@ -146,8 +143,7 @@ def _instead(null: _Condition, negative: _Condition) -> tuple[Tensor, Tensor]:
 def _scheduler(solver: Solver, steps: int, shift: float) -> Any:
     if steps < 1:
         raise InputError(f"sampling takes at least 1 step, not {steps}")
-    if solver not in get_args(Solver):
-        raise InputError(f"solver {solver!r} is not one of {', '.join(get_args(Solver))}")
+    require_choice("solver", solver, Solver)
     scheduler: Any
     if solver == "euler":
         scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)

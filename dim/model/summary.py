@@ -8,8 +8,9 @@ from typing import Any
 
 from dim.errors import CheckpointError
 from dim.model import folder, parts, tensorfile
-from dim.model.config import weights_path
+from dim.model.config import Task
 from dim.model.folder import Description
+from dim.model.painter import PATCH_WEIGHT
 from dim.model.tensorfile import TensorFiles
 
 
@@ -37,7 +38,7 @@ class Summary:
     sizes: dict[str, int]
 
     @property
-    def stage(self) -> str:
+    def stage(self) -> Task:
         """What the painter can do: ``edit`` or ``t2i``."""
         return "edit" if self.description.config.painter.source_latent else "t2i"
 
@@ -71,10 +72,8 @@ def summarise(path: str | Path) -> Summary:
 
 def _understanding(path: Path, description: Description) -> TensorFiles | None:
     """The understanding model's headers, if it is in the folder or in one that is in reach."""
-    if description.understanding == folder.UNDERSTANDING:
-        return tensorfile.open_folder(path / folder.UNDERSTANDING, folder.UNDERSTANDING_STEM)
-    place = Path(weights_path(description.understanding))
-    return tensorfile.open_folder(place, folder.UNDERSTANDING_STEM) if place.is_dir() else None
+    place = description.understanding_in_reach(path)
+    return None if place is None else tensorfile.open_folder(place, folder.UNDERSTANDING_STEM)
 
 
 def _part(name: str, files: TensorFiles) -> PartSummary:
@@ -92,7 +91,7 @@ def _sizes(
     config = description.config
     architecture: dict[str, Any] = config.painter.architecture
     try:
-        patch = painter["patch_embed.proj.weight"].shape
+        patch = painter[PATCH_WEIGHT].shape
         outputs = painter["proj_out.bias"].shape[0]
         return {
             "layers": len({name.split(".")[1] for name in painter if ".attn1.to_q.w" in name}),
