@@ -83,6 +83,7 @@ def ray_cluster(s3_endpoint: str) -> Iterator[None]:
         num_cpus=8,
         object_store_memory=300 * 2**20,
         include_dashboard=False,
+        log_to_driver=False,  # or the workers of one test would speak into another's output
         logging_level="warning",
     )
     yield
