@@ -25,6 +25,7 @@ OPERATIONAL_KEYS = frozenset(
         "cpus_per_worker",
         "use_gpu",
         "encode_batch",
+        "gradient_checkpointing",
         "log_every",
         "checkpoint_every",
         "keep_checkpoints",
@@ -90,6 +91,7 @@ class StageConfig(StrictModel):
     use_gpu: bool = False
     precision: Literal["fp32", "bf16"] = "fp32"
     cache_features: bool = True
+    gradient_checkpointing: bool = False  # less memory for a second forward pass; the same weights
     encode_batch: PositiveInt = 64
 
     log_every: PositiveInt = 10

@@ -83,6 +83,7 @@ def prepare(plan: Plan) -> Worker:
     log = RunLog(_attach(plan) if rank == 0 else None)
     model = load_initial(config.init, edits=config.edits)
     _place(model, device, config.precision)
+    model.painter.checkpoint_gradients(config.gradient_checkpointing)
     state = _new_state(model, config)
     resumed = checkpoint.restore(state, device)
     epochs = SampleOrder(plan.rows, config.batch_size, config.seed)

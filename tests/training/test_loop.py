@@ -14,6 +14,7 @@ import torch
 from dim import model, records
 from dim.config import dump_config
 from dim.errors import CheckpointError, DimError, InputError
+from dim.model.painter import Painter
 from infra.tracking import Tracking
 from training import loop
 from training.data import open_samples
@@ -100,6 +101,25 @@ def test_cached_and_live_features_train_alike(
     one, other = losses_of(tracking_uri, cached), losses_of(tracking_uri, live)
     assert list(one) == [1, 2, 3]
     assert one == pytest.approx(other, rel=2e-2)
+
+
+def test_checkpointed_gradients_train_alike(
+    start: Callable[..., Any],
+    edit_data: str,
+    tracking_uri: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[bool] = []
+    switch = Painter.checkpoint_gradients
+    monkeypatch.setattr(
+        Painter, "checkpoint_gradients", lambda self, on: (asked.append(on), switch(self, on))[1]
+    )
+    _, plain = start(data=[edit_data], out=str(tmp_path / "a"))
+    _, checkpointed = start(data=[edit_data], out=str(tmp_path / "b"), gradient_checkpointing=True)
+    assert asked == [False, True]
+    one, other = losses_of(tracking_uri, plain), losses_of(tracking_uri, checkpointed)
+    assert one == pytest.approx(other, rel=1e-5)
 
 
 def test_the_exported_weights_are_the_average(
