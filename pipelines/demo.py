@@ -65,6 +65,8 @@ class DemoConfig(StrictModel):
     """Edits to measure on, of scenes that training never sees."""
     kinds: tuple[str, ...] = KINDS
     referential: float = Field(0.3, ge=0, le=1)
+    objects: tuple[int, int] = (2, 4)
+    outlines: float = Field(0.2, ge=0, le=1)
     stages: tuple[str, ...]
     """Stage files in configs/, in order; each starts from the model of the one before."""
     stage_overrides: tuple[str, ...] = ()
@@ -162,7 +164,12 @@ def make_data(config: DemoConfig, places: Places, console: Console) -> list[tupl
     filters = {"min_side": min(config.size, 256)}
     # A new table changes most pixels, a small thing very few: both are edits here.
     pair_filters = {**filters, "min_ssim": -1, "min_changed": 0.0005}
-    world = {"size": config.size, "tracking": tracking}
+    world = {
+        "size": config.size,
+        "objects": config.objects,
+        "outlines": config.outlines,
+        "tracking": tracking,
+    }
     edits = {**world, "kinds": config.kinds, "referential": config.referential}
     raw, raw_images, raw_held_out = (places.data(f"raw-{n}") for n in ("edit", "t2i", "held-out"))
     designed = {

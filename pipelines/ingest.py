@@ -16,7 +16,9 @@ from pipelines.command import ConfigFile, Out, Overrides, Overwrite, RetryFailed
 from pipelines.job import Job, JobConfig
 from pipelines.manifest import Manifest
 from pipelines.sources import Source
+from pipelines.stages.readers import TabletopImages, TabletopPairs
 
+_MOST_OBJECTS = 6  # that a table surely has room for
 _MOST_TASKS = 2_000  # ranges share a task beyond this; each task costs the driver a few ms
 
 
@@ -40,6 +42,10 @@ class IngestConfig(JobConfig):
     """Kinds of tabletop edits."""
     referential: float = Field(0.3, ge=0, le=1)
     """Share of the tabletop instructions that name their object indirectly."""
+    objects: tuple[int, int] = (2, 4)
+    """Fewest and most things on a table before the edit."""
+    outlines: float = Field(0.2, ge=0, le=1)
+    """Share of the tables whose things are drawn as outlines."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -49,6 +55,12 @@ class IngestConfig(JobConfig):
         unknown = sorted(set(self.kinds) - set(KINDS))
         if unknown:
             raise ValueError(f"unknown kind {unknown[0]!r}; there are {', '.join(KINDS)}")
+        fewest, most = self.objects
+        if not 2 <= fewest <= most <= _MOST_OBJECTS:
+            raise ValueError(
+                f"objects must be [fewest, most] between 2 and {_MOST_OBJECTS}, "
+                f"not [{fewest}, {most}]"
+            )
         return self
 
 
@@ -75,17 +87,16 @@ def open_source(config: IngestConfig) -> Source:
         if storage.open_store(config.images).is_file():
             return sources.images_from_lines(config.images, config.source, rows)
         return sources.images_from_folder(config.images, config.source, rows)
-    seed, size = config.seed, config.size
+    world = {
+        "seed": config.seed,
+        "size": config.size,
+        "objects": config.objects,
+        "outlines": config.outlines,
+    }
     if config.tabletop_images is not None:
-        return sources.tabletop_images(config.tabletop_images, rows, seed=seed, size=size)
-    return sources.tabletop_pairs(
-        config.tabletop or 0,
-        rows,
-        seed=seed,
-        size=size,
-        kinds=config.kinds,
-        indirect=config.referential,
-    )
+        return sources.tabletop_images(config.tabletop_images, rows, TabletopImages(**world))
+    reader = TabletopPairs(**world, kinds=config.kinds, referential=config.referential)
+    return sources.tabletop_pairs(config.tabletop or 0, rows, reader)
 
 
 def main(

@@ -89,17 +89,13 @@ def images_from_folder(uri: str, source: str | None, rows_per_file: int) -> Sour
     return Source(units, reader, len(names), identity, records.RAW_IMAGE)
 
 
-def tabletop_pairs(
-    count: int, rows_per_file: int, *, seed: int, size: int, kinds: tuple[str, ...], indirect: float
-) -> Source:
+def tabletop_pairs(count: int, rows_per_file: int, reader: TabletopPairs) -> Source:
     """``count`` edit pairs of the tabletop world."""
-    reader = TabletopPairs(seed, size, kinds, indirect)
     return Source(_counted(count, rows_per_file), reader, count, {}, records.RAW_PAIR)
 
 
-def tabletop_images(count: int, rows_per_file: int, *, seed: int, size: int) -> Source:
+def tabletop_images(count: int, rows_per_file: int, reader: TabletopImages) -> Source:
     """``count`` images of the tabletop world with their captions."""
-    reader = TabletopImages(seed, size)
     return Source(_counted(count, rows_per_file), reader, count, {}, records.RAW_IMAGE)
 
 

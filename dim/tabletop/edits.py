@@ -58,6 +58,7 @@ def sample_edit(
     kinds: Sequence[str] = KINDS,
     referential: float = 0.3,
     objects: tuple[int, int] = (2, 4),
+    outlines: float = 0.2,
 ) -> Edit:
     """Draw an edit: the kind evenly from ``kinds``, then a scene that allows it.
 
@@ -66,6 +67,7 @@ def sample_edit(
         kinds: some of :data:`KINDS`.
         referential: share of referential instructions among the kinds that have both forms.
         objects: (fewest, most) things on the source table.
+        outlines: share of sources that are drawn as outlines.
 
     Raises:
         InputError: a kind is unknown.
@@ -76,7 +78,7 @@ def sample_edit(
     kind = str(rng.choice(list(kinds)))
     indirect = bool(rng.random() < referential)
     while True:
-        scene = sample_scene(rng, objects)
+        scene = sample_scene(rng, objects, outlines=outlines)
         try:
             operation = _SAMPLERS[kind](rng, scene, indirect)
             edit = _edit(scene, operation)

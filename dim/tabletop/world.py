@@ -131,12 +131,15 @@ def fits(thing: Thing, others: Sequence[Thing]) -> bool:
 
 
 def sample_scene(
-    rng: np.random.Generator, objects: tuple[int, int] = (2, 4), background: str | None = None
+    rng: np.random.Generator,
+    objects: tuple[int, int] = (2, 4),
+    background: str | None = None,
+    outlines: float = 0.2,
 ) -> Scene:
     """Draw a scene of ``objects`` = (fewest, most) things at free positions without overlap.
 
     No two things share both colour and shape, so that "the red circle" names one thing. Plain white
-    is left to extraction, one scene in five is drawn as outlines.
+    is left to extraction; a share ``outlines`` of the scenes is drawn as outlines.
     """
     count = int(rng.integers(objects[0], objects[1] + 1))
     while True:
@@ -147,7 +150,7 @@ def sample_scene(
                 things.append(thing)
             if len(things) == count:
                 table = background or str(rng.choice([b for b in BACKGROUNDS if b != "white"]))
-                style = "outline" if rng.random() < 0.2 else "flat"
+                style = "outline" if rng.random() < outlines else "flat"
                 return Scene(tuple(things), table, style)
 
 

@@ -186,6 +186,8 @@ class TabletopPairs:
     size: int
     kinds: tuple[str, ...]
     referential: float
+    objects: tuple[int, int]
+    outlines: float
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         """Ranges of places in, raw pairs out."""
@@ -194,7 +196,13 @@ class TabletopPairs:
 
     def _draw(self, index: int) -> Row:
         rng = np.random.default_rng([self.seed, index])
-        edit = tabletop.sample_edit(rng, kinds=self.kinds, referential=self.referential)
+        edit = tabletop.sample_edit(
+            rng,
+            kinds=self.kinds,
+            referential=self.referential,
+            objects=self.objects,
+            outlines=self.outlines,
+        )
         images = (tabletop.render(scene, self.size) for scene in (edit.source, edit.target))
         provenance = {
             "kind": edit.kind,
@@ -215,6 +223,8 @@ class TabletopImages:
 
     seed: int
     size: int
+    objects: tuple[int, int]
+    outlines: float
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         """Ranges of places in, raw images out."""
@@ -222,7 +232,8 @@ class TabletopImages:
             yield to_table(map(self._draw, places), records.RAW_IMAGE)
 
     def _draw(self, index: int) -> Row:
-        scene = tabletop.sample_scene(np.random.default_rng([self.seed, index]))
+        rng = np.random.default_rng([self.seed, index])
+        scene = tabletop.sample_scene(rng, self.objects, outlines=self.outlines)
         image = encode_png(tabletop.render(scene, self.size))
         return {
             **_tabletop_identity(self.seed, index, {"scene": json.loads(scene.to_json())}),

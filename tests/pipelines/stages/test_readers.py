@@ -11,6 +11,7 @@ from dim.blueprint import Blueprint
 from dim.errors import InputError, StorageError
 from pipelines import sources
 from pipelines.sources import Source
+from pipelines.stages.readers import TabletopImages, TabletopPairs
 from tests.pipelines.samples import edited, encoded, photo, write_pairs
 
 
@@ -165,9 +166,8 @@ def test_images_from_elsewhere(tmp_path: Path, s3: str) -> None:
 
 
 def tabletop_source(count: int, rows_per_file: int) -> Source:
-    return sources.tabletop_pairs(
-        count, rows_per_file, seed=3, size=32, kinds=("remove", "move"), indirect=0.5
-    )
+    reader = TabletopPairs(3, 32, ("remove", "move"), 0.5, (3, 4), 1.0)
+    return sources.tabletop_pairs(count, rows_per_file, reader)
 
 
 def test_tabletop_records_depend_on_seed_and_place_only() -> None:
@@ -178,12 +178,13 @@ def test_tabletop_records_depend_on_seed_and_place_only() -> None:
     assert world["kind"] in ("remove", "move")
     scene = tabletop.Scene.from_json(json.dumps(world["source_scene"]))
     assert rows[0]["image"] == encoded(tabletop.render(scene, 32))
+    assert len(scene.objects) in (3, 4) and scene.style == "outline"
     understood = tabletop.understand(scene, rows[0]["instruction"])
     assert understood.target == tabletop.Scene.from_json(json.dumps(world["target_scene"]))
 
 
 def test_tabletop_images_come_with_captions() -> None:
-    rows = read(sources.tabletop_images(5, 2, seed=1, size=48))
+    rows = read(sources.tabletop_images(5, 2, TabletopImages(1, 48, (2, 3), 0.5)))
     assert len(rows) == 5
     for row in rows:
         scene = json.loads(row["provenance"])["tabletop"]["scene"]
