@@ -32,8 +32,8 @@ LIMIT = 1.3
 WIDTH_STEP, LAYERS, WEIGHTS_PER_LAYER, OTHER_WEIGHTS = 224, 20, 15.5, 8
 # The published null table has 8192 rows beside 1.6e9 parameters.
 PARAMETERS_PER_ROW = 200_000
-# The frozen parts that ship with the package: 128 hidden features, 16 latent channels.
-HIDDEN_SIZE, LATENT_CHANNELS = 128, 16
+# The frozen parts that ship with the package: 128 hidden features, 8 latent channels.
+HIDDEN_SIZE, LATENT_CHANNELS = 128, 8
 FROZEN = ModelConfig(
     understanding=UnderstandingConfig(weights="package:tiny/understanding"),
     autoencoder=AutoencoderConfig(weights="package:tiny/autoencoder"),

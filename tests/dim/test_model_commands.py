@@ -28,7 +28,7 @@ def wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def places() -> tuple[str, ...]:
-    """Frozen parts that fit a checkpoint of 16 latent channels and 128 hidden features."""
+    """Frozen parts that fit a checkpoint of 8 latent channels and 128 hidden features."""
     return (
         "--understanding", "package:tiny/understanding",
         "--autoencoder", "package:tiny/autoencoder",
@@ -39,7 +39,7 @@ def places() -> tuple[str, ...]:
 def test_a_checkpoint_is_imported_shown_and_exported(
     places: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tensors = published(hidden_size=128, channels=16, source=False)
+    tensors = published(hidden_size=128, channels=8, source=False)
     save_file(tensors, tmp_path / "model.safetensors")
     changes = ("--widen", "--task", "t2i", "--null-condition-tokens", "40")
     out = tmp_path / "dim"
@@ -49,7 +49,7 @@ def test_a_checkpoint_is_imported_shown_and_exported(
     text = shown(capsys)
     assert text == first
     for fact in (
-        "stage edit", "layers 3", "width 48", "input channels 32", "latent channels 16",
+        "stage edit", "layers 3", "width 48", "input channels 16", "latent channels 8",
         "null table's rows 40", "understanding model package:tiny/understanding",
         f"imported from {tmp_path}", "checkpoint t2i, null table of 30 rows",
         "taken projector.*, decoder.model.*", "widened yes",
@@ -89,7 +89,7 @@ def test_what_is_wrong_is_one_line(
 
     assert "checkpoint not found" in fails("import", file, "--out", out, *places)
     assert "holds neither model.safetensors" in fails("import", tmp_path, "--out", out, *places)
-    save_file(published(hidden_size=128, channels=16), file)
+    save_file(published(hidden_size=128, channels=8), file)
     assert "has no cross-attention heads of 112" in fails("import", file, "--out", out, *places)
     wrong = fails("import", file, "--out", out, *places, *HEADS, "--task", "t2i")
     assert "is an edit checkpoint" in wrong

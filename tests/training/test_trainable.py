@@ -23,9 +23,9 @@ def batch(rows: int = 3, tokens: int = 5) -> dict[str, torch.Tensor]:
     return {
         "hidden_states": torch.randn(rows, tokens, 128, generator=generator),
         "mask": mask,
-        "latent": torch.randn(rows, 16, 8, 8, generator=generator),
-        "source_latent": torch.randn(rows, 16, 8, 8, generator=generator),
-        "noise": torch.randn(rows, 16, 8, 8, generator=generator),
+        "latent": torch.randn(rows, 8, 8, 8, generator=generator),
+        "source_latent": torch.randn(rows, 8, 8, 8, generator=generator),
+        "noise": torch.randn(rows, 8, 8, 8, generator=generator),
         "index": torch.tensor([10, 500, 900]),
         "dropped": torch.zeros(rows, dtype=torch.bool),
     }
@@ -65,7 +65,7 @@ def test_everything_trained_gets_a_gradient(tiny: DIM) -> None:
 
 
 def test_changed_cells_count_more_and_the_mean_stays_one() -> None:
-    source = torch.randn(2, 16, 8, 8)
+    source = torch.randn(2, 8, 8, 8)
     latent = source.clone()
     latent[0, :, 0, 0] += 2.0
     weight = changed_cells(latent, source, 5.0)
@@ -86,4 +86,4 @@ def test_a_text_to_image_painter_is_widened_for_edits_only(
     wide = load_initial(str(tmp_path / "t2i"), edits=True)
     assert wide.painter.takes_source
     kernel, old = (m.painter.network.patch_embed.proj.weight for m in (wide, narrow))
-    assert torch.equal(kernel[:, :16], old) and not kernel[:, 16:].any()
+    assert torch.equal(kernel[:, :8], old) and not kernel[:, 8:].any()

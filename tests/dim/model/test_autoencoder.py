@@ -12,7 +12,7 @@ from dim.model.pictures import centre_crop, to_images, to_pixels, upright_rgb
 def test_pixels_become_cells_and_come_back_in_shape(tiny):
     pixels = torch.rand(2, 3, 32, 64) * 2 - 1
     latent = tiny.autoencoder.encode(pixels)
-    assert latent.shape == (2, 16, 4, 8) and not latent.requires_grad
+    assert latent.shape == (2, 8, 4, 8) and not latent.requires_grad
     assert tiny.autoencoder.decode(latent).shape == pixels.shape
 
 

@@ -172,9 +172,9 @@ def test_all_of_a_source_is_painted_in_its_own_shape_and_size(tiny, photos, monk
     assert [r.image.size for r in results] == [*(p.size for p in photos), (900, 9)]
     # of 64 px: 64x64, 80x48 (3:2), 64x64 (4:5 is 60x68), 80x48 (13:7 is 84x44), 128x32 (4:1)
     assert [tuple(latent.shape) for latent in latents] == [
-        (2, 16, 8, 8),
-        (2, 16, 6, 10),
-        (1, 16, 4, 16),
+        (2, 8, 8, 8),
+        (2, 8, 6, 10),
+        (1, 8, 4, 16),
     ]
 
 
@@ -402,7 +402,7 @@ def test_a_tensor_that_is_missing_from_frozen_weights_is_named(saved, tmp_path):
     ("override", "message"),
     [
         ("connector.out_features=48", "out_features is 48 but .*caption_channels is 96"),
-        ("autoencoder.architecture.latent_channels=8", "latent_channels is 8 but"),
+        ("autoencoder.architecture.latent_channels=16", "latent_channels is 16 but"),
         ("painter.null_condition_tokens=10", "null_condition_tokens must be at least"),
         ("understanding.design_request=hello", "must contain {instruction}"),
         ("sampling.guidance_scale=0.5", "guidance_scale"),
