@@ -26,11 +26,10 @@ import typer
 from pydantic import Field, PositiveInt
 from rich.console import Console
 
-from dim.config import StrictModel, load_config
+from dim.config import load_config
 from dim.errors import DimError
 from dim.model.config import ModelConfig
 from dim.records import EDIT
-from dim.tabletop import KINDS
 from infra.ports import free_port
 from infra.storage import open_dataset
 from infra.tracking import Tracking
@@ -40,6 +39,7 @@ from pipelines.command import Overrides
 from pipelines.job import TrackingConfig
 from pipelines.manifest import Counts, Manifest
 from pipelines.report import Report
+from pipelines.world import TabletopConfig
 from serving.serve import check_port
 from training import train
 from training.progress import progress_bar
@@ -50,23 +50,16 @@ _TITLE = "Draw-In-Mind on a laptop"
 _SERVER_STARTS_WITHIN = 180.0
 
 
-class DemoConfig(StrictModel):
+class DemoConfig(TabletopConfig):
     """What the demo makes, from what, and where."""
 
     out: Path = Path("runs/demo")
-    seed: int = Field(0, ge=0)
-    size: PositiveInt = 64
-    """Side of the tabletop images in pixels."""
     pairs: PositiveInt
     """Edit pairs to train on."""
     images: PositiveInt
     """Images for the text-to-image stage."""
     held_out: PositiveInt
     """Edits to measure on, of scenes that training never sees."""
-    kinds: tuple[str, ...] = KINDS
-    referential: float = Field(0.3, ge=0, le=1)
-    objects: tuple[int, int] = (2, 4)
-    outlines: float = Field(0.2, ge=0, le=1)
     stages: tuple[str, ...]
     """Stage files in configs/, in order; each starts from the model of the one before."""
     stage_overrides: tuple[str, ...] = ()

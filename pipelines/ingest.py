@@ -9,7 +9,6 @@ import typer
 from pydantic import Field, model_validator
 
 from dim.config import load_config
-from dim.tabletop import KINDS
 from infra import storage
 from pipelines import sources
 from pipelines.command import ConfigFile, Out, Overrides, Overwrite, RetryFailed, settings, summary
@@ -17,12 +16,12 @@ from pipelines.job import Job, JobConfig
 from pipelines.manifest import Manifest
 from pipelines.sources import Source
 from pipelines.stages.readers import TabletopImages, TabletopPairs
+from pipelines.world import TabletopConfig
 
-_MOST_OBJECTS = 6  # that a table surely has room for
 _MOST_TASKS = 2_000  # ranges share a task beyond this; each task costs the driver a few ms
 
 
-class IngestConfig(JobConfig):
+class IngestConfig(TabletopConfig, JobConfig):
     """What to take in: exactly one of ``pairs``, ``images``, ``tabletop``, ``tabletop_images``."""
 
     pairs: str | None = None
@@ -35,32 +34,12 @@ class IngestConfig(JobConfig):
     """This many tabletop images with captions."""
     source: str | None = None
     """What the records call their source; the file's or folder's name unless given."""
-    seed: int = Field(0, ge=0)
-    size: int = Field(64, ge=16)
-    """Side of the tabletop images in pixels."""
-    kinds: tuple[str, ...] = KINDS
-    """Kinds of tabletop edits."""
-    referential: float = Field(0.3, ge=0, le=1)
-    """Share of the tabletop instructions that name their object indirectly."""
-    objects: tuple[int, int] = (2, 4)
-    """Fewest and most things on a table before the edit."""
-    outlines: float = Field(0.2, ge=0, le=1)
-    """Share of the tables whose things are drawn as outlines."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         given = [self.pairs, self.images, self.tabletop, self.tabletop_images]
         if sum(value is not None for value in given) != 1:
             raise ValueError("give exactly one of pairs, images, tabletop, tabletop_images")
-        unknown = sorted(set(self.kinds) - set(KINDS))
-        if unknown:
-            raise ValueError(f"unknown kind {unknown[0]!r}; there are {', '.join(KINDS)}")
-        fewest, most = self.objects
-        if not 2 <= fewest <= most <= _MOST_OBJECTS:
-            raise ValueError(
-                f"objects must be [fewest, most] between 2 and {_MOST_OBJECTS}, "
-                f"not [{fewest}, {most}]"
-            )
         return self
 
 
@@ -87,12 +66,7 @@ def open_source(config: IngestConfig) -> Source:
         if storage.open_store(config.images).is_file():
             return sources.images_from_lines(config.images, config.source, rows)
         return sources.images_from_folder(config.images, config.source, rows)
-    world = {
-        "seed": config.seed,
-        "size": config.size,
-        "objects": config.objects,
-        "outlines": config.outlines,
-    }
+    world = config.model_dump(include={"seed", "size", "objects", "outlines"})
     if config.tabletop_images is not None:
         return sources.tabletop_images(config.tabletop_images, rows, TabletopImages(**world))
     reader = TabletopPairs(**world, kinds=config.kinds, referential=config.referential)

@@ -6,6 +6,7 @@ import pytest
 
 from dim.config import load_config
 from dim.errors import ConfigError
+from pipelines.demo import DemoConfig
 from pipelines.edit import EditConfig
 from pipelines.ingest import IngestConfig
 from pipelines.job import JobConfig
@@ -53,3 +54,8 @@ def test_the_files_for_the_tabletop_can_be_read(
 def test_wrong_settings_are_named(given: list[str], complaint: str) -> None:
     with pytest.raises(ConfigError, match=complaint):
         load_config(IngestConfig, None, ["out=o", *given])
+
+
+def test_the_demo_draws_from_a_world_checked_like_any_other() -> None:
+    with pytest.raises(ConfigError, match=r"between 2 and 6, not \[4, 3\]"):
+        load_config(DemoConfig, CONFIGS / "demo.yaml", ["objects=[4,3]"])
