@@ -124,7 +124,7 @@ def test_captions(tmp_path: Path, chat_server: ChatServer) -> None:
     )
     chat_server.respond = lambda request: next(answers)
     calls = CallOptions(retries=0, in_flight=1)
-    rules = CaptionRules(min_words=5)
+    rules = CaptionRules(min_words=5, reasks=0)
     store = open_store(str(tmp_path / "out"))
     write = WriteCaptions(f"openai:m@{chat_server.url}", calls, rules, store)
     rows = write(batch.select(records.RAW_IMAGE.names)).to_pylist()
