@@ -281,8 +281,9 @@ def _stops_short(blueprint: Blueprint) -> bool:
     before, _, line = blueprint.imagination.rpartition("\n")
     punctuated = all(_FINISHED.search(t) for t in (blueprint.global_layout, blueprint.edit_area))
     is_sentence = not before or len(line.split()) > 3  # a shorter line may be a closing remark
-    is_open = not _FINISHED.search(line) and not _BULLET.match(line)
-    return punctuated and is_sentence and is_open
+    above = before.rpartition("\n")[2]
+    in_open_list = _BULLET.match(line) and not (_BULLET.match(above) and _FINISHED.search(above))
+    return punctuated and is_sentence and not _FINISHED.search(line) and not in_open_list
 
 
 def _tidy(text: str, *, last: bool) -> str:

@@ -66,9 +66,9 @@ Write one line for each of these aspects, in this order, as "aspect: text":
 
 Each text is one or two full sentences in {language} that name the things they speak of, so \
 that all lines read one after the other make one description of about 150 words. State only what \
-is visible, do not repeat what an earlier line says, and quote written text exactly. Where the image \
-has nothing of an aspect, write "{not_present}". Never write that this is an image or what it \
-shows; describe the things themselves.
+is visible, do not repeat what an earlier line says, and quote written text exactly. Where the \
+image has nothing of an aspect, write "{not_present}". Never write that this is an image or what \
+it shows; describe the things themselves.
 
 Write plain text and nothing before or after these lines. If the answer has to be JSON, each line \
 is one field."""

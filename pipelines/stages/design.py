@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Literal
 
 import pyarrow as pa
@@ -75,8 +76,8 @@ class WriteBlueprints:
             requests = [self._request(row) for row in rows]
             keys = [self._key(row, blueprint.PROMPT_VERSION, row["instruction"]) for row in rows]
             replies = ask_once(designer.design, requests, keys, answers)
-            read = [self._both(row).read for row in rows]
-            return [read_reply(*pair) for pair in zip(read, replies, strict=True)]
+            pairs = zip(rows, replies, strict=True)
+            return [read_reply(_reader(row["instruction"]), reply) for row, reply in pairs]
         first = self._triage if self._own_call else self._both if self._with_target else self._plan
         asked = [first(row) for row in rows]
         results: list[Result] = ask_until_read(designer.ask, asked, answers, self._reasks)
@@ -89,20 +90,13 @@ class WriteBlueprints:
     def _triage(self, row: Row) -> Asked[Answer | Triage]:
         text = triage.request_prompt(row["instruction"])
         key = self._key(row, triage.PROMPT_VERSION, row["instruction"])
-        return Asked(
-            question(text, self._images(row), triage.SCHEMA),
-            key,
-            lambda reply: _read_triage(reply, row["instruction"]),
-        )
+        read = partial(_read_triage, instruction=row["instruction"])
+        return Asked(question(text, self._images(row), triage.SCHEMA), key, read)
 
     def _both(self, row: Row) -> Asked[Answer | Triage]:
         text = blueprint.request_prompt(row["instruction"], self._with_target)
         key = self._key(row, blueprint.PROMPT_VERSION, row["instruction"])
-        return Asked(
-            question(text, self._images(row)),
-            key,
-            lambda reply: parse_answer(reply, instruction=row["instruction"]),
-        )
+        return Asked(question(text, self._images(row)), key, _reader(row["instruction"]))
 
     def _plan(self, row: Row, verdict: Triage | None = None) -> Asked[Answer | Triage]:
         instruction = (verdict and verdict.instruction) or row["instruction"]
@@ -144,6 +138,10 @@ class WriteBlueprints:
             "alignment": answer.alignment,
             "designer": self._designer.name,
         }
+
+
+def _reader(instruction: str) -> Callable[[str], Answer]:
+    return partial(parse_answer, instruction=instruction)
 
 
 def _read_triage(reply: str, instruction: str) -> Answer | Triage:
