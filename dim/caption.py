@@ -250,12 +250,12 @@ def find_fault(
         return _fault("too_short", f"{len(words)} words", len(words), min_words)
     if len(words) > max_words:
         return _fault("too_long", f"{len(words)} words", len(words), max_words)
-    fault = _language_fault(plain, language)
-    if fault is not None:
-        return fault
     repeated = _repetition(words)
     if repeated > max_repetition:
         return _fault("repetition", "it repeats itself", repeated, max_repetition)
+    fault = _language_fault(plain, language)
+    if fault is not None:
+        return fault
     empty = _boilerplate(plain)
     if empty > max_boilerplate:
         detail = "it speaks of the image instead of what is in it"
