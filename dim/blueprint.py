@@ -17,7 +17,7 @@ from typing import Any
 from dim import headings
 from dim.errors import BlueprintError
 from dim.headings import TITLES
-from dim.reading import TAG, answer_text, as_text, is_refusal, json_object, unify
+from dim.reading import TAG, answer_text, as_text, is_refusal, json_object, strip_ending, unify
 from dim.triage import Alignment, find_alignment
 
 _KEYS = tuple("_".join(title.lower().split()) for title in TITLES)
@@ -29,13 +29,6 @@ SCHEMA: dict[str, Any] = {
 }
 """JSON schema of a blueprint, for servers that can keep an answer to one: a field per section."""
 
-_RULE = re.compile(r"(?:^|\n)[^\S\n]*(?:-{3,}|\*{3,}|_{3,}|={3,})\Z")
-_COURTESY = re.compile(
-    r"\n\n[^\w\n]*(?:(?:please\s+)?let\s+me\s+know|(?:please\s+)?feel\s+free|i\s+hope\s+this"
-    r"|hope\s+this|if\s+you\s+(?:need|want|would|have)|would\s+you\s+like"
-    r"|is\s+there\s+anything)\b[^\n]*\Z",
-    re.IGNORECASE,
-)
 _FINISHED = re.compile(r"""[.!?。！？…]["'”’»)\]*_`]*\Z""")
 _BULLET = re.compile(r"\s*(?:[-*•]|\d+[.)])\s")
 
@@ -288,10 +281,4 @@ def _stops_short(blueprint: Blueprint) -> bool:
 
 def _tidy(text: str, *, last: bool) -> str:
     text = "\n".join(line.rstrip() for line in unify(text).split("\n")).strip()
-    while True:
-        shorter = _RULE.sub("", text).strip()
-        if last:
-            shorter = _COURTESY.sub("", shorter).strip()
-        if shorter == text:
-            return text
-        text = shorter
+    return strip_ending(text, courtesy=last)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from difflib import SequenceMatcher
 
 from dim.errors import BlueprintError
-from dim.reading import fenced
+from dim.reading import fenced, strip_ending
 
 TITLES = (
     "Edit Instruction",
@@ -238,9 +238,10 @@ def _stands_out(body: str, heading: Heading) -> bool:
 def _cut(body: str, headings: Sequence[Heading]) -> Sections:
     first, last = headings[0], headings[-1]
     _, stop = fenced(body, first.start, last.end)
-    ends = [heading.start for heading in headings[1:]] + [stop]
+    body = body[: last.end] + strip_ending(f"x{body[last.end : stop]}", courtesy=True)[1:]
+    ends = [heading.start for heading in headings[1:]] + [len(body)]
     texts = (_text(body, heading, end) for heading, end in zip(headings, ends, strict=True))
-    return Sections(tuple(texts), body[first.start : stop].strip())
+    return Sections(tuple(texts), body[first.start :].strip())
 
 
 def _text(body: str, heading: Heading, end: int) -> str:

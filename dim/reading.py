@@ -33,6 +33,14 @@ _REFUSAL = re.compile(
     re.IGNORECASE | re.VERBOSE,
 )
 
+_RULE = re.compile(r"(?:^|\n)[^\S\n]*(?:-{3,}|\*{3,}|_{3,}|={3,})\Z")
+_COURTESY = re.compile(
+    r"\n\n[^\w\n]*(?:(?:please\s+)?let\s+me\s+know|(?:please\s+)?feel\s+free|i\s+hope\s+this"
+    r"|hope\s+this|if\s+you\s+(?:need|want|would|have)|would\s+you\s+like"
+    r"|is\s+there\s+anything)\b[^\n]*\Z",
+    re.IGNORECASE,
+)
+
 
 def answer_text(text: str) -> str:
     """The part of an answer that is meant: no reasoning, no tags, no code fence around it.
@@ -107,6 +115,22 @@ def fenced(text: str, end: int, last: int) -> tuple[int, int]:
         return 0, len(text)
     closed = [fence.start() for fence in _FENCE.finditer(text, last)]
     return opened[-1].end(), closed[0] if closed else len(text)
+
+
+def strip_ending(text: str, *, courtesy: bool) -> str:
+    """``text`` without what closes it and says nothing: horizontal rules, and kind offers of help.
+
+    Args:
+        text: a section, or all that a model wrote.
+        courtesy: drop a last paragraph such as "Let me know …" too.
+    """
+    while True:
+        shorter = _RULE.sub("", text).strip()
+        if courtesy:
+            shorter = _COURTESY.sub("", shorter).strip()
+        if shorter == text:
+            return text
+        text = shorter
 
 
 def json_object(text: str) -> dict[str, Any] | None:
