@@ -30,6 +30,13 @@ SCHEMA: dict[str, Any] = {
 """JSON schema of a blueprint, for servers that can keep an answer to one: a field per section."""
 
 _FINISHED = re.compile(r"""[.!?。！？…]["'”’»)\]*_`]*\Z""")
+_LABEL = re.compile(r"^[^\w\n]*(?:\d[^\w\n]+)?instruction[*_]*[:：][*_]*\s*", re.IGNORECASE)
+_ORDER = re.compile(
+    r"\W*(?:add|adjust|apply|blur|change|colou?r|convert|crop|delete|edit|enlarge|erase|extract"
+    r"|give|insert|make|modify|move|paint|place|put|raise|recolou?r|remove|replace|restyle|rotate"
+    r"|set|shrink|swap|transfer|transform|turn)\s+\w+\s+\w+",
+    re.IGNORECASE,
+)
 _BULLET = re.compile(r"\s*(?:[-*•]|\d+[.)])\s")
 
 
@@ -60,6 +67,8 @@ class Blueprint:
     @classmethod
     def parse(cls, text: str, *, instruction: str | None = None) -> Blueprint:
         """Read a designer's answer, in text or as a JSON object of :data:`SCHEMA`.
+
+        An instruction without its heading, in front of section 2, is section 1 all the same.
 
         Args:
             text: the answer; reasoning in ``<think>``, ``<answer>`` tags, a code fence and any
@@ -217,10 +226,18 @@ def _read(cls: type[Blueprint], body: str, instruction: str | None) -> tuple[Blu
     fields_found = json_object(body)
     if fields_found is not None:
         return cls(*_from_json(fields_found, instruction)), None
+    instruction = instruction or _unlabelled_instruction(body)
     found = headings.split(body, may_lack_first=instruction is not None)
     if len(found.texts) < len(TITLES):
         return cls(str(instruction), *found.texts), None
     return cls(*found.texts), found.words
+
+
+def _unlabelled_instruction(body: str) -> str | None:
+    """One sentence in front of section 2 that can only be the instruction without its heading."""
+    front = _LABEL.sub("", body[: headings.first_heading(body)].strip()).strip('*_"“” ')
+    is_order = _ORDER.match(front) and "\n" not in front and not front.endswith((":", "："))
+    return front if is_order else None
 
 
 def _from_json(answer: Mapping[str, Any], instruction: str | None) -> list[str]:

@@ -194,6 +194,20 @@ def test_numbers_within_a_section_are_its_text() -> None:
     assert Blueprint.parse(nested).local_objects.startswith("1. a red circle")
 
 
+@pytest.mark.parametrize("label", ["", "Instruction: ", "**Instruction:** ", "1. Instruction: "])
+def test_an_instruction_without_its_heading_is_section_one(label: str) -> None:
+    assert Blueprint.parse(f"{label}{PLAN.instruction}\n\n{text(drop=1)}") == PLAN
+
+
+@pytest.mark.parametrize(
+    "front",
+    ["Here is the plan.", "Add the plan below:", "Sure!", "The circle is red.", "Make.", "Add:\nx"],
+)
+def test_other_words_in_front_are_no_instruction(front: str) -> None:
+    with pytest.raises(BlueprintError, match="section 1 .* is missing"):
+        Blueprint.parse(f"{front}\n\n{text(drop=1)}")
+
+
 def test_a_json_list_becomes_bullets() -> None:
     answer = dict(zip(KEYS, TEXTS, strict=True)) | {KEYS[2]: ["a circle", "a square"]}
     assert Blueprint.parse(json.dumps(answer)).local_objects == "- a circle\n- a square"
