@@ -18,7 +18,6 @@ TAG = re.compile(rf"</?(?:{_THINK}|{_ANSWER})\b[^<>]{{0,100}}>", re.IGNORECASE)
 
 # End-of-text tokens that a server left in; byte order marks and other invisible characters.
 _LEFTOVERS = re.compile(r"<\|\w{1,30}\|>|[\ufeff\u200b\u2060]")
-_GAP = re.compile(r"\s{100,}")  # of a model that could not stop
 _FENCE = re.compile(r"^[^\S\n]*(?:```|~~~)[^\S\n]*[\w-]*[^\S\n]*$", re.MULTILINE)
 
 _REFUSAL = re.compile(
@@ -95,11 +94,11 @@ def _unfence(text: str) -> str:
 
 
 def unify(text: str) -> str:
-    """``text`` with one kind of line end, and without tokens, invisible marks and endless gaps."""
+    """``text`` with one kind of line end, and without special tokens and invisible marks."""
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     while _LEFTOVERS.search(text):  # what is left may join up to another one
         text = _LEFTOVERS.sub("", text)
-    return _GAP.sub(lambda gap: "\n\n" if "\n" in gap[0] else " ", text)
+    return text
 
 
 def fenced(text: str, end: int, last: int) -> tuple[int, int]:

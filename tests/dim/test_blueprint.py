@@ -164,6 +164,9 @@ FORMS = {
     "courtesy": f"Sure!\n\n{PLAN.render()}\n\n---\n\nLet me know if you need more.",
     "answer in open reasoning": f"<think>hm<answer>\n{PLAN.render()}</answer>",
     "answers, one empty": f"<answer>{PLAN.render()}</answer> so: <answer></answer>",
+    "a draft, then reasoning closes": "</think>".join(
+        (f"{PLAN.render().replace('red', 'green')}<think>hm", "so be it", PLAN.render())
+    ),
     "reasoning after": f"{PLAN.render()}\n<think>and so on",
     "end token": f"{PLAN.render()}<|im_end|>",
     "draft and final": "\n\n".join(
