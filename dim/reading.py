@@ -23,7 +23,7 @@ _FENCE = re.compile(r"^[^\S\n]*(?:```|~~~)[^\S\n]*[\w-]*[^\S\n]*$", re.MULTILINE
 _REFUSAL = re.compile(
     r"""^\W*(?:
         (?:i['’]m|i\ am)\ (?:\w+\ )?(?:sorry|unable|not\ able)
-      | (?:my\ apologies|i\ apologi[sz]e|sorry)\b[\s,.!:]
+      | my\ apologies\b | i\ apologi[sz]e\b | sorry(?:\s*[,.!:]|\ but\b|\ i\b)
       | i\ (?:can(?:no|['’])t|cannot|won['’]t)\b(?!\ help\ but)
       | as\ an\ ai\b | as\ a\ (?:large\ )?language\ model\b
       | unfortunately,?\ i\b

@@ -183,6 +183,7 @@ def test_refusals_are_recognised(refusal: str) -> None:
 
 def test_a_sign_that_says_sorry_is_no_refusal() -> None:
     assert reason(answer(main_subject='"Sorry, we are closed" hangs on a door.')) is None
+    assert reason(answer(main_subject="Sorry faces look out of a window.")) is None
 
 
 def test_few_dimensions_are_noticed() -> None:
