@@ -8,58 +8,45 @@ sections, once each, in order, none empty. Writing has one form only.
 from __future__ import annotations
 
 import hashlib
+import json
 import re
-import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Any
 
+from dim import headings
 from dim.errors import BlueprintError
+from dim.headings import TITLES
+from dim.reading import TAG, answer_text, as_text, is_refusal, json_object, strip_ending, unify
+from dim.triage import Alignment, find_alignment
 
-TITLES = (
-    "Edit Instruction",
-    "Global Layout Perception",
-    "Local Object Perception",
-    "Edit Area Localization",
-    "Edited Image Imagination",
-)
-"""Headings of sections 1 to 5, in the order of the fields of :class:`Blueprint`."""
+_KEYS = tuple("_".join(title.lower().split()) for title in TITLES)
+SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "properties": {key: {"type": "string"} for key in _KEYS},
+    "required": list(_KEYS),
+    "additionalProperties": False,
+}
+"""JSON schema of a blueprint, for servers that can keep an answer to one: a field per section."""
 
-Alignment = Literal["aligned", "partially aligned", "misaligned", "unstated"]
-"""How an instruction fits its image pair; ``unstated`` when the designer was not asked."""
-
-_TITLE = "|".join(title.replace(" ", r"[ \t]+") for title in TITLES)
-_HEADING = re.compile(
-    rf"""
-    ^[^\S\n]*(?:[>#]+[^\S\n]*|[-•][^\S\n]+|\*[^\S\n]+)*     # quote, hash or bullet in front
-    (?P<open>[*_]{{0,3}})
-    (?:(?:step|section)?[ \t]*(?P<number>\d)[ \t]*[.):][ \t]*)?
-    (?P<inner>[*_]{{0,3}})
-    (?P<title>{_TITLE})
-    (?P<close>[*_]{{0,3}})
-    [ \t]*
-    (?P<end>:|[-–—](?=\s)|(?=\s|\Z))
-    """,
-    re.IGNORECASE | re.MULTILINE | re.VERBOSE,
+_FINISHED = re.compile(r"""[.!?。！？…]["'”’»)\]*_`]*\Z""")
+_LABEL = re.compile(r"^[^\w\n]*(?:\d[^\w\n]+)?instruction[*_]*[:：][*_]*\s*", re.IGNORECASE)
+_ORDER = re.compile(
+    r"\W*(?:add|adjust|apply|blur|change|colou?r|convert|crop|delete|edit|enlarge|erase|extract"
+    r"|give|insert|make|modify|move|paint|place|put|raise|recolou?r|remove|replace|restyle|rotate"
+    r"|set|shrink|swap|transfer|transform|turn)\s+\w+\s+\w+",
+    re.IGNORECASE,
 )
-_REASONING = re.compile(r"<think(?:ing)?>.*?</think(?:ing)?>", re.IGNORECASE | re.DOTALL)
-_TAG = re.compile(r"</?(?:think|thinking|answer)>", re.IGNORECASE)
-_THINK_OPEN = re.compile(r"<think(?:ing)?>", re.IGNORECASE)
-_THINK_CLOSE = re.compile(r"</think(?:ing)?>", re.IGNORECASE)
-_ANSWER_OPEN = re.compile(r"<answer>", re.IGNORECASE)
-_ANSWER_CLOSE = re.compile(r"</answer>", re.IGNORECASE)
-_ALIGNMENT = re.compile(
-    r"^\W*alignment\W+(?P<value>partially[ _-]*aligned|mis-?aligned|not[ _-]*aligned|aligned)\b",
-    re.IGNORECASE | re.MULTILINE,
-)
+_BULLET = re.compile(r"\s*(?:[-*•]|\d+[.)])\s")
 
 
 @dataclass(frozen=True)
 class Blueprint:
     """An edit, thought through in text. Every field is non-empty text without its heading.
 
-    Line ends are normalised and surrounding white space is removed on construction, so that
-    ``Blueprint.parse(b.render()) == b`` holds for every blueprint that exists.
+    On construction, line ends are normalised and what is no content is removed: white space and
+    horizontal rules around a section, special tokens of a model, and its closing courtesy ("Let me
+    know …"). So ``Blueprint.parse(b.render()) == b`` holds for every blueprint that exists.
 
     Raises:
         BlueprintError: a field is empty, or holds a line that would read as another heading.
@@ -73,28 +60,27 @@ class Blueprint:
 
     def __post_init__(self) -> None:
         for number, field in enumerate(fields(self), start=1):
-            text = _tidy(getattr(self, field.name))
+            text = _tidy(getattr(self, field.name), last=number == len(TITLES))
             _check_section(number, text)
             object.__setattr__(self, field.name, text)
 
     @classmethod
     def parse(cls, text: str, *, instruction: str | None = None) -> Blueprint:
-        """Read a designer's answer.
+        """Read a designer's answer, in text or as a JSON object of :data:`SCHEMA`.
+
+        An instruction without its heading, in front of section 2, is section 1 all the same.
 
         Args:
             text: the answer; reasoning in ``<think>``, ``<answer>`` tags, a code fence and any
-                text before the first heading are skipped.
+                text before the first heading are skipped. Where a line such as ``Final version:``
+                parts a draft from what follows, the latter is read.
             instruction: used as section 1 when the answer starts with section 2. Without it a
                 missing first section is an error like any other.
 
         Raises:
             BlueprintError: names the section that is missing, doubled, out of order or empty.
         """
-        body = answer_text(text)
-        sections = _sections(body, may_lack_first=instruction is not None)
-        if len(sections) == len(TITLES) - 1:
-            sections = [str(instruction), *sections]
-        return cls(*sections)
+        return _read(cls, answer_text(text), instruction)[0]
 
     def render(self) -> str:
         """The five numbered sections, one blank line apart: the text a painter is trained on."""
@@ -124,40 +110,19 @@ def parse_answer(text: str, *, instruction: str) -> Answer:
 
     Returns:
         The answer. ``words`` is the designer's own text from its first heading on, or the rendered
-        blueprint where the designer left the first section out.
+        blueprint where the designer left the first section out or answered in JSON.
 
     Raises:
-        BlueprintError: not misaligned, and not a blueprint either.
+        BlueprintError: not misaligned, and not a whole blueprint either: see
+            :meth:`Blueprint.parse`; a section stops in mid-sentence, or declines the work.
     """
     body = answer_text(text)
-    alignment = _alignment(body)
+    alignment = find_alignment(body, end=headings.first_heading(body))
     if alignment == "misaligned":
         return Answer(alignment, None, None)
-    blueprint = Blueprint.parse(body, instruction=instruction)
-    try:
-        headings = _find_headings(body, may_lack_first=False)
-    except BlueprintError:
-        return Answer(alignment, blueprint, blueprint.render())
-    return Answer(alignment, blueprint, body[headings[0].start() :].strip())
-
-
-def answer_text(text: str) -> str:
-    """The part of an answer that is meant: no reasoning, no tags, no code fence around it.
-
-    Raises:
-        BlueprintError: the answer is empty, or stops within its reasoning.
-    """
-    text = _REASONING.sub("", _unify_lines(text))
-    *_, text = _THINK_CLOSE.split(text)
-    if _THINK_OPEN.search(text):
-        raise BlueprintError("the answer ends within its reasoning (<think> is never closed)")
-    *_, text = _ANSWER_OPEN.split(text)
-    text = _ANSWER_CLOSE.split(text)[0].strip()
-    if text.startswith("```"):
-        text = text.partition("\n")[2].removesuffix("```").rstrip()
-    if not text:
-        raise BlueprintError("the answer is empty")
-    return text
+    blueprint, words = _read(Blueprint, body, instruction)
+    _check_meant(blueprint)
+    return Answer(alignment, blueprint, words or blueprint.render())
 
 
 _SECTIONS_REQUEST = """\
@@ -202,10 +167,33 @@ Never mention the reference image: whoever follows the plan has only the source.
 
 _REFINE = "; make it specific, and add every visible change that it leaves out"
 
+_REFERENCE_REQUEST = """\
+You plan an image edit for a painter who sees the image and follows your plan to the letter, but \
+does not reason on their own.
+
+Two images are attached: first the source image, then the finished edit as a reference. The \
+instruction that leads from one to the other is:
+{instruction}
+
+{sections}
+
+Never mention the reference image: whoever follows the plan has only the source."""
+
+_AS_JSON = """
+
+If the answer has to be JSON, each section is one field, without its number and heading."""
+
 PROMPT_VERSION = hashlib.sha256(
     "\0".join((_SECTIONS_REQUEST, _SOURCE_REQUEST, _PAIR_REQUEST, _REFINE)).encode()
 ).hexdigest()[:12]
 """Changes exactly when the wording of the request does; part of every cached answer's key."""
+
+PLAN_VERSION = hashlib.sha256(
+    "\0".join(
+        (_SECTIONS_REQUEST, _SOURCE_REQUEST, _REFERENCE_REQUEST, _AS_JSON, json.dumps(SCHEMA))
+    ).encode()
+).hexdigest()[:12]
+"""The same for :func:`plan_prompt`."""
 
 
 def request_prompt(instruction: str, with_target: bool) -> str:
@@ -221,105 +209,93 @@ def request_prompt(instruction: str, with_target: bool) -> str:
     return request.format(instruction=instruction.strip(), sections=sections)
 
 
-def _alignment(body: str) -> Alignment:
-    heading = _HEADING.search(body)
-    found = _ALIGNMENT.search(body, 0, heading.start() if heading else len(body))
-    if not found:
-        return "unstated"
-    value = found["value"].lower()
-    if value.startswith(("mis", "not")):
-        return "misaligned"
-    return "partially aligned" if value.startswith("partially") else "aligned"
+def plan_prompt(instruction: str, with_target: bool) -> str:
+    """The text that asks for a blueprint alone, of an instruction that is known to fit.
+
+    Args:
+        instruction: what to do to the source image; refined by the triage where there was one.
+        with_target: the target is attached as a reference.
+    """
+    request = _REFERENCE_REQUEST if with_target else _SOURCE_REQUEST
+    sections = _SECTIONS_REQUEST.format(refine="") + _AS_JSON
+    return request.format(instruction=instruction.strip(), sections=sections)
 
 
-def _sections(body: str, *, may_lack_first: bool) -> list[str]:
-    headings = _find_headings(body, may_lack_first=may_lack_first)
-    ends = [heading.start() for heading in headings[1:]] + [len(body)]
-    return [_section_text(body, heading, end) for heading, end in zip(headings, ends, strict=True)]
+def _read(cls: type[Blueprint], body: str, instruction: str | None) -> tuple[Blueprint, str | None]:
+    """The blueprint in ``body``, and the designer's own words where they are all five sections."""
+    fields_found = json_object(body)
+    if fields_found is not None:
+        return cls(*_from_json(fields_found, instruction)), None
+    instruction = instruction or _unlabelled_instruction(body)
+    found = headings.split(body, may_lack_first=instruction is not None)
+    if len(found.texts) < len(TITLES):
+        return cls(str(instruction), *found.texts), None
+    return cls(*found.texts), found.words
 
 
-def _find_headings(body: str, *, may_lack_first: bool) -> Sequence[re.Match[str]]:
-    """The headings in order; a line of prose that looks like one yields to a numbered heading."""
-    found = list(_HEADING.finditer(body))
-    numbered = [heading for heading in found if heading["number"]]
-    exact = [heading for heading in numbered if int(heading["number"]) == _section(heading)]
-    exact = [heading for heading in exact if heading["end"]]
-    marked = [heading for heading in found if heading["number"] or _stands_out(body, heading)]
-    complete = list(range(1, len(TITLES) + 1))
-    for wanted in [complete, complete[1:]] if may_lack_first else [complete]:
-        for headings in (exact, numbered, marked):
-            if [_section(heading) for heading in headings] == wanted:
-                return headings
-    raise BlueprintError(_what_is_wrong([_section(heading) for heading in marked], may_lack_first))
+def _unlabelled_instruction(body: str) -> str | None:
+    """One sentence in front of section 2 that can only be the instruction without its heading."""
+    front = _LABEL.sub("", body[: headings.first_heading(body)].strip()).strip('*_"“” ')
+    is_order = _ORDER.match(front) and "\n" not in front and not front.endswith((":", "："))
+    return front if is_order else None
 
 
-def _section(heading: re.Match[str]) -> int:
-    words = " ".join(heading["title"].split()).lower()
-    return [title.lower() for title in TITLES].index(words) + 1
+def _from_json(answer: Mapping[str, Any], instruction: str | None) -> list[str]:
+    values = list(answer.values())
+    if len(values) == 1 and isinstance(values[0], dict):
+        return _from_json(values[0], instruction)
+    known = {_letters(key): as_text(value) for key, value in answer.items()}
+    names = [field.name for field in fields(Blueprint)]
+    texts = [
+        known.get(_letters(title), known.get(_letters(name)))
+        for title, name in zip(TITLES, names, strict=True)
+    ]
+    if texts.count(None) == len(TITLES):
+        raise BlueprintError("none of the five section headings is there")
+    texts[0] = texts[0] or instruction
+    for number, text in enumerate(texts, 1):
+        if text is None:
+            raise BlueprintError(f"{headings.name(number)} is missing")
+    return [str(text) for text in texts]
 
 
-def _stands_out(body: str, heading: re.Match[str]) -> bool:
-    """A heading without number has a colon or is alone on its line; else it is prose."""
-    rest = body[heading.end() :].partition("\n")[0]
-    return bool(heading["end"]) or not rest.strip(" \t*_:")
-
-
-def _section_text(body: str, heading: re.Match[str], end: int) -> str:
-    text = body[heading.end() : end]
-    marker = (heading["open"] + heading["inner"]).replace("_", "*")
-    if marker:
-        text = _close_emphasis(text, closed=bool(heading["close"]), marker=marker)
-    if not text.partition("\n")[0].strip():
-        text = textwrap.dedent(text.partition("\n")[2])
-    return text
-
-
-def _close_emphasis(text: str, *, closed: bool, marker: str) -> str:
-    """Drop the end of a bold heading, which may come after its colon or after the whole section."""
-    if closed:
-        return text.removeprefix(":") if text.startswith(":") else text
-    start = text.lstrip(" \t")
-    for mark in (marker, marker.replace("*", "_")):
-        if start.startswith(mark):
-            return start[len(mark) :].removeprefix(":")
-        if text.rstrip().endswith(mark):
-            return text.rstrip().removesuffix(mark)
-    return text
-
-
-def _what_is_wrong(found: list[int], may_lack_first: bool) -> str:
-    if not found:
-        return "none of the five section headings is there"
-    required = range(2 if may_lack_first else 1, len(TITLES) + 1)
-    missing = [number for number in required if number not in found]
-    if missing:
-        names = ", ".join(_name(number) for number in missing)
-        return f"{names} {'is' if len(missing) == 1 else 'are'} missing"
-    doubled = [number for number in sorted(set(found)) if found.count(number) > 1]
-    if doubled:
-        return f"{_name(doubled[0])} appears {found.count(doubled[0])} times"
-    late = next(b for a, b in zip(found, found[1:], strict=False) if b < a)
-    return f"{_name(late)} is out of order (sections found: {', '.join(map(str, found))})"
-
-
-def _name(number: int) -> str:
-    return f"section {number} ({TITLES[number - 1]})"
+def _letters(key: str) -> str:
+    return "".join(letter for letter in key.lower() if letter.isalpha())
 
 
 def _check_section(number: int, text: str) -> None:
     if not text:
-        raise BlueprintError(f"{_name(number)} is empty")
-    later_lines = text.partition("\n")[2]
-    for heading in _HEADING.finditer(later_lines):
-        if heading["number"]:
-            raise BlueprintError(f"{_name(number)} holds the heading of {_name(_section(heading))}")
-    if _TAG.search(text):
-        raise BlueprintError(f"{_name(number)} holds the tag {_TAG.search(text)[0]!r}")  # type: ignore[index]
+        raise BlueprintError(f"{headings.name(number)} is empty")
+    other = headings.find_numbered(text.partition("\n")[2])
+    if other is not None:
+        raise BlueprintError(f"{headings.name(number)} holds the heading of {headings.name(other)}")
+    if tag := TAG.search(text):
+        raise BlueprintError(f"{headings.name(number)} holds the tag {tag[0]!r}")
 
 
-def _tidy(text: str) -> str:
-    return "\n".join(line.rstrip() for line in _unify_lines(text).split("\n")).strip()
+def _check_meant(blueprint: Blueprint) -> None:
+    """What a person writes on purpose and a designer only when something went wrong."""
+    texts = [getattr(blueprint, field.name) for field in fields(blueprint)]
+    for number, text in enumerate(texts, 1):
+        if not any(letter.isalpha() for letter in text):
+            raise BlueprintError(f"{headings.name(number)} holds no words: {text[:20]!r}")
+        if is_refusal(text):
+            raise BlueprintError(f"{headings.name(number)} declines the work: {text[:60]!r}")
+    if _stops_short(blueprint):
+        line = blueprint.imagination.rpartition("\n")[2]
+        raise BlueprintError(f"{headings.name(len(TITLES))} stops in mid-sentence: {line[-40:]!r}")
 
 
-def _unify_lines(text: str) -> str:
-    return text.replace("\r\n", "\n").replace("\r", "\n")
+def _stops_short(blueprint: Blueprint) -> bool:
+    """Whether the last sentence has no end where those of other sections have one."""
+    before, _, line = blueprint.imagination.rpartition("\n")
+    punctuated = all(_FINISHED.search(t) for t in (blueprint.global_layout, blueprint.edit_area))
+    is_sentence = not before or len(line.split()) > 3  # a shorter line may be a closing remark
+    above = before.rpartition("\n")[2]
+    in_open_list = _BULLET.match(line) and not (_BULLET.match(above) and _FINISHED.search(above))
+    return punctuated and is_sentence and not _FINISHED.search(line) and not in_open_list
+
+
+def _tidy(text: str, *, last: bool) -> str:
+    text = "\n".join(line.rstrip() for line in unify(text).split("\n")).strip()
+    return strip_ending(text, courtesy=last)

@@ -17,7 +17,7 @@ from pipelines.command import ConfigFile, Out, Overrides, Overwrite, RetryFailed
 from pipelines.job import Job, JobConfig
 from pipelines.manifest import Manifest
 from pipelines.shards import Shards
-from pipelines.stages.design import WriteBlueprints
+from pipelines.stages.design import TriageBy, WriteBlueprints
 from pipelines.stages.filters import FilterPairs, PairRules
 
 
@@ -30,6 +30,11 @@ class EditConfig(JobConfig):
     """Who writes the blueprints; see :mod:`dim.designers`."""
     with_target: bool = True
     """Show the designer the target, to judge and refine the instruction by it."""
+    triage: TriageBy = "own_call"
+    """``own_call``: the instruction is judged and refined before its blueprint is asked for;
+    ``same_call``: one answer does both. Only a model over HTTP can be asked twice."""
+    reasks: int = Field(2, ge=0)
+    """How often a designer is asked again, told what was wrong, before the pair fails."""
     filters: PairRules = PairRules()
     calls: CallOptions = CallOptions()
     workers: int = Field(1, ge=1)
@@ -51,7 +56,7 @@ def run(config: EditConfig, *, overwrite: bool = False, retry_failed: bool = Fal
 
 
 def edit(raw: Shards, config: EditConfig, store: Store) -> ray.data.Dataset:
-    """Raw pairs → filter → triage and blueprint, which are one call."""
+    """Raw pairs → filter → triage → blueprint."""
     batches = {"batch_format": "pyarrow", "batch_size": config.batch_size}
     return (
         raw.read(config.batch_size)
@@ -59,6 +64,7 @@ def edit(raw: Shards, config: EditConfig, store: Store) -> ray.data.Dataset:
         .map_batches(
             WriteBlueprints,
             fn_constructor_args=(config.designer, config.calls, config.with_target, store),
+            fn_constructor_kwargs={"triage": config.triage, "reasks": config.reasks},
             compute=raw.pool(config.workers, config.batch_size),
             num_cpus=config.cpus_per_worker,
             **batches,

@@ -39,10 +39,14 @@ _SHOWN = 200  # characters of a server's message that go into an error
 
 @dataclass(frozen=True)
 class Question:
-    """A text with the images it speaks of, encoded."""
+    """A text with the images it speaks of, encoded.
+
+    ``schema`` is the JSON schema that the answer should keep to, where the server can see to it.
+    """
 
     text: str
     images: tuple[bytes, ...]
+    schema: dict[str, Any] | None = None
 
 
 class ChatEndpoint:

@@ -34,6 +34,12 @@ class OpenAIDesigner:
         """See :meth:`dim.designers.Designer.design`. All requests are in flight together."""
         return self._endpoint.ask([_question(request) for request in requests], on_answer)
 
+    def ask(
+        self, questions: Sequence[Question], *, on_answer: OnAnswer | None = None
+    ) -> list[Reply]:
+        """One answer or error per question of any kind; see :class:`ChatEndpoint`."""
+        return self._endpoint.ask(questions, on_answer)
+
 
 class OpenAICaptioner:
     """Asks a vision-language model for long captions; arguments as of :class:`OpenAIDesigner`."""
@@ -51,7 +57,13 @@ class OpenAICaptioner:
     def caption(self, images: Sequence[bytes], *, on_answer: OnAnswer | None = None) -> list[Reply]:
         """See :meth:`dim.designers.Captioner.caption`."""
         prompt = caption.request_prompt()
-        return self._endpoint.ask([Question(prompt, (image,)) for image in images], on_answer)
+        return self.ask([Question(prompt, (image,)) for image in images], on_answer=on_answer)
+
+    def ask(
+        self, questions: Sequence[Question], *, on_answer: OnAnswer | None = None
+    ) -> list[Reply]:
+        """One answer or error per question of any kind; see :class:`ChatEndpoint`."""
+        return self._endpoint.ask(questions, on_answer)
 
 
 def fingerprint(model: str, options: CallOptions) -> str:

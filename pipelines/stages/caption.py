@@ -1,26 +1,57 @@
-"""Captions: one call to a captioner per image."""
+"""Captions: one call to a captioner per image, and another where the answer cannot be used."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pyarrow as pa
+from pydantic import Field, model_validator
 
 from dim import designers, records
-from dim.caption import PROMPT_VERSION, find_fault, parse
+from dim.caption import (
+    DIMENSIONS,
+    PROMPT_VERSION,
+    SCHEMA,
+    Caption,
+    Language,
+    find_fault,
+    read,
+    request_prompt,
+)
 from dim.config import StrictModel
 from dim.designers import CallOptions
+from dim.errors import DesignerError
 from infra.storage import Store
 from pipelines.answers import Answers, answer_key
 from pipelines.stages.ask import ask_once
 from pipelines.stages.outcome import Rejection, Row, kept, to_rows, to_table, work_on
+from pipelines.stages.reask import Asked, answers_questions, ask_until_read, question, read_reply
 
 STAGE = "caption"
 
 
 class CaptionRules(StrictModel):
-    """What a caption must be."""
+    """What a caption must be. See :func:`dim.caption.find_fault` for how each is measured."""
 
-    min_words: int = 15
-    max_words: int = 600
+    min_words: int = Field(15, ge=1)
+    max_words: int = Field(600, ge=1)
+    min_dimensions: int = Field(6, ge=0, le=len(DIMENSIONS))
+    """Of the 21 dimensions, where the captioner answered for each."""
+    min_dimensions_in_prose: int = Field(3, ge=0, le=len(DIMENSIONS))
+    """Where it wrote plain prose, from which they are estimated."""
+    language: Language = "en"
+    max_repetition: float = Field(0.2, ge=0, le=1)
+    """Largest share of words in runs of eight that came before."""
+    max_boilerplate: float = Field(0.34, ge=0, le=1)
+    """Largest share of sentences such as "The image shows …"."""
+    reasks: int = Field(2, ge=0)
+    """How often a captioner is asked again, told what was wrong, before the image is rejected."""
+
+    @model_validator(mode="after")
+    def _window(self) -> CaptionRules:
+        if self.min_words > self.max_words:
+            raise ValueError("min_words is larger than max_words")
+        return self
 
 
 class WriteCaptions:
@@ -38,31 +69,47 @@ class WriteCaptions:
     ) -> None:
         self._captioner = designers.create_captioner(captioner, calls=calls)
         self._rules = rules
+        self._limits = rules.model_dump(exclude={"reasks"})
         self._answers = Answers(store) if self._captioner.costly else None
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Filtered images with outcomes in, T2I records with outcomes out."""
         rows = to_rows(batch)
         waiting = kept(rows)
-        images = [row["image"] for row in waiting]
-        keys = [
-            answer_key(self._captioner.fingerprint, PROMPT_VERSION, row["image_hash"])
-            for row in waiting
-        ]
-        replies = ask_once(self._captioner.caption, images, keys, self._answers)
-        for row, reply in zip(waiting, replies, strict=True):
-            row["reply"] = reply
-        work_on(rows, STAGE, self._read)
+        for row, result in zip(waiting, self._ask(waiting), strict=True):
+            row["result"] = result
+        work_on(rows, STAGE, self._take)
         return to_table(rows, records.T2I)
 
-    def _read(self, row: Row) -> Row:
-        reply = row.pop("reply")
-        if not isinstance(reply, str):
-            raise reply
-        caption = parse(reply)
-        fault = find_fault(
-            caption, min_words=self._rules.min_words, max_words=self._rules.max_words
-        )
+    def _ask(self, rows: Sequence[Row]) -> list[Caption | Exception]:
+        captioner, answers = self._captioner, self._answers
+        if answers_questions(captioner):
+            asked = [self._asked(row) for row in rows]
+            return ask_until_read(captioner.ask, asked, answers, self._rules.reasks)
+        images = [row["image"] for row in rows]
+        replies = ask_once(captioner.caption, images, [self._key(row) for row in rows], answers)
+        return [read_reply(self._read, reply) for reply in replies]
+
+    def _asked(self, row: Row) -> Asked[Caption]:
+        text = request_prompt(self._rules.language)
+        return Asked(question(text, [row["image"]], SCHEMA), self._key(row), self._read)
+
+    def _key(self, row: Row) -> str:
+        version = f"{PROMPT_VERSION} {self._rules.language}"
+        return answer_key(self._captioner.fingerprint, version, row["image_hash"])
+
+    def _read(self, reply: str) -> Caption:
+        try:
+            caption = read(reply)
+        except DesignerError as error:
+            raise Rejection("caption.unreadable", str(error)) from None
+        fault = find_fault(caption, **self._limits)
         if fault is not None:
             raise Rejection(fault.reason, fault.detail, fault.value, fault.threshold)
-        return {"caption": caption, "captioner": self._captioner.name}
+        return caption
+
+    def _take(self, row: Row) -> Row:
+        result = row.pop("result")
+        if isinstance(result, Exception):
+            raise result
+        return {"caption": result.text, "captioner": self._captioner.name}

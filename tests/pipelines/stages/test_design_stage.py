@@ -1,19 +1,21 @@
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
 
 from dim import records
-from dim.blueprint import Blueprint
+from dim.blueprint import SCHEMA, Blueprint
 from dim.designers import CallOptions
 from infra.storage import open_store
 from pipelines import sources
-from pipelines.stages.caption import CaptionRules, WriteCaptions
-from pipelines.stages.design import WriteBlueprints
+from pipelines.stages.design import TriageBy, WriteBlueprints
 from tests.chat_server import ChatServer, Response, completion, images_of, text_of
-from tests.pipelines.samples import encoded, photo, write_pairs
+from tests.pipelines.samples import write_pairs
 
 QUICK = CallOptions(retries=0, timeout_s=5)
 PLAN = Blueprint("Add a red box on the left.", "A field.", "- grass", "The left.", "A box.")
@@ -107,36 +109,137 @@ def test_an_empty_batch_asks_nothing(tmp_path: Path, chat_server: ChatServer) ->
     assert chat_server.requests == []
 
 
-def test_captions(tmp_path: Path, chat_server: ChatServer) -> None:
-    folder = tmp_path / "in"
-    folder.mkdir()
-    for number in range(4):
-        (folder / f"{number}.png").write_bytes(encoded(photo(number, (40 + number, 40))))
-    source = sources.images_from_folder(str(folder), None, 10)
-    batch = pa.concat_tables(source.reader(pa.Table.from_pylist(source.units)))
-    answers = iter(
-        [
-            completion("A calm field of colours\nunder a wide sky."),
-            completion("Too short"),
-            completion("I'm sorry, I can't describe this picture at all."),
-            Response(b"", 503),
-        ]
+VERDICT = (
+    "Differences: a box appears.\nAlignment: {}\nInstruction: Add a small red box to the left."
+)
+JSON_PLAN = json.dumps(dict(zip(SCHEMA["required"], asdict(PLAN).values(), strict=True)))
+JSON_VERDICT = json.dumps(
+    {"differences": "x", "alignment": "partially aligned", "instruction": "Add a small red box."}
+)
+
+
+def is_triage(request: dict[str, Any]) -> bool:
+    """Whether a request asks for a verdict alone."""
+    return "write three lines" in text_of(request)
+
+
+def test_the_instruction_is_judged_and_refined_before_it_is_planned(
+    tmp_path: Path, chat_server: ChatServer
+) -> None:
+    verdicts = {"number 0": "aligned", "number 1": "partially aligned", "number 2": "misaligned"}
+
+    def respond(request: dict[str, Any]) -> Response:
+        if not is_triage(request):
+            return completion(PLAN.render())
+        return completion(
+            next(VERDICT.format(v) for key, v in verdicts.items() if key in text_of(request))
+        )
+
+    chat_server.respond = respond
+    rows = stage(chat_server, tmp_path / "out")(raw_pairs(tmp_path, 3)).to_pylist()
+    assert [row["alignment"] for row in rows] == ["aligned", "partially aligned", None]
+    assert rows[2]["reason"] == "triage.misaligned"
+    assert rows[1]["instruction"] == PLAN.instruction
+    assert rows[1]["original_instruction"] == "Add red box number 1."
+    triages = [request for request in chat_server.requests if is_triage(request)]
+    plans = [request for request in chat_server.requests if not is_triage(request)]
+    assert len(triages) == 3 and len(plans) == 2  # a misaligned pair is not planned
+    for plan in plans:
+        assert "Add a small red box to the left" in text_of(plan)
+        assert "Add red box number" not in text_of(plan)
+        assert len(images_of(plan)) == 2 == len(images_of(triages[0]))
+    chat_server.requests.clear()
+    again = stage(chat_server, tmp_path / "out")(raw_pairs(tmp_path, 3)).to_pylist()
+    assert again == rows and chat_server.requests == []
+
+
+def test_structured_answers_are_read(tmp_path: Path, chat_server: ChatServer) -> None:
+    chat_server.respond = lambda request: completion(
+        JSON_VERDICT if is_triage(request) else JSON_PLAN
     )
-    chat_server.respond = lambda request: next(answers)
-    calls = CallOptions(retries=0, in_flight=1)
-    rules = CaptionRules(min_words=5)
+    (row,) = stage(chat_server, tmp_path / "out")(raw_pairs(tmp_path, 1)).to_pylist()
+    assert row["outcome"] == "kept" and row["alignment"] == "partially aligned"
+    assert row["blueprint"] == row["answer"] == PLAN.render()
+
+
+def test_a_missing_first_section_is_the_refined_instruction(
+    tmp_path: Path, chat_server: ChatServer
+) -> None:
+    headless = PLAN.render().partition("\n\n")[2]
+    chat_server.respond = lambda request: completion(
+        JSON_VERDICT if is_triage(request) else headless
+    )
+    (row,) = stage(chat_server, tmp_path / "out")(raw_pairs(tmp_path, 1)).to_pylist()
+    assert row["instruction"] == "Add a small red box."
+
+
+@pytest.mark.parametrize(("how", "calls"), [("own_call", 2), ("same_call", 1)])
+def test_one_call_can_do_both(
+    tmp_path: Path, chat_server: ChatServer, how: TriageBy, calls: int
+) -> None:
+    both = f"Alignment: aligned\n\n{PLAN.render()}"
+    chat_server.respond = lambda request: completion(
+        both
+        if "stop there" in text_of(request)
+        else VERDICT.format("aligned")
+        if is_triage(request)
+        else PLAN.render()
+    )
     store = open_store(str(tmp_path / "out"))
-    write = WriteCaptions(f"openai:m@{chat_server.url}", calls, rules, store)
-    rows = write(batch.select(records.RAW_IMAGE.names)).to_pylist()
-    assert [row["reason"] or row["outcome"] for row in rows] == [
-        "kept",
-        "caption.too_short",
-        "caption.refusal",
-        "failed",
-    ]
-    assert rows[0]["caption"] == "A calm field of colours under a wide sky."
-    assert rows[0]["captioner"] == "openai:m"
-    assert (rows[1]["value"], rows[1]["threshold"]) == (2.0, 5.0)
+    write = WriteBlueprints(f"openai:m@{chat_server.url}", QUICK, True, store, how)
+    (row,) = write(raw_pairs(tmp_path, 1)).to_pylist()
+    assert (row["alignment"], row["blueprint"]) == ("aligned", PLAN.render())
+    assert len(chat_server.requests) == calls
+
+
+def test_nothing_is_paid_for_that_the_first_answer_holds(
+    tmp_path: Path, chat_server: ChatServer
+) -> None:
+    chat_server.respond = lambda request: completion(f"Alignment: aligned\n\n{PLAN.render()}")
+    (row,) = stage(chat_server, tmp_path / "out")(raw_pairs(tmp_path, 1)).to_pylist()
+    assert row["alignment"] == "aligned" and len(chat_server.requests) == 1
+
+
+def test_without_a_target_there_is_one_call_and_no_verdict(
+    tmp_path: Path, chat_server: ChatServer
+) -> None:
+    chat_server.respond = lambda request: completion(JSON_PLAN)
+    write = stage(chat_server, tmp_path / "out", with_target=False)
+    (row,) = write(raw_pairs(tmp_path, 1)).to_pylist()
+    assert row["alignment"] == "unstated" and len(chat_server.requests) == 1
+    assert "reference" not in chat_server.texts()[0]
+
+
+def test_what_was_wrong_is_told_and_nothing_is_paid_twice(
+    tmp_path: Path, chat_server: ChatServer
+) -> None:
+    half = PLAN.render()[:60]
+
+    def respond(request: dict[str, Any]) -> Response:
+        text = text_of(request)
+        if is_triage(request):
+            told = "no line 'Alignment" in text
+            return completion(VERDICT.format("aligned") if told else "I would say it fits.")
+        return completion(PLAN.render() if "are missing" in text else half)
+
+    chat_server.respond = respond
+    batch = raw_pairs(tmp_path, 1)
+    (row,) = stage(chat_server, tmp_path / "out")(batch).to_pylist()
+    assert row["outcome"] == "kept" and row["blueprint"] == PLAN.render()
+    assert len(chat_server.requests) == 4
+    chat_server.requests.clear()
+    assert stage(chat_server, tmp_path / "out")(batch).to_pylist() == [row]
+    assert chat_server.requests == []
+
+
+def test_a_designer_that_never_answers_well_fails_the_pair(
+    tmp_path: Path, chat_server: ChatServer
+) -> None:
+    chat_server.respond = lambda request: completion("I'm sorry, I can't do that.")
+    (row,) = stage(chat_server, tmp_path / "out")(raw_pairs(tmp_path, 1)).to_pylist()
+    assert (row["outcome"], row["stage"]) == ("failed", "blueprint")
+    assert "declines to judge" in row["error"]
+    assert len(chat_server.requests) == 1 + 2
 
 
 @pytest.mark.parametrize("spec", ["replay:gone.jsonl", "nobody"])
