@@ -25,6 +25,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "data ingest": ("pipelines.ingest:main", "Edit pairs, images or tabletop into raw shards."),
     "data edit": ("pipelines.edit:main", "Raw pairs into DIM-Edit: filter, triage, blueprint."),
     "data t2i": ("pipelines.t2i:main", "Raw images into DIM-T2I: filter, long caption."),
+    "data inspect": ("pipelines.inspect:main", "A page to look at: samples, reasons, histograms."),
     "data export": ("pipelines.export:main", "A DIM-Edit folder in the public JSONL layout."),
     "train": ("training.train:main", "One training stage from a YAML file."),
     "evaluate": (

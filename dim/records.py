@@ -23,6 +23,10 @@ _IDENTITY = (
 )
 _SIZE = (pa.field("width", pa.int32()), pa.field("height", pa.int32()))
 _TRACE = (pa.field("content_hash", pa.string()), pa.field("provenance", pa.string()))
+MEASURES = pa.field(
+    "measures", pa.list_(pa.struct([("name", pa.string()), ("value", pa.float64())]))
+)
+"""What the filters measured on a record, up to the first threshold that it missed."""
 
 
 def _schema(kind: str, *fields: pa.Field) -> pa.Schema:
@@ -63,6 +67,7 @@ EDIT = _schema(
     pa.field("alignment", pa.string()),
     pa.field("original_instruction", pa.string()),
     pa.field("designer", pa.string()),
+    MEASURES,
 )
 """DIM-Edit. ``instruction`` is section 1 of the blueprint (refined where the designer was asked
 to), ``original_instruction`` what came in; ``blueprint`` is in its one form, which training
@@ -74,6 +79,7 @@ T2I = _schema(
     *(field for field in RAW_IMAGE if field.name != "caption_hint"),
     pa.field("caption", pa.string()),
     pa.field("captioner", pa.string()),
+    MEASURES,
 )
 """DIM-T2I: an image and its long caption."""
 
@@ -90,6 +96,7 @@ REJECT = _schema(
     pa.field("detail", pa.string()),
     pa.field("value", pa.float64()),
     pa.field("threshold", pa.float64()),
+    MEASURES,
 )
 """A record that a rule dropped: a reason code such as ``pair.ssim_low``, a sentence, and the
 measured value beside the threshold it missed (null where the rule has no number)."""
@@ -99,6 +106,7 @@ FAILED = _schema(
     *_LEFT_OUT,
     pa.field("stage", pa.string(), nullable=False),
     pa.field("error", pa.string(), nullable=False),
+    MEASURES,
 )
 """A record on which a stage could not do its work, and the error."""
 

@@ -154,9 +154,12 @@ def run(config: DemoConfig, console: Console) -> Path:
 def make_data(config: DemoConfig, places: Places, console: Console) -> list[tuple[str, Manifest]]:
     """Tabletop → raw shards → DIM-T2I, DIM-Edit and held-out DIM-Edit shards."""
     tracking = TrackingConfig(uri=places.tracking, experiment="dim-data")
-    filters = {"min_side": min(config.size, 256)}
+    # Flat colours and drawn things are no photographs, and tables are alike on purpose.
+    photographic = dict.fromkeys(("min_entropy", "min_sharpness", "max_text_area"))
+    filters = {"min_side": min(config.size, 256), **photographic}
+    duplicates = {"exact": False, "max_distance": None}
     # A new table changes most pixels, a small thing very few: both are edits here.
-    pair_filters = {**filters, "min_ssim": -1, "min_changed": 0.0005}
+    pair_filters = {**filters, "max_shift": None, "min_ssim": -1, "min_changed": 0.0005}
     world = {
         "size": config.size,
         "objects": config.objects,
@@ -168,6 +171,7 @@ def make_data(config: DemoConfig, places: Places, console: Console) -> list[tupl
     designed = {
         "designer": "oracle",
         "filters": pair_filters,
+        "duplicates": duplicates,
         "workers": 2,
         "tracking": tracking,
     }
@@ -212,6 +216,7 @@ def make_data(config: DemoConfig, places: Places, console: Console) -> list[tupl
                     out=places.data("t2i"),
                     captioner="oracle",
                     filters=filters,
+                    duplicates=duplicates,
                     tracking=tracking,
                 )
             ),

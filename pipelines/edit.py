@@ -14,10 +14,12 @@ from dim.designers import CallOptions
 from dim.records import EDIT, RAW_PAIR
 from infra.storage import Store
 from pipelines.command import ConfigFile, Out, Overrides, Overwrite, RetryFailed, settings, summary
+from pipelines.filtering import filtered
 from pipelines.job import Job, JobConfig
 from pipelines.manifest import Manifest
 from pipelines.shards import Shards
 from pipelines.stages.design import TriageBy, WriteBlueprints
+from pipelines.stages.duplicates import DuplicateRules
 from pipelines.stages.filters import FilterPairs, PairRules
 
 
@@ -36,6 +38,7 @@ class EditConfig(JobConfig):
     reasks: int = Field(2, ge=0)
     """How often a designer is asked again, told what was wrong, before the pair fails."""
     filters: PairRules = PairRules()
+    duplicates: DuplicateRules = DuplicateRules()
     calls: CallOptions = CallOptions()
     workers: int = Field(1, ge=1)
     """Processes that each hold a designer."""
@@ -58,17 +61,15 @@ def run(config: EditConfig, *, overwrite: bool = False, retry_failed: bool = Fal
 def edit(raw: Shards, config: EditConfig, store: Store) -> ray.data.Dataset:
     """Raw pairs → filter → triage → blueprint."""
     batches = {"batch_format": "pyarrow", "batch_size": config.batch_size}
-    return (
-        raw.read(config.batch_size)
-        .map_batches(FilterPairs(config.filters), **batches)
-        .map_batches(
-            WriteBlueprints,
-            fn_constructor_args=(config.designer, config.calls, config.with_target, store),
-            fn_constructor_kwargs={"triage": config.triage, "reasks": config.reasks},
-            compute=raw.pool(config.workers, config.batch_size),
-            num_cpus=config.cpus_per_worker,
-            **batches,
-        )
+    return filtered(
+        raw, FilterPairs(config.filters), config.duplicates, config.batch_size
+    ).map_batches(
+        WriteBlueprints,
+        fn_constructor_args=(config.designer, config.calls, config.with_target, store),
+        fn_constructor_kwargs={"triage": config.triage, "reasks": config.reasks},
+        compute=raw.pool(config.workers, config.batch_size),
+        num_cpus=config.cpus_per_worker,
+        **batches,
     )
 
 

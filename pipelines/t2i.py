@@ -14,10 +14,12 @@ from dim.designers import CallOptions
 from dim.records import RAW_IMAGE, T2I
 from infra.storage import Store
 from pipelines.command import ConfigFile, Out, Overrides, Overwrite, RetryFailed, settings, summary
+from pipelines.filtering import filtered
 from pipelines.job import Job, JobConfig
 from pipelines.manifest import Manifest
 from pipelines.shards import Shards
 from pipelines.stages.caption import CaptionRules, WriteCaptions
+from pipelines.stages.duplicates import DuplicateRules
 from pipelines.stages.filters import FilterImages, ImageRules
 
 
@@ -28,7 +30,8 @@ class T2IConfig(JobConfig):
     """Address of the raw images, as ``dim data ingest`` makes them."""
     captioner: str
     """Who writes the captions: ``openai:MODEL@URL``, ``replay:PATH`` or ``oracle``."""
-    filters: ImageRules = ImageRules(min_side=512)
+    filters: ImageRules = ImageRules()
+    duplicates: DuplicateRules = DuplicateRules()
     captions: CaptionRules = CaptionRules()
     calls: CallOptions = CallOptions()
     workers: int = Field(1, ge=1)
@@ -52,16 +55,14 @@ def run(config: T2IConfig, *, overwrite: bool = False, retry_failed: bool = Fals
 def caption(raw: Shards, config: T2IConfig, store: Store) -> ray.data.Dataset:
     """Raw images → filter → long caption."""
     batches = {"batch_format": "pyarrow", "batch_size": config.batch_size}
-    return (
-        raw.read(config.batch_size)
-        .map_batches(FilterImages(config.filters), **batches)
-        .map_batches(
-            WriteCaptions,
-            fn_constructor_args=(config.captioner, config.calls, config.captions, store),
-            compute=raw.pool(config.workers, config.batch_size),
-            num_cpus=config.cpus_per_worker,
-            **batches,
-        )
+    return filtered(
+        raw, FilterImages(config.filters), config.duplicates, config.batch_size
+    ).map_batches(
+        WriteCaptions,
+        fn_constructor_args=(config.captioner, config.calls, config.captions, store),
+        compute=raw.pool(config.workers, config.batch_size),
+        num_cpus=config.cpus_per_worker,
+        **batches,
     )
 
 

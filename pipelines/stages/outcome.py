@@ -26,6 +26,7 @@ _MARKS = pa.schema(
         pa.field("reason", pa.string()),
         pa.field("stage", pa.string()),
         pa.field("error", pa.string()),
+        records.REJECT.field("measures"),
     ]
 )
 
@@ -53,7 +54,7 @@ class Rejection(Exception):
 def travelling(schema: pa.Schema) -> pa.Schema:
     """``schema`` with the columns that carry a record's outcome, none of them required."""
     fields = [field.with_nullable(True) for field in schema]
-    return pa.schema([*fields, *_MARKS])
+    return pa.schema([*fields, *(mark for mark in _MARKS if mark.name not in schema.names)])
 
 
 def to_table(rows: Iterable[Row], schema: pa.Schema) -> pa.Table:

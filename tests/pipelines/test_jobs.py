@@ -27,6 +27,7 @@ from pipelines.ingest import IngestConfig
 from pipelines.job import TrackingConfig
 from pipelines.manifest import Manifest
 from pipelines.stages.caption import CaptionRules
+from pipelines.stages.duplicates import DuplicateRules
 from pipelines.stages.filters import ImageRules, PairRules
 from pipelines.t2i import T2IConfig
 from tests.chat_server import ChatServer, Response, completion, running, text_of
@@ -36,7 +37,9 @@ pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = PairRules(min_side=32)
-TABLE = PairRules(min_side=32, min_changed=0.0005, min_ssim=-1)
+DRAWN = dict.fromkeys(("min_entropy", "min_sharpness", "max_text_area"))
+TABLE = PairRules(min_side=32, min_changed=0.0005, min_ssim=-1, max_shift=None, **DRAWN)
+ALIKE = DuplicateRules(exact=False, max_distance=None)
 QUICK = CallOptions(retries=0, timeout_s=10)
 PLAN = Blueprint("Add a red box.", "A field.", "- grass", "The left.", "A field with a box.")
 
@@ -336,7 +339,12 @@ def test_tabletop_pairs_through_the_oracle(tmp_path: Path) -> None:
     raw_pairs = IngestConfig(tabletop=40, out=str(tmp_path / "raw"), seed=5, rows_per_file=16)
     check_output(raw_pairs.out, ingest.run(raw_pairs))
     config = EditConfig(
-        raw=raw_pairs.out, out=str(tmp_path / "edit"), designer="oracle", filters=TABLE, workers=2
+        raw=raw_pairs.out,
+        out=str(tmp_path / "edit"),
+        designer="oracle",
+        filters=TABLE,
+        duplicates=ALIKE,
+        workers=2,
     )
     manifest = edit.run(config)
     check_output(config.out, manifest)
@@ -355,7 +363,8 @@ def test_tabletop_images_become_captions(tmp_path: Path) -> None:
         raw=raw_images.out,
         out=str(tmp_path / "t2i"),
         captioner="oracle",
-        filters=ImageRules(min_side=64),
+        filters=ImageRules(min_side=64, **DRAWN),
+        duplicates=ALIKE,
         captions=CaptionRules(min_words=5),
         tracking=TrackingConfig(uri=f"sqlite:///{tmp_path}/mlflow.db", experiment="test"),
     )

@@ -13,22 +13,21 @@ from PIL import Image
 
 from dim import records
 from pipelines.stages.filters import (
-    FilterImages,
     FilterPairs,
-    ImageRules,
     PairRules,
-    changed_share,
+    PairThresholds,
     check_pair,
-    luminance,
     open_checked,
     probe,
-    ssim,
 )
+from pipelines.stages.filters.gauge import Gauge
+from pipelines.stages.filters.measures import changed_share, luminance, ssim
 from pipelines.stages.outcome import Rejection, to_table
 from pipelines.stages.readers import image_columns, pair_columns
 from tests.pipelines.samples import edited, encoded, photo
 
 RULES = PairRules(min_side=32)
+LOOSE = PairRules(min_side=32, min_sharpness=None)
 
 
 def bomb(side: int = 17_500) -> bytes:
@@ -132,15 +131,6 @@ def test_an_empty_batch_keeps_its_columns() -> None:
     assert set(records.RAW_PAIR.names) < set(result.schema.names)
 
 
-def test_single_images_are_filtered_alike() -> None:
-    rows = [
-        {"id": "a", "index": 0, "source": "t", **image_columns(encoded(photo(1)), None)},
-        {"id": "b", "index": 1, "source": "t", **image_columns(encoded(photo(1, (9, 9))), "hint")},
-    ]
-    table = to_table(rows, records.RAW_IMAGE)
-    assert outcomes(FilterImages(ImageRules(min_side=32))(table)) == ["kept", "image.too_small"]
-
-
 def test_headers_are_read_without_decoding() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -153,22 +143,22 @@ def test_headers_are_read_without_decoding() -> None:
 
 
 def test_pixels_are_limited_before_decoding() -> None:
-    fault = rejection(open_checked, bomb(10_000), "x", RULES)
+    fault = rejection(open_checked, bomb(10_000), "x", Gauge(RULES), RULES)
     assert (fault.reason, fault.value, fault.threshold) == ("image.too_large", 1e8, 5e7)
 
 
 def test_photos_are_upright_when_they_are_compared() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
-    opened = open_checked(encoded(photo(0), "JPEG", exif=exif), "x", RULES)
+    opened = open_checked(encoded(photo(0), "JPEG", exif=exif), "x", Gauge(RULES), RULES)
     assert opened.size == (48, 64)
 
 
 def test_pairs_of_different_size_are_compared_at_the_sources() -> None:
     source = photo(3, (400, 300))
     target = edited(source).resize((800, 600), Image.Resampling.BICUBIC)
-    check_pair(source, target, PairRules())
-    fault = rejection(check_pair, source, source.resize((800, 600)), PairRules())
+    check_pair(source, target, Gauge(RULES), RULES)
+    fault = rejection(check_pair, source, source.resize((800, 600)), Gauge(RULES), RULES)
     assert fault.reason == "pair.unchanged"
 
 
@@ -193,15 +183,53 @@ def test_measures() -> None:
 def test_real_edits_pass_the_default_rules(shared_real: Path) -> None:
     """All 27, the nine in a new style included: at 32 px they keep a layout that others lack."""
     folder = shared_real / "edit_pairs" / "image"
-    sources = sorted(folder.glob("*_source.jpg"))
-    opened = [open_checked(path.read_bytes(), path.name, PairRules()) for path in sources]
-    for path, source in zip(sources, opened, strict=True):
-        for version in ("target", "target_b", "target_c"):
-            file = path.with_name(path.name.replace("source", version))
-            check_pair(source, open_checked(file.read_bytes(), file.name, PairRules()), PairRules())
-    strict = PairRules(min_ssim=0.28)
-    for first, second in zip(opened, opened[1:], strict=False):
-        assert rejection(check_pair, first, second, strict).reason == "pair.ssim_low"
+    sources = [path.read_bytes() for path in sorted(folder.glob("*_source.jpg"))]
+    found = [
+        (path.read_bytes(), version.read_bytes())
+        for path in sorted(folder.glob("*_source.jpg"))
+        for version in sorted(folder.glob(path.name.replace("source", "target*")))
+    ]
+    assert len(found) == 27
+    assert set(outcomes(FilterPairs(PairRules())(pairs(*found)))) == {"kept"}
+    strangers = pairs(*zip(sources, sources[1:], strict=False))
+    assert set(outcomes(FilterPairs(PairRules(min_ssim=0.28))(strangers))) == {"pair.ssim_low"}
+
+
+def test_a_picture_that_moved_as_a_whole_is_rejected(shared_real: Path) -> None:
+    image = Image.open(shared_real / "edit_pairs" / "image" / "add_01_source.jpg")
+    left = encoded(image.crop((0, 0, 740, 768)))
+    right = encoded(image.crop((28, 0, 768, 768)))
+    (row,) = FilterPairs(PairRules())(pairs((left, right))).to_pylist()
+    assert row["reason"] == "pair.shifted"
+    assert row["value"] == pytest.approx(28 / 768, abs=0.005)
+    assert outcomes(FilterPairs(PairRules(max_shift=None))(pairs((left, right)))) == ["kept"]
+
+
+def test_a_source_has_thresholds_of_its_own() -> None:
+    source = photo(1)
+    batch = pairs((encoded(source), encoded(edited(source))))  # of the source "test"
+    assert outcomes(FilterPairs(LOOSE)(batch)) == ["kept"]
+    strict = PairThresholds(max_changed=0.01)
+    for name, outcome in (("test", "pair.changed_too_much"), ("other", "kept")):
+        rules = LOOSE.model_copy(update={"sources": {name: strict}})
+        (row,) = FilterPairs(rules)(batch).to_pylist()
+        assert (row["reason"] or row["outcome"]) == outcome
+    with pytest.raises(ValueError, match="max_change"):
+        PairRules.model_validate({"sources": {"test": {"max_change": 1}}})
+
+
+def test_what_was_measured_stays_with_the_record() -> None:
+    source = photo(1)
+    small = encoded(photo(2, (20, 20)))
+    batch = pairs((encoded(source), encoded(edited(source))), (small, small + b" "))
+    kept, rejected = (
+        {measure["name"]: measure["value"] for measure in row["measures"]}
+        for row in FilterPairs(LOOSE)(batch).to_pylist()
+    )
+    wanted = {"pixels", "side", "aspect", "aspect_change", "changed", "shift", "ssim", "entropy"}
+    assert set(kept) == wanted | {"text_area"}
+    assert kept["side"] == 48.0 and 0.05 < kept["changed"] < 0.3
+    assert rejected == {"pixels": 400.0, "side": 20.0}
 
 
 def test_ingest_refuses_only_what_has_no_header() -> None:

@@ -1,0 +1,139 @@
+"""The rules of the filters: every threshold, and the reason code of a record that misses it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Self
+
+from pydantic import Field, model_validator
+
+from dim.config import StrictModel
+
+
+class ImageRules(StrictModel):
+    """What a single image must be. A threshold of ``null`` switches its filter off."""
+
+    min_side: int | None = 512
+    """Shorter side in pixels, at least."""
+    max_pixels: int = 50_000_000
+    """Width x height at most; read off the header, before anything is decoded."""
+    max_aspect: float | None = 4.0
+    """Longer side over shorter side, at most."""
+    min_entropy: float | None = 1.5
+    """Shannon entropy of the grey levels at 64 px in bits, 0 to 8, at least; below, it is blank."""
+    min_sharpness: float | None = 5e-5
+    """Variance of the Laplacian of the luma in [0, 1], at ``detail_side``, at least."""
+    max_text_area: float | None = 0.15
+    """Share of the area that looks like lines of text or a tiled watermark, at most."""
+    detail_side: int = Field(512, ge=16)
+    """Sharpness and text are measured at this longer side (smaller images at their own size)."""
+    nsfw_model: str | None = None
+    """Folder of a transformers image classifier that knows the label ``nsfw_label``."""
+    nsfw_label: str = "nsfw"
+    max_nsfw: float | None = 0.5
+    """Probability of that label, at most."""
+    aesthetic_model: str | None = None
+    """Folder of a transformers CLIP model."""
+    aesthetic_head: str | None = None
+    """Safetensors file with ``weight`` (1, D) and ``bias`` (1,) over its unit-length embedding."""
+    min_aesthetic: float | None = 4.5
+    """What that head says, at least."""
+
+    @model_validator(mode="after")
+    def _check_aesthetic(self) -> Self:
+        if (self.aesthetic_model is None) != (self.aesthetic_head is None):
+            raise ValueError("aesthetic_model and aesthetic_head belong together")
+        return self
+
+
+class PairThresholds(StrictModel):
+    """Thresholds of one source's pairs; what is not set is as for all pairs."""
+
+    max_aspect_change: float | None = None
+    max_shift: float | None = None
+    min_changed: float | None = None
+    max_changed: float | None = None
+    min_ssim: float | None = None
+    min_dino: float | None = None
+    min_clip: float | None = None
+
+
+class PairRules(ImageRules):
+    """What an edit pair must be. A pair is kept when it meets all rules jointly."""
+
+    min_entropy: float | None = 0.5
+    """As of single images; lower, for an edit may leave one small thing on white."""
+    max_aspect_change: float | None = 0.05
+    """Relative difference between the aspect ratios of source and target, at most."""
+    change_side: int = Field(256, ge=16)
+    """Changed pixels and shifts are measured at this longer side (smaller pairs at their own)."""
+    max_shift: float | None = 0.01
+    """Distance by which the whole picture has moved, over its longer side, at most."""
+    min_changed: float | None = 0.001
+    """Share of the pixels that visibly changes, at least; below, nothing was edited."""
+    max_changed: float | None = 1.0
+    """Share of the pixels that visibly changes, at most; a new style changes them all."""
+    ssim_side: int = Field(32, ge=7)
+    """Structural similarity is taken at this longer side in pixels. So small, it compares layouts:
+    a new style keeps them, where at full size it leaves no more similarity than chance does."""
+    min_ssim: float | None = 0.1
+    """Structural similarity of the luminance, at least; below, it is another picture. Low, because
+    a new background changes most of a layout too; what passes wrongly is left to triage."""
+    dino_model: str | None = None
+    """Folder of a transformers DINO model."""
+    min_dino: float | None = 0.5
+    """Cosine of its embeddings of source and target, at least."""
+    clip_model: str | None = None
+    """Folder of a transformers CLIP model."""
+    min_clip: float | None = 0.6
+    """Cosine of its image embeddings of source and target, at least."""
+    sources: dict[str, PairThresholds] = {}
+    """Other thresholds for the pairs of a source, by the name that its records carry."""
+
+    def of(self, source: str) -> PairRules:
+        """The rules for the pairs of ``source``."""
+        own = self.sources.get(source)
+        return self if own is None else self.model_copy(update=own.model_dump(exclude_none=True))
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A threshold: which measure it limits, its setting, and the code of what misses it."""
+
+    measure: str
+    setting: str
+    reason: str
+
+    @property
+    def is_floor(self) -> bool:
+        """Whether values below the threshold are rejected, and not those above."""
+        return self.setting.startswith("min_")
+
+    def missed(self, value: float, threshold: float) -> bool:
+        """Whether ``value`` is on the wrong side; a value that is no number always is."""
+        return not (value >= threshold if self.is_floor else value <= threshold)
+
+
+LIMITS = (
+    Limit("pixels", "max_pixels", "image.too_large"),
+    Limit("side", "min_side", "image.too_small"),
+    Limit("aspect", "max_aspect", "image.aspect"),
+    Limit("entropy", "min_entropy", "image.blank"),
+    Limit("sharpness", "min_sharpness", "image.blurred"),
+    Limit("text_area", "max_text_area", "image.text"),
+    Limit("nsfw", "max_nsfw", "image.unsafe"),
+    Limit("aesthetic", "min_aesthetic", "image.unaesthetic"),
+    Limit("aspect_change", "max_aspect_change", "pair.size_mismatch"),
+    Limit("changed", "min_changed", "pair.unchanged"),
+    Limit("changed", "max_changed", "pair.changed_too_much"),
+    Limit("shift", "max_shift", "pair.shifted"),
+    Limit("ssim", "min_ssim", "pair.ssim_low"),
+    Limit("dino", "min_dino", "pair.dino_low"),
+    Limit("clip", "min_clip", "pair.clip_low"),
+)
+
+
+def limits_of(measure: str) -> Iterator[Limit]:
+    """The limits on a measure."""
+    return (limit for limit in LIMITS if limit.measure == measure)
