@@ -21,7 +21,7 @@ from infra.tracking import Run, Tracking, default_uri
 from pipelines import manifest as manifests
 from pipelines.cluster import connect
 from pipelines.manifest import Counts, FileEntry, Manifest
-from pipelines.sink import FOLDERS, STAGING, OutcomeSink
+from pipelines.sink import FOLDERS, ROWS_PER_RANGE, STAGING, OutcomeSink
 from pipelines.stages.outcome import FAILED, KEPT, REJECTED
 
 MARKER = "unfinished.json"
@@ -34,6 +34,7 @@ _HOW_ONLY = frozenset(
         "workers",
         "cpus_per_worker",
         "tracking",
+        "licences",
         "calls.in_flight",
         "calls.timeout_s",
         "calls.retries",
@@ -53,10 +54,19 @@ class JobConfig(StrictModel):
 
     out: str
     """Address of the output folder."""
-    rows_per_file: int = Field(512, ge=1)
-    """Places in the input per output file; also the unit that depends on nothing else."""
+    rows_per_file: int = Field(16_384, ge=1)
+    """Places in the input per output file at most."""
+    target_file_mb: float = Field(256, gt=0)
+    """Size of an output file at most, in units of 2**20 bytes before compression."""
+    licences: dict[str, str] = {}
+    """The licence of each source, for the dataset card: ``licences.NAME=cc-by-4.0``."""
     tracking: TrackingConfig | None = None
     """Log to MLflow. Without this, a job logs only if MLFLOW_TRACKING_URI is set."""
+
+    @property
+    def rows_per_range(self) -> int:
+        """Places in the input that one task reads; a file holds one range or several."""
+        return min(self.rows_per_file, ROWS_PER_RANGE)
 
 
 class Job:
@@ -147,7 +157,10 @@ class Job:
             self.store.delete(name)
 
     def _write(self, dataset: Dataset) -> Manifest:
-        sink = OutcomeSink(self.store, self._schema, self._config.rows_per_file)
+        config = self._config
+        sink = OutcomeSink(
+            self.store, self._schema, config.rows_per_file, int(config.target_file_mb * 2**20)
+        )
         dataset.write_datasink(sink)
         files = sink.commit()
         manifest = Manifest(

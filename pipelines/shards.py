@@ -28,7 +28,8 @@ class Shards:
         """Open the output at ``uri``, which must hold records of the schema ``kind``.
 
         Raises:
-            InputError: it does not exist, is not finished, or holds other records.
+            InputError: it does not exist, is not finished, or holds other records or a newer
+                schema than this program knows.
             StorageError: it cannot be read.
         """
         store = open_store(uri)
@@ -72,7 +73,9 @@ class Shards:
 
     def _check_kind(self, wanted: pa.Schema) -> None:
         with self.store.open_input(self.names[0]) as file:
-            found = records.kind_of(pq.read_schema(file))
+            schema = pq.read_schema(file)
+        records.check_version(schema, self.store.uri)
+        found = records.kind_of(schema)
         if found != records.kind_of(wanted):
             raise InputError(
                 f"{self.store.uri} holds {found or 'unknown'} records, and "
