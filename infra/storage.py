@@ -27,6 +27,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.fs as pafs
+import pyarrow.parquet as pq
 
 from dim import records
 from dim.errors import StorageError
@@ -152,6 +153,16 @@ class Store:
         """A seekable reader of a file."""
         with _errors("read", self.address(name)):
             return self.filesystem.open_input_file(self.path(name))
+
+    @contextmanager
+    def open_parquet(self, name: str) -> Iterator[pq.ParquetFile]:
+        """A Parquet file; what goes wrong while it is read inside the block says which file."""
+        with (
+            _errors("read", self.address(name)),
+            self.filesystem.open_input_file(self.path(name)) as file,
+            pq.ParquetFile(file) as parquet,
+        ):
+            yield parquet
 
     def write(self, name: str, data: bytes | pa.Buffer) -> None:
         """Write a whole file; it replaces one that is there, at once and completely."""
