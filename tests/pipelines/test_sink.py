@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +171,28 @@ def test_a_write_task_holds_no_more_than_a_stage(
     blocks = [to_table([row], records.T2I) for row in sized(10, 10_000)]
     pieces = target.write(iter(blocks), None)
     assert [len(piece.places) for piece in pieces] == [3, 3, 3, 1]
+
+
+def test_a_file_is_put_together_in_little_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sink, "_STAGE_BYTES", 2 << 20)
+    monkeypatch.setattr(sink, "_GROUP_BYTES", 2 << 20)
+    target = OutcomeSink(open_store(str(tmp_path)), records.T2I, 10_000)
+    parts = (to_table([row], records.T2I) for row in sized(60, 1 << 20))
+    target.on_write_complete(WriteResult(0, 0, [target.write(parts, None)]))
+    pool = pa.proxy_memory_pool(pa.default_memory_pool())
+    before = pa.default_memory_pool()
+    pa.set_memory_pool(pool)
+    tracemalloc.start()
+    try:
+        (data, *_) = target.commit()
+        peak = pool.max_memory() + tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+        pa.set_memory_pool(before)
+    assert data.rows == 60 and data.bytes > 60 << 20
+    assert peak < 20 << 20
 
 
 def test_a_record_that_comes_twice_stops_the_job(tmp_path: Path) -> None:
