@@ -28,6 +28,7 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
+from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
 from dim import records
 from dim.errors import StorageError
@@ -107,6 +108,57 @@ class Output(io.RawIOBase):
         return self._digest.hexdigest()
 
 
+def _is_busy(error: BaseException) -> bool:
+    return isinstance(error, OSError) and "INTERNAL_FAILURE" in str(error)
+
+
+class _PatientFile(io.RawIOBase):
+    """A file in an object store whose reads are tried again when the store is busy.
+
+    The library does that too, except where the body of the refusal is longer than the part of the
+    file that was asked for: it has no room for it, and reports an internal failure at once.
+    """
+
+    def __init__(self, file: pa.NativeFile) -> None:
+        self._file = file
+
+    def readable(self) -> bool:
+        """Always."""
+        return True
+
+    def seekable(self) -> bool:
+        """Always."""
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Go to a position; returns it."""
+        return int(self._file.seek(offset, whence))
+
+    def tell(self) -> int:
+        """The position."""
+        return int(self._file.tell())
+
+    def read(self, size: int = -1) -> bytes:
+        """The next ``size`` bytes, or all that are left."""
+        start = self._file.tell()
+        patiently = Retrying(
+            retry=retry_if_exception(_is_busy),
+            stop=stop_after_attempt(_ATTEMPTS),
+            wait=wait_random_exponential(0.2, max=20),
+            reraise=True,
+        )
+        return patiently(self._read_from, start, None if size is None or size < 0 else size)
+
+    def _read_from(self, start: int, size: int | None) -> bytes:
+        self._file.seek(start)
+        return bytes(self._file.read(size))
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+        super().close()
+
+
 @dataclass(frozen=True)
 class Store:
     """A folder in a store. Names are relative to it, with ``/`` between parts.
@@ -146,20 +198,20 @@ class Store:
         with _errors("read", self.address(name)):
             if self.is_local:
                 return Path(self.path(name)).read_bytes()
-            with self.filesystem.open_input_stream(self.path(name)) as stream:
-                return stream.read()
+            with self._open(name) as file:
+                return file.read()
 
     def open_input(self, name: str = "") -> pa.NativeFile:
         """A seekable reader of a file."""
         with _errors("read", self.address(name)):
-            return self.filesystem.open_input_file(self.path(name))
+            return self._open(name)
 
     @contextmanager
     def open_parquet(self, name: str) -> Iterator[pq.ParquetFile]:
         """A Parquet file; what goes wrong while it is read inside the block says which file."""
         with (
             _errors("read", self.address(name)),
-            self.filesystem.open_input_file(self.path(name)) as file,
+            self._open(name) as file,
             pq.ParquetFile(file) as parquet,
         ):
             yield parquet
@@ -243,6 +295,10 @@ class Store:
                 self.filesystem.delete_file(self.path(name))
             elif kind == pafs.FileType.Directory:
                 self.filesystem.delete_dir(self.path(name))
+
+    def _open(self, name: str) -> pa.NativeFile:
+        file = self.filesystem.open_input_file(self.path(name))
+        return file if self.is_local else pa.PythonFile(_PatientFile(file), mode="r")
 
     def _type(self, name: str) -> pafs.FileType:
         return self.filesystem.get_file_info(self.path(name)).type

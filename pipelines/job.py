@@ -299,10 +299,9 @@ def _one_sentence() -> Iterator[None]:
     """Whatever Ray wrapped our errors in, raise the error itself."""
     try:
         yield
-    except DimError:
-        raise
-    except Exception as error:
+    except Exception as error:  # Ray's own error of a DimError is one too, with a traceback as text
         known = find_dim_error(error)
         if known is None:
             raise
+        known.args = (str(known).partition("\n")[0],)  # Ray adds lines of advice on retries
         raise known from None

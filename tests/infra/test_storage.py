@@ -18,6 +18,7 @@ from dim import records
 from dim.errors import InputError, StorageError
 from infra import storage
 from infra.storage import Store, open_store
+from tests.fault_proxy import running
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -297,3 +298,18 @@ def test_records_of_a_newer_schema_are_refused(store: Store) -> None:
     known = records.SCHEMA_VERSION
     with pytest.raises(InputError, match=f"schema version 12, and this program knows {known}"):
         storage.open_dataset(store.uri)
+
+
+def test_a_refusal_longer_than_what_was_asked_for(s3: str, s3_endpoint: str) -> None:
+    storage.write_bytes(f"{s3}/a.bin", b"0123456789")
+    with running(s3_endpoint) as proxy:
+        store = open_store(f"{s3}?endpoint_override={proxy.url}")
+        with store.open_input("a.bin") as file:
+            proxy.busy = lambda number: number <= 3  # the first is the question how long it is
+            assert file.read(2) == b"01"
+            assert file.read() == b"23456789"
+            file.seek(4)
+            assert file.read(3) == b"456"
+        assert proxy.statuses[503] == 2
+        proxy.requests = 0
+        assert store.read("a.bin") == b"0123456789"

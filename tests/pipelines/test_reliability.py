@@ -215,9 +215,15 @@ def test_a_store_that_is_busy_and_slow_for_a_while(
     tmp_path: Path, drawn: Manifest, busy_store: tuple[str, FaultProxy]
 ) -> None:
     bucket, proxy = busy_store
-    proxy.busy = lambda number: number % 3 == 0
-    proxy.delay = lambda number: 0.2 if number % 4 == 0 else 0.0
+
+    def disturb() -> None:
+        proxy.requests = 0
+        proxy.busy = lambda number: number < 60 and number % 3 == 0
+        proxy.delay = lambda number: 0.2 if number % 4 == 0 else 0.0
+
+    disturb()
     manifest = ingest.run(tabletop(bucket.format("raw")))
+    disturb()
     config = EditConfig(
         raw=bucket.format("raw"),
         out=bucket.format("edit"),
