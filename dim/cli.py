@@ -26,7 +26,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "data edit": ("pipelines.edit:main", "Raw pairs into DIM-Edit: filter, triage, blueprint."),
     "data t2i": ("pipelines.t2i:main", "Raw images into DIM-T2I: filter, long caption."),
     "data inspect": ("pipelines.inspect:main", "A page to look at: samples, reasons, histograms."),
-    "data export": ("pipelines.export:main", "A DIM-Edit folder in the public JSONL layout."),
+    "data verify": ("pipelines.verify:main", "Check an output against its manifest."),
+    "data card": ("pipelines.card:main", "The dataset card of an output: README.md."),
+    "data export": ("pipelines.export:main", "DIM-Edit in its public layout, or WebDataset tars."),
     "train": ("training.train:main", "One training stage from a YAML file."),
     "evaluate": (
         "pipelines.evaluate:main",

@@ -16,6 +16,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from dim.errors import InputError
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
+_SUFFIXES = dict(zip(FORMATS, ("png", "jpg", "webp", "bmp", "gif", "tif"), strict=True))
 MAX_PIXELS = 50_000_000
 MIN_SIDE = 8
 SIXTEEN_BIT = {"I;16", "I;16B", "I;16L", "I;16N"}
@@ -69,6 +70,15 @@ def decode_image(
         except Exception as error:  # Pillow's decoders raise nearly anything on damaged data
             said = " ".join(str(error).split()) or type(error).__name__
             raise InputError(f"{name} is damaged: {said}") from None
+
+
+def suffix(data: bytes) -> str:
+    """What the name of an encoded file ends in: ``jpg``, ``png``, …; ``bin`` if it is no image."""
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
+            return _SUFFIXES[opened.format or ""]
+    except Exception:  # Pillow raises nearly anything on damaged data
+        return "bin"
 
 
 def encode_png(image: Image.Image) -> bytes:

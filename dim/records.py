@@ -10,6 +10,8 @@ import hashlib
 
 import pyarrow as pa
 
+from dim.errors import InputError
+
 SCHEMA_VERSION = 1
 """Raised whenever a column changes its name, type or meaning."""
 
@@ -115,6 +117,34 @@ def kind_of(schema: pa.Schema) -> str | None:
     """The kind of record a schema says it holds (``edit``, ``raw_pair``, …); ``None`` if none."""
     kind = (schema.metadata or {}).get(KIND_KEY)
     return kind.decode() if kind else None
+
+
+def version_of(schema: pa.Schema) -> int | None:
+    """The schema version that a schema says it has; ``None`` if it says none.
+
+    Raises:
+        InputError: what it says is no number.
+    """
+    version = (schema.metadata or {}).get(VERSION_KEY)
+    if version is None:
+        return None
+    if not version.isdigit():
+        raise InputError(f"the schema version {version.decode(errors='replace')!r} is no number")
+    return int(version)
+
+
+def check_version(schema: pa.Schema, where: str) -> None:
+    """Refuse records whose columns may mean something that this program does not know.
+
+    Raises:
+        InputError: they are of a newer schema version; the message begins with ``where``.
+    """
+    version = version_of(schema)
+    if version is not None and version > SCHEMA_VERSION:
+        raise InputError(
+            f"{where} holds records of schema version {version}, and this program knows "
+            f"{SCHEMA_VERSION} and older; use a newer one"
+        )
 
 
 def sha256_hex(data: bytes) -> str:

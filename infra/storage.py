@@ -9,27 +9,34 @@ travels to workers with its connection, so that they need no environment variabl
 from __future__ import annotations
 
 import errno
+import hashlib
+import io
 import os
 import re
 import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TextIO
+from typing import IO, Any, TextIO
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
+from dim import records
 from dim.errors import StorageError
 
 _ATTEMPTS = 8  # a busy store (503, SlowDown) is asked again with growing pauses: about a minute
 _CONNECT_TIMEOUT_S = 10.0
 _REQUEST_TIMEOUT_S = 60.0
+_UPLOAD_PART = 16 << 20
 
 _MEANINGS = (
     ("NO_SUCH_BUCKET", "the bucket does not exist"),
@@ -72,6 +79,86 @@ class Connection:
         )
 
 
+class Output(io.RawIOBase):
+    """A file being written, which knows its size in bytes and its SHA-256 as it grows."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self._digest = hashlib.sha256()
+        self.size = 0
+
+    def writable(self) -> bool:
+        """Always."""
+        return True
+
+    def write(self, data: Any) -> int:
+        """Add bytes at the end; returns how many."""
+        count = self._file.write(data)
+        self._digest.update(data)
+        self.size += count
+        return count
+
+    def tell(self) -> int:
+        """Where the next bytes go."""
+        return self.size
+
+    @property
+    def sha256(self) -> str:
+        """The hash of what was written so far, in hex."""
+        return self._digest.hexdigest()
+
+
+def _is_busy(error: BaseException) -> bool:
+    return isinstance(error, OSError) and "INTERNAL_FAILURE" in str(error)
+
+
+class _PatientFile(io.RawIOBase):
+    """A file in an object store whose reads are tried again when the store is busy.
+
+    The library does that too, except where the body of the refusal is longer than the part of the
+    file that was asked for: it has no room for it, and reports an internal failure at once.
+    """
+
+    def __init__(self, file: pa.NativeFile) -> None:
+        self._file = file
+
+    def readable(self) -> bool:
+        """Always."""
+        return True
+
+    def seekable(self) -> bool:
+        """Always."""
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Go to a position; returns it."""
+        return int(self._file.seek(offset, whence))
+
+    def tell(self) -> int:
+        """The position."""
+        return int(self._file.tell())
+
+    def read(self, size: int = -1) -> bytes:
+        """The next ``size`` bytes, or all that are left."""
+        start = self._file.tell()
+        patiently = Retrying(
+            retry=retry_if_exception(_is_busy),
+            stop=stop_after_attempt(_ATTEMPTS),
+            wait=wait_random_exponential(0.2, max=20),
+            reraise=True,
+        )
+        return patiently(self._read_from, start, None if size is None or size < 0 else size)
+
+    def _read_from(self, start: int, size: int | None) -> bytes:
+        self._file.seek(start)
+        return bytes(self._file.read(size))
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+        super().close()
+
+
 @dataclass(frozen=True)
 class Store:
     """A folder in a store. Names are relative to it, with ``/`` between parts.
@@ -111,22 +198,50 @@ class Store:
         with _errors("read", self.address(name)):
             if self.is_local:
                 return Path(self.path(name)).read_bytes()
-            with self.filesystem.open_input_stream(self.path(name)) as stream:
-                return stream.read()
+            with self._open(name) as file:
+                return file.read()
 
     def open_input(self, name: str = "") -> pa.NativeFile:
         """A seekable reader of a file."""
         with _errors("read", self.address(name)):
-            return self.filesystem.open_input_file(self.path(name))
+            return self._open(name)
+
+    @contextmanager
+    def open_parquet(self, name: str) -> Iterator[pq.ParquetFile]:
+        """A Parquet file; what goes wrong while it is read inside the block says which file."""
+        with (
+            _errors("read", self.address(name)),
+            self._open(name) as file,
+            pq.ParquetFile(file) as parquet,
+        ):
+            yield parquet
 
     def write(self, name: str, data: bytes | pa.Buffer) -> None:
         """Write a whole file; it replaces one that is there, at once and completely."""
         with _errors("write", self.address(name)):
             if self.is_local:
-                _write_local(Path(self.path(name)), data)
+                with _replacing(Path(self.path(name))) as file:
+                    file.write(data)
             else:
                 with self.filesystem.open_output_stream(self.path(name)) as stream:
                     stream.write(data)
+
+    @contextmanager
+    def open_output(self, name: str) -> Iterator[Output]:
+        """A file that is written part by part and appears when the block ends without an error.
+
+        On its way to an object store it lies on this machine's disk and not in memory.
+        """
+        with _errors("write", self.address(name)):
+            if self.is_local:
+                with _replacing(Path(self.path(name))) as file:
+                    yield Output(file)
+            else:
+                with tempfile.TemporaryFile() as file:
+                    yield Output(file)
+                    file.seek(0)
+                    with self.filesystem.open_output_stream(self.path(name)) as stream:
+                        shutil.copyfileobj(file, stream, _UPLOAD_PART)
 
     def open_append(self, name: str) -> TextIO:
         """A local file that lines are added to; an object store has no such thing."""
@@ -180,6 +295,10 @@ class Store:
                 self.filesystem.delete_file(self.path(name))
             elif kind == pafs.FileType.Directory:
                 self.filesystem.delete_dir(self.path(name))
+
+    def _open(self, name: str) -> pa.NativeFile:
+        file = self.filesystem.open_input_file(self.path(name))
+        return file if self.is_local else pa.PythonFile(_PatientFile(file), mode="r")
 
     def _type(self, name: str) -> pafs.FileType:
         return self.filesystem.get_file_info(self.path(name)).type
@@ -299,6 +418,7 @@ def open_dataset(uris: str | Sequence[str]) -> ds.Dataset:
     """The kept records (``data/*.parquet``) of one or more job outputs, files in order of name.
 
     Raises:
+        InputError: its records are of a schema newer than this program knows.
         StorageError: an output does not exist or holds no finished shards.
     """
     parts = [_open_shards(uri) for uri in ([uris] if isinstance(uris, str) else uris)]
@@ -316,7 +436,9 @@ def _open_shards(uri: str) -> ds.Dataset:
     if not paths:
         raise StorageError(f"the dataset {uri} has no data/*.parquet")
     with _errors("read", uri):
-        return ds.dataset(paths, format="parquet", filesystem=store.filesystem)
+        dataset = ds.dataset(paths, format="parquet", filesystem=store.filesystem)
+    records.check_version(dataset.schema, uri)
+    return dataset
 
 
 def _open_s3(uri: str) -> Store:
@@ -373,12 +495,14 @@ def _absolute(path: str) -> str:
     return os.path.abspath(os.path.expanduser(path))
 
 
-def _write_local(path: Path, data: bytes | pa.Buffer) -> None:
+@contextmanager
+def _replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A new file beside ``path``, which takes its place when the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with temporary.open("wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)

@@ -7,19 +7,26 @@ per process and a driver may have several jobs going. Every failure of the track
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import subprocess
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlparse
 
+import pyarrow as pa
+
+from dim import __version__
 from dim.errors import DimError
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.data.dataset import Dataset as MlflowDataset
 
 ResultT = TypeVar("ResultT")
 
@@ -210,6 +217,37 @@ class Run:
             f"store {path}", lambda: self._client.log_artifact(self.id, str(path), folder)
         )
 
+    def log_dataset(
+        self,
+        name: str,
+        uri: str | None,
+        digest: str,
+        *,
+        context: str,
+        schema: pa.Schema | None = None,
+        profile: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Record a data set that the run read or wrote.
+
+        Args:
+            name: what MLflow calls it.
+            uri: where it lies: a path, ``s3://…``; ``None`` if it is made by the program itself.
+            digest: the same exactly when the data is, at most 36 characters.
+            context: ``input`` or ``output``.
+            schema: its columns.
+            profile: numbers about it.
+        """
+
+        def send() -> None:
+            from mlflow.entities import DatasetInput, InputTag
+            from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
+
+            dataset = _dataset(name, uri, digest, schema, profile or {})._to_mlflow_entity()
+            tag = InputTag(MLFLOW_DATASET_CONTEXT, context)
+            self._client.log_inputs(self.id, [DatasetInput(dataset, [tag])])
+
+        self._tracking._call(f"record the data set {name}", send)
+
     def latest(self) -> tuple[dict[str, float], dict[str, str]]:
         """The last value of every metric, and the tags: to watch what another process logs."""
         found = self._tracking._call("be read", lambda: self._client.get_run(self.id))
@@ -223,6 +261,64 @@ class Run:
                 self._client.set_tag(self.id, key, value)
 
         self._tracking._call("set tags", send)
+
+
+def code_version() -> dict[str, str]:
+    """The version of this program as MLflow tags: the package's, and the commit of a checkout."""
+    tags = {"dim.version": __version__}
+    root = Path(__file__).resolve().parents[1]
+    if (root / ".git").exists():  # or the commit would be of a repository this is installed in
+        with suppress(OSError, subprocess.SubprocessError):
+            found = subprocess.run(
+                ["git", "-C", str(root), "rev-parse", "HEAD"],
+                capture_output=True, check=True, text=True, timeout=10,
+            )  # fmt: skip
+            tags["mlflow.source.git.commit"] = found.stdout.strip()
+    return tags
+
+
+def _dataset(
+    name: str, uri: str | None, digest: str, schema: pa.Schema | None, profile: Mapping[str, Any]
+) -> MlflowDataset:
+    """A data set of MLflow's that says where files lie, and does not read them."""
+    from mlflow.data.code_dataset_source import CodeDatasetSource
+    from mlflow.data.dataset import Dataset
+    from mlflow.data.dataset_source_registry import resolve_dataset_source
+    from mlflow.types.schema import ColSpec, DataType, Schema
+
+    def column(field: pa.Field) -> ColSpec:
+        kinds = {"string": DataType.string, "int32": DataType.integer, "int64": DataType.long,
+                 "float": DataType.float, "double": DataType.double,
+                 "bool": DataType.boolean}  # fmt: skip
+        return ColSpec(kinds.get(str(field.type), DataType.binary), field.name)
+
+    class Files(Dataset):
+        """Files at an address."""
+
+        def _compute_digest(self) -> str:
+            return digest
+
+        @property
+        def schema(self) -> Schema | None:
+            """The columns, if they are known."""
+            return Schema([column(field) for field in schema]) if schema is not None else None
+
+        @property
+        def profile(self) -> dict[str, Any]:
+            """Numbers about the data."""
+            return dict(profile)
+
+        def to_dict(self) -> dict[str, str]:
+            """What MLflow stores."""
+            stored = {**super().to_dict(), "profile": json.dumps(self.profile)}
+            if self.schema is not None:
+                stored["schema"] = json.dumps({"mlflow_colspec": self.schema.to_dict()})
+            return stored
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that a path may be two kinds of local source
+        source = resolve_dataset_source(uri) if uri else CodeDatasetSource(code_version())
+    return Files(source, name, digest)
 
 
 def _open_client(uri: str) -> MlflowClient:

@@ -1,24 +1,24 @@
-"""Export: a DIM-Edit folder in the public layout, ``tos_dataset_edit.jsonl`` beside ``image/``."""
+"""Export: finished records in the public layout of DIM-Edit, or as WebDataset tars."""
 
 from __future__ import annotations
 
-import io
 import json
 import re
 from collections.abc import Iterator
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-import pyarrow.dataset as ds
 import typer
-from PIL import Image
+from pydantic import Field
 
-from dim.config import StrictModel, dump_config
-from dim.errors import InputError
-from dim.records import EDIT, sha256_hex
+from dim.config import StrictModel, dump_config, load_config
+from dim.errors import DimError, InputError
+from dim.images import suffix
+from dim.records import EDIT, RAW_IMAGE, RAW_PAIR, T2I, sha256_hex
 from infra import storage
 from infra.storage import Store
 from pipelines import manifest as manifests
-from pipelines.command import Out, Overwrite, summary
+from pipelines import webdataset
+from pipelines.command import Out, Overrides, Overwrite, settings, summary
 from pipelines.job import MARKER
 from pipelines.manifest import Counts, FileEntry, Manifest
 from pipelines.shards import Shards
@@ -27,39 +27,57 @@ LINES = "tos_dataset_edit.jsonl"
 IMAGES = "image"
 
 _COLUMNS = ("id", "image", "image_target", "answer")
-_ROWS_AT_ONCE = 64
-_SUFFIXES = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "GIF": "gif", "TIFF": "tif"}
+_KINDS = {"public": (EDIT,), "webdataset": (EDIT, T2I, RAW_PAIR, RAW_IMAGE)}
 
 
 class ExportConfig(StrictModel):
     """What to export."""
 
     data: str
-    """Address of the edit records, as ``dim data edit`` makes them."""
+    """Address of the records, as a data job makes them."""
     out: str
     """Address of the folder to write to."""
+    format: Literal["public", "webdataset"] = "public"
+    """``public``: tos_dataset_edit.jsonl and image/, of DIM-Edit. ``webdataset``: data/*.tar."""
+    target_file_mb: float = Field(256, gt=0)
+    """Size of a tar at most, in units of 2**20 bytes."""
 
 
 def run(config: ExportConfig, *, overwrite: bool = False) -> Manifest:
-    """Write the public form of a DIM-Edit folder.
+    """Write finished records in another form.
 
-    Each line has ``id``, ``image_path``, ``image_path_target`` and ``prompt``, which is the
-    blueprint in its designer's words. Images are the source's own files.
+    In the public form each line has ``id``, ``image_path``, ``image_path_target`` and ``prompt``,
+    which is the blueprint in its designer's words. Images are the source's own files in any form.
 
     Raises:
-        InputError: the data is not DIM-Edit or not finished, or ``out`` holds something else.
+        InputError: the data is of another kind or not finished, or ``out`` holds something else.
         StorageError: something cannot be read or written.
     """
-    shards = Shards.open(config.data, EDIT)
+    shards = Shards.open(config.data, *_KINDS[config.format])
     store = storage.open_store(config.out)
     done = manifests.read(store)
-    if done and done.job == "export" and done.input == shards.identity and not overwrite:
+    if done and done.job == "export" and not overwrite and _same(done, shards, config):
         return done
     _claim(store, done, overwrite=overwrite)
-    manifest = _write(store, shards, config)
+    files = _write(store, shards, config)
+    manifest = Manifest(
+        job="export",
+        config=dump_config(config),
+        input=shards.identity,
+        counts=Counts(input=shards.rows, kept=shards.rows, rejected=0, failed=0, by_reason={}),
+        files=tuple(files),
+    )
     manifests.write(store, manifest)
     store.delete(MARKER)
     return manifest
+
+
+def _same(done: Manifest, shards: Shards, config: ExportConfig) -> bool:
+    made = {**dump_config(ExportConfig(data="", out="")), **done.config}
+    wanted = dump_config(config)
+    return done.input == shards.identity and all(
+        made[key] == wanted[key] for key in ("format", "target_file_mb")
+    )
 
 
 def _claim(store: Store, done: Manifest | None, *, overwrite: bool) -> None:
@@ -68,11 +86,22 @@ def _claim(store: Store, done: Manifest | None, *, overwrite: bool) -> None:
     if not done and not store.is_file(MARKER) and not store.is_empty():
         raise InputError(f"{store.uri} is not empty; choose another --out")
     store.write(MARKER, b'{"job": "export"}\n')
-    for name in (manifests.NAME, LINES, IMAGES):
+    for name in (manifests.NAME, LINES, IMAGES, webdataset.FOLDER):
         store.delete(name)
 
 
-def _write(store: Store, shards: Shards, config: ExportConfig) -> Manifest:
+def _write(store: Store, shards: Shards, config: ExportConfig) -> list[FileEntry]:
+    if config.format == "webdataset":
+        files = webdataset.write(store, shards, int(config.target_file_mb * 2**20))
+    else:
+        files = _write_public(store, shards)
+    rows = sum(file.rows for file in files if not file.path.startswith(f"{IMAGES}/"))
+    if rows != shards.rows:
+        raise DimError(f"{rows} records were exported of the {shards.rows} in {shards.store.uri}")
+    return files
+
+
+def _write_public(store: Store, shards: Shards) -> list[FileEntry]:
     lines: list[str] = []
     files: list[FileEntry] = []
     names = _Names()
@@ -92,33 +121,21 @@ def _write(store: Store, shards: Shards, config: ExportConfig) -> Manifest:
         lines.append(json.dumps(line, ensure_ascii=False) + "\n")
     text = "".join(lines).encode()
     store.write(LINES, text)
-    files.append(FileEntry(path=LINES, rows=len(lines), bytes=len(text), sha256=sha256_hex(text)))
-    return Manifest(
-        job="export",
-        config=dump_config(config),
-        input=shards.identity,
-        counts=Counts(input=shards.rows, kept=len(lines), rejected=0, failed=0, by_reason={}),
-        files=tuple(files),
-    )
+    return [
+        *files,
+        FileEntry(path=LINES, rows=len(lines), bytes=len(text), sha256=sha256_hex(text)),
+    ]
 
 
 def _rows(shards: Shards) -> Iterator[dict[str, Any]]:
-    """The records in order, a few in memory at a time."""
-    paths = [shards.store.path(name) for name in shards.names]
-    dataset = ds.dataset(paths, format="parquet", filesystem=shards.store.filesystem)
-    for batch in dataset.to_batches(columns=list(_COLUMNS), batch_size=_ROWS_AT_ONCE):
-        yield from batch.to_pylist()
+    for table in shards.batches(columns=_COLUMNS):
+        yield from table.to_pylist()
 
 
 def _write_image(store: Store, name: str, image: bytes) -> FileEntry:
-    path = f"{IMAGES}/{name}.{_suffix(image)}"
+    path = f"{IMAGES}/{name}.{suffix(image)}"
     store.write(path, image)
     return FileEntry(path=path, rows=1, bytes=len(image), sha256=sha256_hex(image))
-
-
-def _suffix(image: bytes) -> str:
-    with Image.open(io.BytesIO(image)) as opened:
-        return _SUFFIXES.get(opened.format or "", "bin")
 
 
 class _Names:
@@ -137,12 +154,18 @@ class _Names:
 
 
 def main(
-    data: Annotated[str, typer.Option(help="DIM-Edit: the output of `dim data edit`.")],
+    data: Annotated[str, typer.Option(help="Output of a data job.")],
     out: Out,
+    overrides: Overrides = None,
+    form: Annotated[
+        str | None, typer.Option("--format", help="public (DIM-Edit only) or webdataset.")
+    ] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Write DIM-Edit in its public form: tos_dataset_edit.jsonl and image/."""
-    summary(out, run(ExportConfig(data=data, out=out), overwrite=overwrite))
+    """Write DIM-Edit in its public form, tos_dataset_edit.jsonl and image/, or any as tars."""
+    given = settings(data=data, out=out, format=form)
+    chosen = load_config(ExportConfig, None, [*(overrides or []), *given])
+    summary(out, run(chosen, overwrite=overwrite))
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ def read(source: Source) -> ray.data.Dataset:
 
 def open_source(config: IngestConfig) -> Source:
     """The source that a configuration names, cut into ranges."""
-    rows = config.rows_per_file
+    rows = config.rows_per_range
     if config.pairs is not None:
         return sources.pairs_from_lines(config.pairs, config.source, rows)
     if config.images is not None:

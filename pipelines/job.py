@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections import Counter
@@ -13,18 +14,25 @@ import pyarrow as pa
 from pydantic import Field
 from ray.data import Dataset
 
+from dim import records
 from dim.config import StrictModel, dump_config
 from dim.errors import DimError, InputError
 from dim.failures import find_dim_error
 from infra.storage import open_store
-from infra.tracking import Run, Tracking, default_uri
+from infra.tracking import Run, Tracking, code_version, default_uri
+from pipelines import card
 from pipelines import manifest as manifests
 from pipelines.cluster import connect
 from pipelines.manifest import Counts, FileEntry, Manifest
-from pipelines.sink import FOLDERS, STAGING, OutcomeSink
+from pipelines.shards import Shards
+from pipelines.sink import FOLDERS, ROWS_PER_RANGE, STAGING, OutcomeSink
 from pipelines.stages.outcome import FAILED, KEPT, REJECTED
 
 MARKER = "unfinished.json"
+REPORT = "report.html"
+"""A page that a job may leave in its output, for MLflow to keep."""
+
+_WITH_CARD = ("edit", "t2i")
 
 # Settings that say how a job runs and not what comes out: they may differ between two runs.
 _HOW_ONLY = frozenset(
@@ -34,6 +42,7 @@ _HOW_ONLY = frozenset(
         "workers",
         "cpus_per_worker",
         "tracking",
+        "licences",
         "calls.in_flight",
         "calls.timeout_s",
         "calls.retries",
@@ -53,10 +62,19 @@ class JobConfig(StrictModel):
 
     out: str
     """Address of the output folder."""
-    rows_per_file: int = Field(512, ge=1)
-    """Places in the input per output file; also the unit that depends on nothing else."""
+    rows_per_file: int = Field(16_384, ge=1)
+    """Places in the input per output file at most."""
+    target_file_mb: float = Field(256, gt=0)
+    """Size of an output file at most, in units of 2**20 bytes before compression."""
+    licences: dict[str, str] = {}
+    """The licence of each source, for the dataset card: ``licences.NAME=cc-by-4.0``."""
     tracking: TrackingConfig | None = None
     """Log to MLflow. Without this, a job logs only if MLFLOW_TRACKING_URI is set."""
+
+    @property
+    def rows_per_range(self) -> int:
+        """Places in the input that one task reads; a file holds one range or several."""
+        return min(self.rows_per_file, ROWS_PER_RANGE)
 
 
 class Job:
@@ -88,7 +106,12 @@ class Job:
         self._rows = rows
 
     def run(
-        self, build: Callable[[], Dataset], *, overwrite: bool = False, retry_failed: bool = False
+        self,
+        build: Callable[[], Dataset],
+        *,
+        overwrite: bool = False,
+        retry_failed: bool = False,
+        cost: Callable[[], Mapping[str, float]] | None = None,
     ) -> Manifest:
         """Bring the output folder to hold the records of ``build()``, and say what is in it.
 
@@ -99,6 +122,8 @@ class Job:
             build: makes the data set of records with outcomes; only called when there is work.
             overwrite: replace a finished output, whatever made it.
             retry_failed: make a finished output again if records failed in it.
+            cost: says what the records cost, as numbers by name; asked when all are written. The
+                same records must cost the same, or a rerun has another manifest.
 
         Raises:
             InputError: the folder holds something else, and ``overwrite`` is not set.
@@ -109,12 +134,13 @@ class Job:
         if done is not None and not overwrite:
             self._check_same(done)
             if not (retry_failed and done.counts.failed):
+                self._tidy()
                 return done
         self._begin(overwrite=overwrite)
         with _one_sentence(), self._tracked() as tracked:
             connect()
             started = time.monotonic()
-            manifest = self._write(build())
+            manifest = self._write(build(), cost)
             tracked(manifest, time.monotonic() - started)
         return manifest
 
@@ -143,11 +169,14 @@ class Job:
                 "another --out"
             )
         self.store.write(MARKER, f'{{"job": "{self.name}"}}\n'.encode())
-        for name in (manifests.NAME, STAGING, *FOLDERS.values()):
+        for name in (manifests.NAME, card.NAME, REPORT, STAGING, *FOLDERS.values()):
             self.store.delete(name)
 
-    def _write(self, dataset: Dataset) -> Manifest:
-        sink = OutcomeSink(self.store, self._schema, self._config.rows_per_file)
+    def _write(self, dataset: Dataset, cost: Callable[[], Mapping[str, float]] | None) -> Manifest:
+        config = self._config
+        sink = OutcomeSink(
+            self.store, self._schema, config.rows_per_file, int(config.target_file_mb * 2**20)
+        )
         dataset.write_datasink(sink)
         files = sink.commit()
         manifest = Manifest(
@@ -156,11 +185,19 @@ class Job:
             input=self._identity,
             counts=self._count(sink, files),
             files=tuple(files),
+            cost=dict(cost()) if cost else None,
         )
+        if records.kind_of(self._schema) in _WITH_CARD:
+            card.write(Shards(self.store, manifest))
         manifests.write(self.store, manifest)
-        self.store.delete(STAGING)
-        self.store.delete(MARKER)
+        self._tidy()
         return manifest
+
+    def _tidy(self) -> None:
+        """Clear what is only there until the manifest is written; a kill may come in between."""
+        if self.store.is_file(MARKER):
+            self.store.delete(STAGING)
+            self.store.delete(MARKER)
 
     def _count(self, sink: OutcomeSink, files: list[FileEntry]) -> Counts:
         rows: Counter[str] = Counter()
@@ -189,24 +226,62 @@ class Job:
             return
         chosen = chosen or TrackingConfig()
         tracking = Tracking(chosen.uri or default_uri(self._config.out), chosen.experiment)
-        with tracking.run(f"data {self.name}", self._settings, {"job": self.name}) as run:
-            yield lambda manifest, seconds: _report(run, manifest, seconds)
+        tags = {"job": self.name, **code_version()}
+        with tracking.run(f"data {self.name}", self._settings, tags) as run:
+            self._report_input(run)
+            yield lambda manifest, seconds: self._report(run, manifest, seconds)
+
+    def _report_input(self, run: Run) -> None:
+        where = [
+            self._identity.get("uri"),
+            self._identity.get("file"),
+            self._settings.get("images"),
+        ]
+        run.log_dataset(
+            f"{self.name} input",
+            next((str(uri) for uri in where if uri), None),
+            _digest(self._identity),
+            context="input",
+            profile=self._identity,
+        )
+
+    def _report(self, run: Run, manifest: Manifest, seconds: float) -> None:
+        """Log what came out: numbers, the output as a data set, the manifest and the report."""
+        counts = manifest.counts
+        whole = max(counts.input, 1)
+        run.log_metrics(
+            {
+                "input": counts.input,
+                "kept": counts.kept,
+                "rejected": counts.rejected,
+                "failed": counts.failed,
+                "kept_share": counts.kept / whole,
+                "rejected_share": counts.rejected / whole,
+                "failed_share": counts.failed / whole,
+                "seconds": seconds,
+                "records_per_second": counts.input / max(seconds, 1e-9),
+                "bytes": sum(file.bytes for file in manifest.files),
+                **{f"rejected/{reason}": rows for reason, rows in counts.by_reason.items()},
+                **{f"cost/{name}": value for name, value in (manifest.cost or {}).items()},
+            }
+        )
+        run.log_dataset(
+            f"{self.name} output",
+            self.store.uri,
+            _digest([file.sha256 for file in manifest.files]),
+            context="output",
+            schema=self._schema,
+            profile=counts.model_dump(),
+        )
+        run.log_dict(manifest.model_dump(mode="json"), manifests.NAME)
+        for name in (card.NAME, REPORT):
+            if self.store.is_file(name):
+                run.log_text(self.store.read(name).decode(), name)
 
 
-def _report(run: Run, manifest: Manifest, seconds: float) -> None:
-    counts = manifest.counts
-    run.log_metrics(
-        {
-            "input": counts.input,
-            "kept": counts.kept,
-            "rejected": counts.rejected,
-            "failed": counts.failed,
-            "seconds": seconds,
-            "records_per_second": counts.input / max(seconds, 1e-9),
-            **{f"rejected/{reason}": rows for reason, rows in counts.by_reason.items()},
-        }
-    )
-    run.log_dict(manifest.model_dump(mode="json"), manifests.NAME)
+def _digest(value: Any) -> str:
+    """A short hash, as MLflow wants for a data set."""
+    return records.sha256_hex(json.dumps(value, sort_keys=True).encode())[:32]
 
 
 def _what(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -224,10 +299,9 @@ def _one_sentence() -> Iterator[None]:
     """Whatever Ray wrapped our errors in, raise the error itself."""
     try:
         yield
-    except DimError:
-        raise
-    except Exception as error:
+    except Exception as error:  # Ray's own error of a DimError is one too, with a traceback as text
         known = find_dim_error(error)
         if known is None:
             raise
+        known.args = (str(known).partition("\n")[0],)  # Ray adds lines of advice on retries
         raise known from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from typing import Any
 
@@ -13,6 +14,7 @@ from infra.storage import Store
 
 NAME = "manifest.json"
 VERSION = 1
+"""Raised whenever an older program would read a manifest wrongly."""
 
 
 class FileEntry(StrictModel):
@@ -43,7 +45,8 @@ class Manifest(StrictModel):
     """Written last, so that its presence says that the output is complete.
 
     ``input`` identifies what the job read: the same value and the same ``config`` give the same
-    files.
+    files. ``cost`` is what the records cost, as numbers by name (``requests``, ``input_tokens``,
+    ``output_tokens``, ``usd``), from the job that paid; a job that pays nothing has none.
     """
 
     version: int = VERSION
@@ -52,6 +55,7 @@ class Manifest(StrictModel):
     input: dict[str, Any]
     counts: Counts
     files: tuple[FileEntry, ...]
+    cost: dict[str, float] | None = None
 
     def rows_in(self, folder: str) -> int:
         """Rows of all files below ``folder``."""
@@ -62,18 +66,34 @@ def read(store: Store) -> Manifest | None:
     """The manifest of an output, or ``None`` while it is not finished.
 
     Raises:
-        StorageError: there is one that is not readable.
+        StorageError: there is one that is not readable, or of a newer version.
     """
     if not store.is_file(NAME):
         return None
+    text = store.read(NAME)
+    version = _version(text)
+    if version > VERSION:
+        raise StorageError(
+            f"{store.address(NAME)} is of version {version}, and this program knows {VERSION} and "
+            "older; use a newer one"
+        )
     try:
-        return Manifest.model_validate_json(store.read(NAME))
+        return Manifest.model_validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise StorageError(
             f"{store.address(NAME)} is no manifest: {where} {first['msg']}"
         ) from None
+
+
+def _version(text: bytes) -> int:
+    """The version a manifest says it has, also where the rest of it is not as we know it."""
+    try:
+        found = json.loads(text).get("version")
+    except (ValueError, AttributeError):
+        return 0
+    return found if isinstance(found, int) else 0
 
 
 def write(store: Store, manifest: Manifest) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import ray.data
 
 from dim import records
@@ -24,11 +25,12 @@ class Shards:
     manifest: Manifest
 
     @classmethod
-    def open(cls, uri: str, kind: pa.Schema) -> Shards:
-        """Open the output at ``uri``, which must hold records of the schema ``kind``.
+    def open(cls, uri: str, *kinds: pa.Schema) -> Shards:
+        """Open the output at ``uri``, which must hold records of one of the schemas ``kinds``.
 
         Raises:
-            InputError: it does not exist, is not finished, or holds other records.
+            InputError: it does not exist, is not finished, or holds other records or a newer
+                schema than this program knows.
             StorageError: it cannot be read.
         """
         store = open_store(uri)
@@ -37,7 +39,7 @@ class Shards:
             state = "is not finished" if store.exists() else "does not exist"
             raise InputError(f"the input {uri} {state} (no {manifests.NAME})")
         shards = cls(store, manifest)
-        shards._check_kind(kind)
+        shards._check_kind(kinds)
         return shards
 
     @property
@@ -56,6 +58,12 @@ class Shards:
         """The files of kept records, in order."""
         return [file.path for file in self.manifest.files if _is_data(file.path)]
 
+    @cached_property
+    def schema(self) -> pa.Schema:
+        """The columns of the kept records, with their kind and schema version as metadata."""
+        with self.store.open_parquet(self.names[0]) as file:
+            return file.schema_arrow
+
     def read(self, rows_per_block: int = 64) -> ray.data.Dataset:
         """The kept records as a Ray data set; images stay encoded.
 
@@ -70,13 +78,25 @@ class Shards:
         """``workers`` processes for a stage that holds something; fewer for a few records."""
         return ray.data.ActorPoolStrategy(size=max(1, min(workers, self.rows // rows_per_block)))
 
-    def _check_kind(self, wanted: pa.Schema) -> None:
-        with self.store.open_input(self.names[0]) as file:
-            found = records.kind_of(pq.read_schema(file))
-        if found != records.kind_of(wanted):
+    def batches(self, rows: int = 64, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+        """The kept records in order, a few in memory at a time; all columns unless named.
+
+        Raises:
+            StorageError: they cannot be read.
+        """
+        for name in self.names:
+            with self.store.open_parquet(name) as file:
+                for batch in file.iter_batches(batch_size=rows, columns=columns):
+                    yield pa.Table.from_batches([batch])
+
+    def _check_kind(self, kinds: tuple[pa.Schema, ...]) -> None:
+        schema = self.schema
+        records.check_version(schema, self.store.uri)
+        found, wanted = records.kind_of(schema), [records.kind_of(kind) for kind in kinds]
+        if found not in wanted:
             raise InputError(
                 f"{self.store.uri} holds {found or 'unknown'} records, and "
-                f"{records.kind_of(wanted)} records are needed"
+                f"{' or '.join(map(str, wanted))} records are needed"
             )
 
 

@@ -7,6 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from dim import records
+from dim.errors import InputError
 
 
 @pytest.mark.parametrize(
@@ -44,3 +45,15 @@ def test_content_hash_keeps_parts_apart() -> None:
 
 def test_clean_text_can_be_written() -> None:
     assert records.clean_text("a\ud83d b 🙂") == "a? b 🙂"
+
+
+def test_schema_versions() -> None:
+    assert records.version_of(records.EDIT) == records.SCHEMA_VERSION
+    assert records.version_of(pa.schema([])) is None
+    records.check_version(records.EDIT, "here")
+    records.check_version(pa.schema([]), "here")
+    newer = pa.schema([], metadata={records.VERSION_KEY: b"7"})
+    with pytest.raises(InputError, match="^there holds records of schema version 7, and this"):
+        records.check_version(newer, "there")
+    with pytest.raises(InputError, match="'x' is no number"):
+        records.version_of(pa.schema([], metadata={records.VERSION_KEY: b"x"}))

@@ -14,9 +14,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from dim.errors import StorageError
+from dim import records
+from dim.errors import InputError, StorageError
 from infra import storage
 from infra.storage import Store, open_store
+from tests.fault_proxy import running
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -243,3 +245,71 @@ def test_a_busy_store_is_asked_again(busy_server: tuple[str, list[str]], s3_endp
     uri = f"s3://bucket/a.txt?endpoint_override={endpoint}"
     assert storage.read_bytes(uri) == b"finally"
     assert len(asked) >= 3
+
+
+def test_writes_part_by_part(store: Store) -> None:
+    with store.open_output("f/a.bin") as file:
+        for part in (b"one", b"", b"two"):
+            file.write(part)
+        assert not store.exists("f/a.bin")
+        assert (file.size, file.tell()) == (6, 6)
+    assert file.sha256 == records.sha256_hex(b"onetwo")
+    assert store.read("f/a.bin") == b"onetwo"
+
+
+def test_what_ends_in_an_error_never_appears(store: Store) -> None:
+    store.write("a", b"old")
+    with pytest.raises(KeyError), store.open_output("a") as file:
+        file.write(b"half of the new")
+        raise KeyError
+    assert store.read("a") == b"old"
+    assert [name for name, _ in store.list()] == ["a"]
+
+
+def test_a_disk_that_fills_up_while_a_table_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store(str(tmp_path))
+    with (
+        open("/dev/full", "wb", buffering=0) as full,
+        pytest.raises(StorageError, match="cannot write .*/a.parquet: no space left on the disk"),
+        store.open_output("a.parquet") as file,
+    ):
+        monkeypatch.setattr(file, "_file", full)
+        pq.write_table(pa.table({"a": [1, 2]}), file)
+    assert store.list() == []
+
+
+def test_a_damaged_parquet_file_is_named(store: Store) -> None:
+    store.write("a.parquet", b"PAR1 and no more PAR1")
+    with (
+        pytest.raises(StorageError, match="cannot read .*/a.parquet: "),
+        store.open_parquet("a.parquet"),
+    ):
+        pytest.fail("it was opened")
+
+
+def test_records_of_a_newer_schema_are_refused(store: Store) -> None:
+    newer = {records.KIND_KEY: b"edit", records.VERSION_KEY: b"12"}
+    buffer = pa.BufferOutputStream()
+    pq.write_table(pa.table({"a": [1]}).replace_schema_metadata(newer), buffer)
+    store.write("data/part-00000.parquet", buffer.getvalue())
+    store.write("manifest.json", b"{}")
+    known = records.SCHEMA_VERSION
+    with pytest.raises(InputError, match=f"schema version 12, and this program knows {known}"):
+        storage.open_dataset(store.uri)
+
+
+def test_a_refusal_longer_than_what_was_asked_for(s3: str, s3_endpoint: str) -> None:
+    storage.write_bytes(f"{s3}/a.bin", b"0123456789")
+    with running(s3_endpoint) as proxy:
+        store = open_store(f"{s3}?endpoint_override={proxy.url}")
+        with store.open_input("a.bin") as file:
+            proxy.busy = lambda number: number <= 3  # the first is the question how long it is
+            assert file.read(2) == b"01"
+            assert file.read() == b"23456789"
+            file.seek(4)
+            assert file.read(3) == b"456"
+        assert proxy.statuses[503] == 2
+        proxy.requests = 0
+        assert store.read("a.bin") == b"0123456789"

@@ -1,13 +1,18 @@
 from __future__ import annotations
 
+import json
+import re
 import socket
+import warnings
 from pathlib import Path
 
 import mlflow
+import pyarrow as pa
 import pytest
 from PIL import Image
 
-from infra.tracking import Tracking, TrackingError, default_uri, flatten
+import dim
+from infra.tracking import Tracking, TrackingError, code_version, default_uri, flatten
 
 
 @pytest.fixture(scope="module")
@@ -115,3 +120,39 @@ def test_default_uri(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         default_uri("s3://bucket/out")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://host:5000")
     assert default_uri("s3://bucket/out") == "http://host:5000"
+
+
+def test_data_sets_are_inputs_of_the_run(tracking: Tracking, tmp_path: Path) -> None:
+    schema = pa.schema([("id", pa.string()), ("image", pa.large_binary()), ("width", pa.int32())])
+    with warnings.catch_warnings(), tracking.run("job") as run:
+        warnings.simplefilter("error", UserWarning)
+        folder = str(tmp_path)
+        run.log_dataset("raw", folder, "a" * 32, context="input", profile={"rows": 3})
+        run.log_dataset("made", "s3://b/out", "b" * 32, context="output", schema=schema)
+        run.log_dataset("drawn", None, "c" * 32, context="input")
+    stored = {
+        item.dataset.name: item
+        for item in client_of(tracking).get_run(run.id).inputs.dataset_inputs
+    }
+    assert {name: item.tags[0].value for name, item in stored.items()} == {
+        "raw": "input",
+        "made": "output",
+        "drawn": "input",
+    }
+    assert json.loads(stored["raw"].dataset.profile) == {"rows": 3}
+    assert stored["raw"].dataset.digest == "a" * 32
+    source = mlflow.data.get_source(stored["made"])
+    assert json.loads(source.to_json()) == {"uri": "s3://b/out"}
+    columns = json.loads(stored["made"].dataset.schema)["mlflow_colspec"]
+    assert [(column["name"], column["type"]) for column in columns] == [
+        ("id", "string"),
+        ("image", "binary"),
+        ("width", "integer"),
+    ]
+
+
+def test_the_code_has_a_version() -> None:
+    tags = code_version()
+    assert tags["dim.version"] == dim.__version__
+    if (Path(dim.__file__).parents[1] / ".git").exists():
+        assert re.fullmatch("[0-9a-f]{40}", tags["mlflow.source.git.commit"])

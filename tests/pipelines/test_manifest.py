@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -44,3 +45,19 @@ def test_differences_have_dotted_names() -> None:
         "d was 3 and is None",
         "e was None and is 4",
     ]
+
+
+def test_a_newer_manifest_is_refused_in_words(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    store.write(manifest.NAME, b'{"version": 2, "job": "edit", "parts": []}')
+    with pytest.raises(StorageError, match="is of version 2, and this program knows 1 and older"):
+        manifest.read(store)
+
+
+def test_an_older_manifest_has_no_cost(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    old = Manifest(job="edit", config={}, input={}, counts=counts(), files=()).model_dump()
+    del old["cost"]
+    store.write(manifest.NAME, json.dumps(old).encode())
+    found = manifest.read(store)
+    assert found is not None and found.cost is None

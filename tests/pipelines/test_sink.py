@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from ray.data.datasource import WriteResult
 
 from dim import records
+from dim.errors import DimError
 from infra.storage import Store, open_store
 from pipelines import sink
 from pipelines.manifest import FileEntry
@@ -33,10 +36,13 @@ def rows(count: int) -> list[dict[str, Any]]:
 
 
 def written(
-    store: Store, parts: list[list[dict[str, Any]]], rows_per_file: int = 10
+    store: Store,
+    parts: list[list[dict[str, Any]]],
+    rows_per_file: int = 10,
+    target_bytes: int = 256 << 20,
 ) -> OutcomeSink:
     """A sink after one write task per part, as the driver sees it."""
-    target = OutcomeSink(store, records.T2I, rows_per_file)
+    target = OutcomeSink(store, records.T2I, rows_per_file, target_bytes)
     results = [
         target.write([to_table(part, records.T2I)] if part else [pa.table({})], None)
         for part in parts
@@ -109,3 +115,114 @@ def test_large_outputs_are_put_together_by_the_cluster(
     here = committed(tmp_path / "here", [made[:17], made[17:]])
     monkeypatch.setattr(sink, "_COMMIT_IN_DRIVER", 0)
     assert committed(tmp_path / "there", [made[:17], made[17:]]) == here
+
+
+def sized(count: int, size: int) -> list[dict[str, Any]]:
+    """Records that are all kept, with images of ``size`` bytes that do not compress."""
+    rng = np.random.default_rng(0)
+    return [
+        {"id": f"r{index}", "index": index, "source": "t", "image": rng.bytes(size)}
+        for index in range(count)
+    ]
+
+
+def test_files_grow_to_the_target_size_and_not_beyond(tmp_path: Path) -> None:
+    made = sized(60, 10_000)
+    target = 256_000  # bytes: 25 records
+    folders = []
+    for name, parts in (
+        ("one", [made]),
+        ("many", [made[n : n + 7] for n in range(0, 60, 7)][::-1]),
+    ):
+        store = open_store(str(tmp_path / name))
+        folders.append(written(store, parts, rows_per_file=1000, target_bytes=target).commit())
+    assert folders[0] == folders[1]
+    data = [file for file in folders[0] if file.path.startswith("data/")]
+    assert [file.rows for file in data] == [25, 25, 10]
+    assert all(file.bytes < target * 1.02 for file in data)
+
+
+def test_a_record_larger_than_the_target_has_a_file_of_its_own(tmp_path: Path) -> None:
+    made = sized(3, 5_000)
+    files = written(open_store(str(tmp_path)), [made], target_bytes=100).commit()
+    assert [file.rows for file in files if file.path.startswith("data/")] == [1, 1, 1]
+
+
+def test_row_groups_are_small_and_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sink, "_GROUP_BYTES", 45_000)
+    made = sized(30, 10_000)
+    for name, parts in (("one", [made]), ("many", [made[::2], made[1::2]])):
+        written(open_store(str(tmp_path / name)), parts, rows_per_file=1000).commit()
+    one, many = (tmp_path / name / "data" / "part-00000.parquet" for name in ("one", "many"))
+    assert one.read_bytes() == many.read_bytes()
+    file = pq.ParquetFile(one)
+    assert [file.metadata.row_group(n).num_rows for n in range(file.num_row_groups)] == [4] * 7 + [
+        2
+    ]
+    assert file.read_row_group(3)["index"].to_pylist() == [12, 13, 14, 15]
+    assert file.read()["image"].to_pylist() == [row["image"] for row in made]
+
+
+def test_a_write_task_holds_no_more_than_a_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sink, "_STAGE_BYTES", 25_000)
+    target = OutcomeSink(open_store(str(tmp_path)), records.T2I, 1000)
+    blocks = [to_table([row], records.T2I) for row in sized(10, 10_000)]
+    pieces = target.write(iter(blocks), None)
+    assert [len(piece.places) for piece in pieces] == [3, 3, 3, 1]
+
+
+def test_a_file_is_put_together_in_little_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sink, "_STAGE_BYTES", 2 << 20)
+    monkeypatch.setattr(sink, "_GROUP_BYTES", 2 << 20)
+    target = OutcomeSink(open_store(str(tmp_path)), records.T2I, 10_000)
+    parts = (to_table([row], records.T2I) for row in sized(60, 1 << 20))
+    target.on_write_complete(WriteResult(0, 0, [target.write(parts, None)]))
+    pool = pa.proxy_memory_pool(pa.default_memory_pool())
+    before = pa.default_memory_pool()
+    pa.set_memory_pool(pool)
+    tracemalloc.start()
+    try:
+        (data, *_) = target.commit()
+        peak = pool.max_memory() + tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+        pa.set_memory_pool(before)
+    assert data.rows == 60 and data.bytes > 60 << 20
+    assert peak < 20 << 20
+
+
+def test_a_record_that_comes_twice_stops_the_job(tmp_path: Path) -> None:
+    made = rows(10)
+    with pytest.raises(DimError, match="two records have the place 3 of the input"):
+        committed(tmp_path, [made, made[3:4]])
+
+
+def test_a_piece_that_lost_records_stops_the_job(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    target = written(store, [sized(10, 10)])
+    (short, _), *_ = [item for item in store.list("staging")]
+    with store.open_output(short) as file:
+        table = sink._fit(to_table(sized(9, 10), records.T2I), records.T2I)
+        with pa.ipc.new_stream(file, table.schema) as writer:
+            writer.write_table(table)
+    with pytest.raises(DimError, match="has 9 of the 10 records it should have"):
+        target.commit()
+
+
+def test_sizes_follow_from_the_values() -> None:
+    table = pa.table(
+        {
+            "text": pa.array(["ab", None, "ü"]),
+            "bytes": pa.array([b"1", b"22", None], pa.large_binary()),
+            "number": pa.array([1, 2, 3], pa.int32()),
+            "lists": pa.array([[1.0, 2.0], None, []], pa.list_(pa.float64())),
+        }
+    )
+    expected = [2 + 1 + 4 + 16, 2 + 4, 2 + 4]
+    assert sink.row_bytes(table).tolist() == expected
+    assert sink.row_bytes(table.slice(1)).tolist() == expected[1:]
+    assert sink.row_bytes(pa.concat_tables([table.slice(2), table])).tolist() == [6, *expected]

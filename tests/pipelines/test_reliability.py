@@ -1,0 +1,283 @@
+"""What a job survives: killed workers, a killed driver, a store that is busy, a disk that is full.
+
+Each fault really happens, and each test ends the same way: the output is the one of a job that
+nothing happened to, and every record of the input is in it once.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+import ray.data
+
+from dim import records
+from dim.errors import StorageError
+from infra import storage
+from pipelines import edit, ingest
+from pipelines.edit import EditConfig
+from pipelines.ingest import IngestConfig
+from pipelines.job import Job, JobConfig
+from pipelines.manifest import Manifest
+from pipelines.stages.filters import PairRules
+from pipelines.stages.outcome import Rejection, fail, reject, to_table
+from pipelines.verify import verify
+from tests.fault_proxy import FaultProxy, running
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+ROOT = Path(__file__).resolve().parents[2]
+ROWS = 60
+TABLE = PairRules(min_side=32, min_changed=0.0005, min_ssim=-1)
+
+
+class Make:
+    """Records from numbers; every fifth rejected, every seventh failed. Waits to be killed.
+
+    The first to reach record 30 writes its process id to ``victim`` and hangs; whoever comes after
+    it finds the file and goes on.
+    """
+
+    def __init__(self, victim: Path | None) -> None:
+        self._victim = victim
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        numbers = batch["id"].to_pylist()
+        if self._victim and 30 in numbers and not self._victim.exists():
+            partial = self._victim.with_suffix(".new")
+            partial.write_text(str(os.getpid()))
+            partial.replace(self._victim)
+            time.sleep(300)
+        return to_table(map(self._make, numbers), records.RAW_IMAGE)
+
+    def _make(self, number: int) -> dict[str, Any]:
+        image = bytes([number]) * 2000
+        row = {"id": f"r{number}", "index": number, "source": "t", "image": image}
+        if number % 5 == 4:
+            reject(row, Rejection("image.blank", "nothing on it", 0, 1))
+        elif number % 7 == 6:
+            fail(row, "make", "broken")
+        return row
+
+
+def make(out: Path | str, victim: Path | None = None, *, actors: bool = False) -> Manifest:
+    config = JobConfig(out=str(out), rows_per_file=16, target_file_mb=0.02)
+    job = Job("made", config, records.RAW_IMAGE, identity={}, rows=ROWS)
+    how = {"batch_format": "pyarrow", "batch_size": 4}
+
+    def build() -> ray.data.Dataset:
+        numbers = ray.data.range(ROWS, override_num_blocks=12)
+        if not actors:
+            return numbers.map_batches(Make(victim), **how)
+        pool = ray.data.ActorPoolStrategy(size=2)
+        return numbers.map_batches(Make, fn_constructor_args=(victim,), compute=pool, **how)
+
+    return job.run(build)
+
+
+def check(uri: Path | str, manifest: Manifest, wanted: Manifest | None = None) -> None:
+    """The output is whole, nothing is left over, and it is the one that was wanted."""
+    counts = manifest.counts
+    assert counts.input == counts.kept + counts.rejected + counts.failed
+    assert verify(str(uri)).problems == []
+    store = storage.open_store(str(uri))
+    assert not store.exists("staging") and not store.exists("unfinished.json")
+    if wanted is not None:
+        assert (manifest.files, manifest.counts) == (wanted.files, wanted.counts)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    out = tmp_path_factory.mktemp("undisturbed") / "out"
+    manifest = make(out)
+    check(out, manifest)
+    assert (manifest.counts.kept, manifest.counts.rejected, manifest.counts.failed) == (41, 12, 7)
+    assert manifest.rows_in("data") == 41 and len(manifest.files) > 6
+    return manifest
+
+
+@pytest.mark.parametrize("actors", [False, True], ids=["task", "actor"])
+def test_a_worker_that_is_killed_loses_nothing(
+    tmp_path: Path, undisturbed: Manifest, actors: bool
+) -> None:
+    victim = tmp_path / "victim"
+    killed: list[int] = []
+
+    def kill() -> None:
+        while not victim.exists():
+            time.sleep(0.05)
+        killed.append(int(victim.read_text()))
+        os.kill(killed[0], signal.SIGKILL)
+
+    threading.Thread(target=kill, daemon=True).start()
+    manifest = make(tmp_path / "out", victim, actors=actors)
+    assert killed and killed[0] != os.getpid()
+    with pytest.raises(ProcessLookupError):
+        os.kill(killed[0], 0)
+    check(tmp_path / "out", manifest, undisturbed)
+
+
+# A driver that kills itself where the test says: before the file NAME is written, or half through.
+DRIVER = """
+import os, signal, sys
+from contextlib import contextmanager
+from infra.storage import Store
+from pipelines import ingest
+from pipelines.ingest import IngestConfig
+
+out, name, moment = sys.argv[1:]
+write, open_output, delete = Store.write, Store.open_output, Store.delete
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def watched_write(self, path, data):
+    if path == name and moment == "before":
+        die()
+    write(self, path, data)
+    if path == name and moment == "after":
+        die()
+
+@contextmanager
+def watched_output(self, path):
+    if path == name and moment == "before":
+        die()
+    with open_output(self, path) as file:
+        if path == name:
+            inner, file.write = file.write, lambda data: (inner(data), die())
+        yield file
+
+Store.write, Store.open_output = watched_write, watched_output
+ingest.run(IngestConfig(tabletop=40, out=out, rows_per_file=16, seed=3))
+"""
+
+
+def tabletop(out: Path | str) -> IngestConfig:
+    return IngestConfig(tabletop=40, out=str(out), rows_per_file=16, seed=3)
+
+
+@pytest.fixture(scope="module")
+def drawn(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    out = tmp_path_factory.mktemp("drawn") / "out"
+    manifest = ingest.run(tabletop(out))
+    check(out, manifest)
+    return manifest
+
+
+@pytest.mark.parametrize(
+    ("name", "moment"),
+    [
+        ("data/part-00001.parquet", "halfway"),
+        ("manifest.json", "before"),
+        ("manifest.json", "after"),
+    ],
+)
+def test_a_driver_that_is_killed_and_run_again(
+    tmp_path: Path, drawn: Manifest, name: str, moment: str
+) -> None:
+    out = tmp_path / "out"
+    address = ray.get_runtime_context().gcs_address
+    process = subprocess.run(
+        [sys.executable, "-c", DRIVER, str(out), name, moment],
+        cwd=ROOT,
+        env={**os.environ, "RAY_ADDRESS": address},
+        capture_output=True,
+        timeout=300,
+    )
+    assert process.returncode == -signal.SIGKILL, process.stderr.decode()
+    assert (out / "unfinished.json").exists() and list((out / "staging").iterdir())
+    assert (out / "manifest.json").exists() == (moment == "after")
+    assert not (out / name).exists() or moment == "after"
+    again = ingest.run(tabletop(out))
+    check(out, again, drawn)
+    assert again.model_dump(exclude={"config"}) == drawn.model_dump(exclude={"config"})
+    left = [path.name for path in out.rglob("*") if path.is_file() and path.suffix != ".parquet"]
+    assert sorted(set(left) - {"manifest.json"}) in ([], [".part-00001.parquet.tmp"])
+
+
+@pytest.fixture
+def busy_store(s3: str, s3_endpoint: str) -> Iterator[tuple[str, FaultProxy]]:
+    """The URI of a bucket behind a proxy, and the proxy."""
+    with running(s3_endpoint) as proxy:
+        yield f"{s3}/{{}}?endpoint_override={proxy.url}", proxy
+
+
+def test_a_store_that_is_busy_and_slow_for_a_while(
+    tmp_path: Path, drawn: Manifest, busy_store: tuple[str, FaultProxy]
+) -> None:
+    bucket, proxy = busy_store
+
+    def disturb() -> None:
+        proxy.requests = 0
+        proxy.busy = lambda number: number < 60 and number % 3 == 0
+        proxy.delay = lambda number: 0.2 if number % 4 == 0 else 0.0
+
+    disturb()
+    manifest = ingest.run(tabletop(bucket.format("raw")))
+    disturb()
+    config = EditConfig(
+        raw=bucket.format("raw"),
+        out=bucket.format("edit"),
+        designer="oracle",
+        filters=TABLE,
+        batch_size=8,
+        rows_per_file=16,
+    )
+    edited = edit.run(config)
+    assert proxy.statuses[503] >= 20
+    proxy.busy = lambda number: False
+    check(bucket.format("raw"), manifest, drawn)
+    check(bucket.format("edit"), edited)
+    ingest.run(tabletop(tmp_path / "raw"))
+    here = {"raw": str(tmp_path / "raw"), "out": str(tmp_path / "edit")}
+    local = edit.run(config.model_copy(update=here))
+    assert (edited.counts, edited.files) == (local.counts, local.files)
+
+
+def test_a_store_that_is_gone_is_one_sentence_and_the_job_can_be_run_again(
+    drawn: Manifest, busy_store: tuple[str, FaultProxy], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bucket, proxy = busy_store
+    monkeypatch.setattr(storage, "_ATTEMPTS", 2)
+    proxy.busy = lambda number: number > 4
+    with pytest.raises(
+        StorageError, match=r"s3://.*: the store is (too busy|unavailable)"
+    ) as error:
+        ingest.run(tabletop(bucket.format("raw")))
+    assert "\n" not in str(error.value)
+    proxy.busy = lambda number: False
+    check(bucket.format("raw"), ingest.run(tabletop(bucket.format("raw"))), drawn)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own with 64 KiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)]
+    if sys.platform != "linux" or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("mounting a small file system is not allowed here")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_a_full_disk_is_one_sentence_and_the_job_can_be_run_again(
+    small_disk: Path, undisturbed: Manifest
+) -> None:
+    out = small_disk / "out"
+    with pytest.raises(StorageError, match="cannot write .*: no space left on the disk") as error:
+        make(out)
+    assert "\n" not in str(error.value)
+    assert not (out / "manifest.json").exists()
+    assert not list(out.rglob("*.tmp"))
+    subprocess.run(["mount", "-o", "remount,size=16m", str(small_disk)], check=True)
+    check(out, make(out), undisturbed)
