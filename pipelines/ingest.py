@@ -7,14 +7,18 @@ from typing import Annotated, Self
 import ray.data
 import typer
 from pydantic import Field, model_validator
+from ray.data import TaskPoolStrategy
 
 from dim.config import load_config
 from infra import storage
-from pipelines import sources
+from pipelines import containers, sources
 from pipelines.command import ConfigFile, Out, Overrides, Overwrite, RetryFailed, settings, summary
 from pipelines.job import Job, JobConfig
+from pipelines.layout import load_layout
 from pipelines.manifest import Manifest
+from pipelines.media import MediaConfig
 from pipelines.sources import Source
+from pipelines.stages.fetch import FetchConfig
 from pipelines.stages.readers import TabletopImages, TabletopPairs
 from pipelines.world import TabletopConfig
 
@@ -25,9 +29,16 @@ class IngestConfig(TabletopConfig, JobConfig):
     """What to take in: exactly one of ``pairs``, ``images``, ``tabletop``, ``tabletop_images``."""
 
     pairs: str | None = None
-    """JSONL of edit pairs: id, image_path, image_path_target, instruction or prompt."""
+    """Edit pairs: a JSONL or JSON file, or Parquet, Arrow or WebDataset tars, one or a folder."""
     images: str | None = None
-    """JSONL of images (id, image_path, caption if any), or a folder of images."""
+    """Images: the same, or a folder of image files."""
+    layout: str | None = None
+    """Which columns hold what: a name of pipelines/layouts, or a YAML file. Unless given, the
+    names of the public forms: image_path, image_path_target, instruction or prompt, caption."""
+    media: MediaConfig | None = None
+    """Where the images lie that the records name by a key."""
+    fetch: FetchConfig | None = None
+    """How images behind URLs are fetched; without it they are not."""
     tabletop: int | None = Field(None, ge=1)
     """This many tabletop edit pairs."""
     tabletop_images: int | None = Field(None, ge=1)
@@ -40,32 +51,42 @@ class IngestConfig(TabletopConfig, JobConfig):
         given = [self.pairs, self.images, self.tabletop, self.tabletop_images]
         if sum(value is not None for value in given) != 1:
             raise ValueError("give exactly one of pairs, images, tabletop, tabletop_images")
+        tabletop = self.pairs is None and self.images is None
+        if tabletop and (self.layout or self.media or self.fetch):
+            raise ValueError("layout, media and fetch go with pairs or images")
         return self
 
 
 def run(config: IngestConfig, *, overwrite: bool = False, retry_failed: bool = False) -> Manifest:
     """Read the source into raw shards. See :meth:`pipelines.job.Job.run` for reruns and errors."""
     source = open_source(config)
+    workers = config.fetch.workers if config.fetch else None
     job = Job("ingest", config, source.schema, identity=source.identity, rows=source.rows)
-    return job.run(lambda: read(source), overwrite=overwrite, retry_failed=retry_failed)
+    return job.run(
+        lambda: read(source, workers=workers), overwrite=overwrite, retry_failed=retry_failed
+    )
 
 
-def read(source: Source) -> ray.data.Dataset:
-    """Ranges → records."""
+def read(source: Source, *, workers: int | None = None) -> ray.data.Dataset:
+    """Ranges → records, as many ranges at once as there are cores, or ``workers`` at most."""
     blocks = min(len(source.units), _MOST_TASKS)
     units = ray.data.from_items(source.units, override_num_blocks=blocks)
-    return units.map_batches(source.reader, batch_format="pyarrow", batch_size=1)
+    strategy = TaskPoolStrategy(size=workers) if workers else None
+    return units.map_batches(source.reader, batch_format="pyarrow", batch_size=1, compute=strategy)
 
 
 def open_source(config: IngestConfig) -> Source:
     """The source that a configuration names, cut into ranges."""
     rows = config.rows_per_range
-    if config.pairs is not None:
-        return sources.pairs_from_lines(config.pairs, config.source, rows)
-    if config.images is not None:
-        if storage.open_store(config.images).is_file():
-            return sources.images_from_lines(config.images, config.source, rows)
-        return sources.images_from_folder(config.images, config.source, rows)
+    uri = config.pairs if config.pairs is not None else config.images
+    if uri is not None:
+        if config.images is not None and not (config.layout or config.media) and _is_folder(uri):
+            return sources.images_from_folder(uri, config.source, rows)
+        pairs = config.pairs is not None
+        layout = load_layout(config.layout or ("pairs" if pairs else "images"), pairs=pairs)
+        return sources.from_records(
+            uri, layout, config.source, rows, media=config.media, fetch=config.fetch
+        )
     world = config.model_dump(include={"seed", "size", "objects", "outlines"})
     if config.tabletop_images is not None:
         return sources.tabletop_images(config.tabletop_images, rows, TabletopImages(**world))
@@ -73,11 +94,32 @@ def open_source(config: IngestConfig) -> Source:
     return sources.tabletop_pairs(config.tabletop or 0, rows, reader)
 
 
+def _is_folder(uri: str) -> bool:
+    """Whether an address is a folder without tables or tars, so one of image files."""
+    return not storage.open_store(uri).is_file() and not containers.find_files(uri)[1]
+
+
 def main(
     out: Out,
     overrides: Overrides = None,
-    pairs: Annotated[str | None, typer.Option(help="JSONL of edit pairs.")] = None,
-    images: Annotated[str | None, typer.Option(help="JSONL of images, or their folder.")] = None,
+    pairs: Annotated[
+        str | None, typer.Option(help="Edit pairs: JSONL, Parquet, Arrow or WebDataset tars.")
+    ] = None,
+    images: Annotated[
+        str | None, typer.Option(help="Images: the same, or a folder of image files.")
+    ] = None,
+    layout: Annotated[
+        str | None, typer.Option(help="Whose columns: a layout's name, or a YAML file.")
+    ] = None,
+    media: Annotated[
+        str | None, typer.Option(help="Where the images lie that the records name.")
+    ] = None,
+    media_key: Annotated[
+        str | None, typer.Option(help="The column there that holds the records' image_path.")
+    ] = None,
+    fetch: Annotated[
+        bool, typer.Option("--fetch", help="Fetch the images that are given as URLs.")
+    ] = False,
     tabletop_pairs: Annotated[
         int | None, typer.Option("--tabletop", help="This many tabletop edit pairs.")
     ] = None,
@@ -105,6 +147,7 @@ def main(
         out=out,
         pairs=pairs,
         images=images,
+        layout=layout,
         tabletop=tabletop_pairs,
         tabletop_images=tabletop_images,
         source=source,
@@ -113,7 +156,9 @@ def main(
         kinds=None if kinds is None else [kind.strip() for kind in kinds.split(",")],
         referential=referential,
     )
-    chosen = load_config(IngestConfig, config, [*(overrides or []), *given])
+    fetching = ["fetch={}"] if fetch else []
+    given += settings(**{"media.uri": media, "media.key": media_key})
+    chosen = load_config(IngestConfig, config, [*fetching, *(overrides or []), *given])
     summary(out, run(chosen, overwrite=overwrite, retry_failed=retry_failed))
 
 

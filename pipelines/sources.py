@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -18,19 +19,22 @@ import pyarrow as pa
 from dim import records
 from dim.errors import InputError
 from infra import storage
-from infra.storage import Store
-from pipelines.stages.readers import (
-    ImageFiles,
-    ImageLines,
+from pipelines import containers
+from pipelines.containers import Cutter
+from pipelines.layout import Layout
+from pipelines.media import MediaConfig, MediaIndex
+from pipelines.stages.entries import (
+    READ_AHEAD,
+    ArrayItems,
+    Entries,
+    Files,
     JsonLines,
-    PairLines,
-    TabletopImages,
-    TabletopPairs,
-    line_id,
+    is_image,
+    parse_line,
 )
-
-_IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
-_READ_AHEAD = 1 << 20
+from pipelines.stages.entries import identity as identity_of
+from pipelines.stages.fetch import FetchConfig
+from pipelines.stages.readers import ImageFiles, Records, TabletopImages, TabletopPairs
 
 
 @dataclass(frozen=True)
@@ -52,21 +56,48 @@ class Source:
     schema: pa.Schema
 
 
-def pairs_from_lines(uri: str, source: str | None, rows_per_file: int) -> Source:
-    """Edit pairs named by a JSONL file.
+def from_records(
+    uri: str,
+    layout: Layout,
+    source: str | None,
+    rows_per_range: int,
+    *,
+    media: MediaConfig | None = None,
+    fetch: FetchConfig | None = None,
+) -> Source:
+    """Records of a JSONL file, a JSON array, or Parquet, Arrow or tar files, by a layout.
+
+    Args:
+        uri: one file, or a folder of files of one kind.
+        media: where the images lie, if not beside the records or in them.
+        fetch: how images behind URLs are fetched; without it they are not.
 
     Raises:
-        StorageError: there is no such file.
-        InputError: it is empty.
+        StorageError: there is nothing at the address.
+        InputError: it holds no records, or lacks a column that the layout needs.
     """
-    lines, scan = _open_lines(uri, source, rows_per_file)
-    return Source(scan.units, PairLines(lines), scan.rows, scan.identity, records.RAW_PAIR)
-
-
-def images_from_lines(uri: str, source: str | None, rows_per_file: int) -> Source:
-    """Images named by a JSONL file; errors as of :func:`pairs_from_lines`."""
-    lines, scan = _open_lines(uri, source, rows_per_file)
-    return Source(scan.units, ImageLines(lines), scan.rows, scan.identity, records.RAW_IMAGE)
+    store, files = containers.find_files(uri)
+    reader: Entries
+    if files:
+        reader = Files(store, source or _name_of(uri), layout.columns)
+        cutter = containers.cut(store, files, layout, rows_per_range)
+        identity: dict[str, Any] = {"files": records.sha256_hex(repr((store.uri, files)).encode())}
+    else:
+        if not storage.open_store(uri).is_file() and storage.open_store(uri).exists():
+            raise InputError(f"there are no .parquet, .arrow or .tar files in {uri}")
+        file_store, name = storage.open_file(uri)
+        kind = ArrayItems if name.endswith(".json") else JsonLines
+        reader = kind(file_store, name, source or _name_of(uri))
+        cutter, identity = _scan(reader, layout, rows_per_range)
+    if not cutter.rows:
+        raise InputError(f"{uri} is empty")
+    index = MediaIndex(media) if media is not None else None
+    if index is not None:
+        index.join(cutter.units, reader, layout)
+        identity["media"] = records.sha256_hex(repr(index.identity).encode())
+        identity |= {"keys_unmatched": index.unmatched, "images_unused": index.unused}
+    made = Records(reader, layout, fetch, index.media if index else None)
+    return Source(cutter.units, made, cutter.rows, identity, made.schema)
 
 
 def images_from_folder(uri: str, source: str | None, rows_per_file: int) -> Source:
@@ -107,52 +138,55 @@ def _counted(count: int, rows_per_file: int) -> list[dict[str, Any]]:
 
 
 def _is_image(name: str) -> bool:
-    path = PurePosixPath(name)
-    return path.suffix.lower() in _IMAGE_SUFFIXES and not path.name.startswith(".")
+    return is_image(name) and not PurePosixPath(name).name.startswith(".")
 
 
-@dataclass
-class _Scan:
-    """One pass over a JSONL file: where each range starts, and which lines repeat an id."""
-
-    units: list[dict[str, Any]] = field(default_factory=list)
-    rows: int = 0
-    identity: dict[str, Any] = field(default_factory=dict)
+def _name_of(uri: str) -> str:
+    return PurePosixPath(storage.open_store(uri).root).stem
 
 
-def _open_lines(uri: str, source: str | None, rows_per_file: int) -> tuple[JsonLines, _Scan]:
-    store, name = storage.open_file(uri)
-    scan = _scan(store, name, rows_per_file)
-    if not scan.rows:
-        raise InputError(f"{uri} is empty")
-    return JsonLines(store, name, source or PurePosixPath(name).stem), scan
+def _scan(
+    reader: JsonLines | ArrayItems, layout: Layout, rows_per_range: int
+) -> tuple[Cutter, dict[str, Any]]:
+    """One pass over a file: where each range starts, and which entries repeat an id."""
+    cutter, digest = Cutter(rows_per_range), hashlib.sha256()
+    if isinstance(reader, ArrayItems):
+        data = reader.store.read(reader.name)
+        digest.update(data)
+        for item in _array(data, reader.store.address(reader.name)):
+            if cutter.begins():
+                cutter.begin(items=[])
+            text = json.dumps(item)
+            cutter.units[-1]["items"].append(text)
+            cutter.add(_id_of(text.encode(), layout))
+    else:
+        position = 0
+        with io.BufferedReader(reader.store.open_input(reader.name), READ_AHEAD) as file:
+            for number, line in enumerate(file, start=1):
+                digest.update(line)
+                if line.strip():
+                    if cutter.begins():
+                        cutter.begin(line=number, start=position)
+                    cutter.add(_id_of(line, layout), number)
+                position += len(line)
+                if cutter.units:
+                    cutter.units[-1]["end"] = position
+    where = storage.join(reader.store.uri, reader.name)
+    return cutter, {"file": where, "sha256": digest.hexdigest()}
 
 
-def _scan(store: Store, name: str, rows_per_file: int) -> _Scan:
-    scan, digest, seen, position = _Scan(), hashlib.sha256(), set[bytes](), 0
-    with io.BufferedReader(store.open_input(name), _READ_AHEAD) as file:
-        for number, line in enumerate(file, start=1):
-            digest.update(line)
-            if line.strip():
-                if scan.rows % rows_per_file == 0:
-                    unit = {"first": scan.rows, "line": number, "start": position, "repeated": [0]}
-                    scan.units.append(unit)
-                scan.rows += 1
-                if _is_repeated(line, seen):
-                    scan.units[-1]["repeated"].append(number)
-            position += len(line)
-            if scan.units:
-                scan.units[-1]["end"] = position
-    scan.identity = {"file": storage.join(store.uri, name), "sha256": digest.hexdigest()}
-    return scan
+def _array(data: bytes, where: str) -> list[Any]:
+    try:
+        items = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where} is not JSON ({error})") from None
+    if not isinstance(items, list):
+        raise InputError(f"{where} holds a JSON {type(items).__name__} where an array is expected")
+    return items
 
 
-def _is_repeated(line: bytes, seen: set[bytes]) -> bool:
-    """Whether an earlier line had this line's id; 8 bytes of a hash stand for an id."""
-    identity = line_id(line)
-    if identity is None:
-        return False
-    short = hashlib.blake2b(identity.encode(), digest_size=8).digest()
-    repeated = short in seen
-    seen.add(short)
-    return repeated
+def _id_of(text: bytes, layout: Layout) -> str | None:
+    try:
+        return identity_of(parse_line(text), layout)
+    except InputError:
+        return None

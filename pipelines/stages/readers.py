@@ -7,7 +7,7 @@ ranges into tables. What is wrong with a single record becomes that record's out
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -23,7 +23,11 @@ from dim.errors import BlueprintError, InputError
 from dim.images import encode_png
 from infra import storage
 from infra.storage import Store
+from pipelines.layout import Layout
+from pipelines.stages.entries import Entries, Entry, identity
+from pipelines.stages.fetch import FetchConfig, Fetcher, is_url
 from pipelines.stages.filters import probe
+from pipelines.stages.media import Found, Media, Places
 from pipelines.stages.outcome import KEPT, Rejection, Row, to_table, work_on
 
 _FETCHES = 8  # images of one range that are fetched at once: an object store's latency is its cost
@@ -35,119 +39,121 @@ ItemT = TypeVar("ItemT")
 
 
 @dataclass(frozen=True)
-class JsonLines:
-    """Records from lines of a JSONL file, with images beside it.
+class Records:
+    """Records of any container, by a layout: edit pairs if it has a target, else single images.
 
     Args:
-        store: the file's folder.
-        name: the file.
-        source: what the records call where they come from.
+        entries: reads the container.
+        layout: which columns hold what.
+        fetch: how the images behind URLs are fetched, if they are to be.
+        media: where images lie that the records name by a key.
     """
 
-    store: Store
-    name: str
-    source: str
+    entries: Entries
+    layout: Layout
+    fetch: FetchConfig | None = None
+    media: Media | None = None
 
-    def ranges(self, batch: pa.Table, build: Callable[[Row, dict], Row]) -> Iterator[list[Row]]:
-        """The records of each range, a few at a time; ``build(row, line)`` does the rest."""
+    @property
+    def schema(self) -> pa.Schema:
+        """What the records are."""
+        return records.RAW_PAIR if self.layout.target else records.RAW_IMAGE
+
+    def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
+        """Ranges in, raw records with outcomes out."""
+        fetcher = Fetcher(self.fetch) if self.fetch else None
         with ThreadPoolExecutor(_FETCHES) as pool:
             for unit in batch.to_pylist():
-                repeated = set(unit["repeated"])
+                places = json.loads(unit.get("places") or "{}")
+                for part in _in_parts(self.entries.of(unit)):
+                    found = self._find(part, places, fetcher)
+                    rows = pool.map(lambda entry, found=found: self._read(entry, found), part)
+                    yield to_table(rows, self.schema)
 
-                def read(row: Row, repeated: set[int] = repeated) -> Row:
-                    work_on([row], STAGE, lambda row: self._read(row, repeated, build))
-                    return row
+    def _find(self, part: list[Entry], places: Places, fetcher: Fetcher | None) -> Found:
+        """What lies behind the keys and URLs of a few records."""
+        named = {name for entry in part for name in image_names(entry, self.layout)}
+        found: Found = {}
+        if self.media is not None:
+            found = self.media.read({key: places[key] for key in named if key in places})
+        if fetcher is None:
+            return found
+        urls = {name for name in named - found.keys() if is_url(name)}
+        urls |= {value for value in found.values() if isinstance(value, str) and is_url(value)}
+        return {**found, **fetcher(urls)}
 
-                for rows in _in_parts(self._lines(unit)):
-                    yield list(pool.map(read, rows))
+    def _read(self, entry: Entry, found: Found) -> Row:
+        row: Row = {
+            "id": entry.id or f"{self.entries.source}-{entry.index:08d}",
+            "index": entry.index,
+            "source": self.entries.source,
+            "provenance": json.dumps(entry.where),
+            "outcome": KEPT,
+        }
+        work_on([row], STAGE, lambda row: self._columns(row, entry, found))
+        return row
 
-    def _lines(self, unit: Row) -> Iterator[Row]:
-        """One bare row per line that is not blank: where it is, and its text."""
-        with self.store.open_input(self.name) as file:
-            file.seek(unit["start"])
-            data = file.read(unit["end"] - unit["start"])
-        index = unit["first"]
-        for number, text in enumerate(data.split(b"\n"), start=unit["line"]):
-            if text.strip():
-                where = {"file": self.store.address(self.name), "line": number}
-                yield {
-                    "id": f"{self.source}-{index:08d}",
-                    "index": index,
-                    "source": self.source,
-                    "provenance": json.dumps(where),
-                    "outcome": KEPT,
-                    "text": text,
-                    "line": number,
-                }
-                index += 1
-
-    def _read(self, row: Row, repeated: set[int], build: Callable[[Row, dict], Row]) -> Row:
-        number, text = row.pop("line"), row.pop("text")
+    def _columns(self, row: Row, entry: Entry, found: Found) -> Row:
         try:
-            line = parse_line(text)
-            row["id"] = _identity(line) or row["id"]
-            if number in repeated:
-                raise Rejection("record.repeated_id", f"an earlier line has the id {row['id']!r}")
-            return build(row, line)
+            row["id"] = entry.id or identity(entry.values, self.layout) or row["id"]
+            if entry.error:
+                raise InputError(entry.error)
+            if entry.repeated:
+                raise Rejection("record.repeated_id", f"an earlier one has the id {row['id']!r}")
+            return self._build(row, entry.values, found)
         except Rejection:
             raise
-        except Exception as error:  # a line can name any file and hold any value
-            raise InputError(f"line {number}: {error}") from None
+        except Exception as error:  # a record can name any file and hold any value
+            raise InputError(f"{entry.label}: {error}") from None
 
-    def image(self, line: dict, *names: str) -> tuple[bytes, str]:
-        """The encoded image that a line names under one of ``names``, and that name.
+    def _build(self, row: Row, values: dict[str, Any], found: Found) -> Row:
+        layout = self.layout
+        if layout.target:
+            row["instruction"] = _instruction(text_of(values, *layout.instruction))
+        image, where = self._image(values, layout.image, found)
+        trace = {"image_path": where}
+        if layout.target:
+            target, trace["image_path_target"] = self._image(values, layout.target, found)
+        row["provenance"] = _extend(row["provenance"], trace)
+        if layout.target:
+            return pair_columns(row["instruction"], image, target)
+        hint = next((values[name] for name in layout.caption if values.get(name)), None)
+        return image_columns(image, str(hint) if hint is not None else None)
+
+    def _image(
+        self, values: dict[str, Any], names: Sequence[str], found: Found
+    ) -> tuple[bytes, str | None]:
+        """The encoded image under one of ``names``, and what the record calls it.
 
         Raises:
-            InputError: it names none.
-            StorageError: it is not there.
+            InputError: there is none.
+            StorageError: it is not where the record says.
+            Rejection: no image of the media has its key, or its URL is not to be used.
         """
-        path = text_of(line, *names)
+        name, value = image_value(values, names)
+        path = value if isinstance(value, str) else None
+        if path is not None and path in found:
+            value = found[path]
+        elif self.media is not None and path is not None and not is_url(path):
+            raise Rejection("record.unmatched_key", f"no image of {self.media.uri} is {path!r}")
+        if isinstance(value, dict):
+            path = path or value.get("path")
+            value = value.get("bytes") or value.get("path")
+        if isinstance(value, str):  # of the record, or what the media holds under its key
+            value = found[value] if value in found else self._file(value)
+        if isinstance(value, Exception):
+            raise value
+        if not isinstance(value, bytes):
+            raise InputError(f"{name!r} holds no image but {type(value).__name__}")
+        return value, path
+
+    def _file(self, path: str) -> bytes:
+        if is_url(path):
+            raise InputError(f"{path} is a URL, and those are fetched only with --fetch")
+        path = records.clean_text(path)
         if "://" in path or path.startswith("/"):
-            return storage.read_bytes(path), path
-        return self.store.read(path), path
-
-
-@dataclass(frozen=True)
-class PairLines:
-    """Edit pairs from JSONL: ``image_path``, ``image_path_target``, and ``instruction``/``prompt``.
-
-    This is the public form of DIM-Edit; where the prompt is a blueprint, the instruction is its
-    first section.
-    """
-
-    lines: JsonLines
-
-    def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
-        """Ranges of lines in, raw pairs with outcomes out."""
-        for rows in self.lines.ranges(batch, self._build):
-            yield to_table(rows, records.RAW_PAIR)
-
-    def _build(self, row: Row, line: dict) -> Row:
-        row["instruction"] = _instruction(text_of(line, "instruction", "prompt"))
-        image, image_path = self.lines.image(line, "image_path", "image")
-        target, target_path = self.lines.image(line, "image_path_target", "image_target")
-        row["provenance"] = _extend(
-            row["provenance"], image_path=image_path, image_path_target=target_path
-        )
-        return pair_columns(row["instruction"], image, target)
-
-
-@dataclass(frozen=True)
-class ImageLines:
-    """Images from JSONL: ``image_path`` and, where there is one, ``caption`` or ``prompt``."""
-
-    lines: JsonLines
-
-    def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
-        """Ranges of lines in, raw images with outcomes out."""
-        for rows in self.lines.ranges(batch, self._build):
-            yield to_table(rows, records.RAW_IMAGE)
-
-    def _build(self, row: Row, line: dict) -> Row:
-        image, image_path = self.lines.image(line, "image_path", "image")
-        row["provenance"] = _extend(row["provenance"], image_path=image_path)
-        hint = next((line[key] for key in ("caption", "prompt") if line.get(key)), None)
-        return image_columns(image, str(hint) if hint is not None else None)
+            return storage.read_bytes(path)
+        return self.entries.store.read(path)
 
 
 @dataclass(frozen=True)
@@ -279,27 +285,38 @@ def image_columns(image: bytes, hint: str | None) -> Row:
     }
 
 
-def parse_line(text: bytes) -> dict[str, Any]:
-    """A JSONL line as an object.
+def image_value(values: dict[str, Any], names: Sequence[str]) -> tuple[str, Any]:
+    """The first of ``names`` that holds something, and what; of a list its first item.
 
     Raises:
-        InputError: it is not JSON, or not an object.
+        InputError: there is none.
+        Rejection: there are several in a list.
     """
-    try:
-        line = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"not JSON ({error})") from None
-    if not isinstance(line, dict):
-        raise InputError(f"a JSON {type(line).__name__} where an object was expected")
-    return line
+    for name in names:
+        value = values.get(name)
+        if isinstance(value, list) and len(value) > 1:
+            detail = f"{name!r} holds {len(value)} images where a pair has one"
+            raise Rejection("record.several_images", detail, len(value), 1)
+        if isinstance(value, list):
+            value = value[0] if value else None
+        if isinstance(value, str):
+            value = records.clean_text(value).strip() or None
+        if value is not None:
+            return name, value
+    raise InputError(f"no {' or '.join(map(repr, names))}")
 
 
-def line_id(text: bytes) -> str | None:
-    """The id a line gives its record, if it does and can be read."""
-    try:
-        return _identity(parse_line(text))
-    except InputError:
-        return None
+def image_names(entry: Entry, layout: Layout) -> Iterator[str]:
+    """The paths, keys and URLs under which a record names its images."""
+    for names in (layout.image, layout.target):
+        try:
+            _, value = image_value(entry.values, names) if names else ("", None)
+        except (InputError, Rejection):
+            continue  # said when the record is built
+        if isinstance(value, dict) and not value.get("bytes"):
+            value = value.get("path")
+        if isinstance(value, str):
+            yield value
 
 
 def text_of(line: dict[str, Any], *names: str) -> str:
@@ -309,17 +326,12 @@ def text_of(line: dict[str, Any], *names: str) -> str:
         InputError: it has none, or no text there.
     """
     for name in names:
-        if name in line:
-            value = line[name]
+        value = line.get(name)
+        if value is not None:
             if not isinstance(value, str) or not value.strip():
-                raise InputError(f"{name!r} must be a text, not {json.dumps(value)[:60]}")
+                raise InputError(f"{name!r} must be a text, not {value!r:.60}")
             return records.clean_text(value)
     raise InputError(f"no {' or '.join(map(repr, names))}")
-
-
-def _identity(line: dict[str, Any]) -> str | None:
-    value = line.get("id")
-    return records.clean_text(str(value)) if isinstance(value, str | int) and value != "" else None
 
 
 def _instruction(prompt: str) -> str:
@@ -329,8 +341,9 @@ def _instruction(prompt: str) -> str:
         return prompt.strip()
 
 
-def _extend(provenance: str, **more: str) -> str:
-    return json.dumps({**json.loads(provenance), **more})
+def _extend(provenance: str, more: dict[str, str | None]) -> str:
+    known = {key: value for key, value in more.items() if value is not None}
+    return json.dumps({**json.loads(provenance), **known})
 
 
 def _in_parts(items: Iterable[ItemT]) -> Iterator[list[ItemT]]:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -10,6 +11,7 @@ from dim import records, tabletop
 from dim.blueprint import Blueprint
 from dim.errors import InputError, StorageError
 from pipelines import sources
+from pipelines.layout import load_layout
 from pipelines.sources import Source
 from pipelines.stages.readers import TabletopImages, TabletopPairs
 from tests.pipelines.samples import edited, encoded, photo, write_pairs
@@ -23,8 +25,12 @@ def read(source: Source) -> list[dict]:
     return pa.concat_tables(tables).to_pylist()
 
 
+def from_pairs(uri: str, rows_per_range: int = 3, layout: str = "pairs", **more: Any) -> Source:
+    return sources.from_records(uri, load_layout(layout, pairs=True), None, rows_per_range, **more)
+
+
 def pairs(path: Path, rows_per_file: int = 3) -> Source:
-    return sources.pairs_from_lines(str(path), None, rows_per_file)
+    return from_pairs(str(path), rows_per_file)
 
 
 def test_pairs_from_the_public_form(tmp_path: Path) -> None:
@@ -132,7 +138,7 @@ def test_images_from_lines_and_from_a_folder(tmp_path: Path) -> None:
     lines = [{"image_path": "b.jpg", "caption": "a photo"}, {"id": 5, "image": "deep/a.PNG"}]
     path = tmp_path / "in" / "list.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    rows = read(sources.images_from_lines(str(path), "mine", 10))
+    rows = read(sources.from_records(str(path), load_layout("images", pairs=False), "mine", 10))
     assert [(row["id"], row["caption_hint"]) for row in rows] == [
         ("mine-00000000", "a photo"),
         ("5", None),
@@ -161,7 +167,7 @@ def test_images_from_elsewhere(tmp_path: Path, s3: str) -> None:
         "prompt": "x",
     }
     storage.write_bytes(f"{s3}/lists/pairs.jsonl", json.dumps(line).encode())
-    (row,) = read(sources.pairs_from_lines(f"{s3}/lists/pairs.jsonl", None, 5))
+    (row,) = read(from_pairs(f"{s3}/lists/pairs.jsonl", 5))
     assert row["outcome"] == "kept" and row["width"] == 64
 
 
