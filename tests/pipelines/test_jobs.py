@@ -384,6 +384,15 @@ def test_tabletop_images_become_captions(tmp_path: Path) -> None:
     metrics = run.data.metrics
     assert metrics["input"] == 20 == metrics["kept"] + metrics["rejected"] + metrics["failed"]
     assert run.data.params["captioner"] == "oracle"
+    assert metrics["kept_share"] == metrics["kept"] / 20 and metrics["records_per_second"] > 0
+    used = {item.tags[0].value: item.dataset for item in run.inputs.dataset_inputs}
+    assert json.loads(used["input"].source)["uri"] == raw_images.out
+    assert json.loads(used["output"].source)["uri"] == config.out
+    assert json.loads(used["output"].profile)["kept"] == manifest.counts.kept
+    artifacts = {item.path for item in client.list_artifacts(run.info.run_id)}
+    assert artifacts == {"manifest.json", "README.md"}
+    card = (tmp_path / "t2i" / "README.md").read_text()
+    assert "# DIM-T2I" in card and f"| tabletop | not declared | {manifest.counts.kept} |" in card
 
 
 def test_nothing_kept_is_still_a_finished_output(tmp_path: Path, raw: Path) -> None:
