@@ -359,7 +359,13 @@ def _hashes(signatures: pa.Table) -> list[NDArray[np.uint64]]:
 
 
 def _cosine(rows: NDArray[np.float16], columns: NDArray[np.float16]) -> NDArray[np.float32]:
-    return rows.astype(np.float32) @ columns.astype(np.float32).T
+    return _unit(rows) @ _unit(columns).T
+
+
+def _unit(vectors: NDArray[np.float16]) -> NDArray[np.float32]:
+    """Unit length again: half precision has rounded it by up to a thousandth."""
+    wide = vectors.astype(np.float32)
+    return wide / np.maximum(np.linalg.norm(wide, axis=1, keepdims=True), 1e-12)
 
 
 def _twins(first: NDArray[Any], second: NDArray[Any], value: NDArray[Any]) -> pa.Table:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -18,7 +19,7 @@ from pipelines.shards import Shards
 from pipelines.stages.duplicates import DuplicateRules
 from pipelines.stages.filters import FilterImages, ImageRules
 from tests.pipelines.models import save_clip
-from tests.pipelines.samples import encoded, photo
+from tests.pipelines.samples import encoded
 from tests.pipelines.test_jobs import check_output, rows_in
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -28,19 +29,26 @@ DUPLICATES = DuplicateRules()
 PICTURES = 20
 
 
+def picture(seed: int) -> Image.Image:
+    """A picture with something in every frequency that the hash looks at."""
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(0, 256, (12, 12, 3), dtype=np.uint8))
+    return coarse.resize((96, 96), Image.Resampling.BICUBIC)
+
+
 @pytest.fixture(scope="module")
 def raw(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Shards:
     """Raw images far apart in the input: 20 pictures; 2 of them again as JPEG, 1 as it was."""
     folder = tmp_path_factory.mktemp("images")
     for number in range(PICTURES):
-        data = encoded(photo(number, (96, 96)))
+        data = encoded(picture(number))
         (folder / f"a{number:02}.png").write_bytes(data)
     (folder / "a05.png").write_bytes(data[: len(data) // 2])
     for number in (3, 5):
-        image = photo(number, (96, 96))
+        image = picture(number)
         (folder / f"b{number:02}.jpg").write_bytes(encoded(image, "JPEG", quality=85))
     (folder / "c04.png").write_bytes((folder / "a04.png").read_bytes())
-    (folder / "d03.png").write_bytes(encoded(photo(3, (96, 96)).resize((80, 80))))
+    (folder / "d03.png").write_bytes(encoded(picture(3).resize((80, 80))))
     out = str(folder.parent / "raw")
     ingest.run(IngestConfig(images=str(folder), out=out, rows_per_file=5))
     return Shards.open(out, RAW_IMAGE)
@@ -64,10 +72,10 @@ def test_duplicates_are_found_across_the_whole_data_set(raw: Shards, tmp_path: P
         "image.undecodable": 1,
     }
     rejected = {row["id"]: row for row in rows_in(tmp_path / "out", "rejected")}
-    assert all("'a03.png'" in rejected[name]["detail"] for name in ("b03.jpg", "d03.png"))
-    assert rejected["c04.png"]["detail"] == "the same as 'a04.png'"
+    assert all("'a03'" in rejected[name]["detail"] for name in ("b03", "d03"))
+    assert rejected["c04"]["detail"] == "the same as 'a04'"
     kept = rows_in(tmp_path / "out", "data")
-    assert "b05.jpg" in {row["id"] for row in kept}  # its twin could not be read
+    assert "b05" in {row["id"] for row in kept}  # its twin could not be read
     for row in kept:
         assert Image.open(io.BytesIO(row["image"])).size == (96, 96)
 
@@ -90,7 +98,7 @@ def test_embeddings_match_on_the_cluster(raw: Shards, tmp_path: Path) -> None:
     manifest = run(raw, tmp_path / "out", 6, rules)
     assert manifest.counts.by_reason["duplicate.embedding"] >= 1
     rejected = {row["id"] for row in rows_in(tmp_path / "out", "rejected")}
-    assert "c04.png" in rejected and "a04.png" not in rejected
+    assert "c04" in rejected and "a04" not in rejected
 
 
 def test_a_model_that_is_not_there_stops_the_job_before_the_first_record(

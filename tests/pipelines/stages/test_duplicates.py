@@ -151,6 +151,13 @@ def test_embeddings_find_what_hashes_do_not() -> None:
     assert dropped(table, rules.model_copy(update={"max_cosine": 0.99})) == {}
 
 
+def test_half_precision_does_not_make_twins_differ() -> None:
+    vector = np.random.default_rng(0).normal(size=512)
+    stored = (vector / np.linalg.norm(vector)).astype(np.float16).tobytes()
+    rules = DuplicateRules(exact=False, max_distance=None, embedding_model="m", max_cosine=0.99999)
+    assert list(dropped(verdicts(1, 2, embeddings=[stored, stored]), rules)) == [1]
+
+
 def test_of_a_pair_the_less_similar_image_counts() -> None:
     same, turned = np.float16([1, 0]), np.float16([0, 1])
     table = verdicts(

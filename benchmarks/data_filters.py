@@ -1,0 +1,328 @@
+"""The filter job against a bare process pool and against ``datasets.map``, and its memory.
+
+    python benchmarks/data_filters.py                               # as reported
+    python benchmarks/data_filters.py --pairs 200 --large 800       # a minute, to see that it runs
+
+All three read the same Parquet shards of edit pairs and do the same on the same number of
+processes: decode both images, resize, perceptual hashes, structural similarity and the other
+default rules of pairs. The pool stops there: it is what the machine can do. ``datasets.map`` and
+our job also write the kept records as Parquet; our job finds duplicates across the whole data set
+as well, which is why it reads its input twice. The pool and Ray are started and warm before the
+clock runs; runs alternate and the best of each counts. Memory is what the job's driver and workers
+hold of their own (unique set size) at their peak, in a run of a process of its own for each size;
+the shared object store, whose size is fixed, is not part of it.
+
+Leaves with status 1 when the job is below ``--pool-target`` of the pool or ``--map-target`` of
+``datasets.map``, when the outputs differ, or when memory at ``--large`` records is above
+``--memory-target`` of that at ``--small``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import ray
+from PIL import Image
+
+from dim import records
+from pipelines import filtering, manifest
+from pipelines.cluster import connect
+from pipelines.job import Job, JobConfig
+from pipelines.manifest import Counts, FileEntry, Manifest
+from pipelines.shards import Shards
+from pipelines.stages.duplicates import DuplicateRules, Judge
+from pipelines.stages.filters import FilterPairs, PairRules
+from pipelines.stages.readers import pair_columns
+
+RULES = PairRules(min_side=None)
+DUPLICATES = DuplicateRules()
+ROWS_PER_FILE = 64
+BATCH = 64
+STORE = 300 << 20  # bytes of Ray's object store
+MIB = 1 << 20
+SAMPLE_S = 0.2
+
+JUDGE = Judge.of(FilterPairs(RULES), DUPLICATES)
+"""The functions that all three do: from encoded pairs to outcomes, measures and hashes."""
+
+
+def main() -> int:
+    """Run the comparison, or one job in a child process; returns the exit status."""
+    options = _options()
+    if options.peak_of is not None:
+        print(_peak(Path(options.peak_of), options.processes))
+        return 0
+    with tempfile.TemporaryDirectory(dir=options.folder) as name:
+        folder = Path(name)
+        sizes = {} if options.no_memory else {options.small: 0, options.large: 0}
+        for records_count in sizes:
+            raw = folder / f"raw-{records_count}"
+            make_pairs(raw, records_count, options.memory_side)
+            sizes[records_count] = _peak_of_child(raw, options)
+            shutil.rmtree(raw)
+        raw = folder / "raw"
+        make_pairs(raw, options.pairs, options.side)
+        rates, kept = compare(raw, folder, options)
+    return _report(options, rates, kept, sizes)
+
+
+def make_pairs(folder: Path, count: int, side: int) -> None:
+    """Raw shards of ``count`` JPEG pairs, all different, as ``dim data ingest`` would make them."""
+    files = []
+    for first in range(0, count, ROWS_PER_FILE):
+        rows = [_pair(n, side) for n in range(first, min(first + ROWS_PER_FILE, count))]
+        table = pa.Table.from_pylist(rows, schema=records.RAW_PAIR)
+        path = folder / f"data/part-{first // ROWS_PER_FILE:05d}.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(table, path)
+        digest = records.sha256_hex(path.read_bytes())
+        name = str(path.relative_to(folder))
+        files.append(FileEntry(path=name, rows=len(rows), bytes=path.stat().st_size, sha256=digest))
+    counts = Counts(input=count, kept=count, rejected=0, failed=0, by_reason={})
+    done = Manifest(job="ingest", config={}, input={}, counts=counts, files=tuple(files))
+    (folder / manifest.NAME).write_text(done.model_dump_json())
+
+
+def _pair(number: int, side: int) -> dict[str, Any]:
+    """A picture with detail at every scale, and the same with a box in it."""
+    rng = np.random.default_rng(number)
+    pixels = np.zeros((side, side, 3))
+    for cells, weight in ((4, 0.5), (24, 0.25), (side // 2, 0.25)):
+        coarse = Image.fromarray(rng.integers(0, 256, (cells, cells, 3), dtype=np.uint8))
+        pixels += weight * np.asarray(coarse.resize((side, side), Image.Resampling.BILINEAR))
+    source = Image.fromarray(pixels.astype(np.uint8))
+    target = source.copy()
+    left, top = (int(place) for place in rng.integers(0, side * 2 // 3, 2))
+    target.paste((255, 0, 0), (left, top, left + side // 4, top + side // 4))
+    instruction = f"Add red box number {number}."
+    images = []
+    for image in (source, target):
+        buffer = io.BytesIO()
+        image.save(buffer, "JPEG", quality=90)
+        images.append(buffer.getvalue())
+    return {
+        "id": f"pair-{number:06}",
+        "index": number,
+        "source": "bench",
+        "instruction": instruction,
+        **pair_columns(instruction, *images),
+    }
+
+
+def compare(
+    raw: Path, folder: Path, options: argparse.Namespace
+) -> tuple[dict[str, float], dict[str, int]]:
+    """Records per second of each way, and how many records each kept."""
+    seconds: dict[str, float] = {}
+    kept: dict[str, int] = {}
+    ways: dict[str, Callable[[], int]] = {
+        "job": lambda: run_job(raw, folder / "job").counts.kept,
+        "map": lambda: run_map(raw, folder / "map", options.processes),
+    }
+    with _cluster(options.processes), _pool(options.processes) as pool:
+        ways["pool"] = lambda: sum(pool.imap_unordered(_judge_file, _files(raw)))
+        warm = folder / "warm"
+        make_pairs(warm, 2 * BATCH, 64)
+        run_job(warm, folder / "job")
+        list(pool.imap_unordered(_judge_file, _files(warm)))
+        for _ in range(options.repeats):
+            for name, run in ways.items():
+                start = time.perf_counter()
+                kept[name] = run()
+                taken = time.perf_counter() - start
+                seconds[name] = min(seconds.get(name, taken), taken)
+    return {name: options.pairs / taken for name, taken in seconds.items()}, kept
+
+
+def run_job(raw: Path, out: Path) -> Manifest:
+    """Our job, from shards to committed output."""
+    shards = Shards.open(str(raw), records.RAW_PAIR)
+    config = JobConfig(out=str(out), rows_per_file=ROWS_PER_FILE)
+    job = Job("filter", config, records.RAW_PAIR, identity=shards.identity, rows=shards.rows)
+    return job.run(
+        lambda: filtering.filtered(shards, FilterPairs(RULES), DUPLICATES, BATCH), overwrite=True
+    )
+
+
+def run_map(raw: Path, out: Path, processes: int) -> int:
+    """The same by the datasets library: load, map, filter, and the kept records on disk."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir()
+    data = datasets.load_dataset(
+        "parquet", data_files=_files(raw), split="train", cache_dir=str(out / "cache")
+    )
+    # Arrow in and out is its fastest form: no picture becomes a Python object on the way.
+    judged = data.with_format("arrow").map(
+        _add_verdicts, batched=True, batch_size=BATCH, num_proc=processes
+    )
+    kept = judged.filter(
+        lambda table: pc.equal(table["outcome"], "kept"), batched=True, batch_size=BATCH
+    )
+    kept.select_columns(records.RAW_PAIR.names).to_parquet(str(out / "data.parquet"))
+    return kept.num_rows
+
+
+def _add_verdicts(table: pa.Table) -> pa.Table:
+    verdicts = JUDGE(table)
+    for name in ("outcome", "reason", "hashes", "measures"):
+        table = table.append_column(verdicts.schema.field(name), verdicts[name])
+    return table
+
+
+def _judge_file(path: str) -> int:
+    """How many records of a file the functions keep; runs in a process of the pool."""
+    return sum(outcome == "kept" for outcome in JUDGE(pq.read_table(path))["outcome"].to_pylist())
+
+
+def _files(raw: Path) -> list[str]:
+    return [str(path) for path in sorted((raw / "data").glob("*.parquet"))]
+
+
+@contextmanager
+def _pool(processes: int) -> Iterator[Any]:
+    # Spawned: a fork of a process with Ray's threads can hang.
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+        yield pool
+
+
+@contextmanager
+def _cluster(processes: int) -> Iterator[None]:
+    """A Ray of as many cores as the others have processes."""
+    ray.init(
+        address="local",
+        num_cpus=processes,
+        object_store_memory=STORE,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="error",
+    )
+    connect()
+    yield
+    ray.shutdown()
+
+
+def _peak_of_child(raw: Path, options: argparse.Namespace) -> int:
+    command = [
+        *(sys.executable, __file__, "--peak-of", str(raw)),
+        *("--processes", str(options.processes)),
+    ]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=os.environ)
+    return int(done.stdout.split()[-1])
+
+
+def _peak(raw: Path, processes: int) -> int:
+    """Bytes that the driver and the workers of one job hold of their own at once, at most."""
+    with _cluster(processes), tempfile.TemporaryDirectory(dir=raw.parent) as out:
+        peak, done = [0], threading.Event()
+        watcher = threading.Thread(target=_watch, args=(peak, done))
+        watcher.start()
+        run_job(raw, Path(out) / "out")
+        done.set()
+        watcher.join()
+    return peak[0]
+
+
+def _watch(peak: list[int], done: threading.Event) -> None:
+    while not done.wait(SAMPLE_S):
+        own = psutil.Process()
+        workers = [each for each in own.children(recursive=True) if _is_worker(each)]
+        peak[0] = max(peak[0], sum(map(_unique, [own, *workers])))
+
+
+def _is_worker(process: psutil.Process) -> bool:
+    try:
+        return process.name().startswith("ray::")
+    except psutil.Error:  # gone meanwhile
+        return False
+
+
+def _unique(process: psutil.Process) -> int:
+    try:
+        return process.memory_full_info().uss
+    except psutil.Error:
+        return 0
+
+
+def _report(
+    options: argparse.Namespace,
+    rates: dict[str, float],
+    kept: dict[str, int],
+    peaks: dict[int, int],
+) -> int:
+    to_pool, to_map = rates["job"] / rates["pool"], rates["job"] / rates["map"]
+    growth = peaks[options.large] / peaks[options.small] if peaks else None
+    figures = {
+        "pairs": options.pairs,
+        "side": options.side,
+        "processes": options.processes,
+        "pairs_per_second": {name: round(rate, 2) for name, rate in rates.items()},
+        "job_to_pool": round(to_pool, 3),
+        "job_to_map": round(to_map, 3),
+        "kept": kept,
+        "peak_mib": {str(count): round(peak / MIB) for count, peak in peaks.items()},
+        "memory_growth": None if growth is None else round(growth, 3),
+    }
+    print(json.dumps(figures, indent=2))
+    failures = [
+        said
+        for failed, said in (
+            (to_pool < options.pool_target, "the job is too slow beside the pool"),
+            (to_map < options.map_target, "the job is too slow beside datasets.map"),
+            (len(set(kept.values())) != 1 or not kept["job"], "the kept records differ"),
+            (
+                growth is not None and growth > options.memory_target,
+                "memory grows with the number of records",
+            ),
+        )
+        if failed
+    ]
+    for said in failures:
+        print(f"FAILED: {said}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--pairs", type=int, default=2000, help="pairs of the comparison")
+    parser.add_argument("--side", type=int, default=768, help="side of its images in pixels")
+    parser.add_argument("--processes", type=int, default=os.cpu_count())
+    parser.add_argument("--repeats", type=int, default=2, help="timed runs; the best counts")
+    parser.add_argument("--small", type=int, default=2000, help="records of the smaller job")
+    parser.add_argument("--large", type=int, default=20_000, help="records of the larger job")
+    parser.add_argument("--memory-side", type=int, default=256, help="of the images of these two")
+    parser.add_argument("--no-memory", action="store_true", help="only the comparison")
+    parser.add_argument("--folder", help="where to put the data while it runs")
+    parser.add_argument("--pool-target", type=float, default=0.85, help="share of the pool's rate")
+    parser.add_argument("--map-target", type=float, default=1.0, help="ratio to datasets.map")
+    parser.add_argument("--memory-target", type=float, default=1.15, help="growth of memory")
+    parser.add_argument("--peak-of", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.small >= options.large:
+        parser.error("--small must be below --large")
+    return options
+
+
+if __name__ == "__main__":
+    sys.exit(main())
