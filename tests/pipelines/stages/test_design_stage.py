@@ -13,6 +13,7 @@ from dim.blueprint import SCHEMA, Blueprint
 from dim.designers import CallOptions
 from infra.storage import open_store
 from pipelines import sources
+from pipelines.layout import load_layout
 from pipelines.stages.design import TriageBy, WriteBlueprints
 from tests.chat_server import ChatServer, Response, completion, images_of, text_of
 from tests.pipelines.samples import write_pairs
@@ -22,7 +23,9 @@ PLAN = Blueprint("Add a red box on the left.", "A field.", "- grass", "The left.
 
 
 def raw_pairs(folder: Path, count: int) -> pa.Table:
-    source = sources.pairs_from_lines(str(write_pairs(folder, count)), None, 100)
+    source = sources.from_records(
+        str(write_pairs(folder, count)), load_layout("pairs", pairs=True), None, 100
+    )
     table = pa.concat_tables(source.reader(pa.Table.from_pylist(source.units)))
     return table.select(records.RAW_PAIR.names)
 
