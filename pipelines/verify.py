@@ -25,7 +25,11 @@ from pipelines.stages.outcome import FAILED, KEPT, REJECTED
 _READ = 8 << 20  # bytes
 _AT_ONCE = 4  # files: an object store's latency is the cost
 _IMAGES = ("image", "image_target")
-_KINDS = {FOLDERS[REJECTED]: records.REJECT, FOLDERS[FAILED]: records.FAILED}
+_LEFT_OUT = {FOLDERS[REJECTED]: records.REJECT, FOLDERS[FAILED]: records.FAILED}
+_KEPT = {
+    records.kind_of(schema): schema
+    for schema in (records.RAW_PAIR, records.RAW_IMAGE, records.EDIT, records.T2I)
+}
 
 
 @dataclass
@@ -154,11 +158,26 @@ def _schemas(manifest: Manifest, checked: list[_Checked]) -> Iterator[str]:
         if file.schema is None:
             continue
         folder = entry.path.partition("/")[0]
-        wanted = first.setdefault(folder, _KINDS.get(folder, file.schema))
-        if records.kind_of(file.schema) is None:
+        kind = records.kind_of(file.schema)
+        others = first.setdefault(folder, file.schema)
+        declared = _declared(folder, file.schema)
+        if kind is None:
             yield f"{entry.path}: its schema says no kind of record"
-        elif not file.schema.equals(wanted, check_metadata=True):
+        elif declared is not None and not file.schema.equals(declared, check_metadata=True):
+            yield f"{entry.path}: its columns are not those of {records.kind_of(declared)} records"
+        elif not file.schema.equals(others, check_metadata=True):
             yield f"{entry.path}: its columns are not those of the other files in {folder}/"
+
+
+def _declared(folder: str, schema: pa.Schema) -> pa.Schema | None:
+    """The columns that a file must have; ``None`` if this program does not know them.
+
+    Records of an older schema version had others.
+    """
+    if folder in _LEFT_OUT:
+        return _LEFT_OUT[folder]
+    current = records.version_of(schema) == records.SCHEMA_VERSION
+    return _KEPT.get(records.kind_of(schema)) if current else None
 
 
 def _repeated_ids(manifest: Manifest, checked: list[_Checked]) -> Iterator[str]:

@@ -91,15 +91,29 @@ def test_an_id_that_comes_twice(tmp_path: Path) -> None:
     ]
 
 
-def test_columns_that_differ(tmp_path: Path) -> None:
+def test_columns_that_are_not_those_of_the_records(tmp_path: Path) -> None:
     store = open_store(str(tmp_path))
     finish(store, edit_rows(20))
+    names = [FIRST, "data/part-00001.parquet", "data/part-00002.parquet"]
+    for name in names:  # in all of them, so that they are alike
+        rewrite(store, name, read(store, name).drop_columns("width"))
+    wrong = [f"{name}: its columns are not those of edit records" for name in names]
+    assert verify(store.uri).problems == wrong
+    rewrite(store, FIRST, read(store, FIRST).replace_schema_metadata(None))
+    assert f"{FIRST}: its schema says no kind of record" in verify(store.uri).problems
+
+
+def test_columns_of_a_kind_that_is_not_known_are_the_same_in_every_file(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    features = pa.schema(
+        records.EDIT, metadata={records.KIND_KEY: b"feature", records.VERSION_KEY: b"1"}
+    )
+    finish(store, edit_rows(20), features)
+    assert verify(store.uri).problems == []
     name = "data/part-00001.parquet"
     rewrite(store, name, read(store, name).drop_columns("width"))
     (problem,) = verify(store.uri).problems
     assert problem == f"{name}: its columns are not those of the other files in data/"
-    rewrite(store, name, read(store, name).replace_schema_metadata(None))
-    assert f"{name}: its schema says no kind of record" in verify(store.uri).problems
 
 
 def test_a_newer_schema_is_refused(tmp_path: Path) -> None:
