@@ -147,6 +147,14 @@ def check_version(schema: pa.Schema, where: str) -> None:
         )
 
 
+def is_same(found: pa.Schema, wanted: pa.Schema) -> bool:
+    """Whether two schemas have the same columns, kind and version.
+
+    Metadata of single fields does not count: Parquet's reader numbers nested ones in it.
+    """
+    return found.equals(wanted) and (found.metadata or {}) == (wanted.metadata or {})
+
+
 def sha256_hex(data: bytes) -> str:
     """SHA-256 of ``data`` as 64 hex digits."""
     return hashlib.sha256(data).hexdigest()

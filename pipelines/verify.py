@@ -163,9 +163,9 @@ def _schemas(manifest: Manifest, checked: list[_Checked]) -> Iterator[str]:
         declared = _declared(folder, file.schema)
         if kind is None:
             yield f"{entry.path}: its schema says no kind of record"
-        elif declared is not None and not file.schema.equals(declared, check_metadata=True):
+        elif declared is not None and not records.is_same(file.schema, declared):
             yield f"{entry.path}: its columns are not those of {records.kind_of(declared)} records"
-        elif not file.schema.equals(others, check_metadata=True):
+        elif not records.is_same(file.schema, others):
             yield f"{entry.path}: its columns are not those of the other files in {folder}/"
 
 

@@ -27,6 +27,9 @@ def test_kind_and_version_survive_parquet(tmp_path: Path, schema: pa.Schema, kin
     assert read.equals(schema)
     assert records.kind_of(read) == kind
     assert read.metadata[records.VERSION_KEY] == b"1"
+    assert records.is_same(read, schema)
+    assert not records.is_same(read.remove(0), schema)
+    assert not records.is_same(read.remove_metadata(), schema)
 
 
 def test_edit_records_extend_raw_pairs() -> None:
