@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dim.designers.base import (
     CallOptions,
@@ -19,9 +20,13 @@ from dim.designers.base import (
     Designer,
     DesignRequest,
     OnAnswer,
+    Question,
     Reply,
 )
 from dim.errors import DesignerError
+
+if TYPE_CHECKING:
+    from dim.designers.gate import Exchange
 
 __all__ = [
     "CallOptions",
@@ -29,6 +34,7 @@ __all__ = [
     "DesignRequest",
     "Designer",
     "OnAnswer",
+    "Question",
     "Reply",
     "check",
     "create",
@@ -41,12 +47,15 @@ CAPTIONERS = ("openai:MODEL@URL", "replay:PATH", "oracle")
 _MODEL_AT_URL = re.compile(r"(?P<model>\S+?)(?:@(?P<url>https?://\S+))?")
 
 
-def create(spec: str, *, calls: CallOptions | None = None) -> Designer:
+def create(
+    spec: str, *, calls: CallOptions | None = None, exchange: Exchange | None = None
+) -> Designer:
     """The designer that ``spec`` names.
 
     Args:
         spec: one of the forms above.
         calls: how an HTTP designer calls; the others have no use for it.
+        exchange: the meter of all who call the same server, where it is not this process alone.
 
     Raises:
         DesignerError: the spec is unknown or incomplete, or what it names does not exist.
@@ -55,7 +64,7 @@ def create(spec: str, *, calls: CallOptions | None = None) -> Designer:
     if kind == "openai":
         from dim.designers.openai import OpenAIDesigner
 
-        return OpenAIDesigner(*_model_and_url(argument, spec), calls)
+        return OpenAIDesigner(*_model_and_url(argument, spec), calls, exchange)
     if kind == "replay":
         from dim.designers.replay import ReplayDesigner
 
@@ -67,13 +76,15 @@ def create(spec: str, *, calls: CallOptions | None = None) -> Designer:
     return _create_self(argument)
 
 
-def create_captioner(spec: str, *, calls: CallOptions | None = None) -> Captioner:
+def create_captioner(
+    spec: str, *, calls: CallOptions | None = None, exchange: Exchange | None = None
+) -> Captioner:
     """The captioner that ``spec`` names; arguments and errors as of :func:`create`."""
     kind, argument = _split(spec, CAPTIONERS, "captioner")
     if kind == "openai":
         from dim.designers.openai import OpenAICaptioner
 
-        return OpenAICaptioner(*_model_and_url(argument, spec), calls)
+        return OpenAICaptioner(*_model_and_url(argument, spec), calls, exchange)
     if kind == "replay":
         from dim.designers.replay import ReplayCaptioner
 

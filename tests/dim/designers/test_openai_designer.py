@@ -16,11 +16,11 @@ from PIL import Image
 from dim.blueprint import request_prompt
 from dim.caption import request_prompt as caption_prompt
 from dim.designers import CallOptions, DesignRequest, create, create_captioner
-from dim.designers.chat import data_url
+from dim.designers.wire import data_url
 from dim.errors import DesignerError, InputError
 from tests.chat_server import ChatServer, Response, completion, images_of, running, text_of
 
-QUICK = CallOptions(retries=0, timeout_s=5)
+QUICK = CallOptions(retries=0, timeout_s=5, busy_s=0)
 
 
 def encoded(format: str = "PNG", size: tuple[int, int] = (32, 16), **options: Any) -> bytes:
