@@ -13,10 +13,14 @@ from dim.config import load_config
 from dim.designers import CallOptions
 from dim.records import EDIT, RAW_PAIR
 from infra.storage import Store
+from pipelines.answers import set_unusable_aside
+from pipelines.bill import write_bill
 from pipelines.command import ConfigFile, Out, Overrides, Overwrite, RetryFailed, settings, summary
 from pipelines.job import Job, JobConfig
 from pipelines.manifest import Manifest
+from pipelines.meter import share_meter
 from pipelines.shards import Shards
+from pipelines.stages.ask import batches_at_once
 from pipelines.stages.design import TriageBy, WriteBlueprints
 from pipelines.stages.filters import FilterPairs, PairRules
 
@@ -50,22 +54,32 @@ def run(config: EditConfig, *, overwrite: bool = False, retry_failed: bool = Fal
     designers.check(config.designer)
     raw = Shards.open(config.raw, RAW_PAIR)
     job = Job("edit", config, EDIT, identity=raw.identity, rows=raw.rows)
+    if retry_failed:
+        set_unusable_aside(job.store)
     return job.run(
-        lambda: edit(raw, config, job.store), overwrite=overwrite, retry_failed=retry_failed
+        lambda: edit(raw, config, job.store),
+        overwrite=overwrite,
+        retry_failed=retry_failed,
+        cost=lambda: write_bill(job.store) if designers.calls_a_server(config.designer) else {},
     )
 
 
 def edit(raw: Shards, config: EditConfig, store: Store) -> ray.data.Dataset:
     """Raw pairs → filter → triage → blueprint."""
     batches = {"batch_format": "pyarrow", "batch_size": config.batch_size}
+    exchange = share_meter(config.designer, config.calls, store)
     return (
         raw.read(config.batch_size)
         .map_batches(FilterPairs(config.filters), **batches)
         .map_batches(
             WriteBlueprints,
             fn_constructor_args=(config.designer, config.calls, config.with_target, store),
-            fn_constructor_kwargs={"triage": config.triage, "reasks": config.reasks},
-            compute=raw.pool(config.workers, config.batch_size),
+            fn_constructor_kwargs={
+                "triage": config.triage,
+                "reasks": config.reasks,
+                "exchange": exchange,
+            },
+            compute=raw.pool(config.workers, config.batch_size, batches_at_once(config.designer)),
             num_cpus=config.cpus_per_worker,
             **batches,
         )

@@ -37,6 +37,14 @@ _HOW_ONLY = frozenset(
         "calls.in_flight",
         "calls.timeout_s",
         "calls.retries",
+        "calls.busy_s",
+        "calls.requests_per_minute",
+        "calls.tokens_per_minute",
+        "calls.input_price",
+        "calls.output_price",
+        "calls.budget",
+        "calls.hedge_after",
+        "calls.breaker",
     }
 )
 
@@ -88,7 +96,12 @@ class Job:
         self._rows = rows
 
     def run(
-        self, build: Callable[[], Dataset], *, overwrite: bool = False, retry_failed: bool = False
+        self,
+        build: Callable[[], Dataset],
+        *,
+        overwrite: bool = False,
+        retry_failed: bool = False,
+        cost: Callable[[], Mapping[str, float]] | None = None,
     ) -> Manifest:
         """Bring the output folder to hold the records of ``build()``, and say what is in it.
 
@@ -99,6 +112,8 @@ class Job:
             build: makes the data set of records with outcomes; only called when there is work.
             overwrite: replace a finished output, whatever made it.
             retry_failed: make a finished output again if records failed in it.
+            cost: says what the records cost, as numbers by name; asked when all are written. The
+                same records must cost the same, or a rerun has another manifest.
 
         Raises:
             InputError: the folder holds something else, and ``overwrite`` is not set.
@@ -114,7 +129,7 @@ class Job:
         with _one_sentence(), self._tracked() as tracked:
             connect()
             started = time.monotonic()
-            manifest = self._write(build())
+            manifest = self._write(build(), cost)
             tracked(manifest, time.monotonic() - started)
         return manifest
 
@@ -146,7 +161,7 @@ class Job:
         for name in (manifests.NAME, STAGING, *FOLDERS.values()):
             self.store.delete(name)
 
-    def _write(self, dataset: Dataset) -> Manifest:
+    def _write(self, dataset: Dataset, cost: Callable[[], Mapping[str, float]] | None) -> Manifest:
         sink = OutcomeSink(self.store, self._schema, self._config.rows_per_file)
         dataset.write_datasink(sink)
         files = sink.commit()
@@ -156,6 +171,7 @@ class Job:
             input=self._identity,
             counts=self._count(sink, files),
             files=tuple(files),
+            cost=dict(cost()) if cost else None,
         )
         manifests.write(self.store, manifest)
         self.store.delete(STAGING)
@@ -204,6 +220,7 @@ def _report(run: Run, manifest: Manifest, seconds: float) -> None:
             "seconds": seconds,
             "records_per_second": counts.input / max(seconds, 1e-9),
             **{f"rejected/{reason}": rows for reason, rows in counts.by_reason.items()},
+            **{f"cost/{name}": value for name, value in (manifest.cost or {}).items()},
         }
     )
     run.log_dict(manifest.model_dump(mode="json"), manifests.NAME)
@@ -224,10 +241,9 @@ def _one_sentence() -> Iterator[None]:
     """Whatever Ray wrapped our errors in, raise the error itself."""
     try:
         yield
-    except DimError:
-        raise
-    except Exception as error:
+    except Exception as error:  # Ray's own error of a DimError is one too, with a traceback as text
         known = find_dim_error(error)
         if known is None:
             raise
+        known.args = (str(known).partition("\n")[0],)  # Ray adds lines of advice on retries
         raise known from None

@@ -43,7 +43,8 @@ class Manifest(StrictModel):
     """Written last, so that its presence says that the output is complete.
 
     ``input`` identifies what the job read: the same value and the same ``config`` give the same
-    files.
+    files. ``cost`` is what the records cost, as numbers by name (``requests``, ``input_tokens``,
+    ``output_tokens``, ``usd``), from the job that paid; a job that pays nothing has none.
     """
 
     version: int = VERSION
@@ -52,6 +53,7 @@ class Manifest(StrictModel):
     input: dict[str, Any]
     counts: Counts
     files: tuple[FileEntry, ...]
+    cost: dict[str, float] | None = None
 
     def rows_in(self, folder: str) -> int:
         """Rows of all files below ``folder``."""

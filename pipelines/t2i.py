@@ -13,10 +13,14 @@ from dim.config import load_config
 from dim.designers import CallOptions
 from dim.records import RAW_IMAGE, T2I
 from infra.storage import Store
+from pipelines.answers import set_unusable_aside
+from pipelines.bill import write_bill
 from pipelines.command import ConfigFile, Out, Overrides, Overwrite, RetryFailed, settings, summary
 from pipelines.job import Job, JobConfig
 from pipelines.manifest import Manifest
+from pipelines.meter import share_meter
 from pipelines.shards import Shards
+from pipelines.stages.ask import batches_at_once
 from pipelines.stages.caption import CaptionRules, WriteCaptions
 from pipelines.stages.filters import FilterImages, ImageRules
 
@@ -44,21 +48,27 @@ def run(config: T2IConfig, *, overwrite: bool = False, retry_failed: bool = Fals
     designers.check(config.captioner, captioner=True)
     raw = Shards.open(config.raw, RAW_IMAGE)
     job = Job("t2i", config, T2I, identity=raw.identity, rows=raw.rows)
+    if retry_failed:
+        set_unusable_aside(job.store)
     return job.run(
-        lambda: caption(raw, config, job.store), overwrite=overwrite, retry_failed=retry_failed
+        lambda: caption(raw, config, job.store),
+        overwrite=overwrite,
+        retry_failed=retry_failed,
+        cost=lambda: write_bill(job.store) if designers.calls_a_server(config.captioner) else {},
     )
 
 
 def caption(raw: Shards, config: T2IConfig, store: Store) -> ray.data.Dataset:
     """Raw images → filter → long caption."""
     batches = {"batch_format": "pyarrow", "batch_size": config.batch_size}
+    exchange = share_meter(config.captioner, config.calls, store)
     return (
         raw.read(config.batch_size)
         .map_batches(FilterImages(config.filters), **batches)
         .map_batches(
             WriteCaptions,
-            fn_constructor_args=(config.captioner, config.calls, config.captions, store),
-            compute=raw.pool(config.workers, config.batch_size),
+            fn_constructor_args=(config.captioner, config.calls, config.captions, store, exchange),
+            compute=raw.pool(config.workers, config.batch_size, batches_at_once(config.captioner)),
             num_cpus=config.cpus_per_worker,
             **batches,
         )

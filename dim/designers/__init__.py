@@ -36,6 +36,7 @@ __all__ = [
     "OnAnswer",
     "Question",
     "Reply",
+    "calls_a_server",
     "check",
     "create",
     "create_captioner",
@@ -92,6 +93,11 @@ def create_captioner(
     from dim.designers.tabletop import TabletopCaptioner
 
     return TabletopCaptioner()
+
+
+def calls_a_server(spec: str) -> bool:
+    """Whether a designer or captioner is a model over HTTP, whose answers cost money and time."""
+    return spec.strip().partition(":")[0] == "openai"
 
 
 def check(spec: str, *, captioner: bool = False) -> None:

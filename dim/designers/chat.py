@@ -21,6 +21,7 @@ from dim.designers.meter import Limits
 from dim.designers.transport import Barred, Broken, Busy, Failure, Refused, Transport
 from dim.designers.usage import Answer, Prices, Unusable, Usage
 from dim.designers.wire import (
+    EMPTY,
     MAX_TOKENS,
     SCHEMA,
     TEMPERATURE,
@@ -143,7 +144,7 @@ class _Calls:
         self._refused: set[str] = set()
         self._expected = _Expected(options.max_tokens)
         self._slow = _Slow(options.hedge_after)
-        self._served_at: float | None = None
+        self._served = self._turned_away = False
 
     async def ask(self, questions: Sequence[Question], on_answer: OnAnswer | None) -> list[Reply]:
         stopped: list[BaseException] = []
@@ -187,7 +188,8 @@ class _Calls:
 
     def _reply(self, completion: Completion, usage: Usage) -> Answer | Unusable:
         if completion.fault is not None:
-            return Unusable(f"{self._who}: {completion.fault}", usage)
+            message = f"{self._who}: {completion.fault}"
+            return Unusable(message, usage, final=completion.fault != EMPTY)
         return Answer(clean_text(completion.text), usage)
 
     async def _call_until_answered(self, call: _Call) -> _Answered:
@@ -213,7 +215,7 @@ class _Calls:
                     raise
                 await asyncio.sleep(backoff_s(max(failures, 1)))
             except Barred as barred:
-                if barred.for_good or self._served_at is None:
+                if barred.for_good or not self._served:
                     raise CallsStopped(f"{self._who}: {barred}") from None
                 failures += 1
                 if failures > self._options.retries:
@@ -224,9 +226,11 @@ class _Calls:
         patience = self._options.busy_s
         if max(now - since, busy.retry_after_s or 0.0) < patience:
             return
-        if patience and (self._served_at is None or self._served_at < since):
+        # One request may be too large for the server's limits; two in a row are the server.
+        second, self._turned_away = self._turned_away, True
+        if patience and second:
             raise CallsStopped(
-                f"{self._who} was too busy for any answer in {patience:.0f} s ({busy}); what it "
+                f"{self._who} was too busy for any answer in {patience:g} s ({busy}); what it "
                 "answered before is kept: run the same command again to go on"
             )
         raise busy
@@ -295,11 +299,11 @@ class _Calls:
             if isinstance(error, Busy):
                 self._hold(sent_at, error)
             raise
-        now = time.monotonic()
-        self._served_at = now
+        seconds = time.monotonic() - sent_at
+        self._served, self._turned_away = True, False
         self._cool_down.served(sent_at)
-        self._slow.note(now - sent_at)
-        usage = self._usage(call, completion, now - sent_at)
+        self._slow.note(seconds)
+        usage = self._usage(call, completion, seconds)
         self._expected.learn(call.input_tokens, usage)
         return _Answered(completion, usage, lease)
 

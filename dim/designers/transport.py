@@ -96,13 +96,13 @@ class Transport:
             kind = type(error).__name__
             raise Broken(f"the answer cannot be read ({kind}: {shorten(error)})") from None
         if status != 200:
-            raise _failure(status, said, headers)
+            raise failure_of(status, said, headers)
         try:
             return read_completion(said)
         except NotACompletion as error:
             raise Broken(str(error)) from None
         except ServerSays as error:
-            raise _failure(error.status or 500, str(error).encode(), headers) from None
+            raise failure_of(error.status or 500, str(error).encode(), headers) from None
 
 
 def retry_after_s(headers: Mapping[str, str], now: float) -> float | None:
@@ -125,7 +125,8 @@ def retry_after_s(headers: Mapping[str, str], now: float) -> float | None:
         return None
 
 
-def _failure(status: int, said: bytes, headers: Mapping[str, str]) -> Failure:
+def failure_of(status: int, said: bytes, headers: Mapping[str, str]) -> Failure:
+    """The kind of failure that an answer of a status other than 200 is."""
     message = f"answered HTTP {status}: {shorten(said) or 'nothing'}"
     wait_s = retry_after_s(headers, time.time())
     lower = said.lower()

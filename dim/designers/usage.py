@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 from dim.errors import DesignerError
 
@@ -54,11 +56,15 @@ class Answer(str):
 
 
 class Unusable(DesignerError):
-    """An answer that came, and was paid for, and holds nothing: cut off, refused or empty."""
+    """An answer that came, and was paid for, and holds nothing: cut off, refused or empty.
 
-    def __init__(self, message: str, usage: Usage) -> None:
+    ``final``: the model said something, and would hardly say something else if asked again.
+    """
+
+    def __init__(self, message: str, usage: Usage, *, final: bool = True) -> None:
         super().__init__(message)
         self.usage = usage
+        self.final = final
 
-    def __reduce__(self) -> tuple[type[Unusable], tuple[str, Usage]]:
-        return Unusable, (str(self), self.usage)
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial(Unusable, final=self.final), (str(self), self.usage)

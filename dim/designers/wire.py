@@ -17,6 +17,9 @@ from dim.images import decode_image, encode_png
 SCHEMA, MAX_TOKENS, TEMPERATURE = "response_format", "max_tokens", "temperature"
 """What some servers refuse to be sent."""
 
+EMPTY = "answered nothing"
+_CUT_OFF = "the answer was cut off (calls.max_tokens is too small)"
+
 # What vision servers read as it is; anything else is sent as PNG.
 _SENDABLE = {"JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp"}
 _ORIENTATION = 0x0112  # EXIF tag
@@ -149,15 +152,12 @@ def _read_choice(choice: dict[str, Any]) -> tuple[str, str | None]:
         if refusal:
             return text, f"refused: {shorten(refusal)}"
         # A model that thinks may use up all its tokens before it says anything.
-        return text, _CUT_OFF if finished == "length" else "answered nothing"
+        return text, _CUT_OFF if finished == "length" else EMPTY
     if finished == "length":
         return text, _CUT_OFF
     if finished == "content_filter":
         return text, "the answer was withheld by the server's content filter"
     return text, None
-
-
-_CUT_OFF = "the answer was cut off (calls.max_tokens is too small)"
 
 
 def _text(content: object) -> str:

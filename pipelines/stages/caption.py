@@ -20,6 +20,7 @@ from dim.caption import (
 )
 from dim.config import StrictModel
 from dim.designers import CallOptions
+from dim.designers.gate import Exchange
 from dim.errors import DesignerError
 from infra.storage import Store
 from pipelines.answers import Answers, answer_key
@@ -62,12 +63,18 @@ class WriteCaptions:
         calls: how it is called, if over HTTP.
         rules: which captions are kept.
         store: the job's output folder, where paid answers are kept.
+        exchange: the meter of all workers, where calls have a limit.
     """
 
     def __init__(
-        self, captioner: str, calls: CallOptions, rules: CaptionRules, store: Store
+        self,
+        captioner: str,
+        calls: CallOptions,
+        rules: CaptionRules,
+        store: Store,
+        exchange: Exchange | None = None,
     ) -> None:
-        self._captioner = designers.create_captioner(captioner, calls=calls)
+        self._captioner = designers.create_captioner(captioner, calls=calls, exchange=exchange)
         self._rules = rules
         self._limits = rules.model_dump(exclude={"reasks"})
         self._answers = Answers(store) if self._captioner.costly else None
@@ -92,7 +99,8 @@ class WriteCaptions:
 
     def _asked(self, row: Row) -> Asked[Caption]:
         text = request_prompt(self._rules.language)
-        return Asked(question(text, [row["image"]], SCHEMA), self._key(row), self._read)
+        asked = question(text, [row["image"]], SCHEMA)
+        return Asked(asked, self._key(row), self._read, row["id"])
 
     def _key(self, row: Row) -> str:
         version = f"{PROMPT_VERSION} {self._rules.language}"

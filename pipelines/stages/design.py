@@ -12,6 +12,7 @@ import pyarrow as pa
 from dim import blueprint, designers, records, triage
 from dim.blueprint import Answer, parse_answer
 from dim.designers import CallOptions, DesignRequest
+from dim.designers.gate import Exchange
 from dim.errors import BlueprintError
 from dim.triage import Triage
 from infra.storage import Store
@@ -44,6 +45,7 @@ class WriteBlueprints:
         store: the job's output folder, where paid answers are kept.
         triage: in how many calls; without target there is nothing to judge, and one call.
         reasks: how often it is asked again, told what was wrong, before the pair fails.
+        exchange: the meter of all workers, where calls have a limit.
     """
 
     def __init__(
@@ -54,8 +56,9 @@ class WriteBlueprints:
         store: Store,
         triage: TriageBy = "own_call",
         reasks: int = 2,
+        exchange: Exchange | None = None,
     ) -> None:
-        self._designer = designers.create(designer, calls=calls)
+        self._designer = designers.create(designer, calls=calls, exchange=exchange)
         self._with_target = with_target
         self._own_call = with_target and triage == "own_call"
         self._reasks = reasks
@@ -91,12 +94,12 @@ class WriteBlueprints:
         text = triage.request_prompt(row["instruction"])
         key = self._key(row, triage.PROMPT_VERSION, row["instruction"])
         read = partial(_read_triage, instruction=row["instruction"])
-        return Asked(question(text, self._images(row), triage.SCHEMA), key, read)
+        return Asked(question(text, self._images(row), triage.SCHEMA), key, read, row["id"])
 
     def _both(self, row: Row) -> Asked[Answer | Triage]:
         text = blueprint.request_prompt(row["instruction"], self._with_target)
         key = self._key(row, blueprint.PROMPT_VERSION, row["instruction"])
-        return Asked(question(text, self._images(row)), key, _reader(row["instruction"]))
+        return Asked(question(text, self._images(row)), key, _reader(row["instruction"]), row["id"])
 
     def _plan(self, row: Row, verdict: Triage | None = None) -> Asked[Answer | Triage]:
         instruction = (verdict and verdict.instruction) or row["instruction"]
@@ -109,7 +112,7 @@ class WriteBlueprints:
             return replace(answer, alignment=verdict.alignment)
 
         key = self._key(row, blueprint.PLAN_VERSION, instruction)
-        return Asked(question(text, self._images(row), blueprint.SCHEMA), key, read)
+        return Asked(question(text, self._images(row), blueprint.SCHEMA), key, read, row["id"])
 
     def _request(self, row: Row) -> DesignRequest:
         return DesignRequest(row["instruction"], *self._images(row))
