@@ -208,19 +208,14 @@ class _Calls:
                 now = time.monotonic()
                 busy_since = busy_since or now
                 self._check_patience(busy, now, busy_since)
-            except Broken:
+            except (Broken, Barred) as failure:
+                if isinstance(failure, Barred) and (failure.for_good or not self._served):
+                    raise CallsStopped(f"{self._who}: {failure}") from None
                 if not self._breaker.is_open:  # else it is not this request's fault
                     failures += 1
                 if failures > self._options.retries:
                     raise
                 await asyncio.sleep(backoff_s(max(failures, 1)))
-            except Barred as barred:
-                if barred.for_good or not self._served:
-                    raise CallsStopped(f"{self._who}: {barred}") from None
-                failures += 1
-                if failures > self._options.retries:
-                    raise
-                await asyncio.sleep(backoff_s(failures))
 
     def _check_patience(self, busy: Busy, now: float, since: float) -> None:
         patience = self._options.busy_s
