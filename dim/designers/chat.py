@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Coroutine, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, TypeVar
 
 from dim.designers.base import CallOptions, OnAnswer, Question, Reply
@@ -37,7 +38,7 @@ __all__ = ["ChatEndpoint", "Question"]
 
 ResultT = TypeVar("ResultT")
 
-_INLINE_BYTES = 64 << 10  # images larger than this together are encoded in a thread
+_INLINE_BYTES = 256 << 10  # images larger than this together are encoded in a thread
 _LEASE_MARGIN_S = 60.0
 _HEDGE_AFTER_ANSWERS = 30  # fewer say nothing about what is slow
 _HEDGE_WINDOW = 200
@@ -90,12 +91,18 @@ class ChatEndpoint:
         return self._loop.run(self._calls.ask(questions, on_answer))
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Call:
-    """A question, and how many tokens it has by our own count."""
+    """A question on its way, and the request that was made of it."""
 
     question: Question
-    input_tokens: float
+    body: bytes | None = None
+    without: frozenset[str] = frozenset()
+
+    @cached_property
+    def input_tokens(self) -> float:
+        """How many it has by our own count, for which its images have to be looked at."""
+        return expected_input_tokens(self.question)
 
 
 @dataclass(frozen=True)
@@ -138,6 +145,8 @@ class _Calls:
         self._prices = options.prices
         self._transport: Transport | None = None
         self._open = asyncio.Semaphore(options.in_flight)
+        # Some are made ready while others are out, and some are being stored.
+        self._near = asyncio.Semaphore(2 * options.in_flight)
         self._breaker = CircuitBreaker(options.breaker, self._who)
         self._cool_down = CoolDown()
         self._gate = _gate(options, exchange)
@@ -150,11 +159,9 @@ class _Calls:
         stopped: list[BaseException] = []
 
         async def ask_one(place: int, question: Question) -> Reply | None:
-            async with self._open:
-                if stopped:
-                    return None
+            async with self._near:
                 try:
-                    return await self._ask_one(place, question, on_answer)
+                    return await self._ask_one(place, question, on_answer, stopped)
                 except Exception as error:
                     stopped.append(error)
                     return None
@@ -169,10 +176,24 @@ class _Calls:
         if self._transport is not None:
             await self._transport.close()
 
-    async def _ask_one(self, place: int, question: Question, on_answer: OnAnswer | None) -> Reply:
+    async def _ask_one(
+        self,
+        place: int,
+        question: Question,
+        on_answer: OnAnswer | None,
+        stopped: Sequence[BaseException],
+    ) -> Reply | None:
+        """The reply to one question, which has been reported; ``None`` if it is not asked.
+
+        ``stopped``: why nothing more is asked, as soon as there is a reason.
+        """
         try:
-            call = _Call(question, expected_input_tokens(question))
-            answered = await self._call_until_answered(call)
+            call = _Call(question)
+            await self._encode(call, self._refused)
+            async with self._open:
+                if stopped:
+                    return None
+                answered = await self._call_until_answered(call)
         except InputError as error:
             return DesignerError(f"image not sent: {error}")
         except Failure as failure:
@@ -248,17 +269,20 @@ class _Calls:
                 return answered
 
     async def _call_once(self, call: _Call, without: Set[str]) -> _Answered:
-        body = await self._encode(call.question, without)
+        body = await self._encode(call, without)
         async with self._breaker.call():
             await self._cool_down.wait()
             return await self._hedged(call, body)
 
-    async def _encode(self, question: Question, without: Set[str]) -> bytes:
-        arguments = (self._model, question, self._options, without)
-        if sum(map(len, question.images)) <= _INLINE_BYTES:
-            return request_body(*arguments)
-        # In a thread: encoding megabytes must not hold up the other requests.
-        return await asyncio.to_thread(request_body, *arguments)
+    async def _encode(self, call: _Call, without: Set[str]) -> bytes:
+        if call.body is None or call.without != without:
+            call.without = frozenset(without)
+            arguments = (self._model, call.question, self._options, call.without)
+            if sum(map(len, call.question.images)) <= _INLINE_BYTES:
+                call.body = request_body(*arguments)
+            else:  # in a thread: encoding megabytes must not hold up the other requests
+                call.body = await asyncio.to_thread(request_body, *arguments)
+        return call.body
 
     async def _hedged(self, call: _Call, body: bytes) -> _Answered:
         """Send a request, and once more if the answer takes unusually long."""
@@ -283,9 +307,7 @@ class _Calls:
                 task.cancel()
 
     async def _send(self, call: _Call, body: bytes) -> _Answered:
-        tokens = self._expected.tokens(call.input_tokens)
-        usd = self._expected.most_usd(call.input_tokens, self._prices)
-        lease = await self._gate.enter(tokens, usd) if self._gate else None
+        lease = await self._enter(call)
         sent_at = time.monotonic()
         try:
             completion = await self._connect().send(body)
@@ -299,8 +321,17 @@ class _Calls:
         self._cool_down.served(sent_at)
         self._slow.note(seconds)
         usage = self._usage(call, completion, seconds)
-        self._expected.learn(call.input_tokens, usage)
+        if self._gate:
+            self._expected.learn(call.input_tokens, usage)
         return _Answered(completion, usage, lease)
+
+    async def _enter(self, call: _Call) -> str | None:
+        if self._gate is None:
+            return None
+        tokens = self._expected.tokens(call.input_tokens)
+        return await self._gate.enter(
+            tokens, self._expected.most_usd(call.input_tokens, self._prices)
+        )
 
     def _connect(self) -> Transport:
         """The connections, made within the loop that they belong to."""

@@ -426,11 +426,11 @@ def test_half_a_surrogate_pair_cannot_break_a_file(server: ChatServer) -> None:
 def test_images_are_sent_upright_and_in_a_format_servers_read() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
-    turned = data_url(encoded("JPEG", (32, 16), exif=exif))
+    turned = data_url(encoded("JPEG", (32, 16), exif=exif)).decode()
     assert turned.startswith("data:image/png")
     with Image.open(io.BytesIO(base64.b64decode(turned.partition(",")[2]))) as image:
         assert image.size == (16, 32)
-    assert data_url(encoded("BMP")).startswith("data:image/png")
+    assert data_url(encoded("BMP")).startswith(b"data:image/png")
     with pytest.raises(InputError):
         data_url(b"nothing")
 
