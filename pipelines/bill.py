@@ -9,8 +9,11 @@ from __future__ import annotations
 import csv
 import io
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
+from dim import designers
 from infra.storage import Store
 from pipelines.answers import Entry, read_entries
 
@@ -76,3 +79,10 @@ def write_bill(store: Store) -> dict[str, float]:
         "output_tokens": total.output_tokens,
         "usd": round(total.usd, 6),  # sums in another order must not make another manifest
     }
+
+
+def biller(spec: str, store: Store) -> Callable[[], dict[str, float]] | None:
+    """What writes the bill of a job that asks ``spec``; ``None`` where answers cost nothing."""
+    if designers.calls_a_server(spec) or designers.engine_model(spec):
+        return partial(write_bill, store)
+    return None

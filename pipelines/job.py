@@ -34,6 +34,7 @@ _HOW_ONLY = frozenset(
         "workers",
         "cpus_per_worker",
         "tracking",
+        "engine",
         "calls.in_flight",
         "calls.timeout_s",
         "calls.retries",

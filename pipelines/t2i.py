@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated
 
 import ray.data
@@ -14,8 +15,9 @@ from dim.designers import CallOptions
 from dim.records import RAW_IMAGE, T2I
 from infra.storage import Store
 from pipelines.answers import set_unusable_aside
-from pipelines.bill import write_bill
+from pipelines.bill import biller
 from pipelines.command import ConfigFile, Out, Overrides, Overwrite, RetryFailed, settings, summary
+from pipelines.engine import EngineOptions, answer_beforehand
 from pipelines.job import Job, JobConfig
 from pipelines.manifest import Manifest
 from pipelines.meter import share_meter
@@ -31,10 +33,12 @@ class T2IConfig(JobConfig):
     raw: str
     """Address of the raw images, as ``dim data ingest`` makes them."""
     captioner: str
-    """Who writes the captions: ``openai:MODEL@URL``, ``replay:PATH`` or ``oracle``."""
+    """Who writes the captions; see :mod:`dim.designers`."""
     filters: ImageRules = ImageRules(min_side=512)
     captions: CaptionRules = CaptionRules()
     calls: CallOptions = CallOptions()
+    engine: EngineOptions = EngineOptions()
+    """How a local model (``vllm:MODEL``) runs."""
     workers: int = Field(1, ge=1)
     """Processes that each hold a captioner."""
     cpus_per_worker: float = Field(0.5, gt=0)
@@ -54,30 +58,34 @@ def run(config: T2IConfig, *, overwrite: bool = False, retry_failed: bool = Fals
         lambda: caption(raw, config, job.store),
         overwrite=overwrite,
         retry_failed=retry_failed,
-        cost=lambda: write_bill(job.store) if designers.calls_a_server(config.captioner) else {},
+        cost=biller(config.captioner, job.store),
     )
 
 
 def caption(raw: Shards, config: T2IConfig, store: Store) -> ray.data.Dataset:
     """Raw images → filter → long caption."""
     batches = {"batch_format": "pyarrow", "batch_size": config.batch_size}
+    filtered = raw.read(config.batch_size).map_batches(FilterImages(config.filters), **batches)
+    settings = {"calls": config.calls, "rules": config.captions, "store": store}
+    stage = partial(WriteCaptions, **settings)
+    rounds = config.captions.reasks + 1
+    answer_beforehand(filtered, stage, config.captioner, config, store, rounds)
     exchange = share_meter(config.captioner, config.calls, store)
-    return (
-        raw.read(config.batch_size)
-        .map_batches(FilterImages(config.filters), **batches)
-        .map_batches(
-            WriteCaptions,
-            fn_constructor_args=(config.captioner, config.calls, config.captions, store, exchange),
-            compute=raw.pool(config.workers, config.batch_size, batches_at_once(config.captioner)),
-            num_cpus=config.cpus_per_worker,
-            **batches,
-        )
+    return filtered.map_batches(
+        WriteCaptions,
+        fn_constructor_args=(config.captioner,),
+        fn_constructor_kwargs={**settings, "exchange": exchange},
+        compute=raw.pool(config.workers, config.batch_size, batches_at_once(config.captioner)),
+        num_cpus=config.cpus_per_worker,
+        **batches,
     )
 
 
 def main(
     raw: Annotated[str, typer.Option(help="Raw images: the output of `dim data ingest`.")],
-    captioner: Annotated[str, typer.Option(help="openai:MODEL@URL, replay:PATH or oracle.")],
+    captioner: Annotated[
+        str, typer.Option(help="openai:MODEL@URL, vllm:MODEL, replay:PATH or oracle.")
+    ],
     out: Out,
     overrides: Overrides = None,
     config: ConfigFile = None,

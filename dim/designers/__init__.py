@@ -4,6 +4,7 @@
 ``openai:MODEL@URL``  a vision-language model over HTTP (``openai:MODEL`` alone: OpenAI's own)
 ``replay:PATH``       recorded answers from a JSONL file
 ``oracle``            exact answers for images of the tabletop world
+``vllm:MODEL``        a vision-language model on this cluster's GPUs; in data jobs only
 ``self``              the shipped tiny model's own understanding; ``self:FOLDER`` a saved model's
 ==================  ===========================================================================
 """
@@ -40,10 +41,11 @@ __all__ = [
     "check",
     "create",
     "create_captioner",
+    "engine_model",
 ]
 
-DESIGNERS = ("openai:MODEL@URL", "replay:PATH", "oracle", "self", "self:MODEL_FOLDER")
-CAPTIONERS = ("openai:MODEL@URL", "replay:PATH", "oracle")
+DESIGNERS = ("openai:MODEL@URL", "replay:PATH", "oracle", "self", "self:MODEL_FOLDER", "vllm:MODEL")
+CAPTIONERS = ("openai:MODEL@URL", "replay:PATH", "oracle", "vllm:MODEL")
 
 _MODEL_AT_URL = re.compile(r"(?P<model>\S+?)(?:@(?P<url>https?://\S+))?")
 
@@ -70,6 +72,8 @@ def create(
         from dim.designers.replay import ReplayDesigner
 
         return ReplayDesigner(argument)
+    if kind == "vllm":
+        raise _only_in_jobs(argument)
     if kind == "oracle":
         from dim.designers.tabletop import TabletopOracle
 
@@ -90,6 +94,8 @@ def create_captioner(
         from dim.designers.replay import ReplayCaptioner
 
         return ReplayCaptioner(argument)
+    if kind == "vllm":
+        raise _only_in_jobs(argument)
     from dim.designers.tabletop import TabletopCaptioner
 
     return TabletopCaptioner()
@@ -98,6 +104,12 @@ def create_captioner(
 def calls_a_server(spec: str) -> bool:
     """Whether a designer or captioner is a model over HTTP, whose answers cost money and time."""
     return spec.strip().partition(":")[0] == "openai"
+
+
+def engine_model(spec: str) -> str | None:
+    """The model that a data job is to run itself, in vLLM; ``None`` where it is another kind."""
+    kind, _, model = spec.strip().partition(":")
+    return model if kind == "vllm" else None
 
 
 def check(spec: str, *, captioner: bool = False) -> None:
@@ -114,6 +126,13 @@ def check(spec: str, *, captioner: bool = False) -> None:
         raise DesignerError(f"recorded answers not found: {argument}")
     elif kind == "self" and argument and not Path(argument).is_dir():
         raise DesignerError(f"model folder not found: {argument}")
+
+
+def _only_in_jobs(model: str) -> DesignerError:
+    return DesignerError(
+        f"vllm:{model} answers whole data sets, in data jobs; for single requests run "
+        f"'vllm serve {model}' and write openai:{model}@http://host:8000/v1"
+    )
 
 
 def _split(spec: str, known: tuple[str, ...], role: str) -> tuple[str, str]:

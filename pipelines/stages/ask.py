@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
 
 from dim import designers
-from dim.designers import OnAnswer, Reply
+from dim.designers import CallOptions, OnAnswer, Reply
+from dim.designers.prepared import PreparedModel
 from dim.designers.usage import Unusable
+from infra.storage import Store
 from pipelines.answers import Answers
 
 RequestT = TypeVar("RequestT", contravariant=True)
@@ -20,6 +22,29 @@ def batches_at_once(spec: str) -> int:
     """How many batches a worker that asks ``spec`` works on: while one waits for its last answer,
     the next ones keep the server busy. Calls in flight are counted over all of them."""
     return _BATCHES_AT_ONCE if designers.calls_a_server(spec) else 1
+
+
+DesignerT = TypeVar("DesignerT")
+
+
+def prepared_or_made(
+    designer: str | PreparedModel,
+    make: Callable[[str], DesignerT],
+    calls: CallOptions,
+    store: Store,
+) -> DesignerT | PreparedModel:
+    """What a stage asks.
+
+    Args:
+        designer: its spec, or the model itself.
+        make: makes those that answer at once.
+        calls: the sampling.
+        store: where the answers of a local model lie.
+    """
+    if not isinstance(designer, str):
+        return designer
+    model = designers.engine_model(designer)
+    return make(designer) if model is None else PreparedModel(model, calls, Answers(store).get)
 
 
 class Ask(Protocol[RequestT]):

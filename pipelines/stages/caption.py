@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import pyarrow as pa
 from pydantic import Field, model_validator
@@ -21,10 +22,11 @@ from dim.caption import (
 from dim.config import StrictModel
 from dim.designers import CallOptions
 from dim.designers.gate import Exchange
+from dim.designers.prepared import PreparedModel
 from dim.errors import DesignerError
 from infra.storage import Store
 from pipelines.answers import Answers, answer_key
-from pipelines.stages.ask import ask_once
+from pipelines.stages.ask import ask_once, prepared_or_made
 from pipelines.stages.outcome import Rejection, Row, kept, to_rows, to_table, work_on
 from pipelines.stages.reask import Asked, answers_questions, ask_until_read, question, read_reply
 
@@ -59,7 +61,7 @@ class WriteCaptions:
     """Ask a captioner for each image's long caption.
 
     Args:
-        captioner: its spec.
+        captioner: its spec, or a model whose answers are there.
         calls: how it is called, if over HTTP.
         rules: which captions are kept.
         store: the job's output folder, where paid answers are kept.
@@ -68,13 +70,14 @@ class WriteCaptions:
 
     def __init__(
         self,
-        captioner: str,
+        captioner: str | PreparedModel,
         calls: CallOptions,
         rules: CaptionRules,
         store: Store,
         exchange: Exchange | None = None,
     ) -> None:
-        self._captioner = designers.create_captioner(captioner, calls=calls, exchange=exchange)
+        create = partial(designers.create_captioner, calls=calls, exchange=exchange)
+        self._captioner = prepared_or_made(captioner, create, calls, store)
         self._rules = rules
         self._limits = rules.model_dump(exclude={"reasks"})
         self._answers = Answers(store) if self._captioner.costly else None

@@ -13,11 +13,12 @@ from dim import blueprint, designers, records, triage
 from dim.blueprint import Answer, parse_answer
 from dim.designers import CallOptions, DesignRequest
 from dim.designers.gate import Exchange
+from dim.designers.prepared import PreparedModel
 from dim.errors import BlueprintError
 from dim.triage import Triage
 from infra.storage import Store
 from pipelines.answers import Answers, answer_key
-from pipelines.stages.ask import ask_once
+from pipelines.stages.ask import ask_once, prepared_or_made
 from pipelines.stages.outcome import Rejection, Row, kept, to_rows, to_table, work_on
 from pipelines.stages.reask import Asked, answers_questions, ask_until_read, question, read_reply
 
@@ -39,7 +40,7 @@ class WriteBlueprints:
     the blueprint too is taken as it is: nothing is paid for that is known.
 
     Args:
-        designer: its spec.
+        designer: its spec, or a model whose answers are there.
         calls: how it is called, if over HTTP.
         with_target: show it the target too, and have it judge the instruction.
         store: the job's output folder, where paid answers are kept.
@@ -50,7 +51,7 @@ class WriteBlueprints:
 
     def __init__(
         self,
-        designer: str,
+        designer: str | PreparedModel,
         calls: CallOptions,
         with_target: bool,
         store: Store,
@@ -58,7 +59,8 @@ class WriteBlueprints:
         reasks: int = 2,
         exchange: Exchange | None = None,
     ) -> None:
-        self._designer = designers.create(designer, calls=calls, exchange=exchange)
+        create = partial(designers.create, calls=calls, exchange=exchange)
+        self._designer = prepared_or_made(designer, create, calls, store)
         self._with_target = with_target
         self._own_call = with_target and triage == "own_call"
         self._reasks = reasks

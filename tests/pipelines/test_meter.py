@@ -29,6 +29,11 @@ def test_without_limits_there_is_no_meter(tmp_path: Path) -> None:
     assert share_meter("oracle", limited, store) is None
 
 
+async def enter(gate: Gate, usd: float) -> None:
+    """Make a call that costs what was put aside for it."""
+    gate.leave(await asyncio.wait_for(gate.enter(1, usd), 30), 1, usd)
+
+
 @ray.remote(num_cpus=0.1)
 def ask(spec: str, calls: CallOptions, exchange: ClusterExchange, count: int) -> list[str]:
     """What a worker does."""
@@ -76,9 +81,6 @@ def test_a_meter_that_dies_is_made_again(tmp_path: Path) -> None:
     exchange = share_meter("openai:mortal@http://127.0.0.1:9/v1", calls, store)
     assert exchange is not None
 
-    async def enter(gate: Gate, usd: float) -> None:
-        gate.leave(await asyncio.wait_for(gate.enter(1, usd), 60), 1, usd)
-
     async def live_on() -> None:
         gate = Gate(exchange, 60.0)
         await enter(gate, 0.5)
@@ -101,10 +103,10 @@ def test_jobs_that_call_one_server_share_its_rates_and_not_their_money(tmp_path:
 
     async def enter_both() -> float:
         gates = Gate(one, 60.0), Gate(two, 60.0)
-        await gates[0].enter(1, 0.001)
+        await enter(gates[0], 0.001)
         began = time.monotonic()
-        await gates[1].enter(1, 0.001)
-        await gates[0].enter(1, 1.0)
+        await enter(gates[1], 0.001)
+        await enter(gates[0], 1.0)
         with pytest.raises(CallsStopped):
             await gates[1].enter(1, 1.0)
         return time.monotonic() - began
