@@ -27,6 +27,13 @@ class DesignerError(DimError):
     """A designer is unknown, unreachable, or answered something that is not a blueprint."""
 
 
+class CallsStopped(DimError):
+    """A model is asked nothing more: it is down, the budget is spent, or the key is refused.
+
+    Not an answer to one request: whatever was being done stops, and can be run again.
+    """
+
+
 class BlueprintError(DimError, ValueError):
     """A text is not a blueprint; the message names the section that is wrong."""
 

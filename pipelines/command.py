@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -42,9 +43,18 @@ def summary(out: str, manifest: Manifest) -> None:
     )
     for reason, rows in sorted(counts.by_reason.items(), key=lambda item: -item[1]):
         console.print(f"  {rows:,} {reason}")
+    if manifest.cost:
+        console.print(f"cost: {_in_words(manifest.cost)}", markup=False)
     console.print(f"output: {out}", markup=False)
     if counts.failed and not counts.kept:
         raise DimError(
             f"no record was kept and {counts.failed:,} failed; {out}/failed says why, and "
             "--retry-failed tries again"
         )
+
+
+def _in_words(cost: Mapping[str, float]) -> str:
+    return (
+        f"${cost['usd']:,.2f} for {cost['requests']:,.0f} answers, {cost['input_tokens']:,.0f} "
+        f"tokens in and {cost['output_tokens']:,.0f} out"
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated
 
 import ray.data
@@ -13,14 +14,21 @@ from dim.config import load_config
 from dim.designers import CallOptions
 from dim.records import EDIT, RAW_PAIR
 from infra.storage import Store
+from pipelines.answers import set_unusable_aside
+from pipelines.bill import biller
 from pipelines.command import ConfigFile, Out, Overrides, Overwrite, RetryFailed, settings, summary
+from pipelines.engine import EngineOptions, answer_beforehand
 from pipelines.filtering import filtered
 from pipelines.job import Job, JobConfig
 from pipelines.manifest import Manifest
+from pipelines.meter import share_meter
 from pipelines.shards import Shards
+from pipelines.stages.ask import batches_at_once
 from pipelines.stages.design import TriageBy, WriteBlueprints
 from pipelines.stages.duplicates import DuplicateRules
 from pipelines.stages.filters import FilterPairs, PairRules
+
+_QUESTIONS_PER_PAIR = 2  # triage and blueprint
 
 
 class EditConfig(JobConfig):
@@ -40,6 +48,8 @@ class EditConfig(JobConfig):
     filters: PairRules = PairRules()
     duplicates: DuplicateRules = DuplicateRules()
     calls: CallOptions = CallOptions()
+    engine: EngineOptions = EngineOptions()
+    """How a local model (``vllm:MODEL``) runs."""
     workers: int = Field(1, ge=1)
     """Processes that each hold a designer."""
     cpus_per_worker: float = Field(0.5, gt=0)
@@ -53,21 +63,36 @@ def run(config: EditConfig, *, overwrite: bool = False, retry_failed: bool = Fal
     designers.check(config.designer)
     raw = Shards.open(config.raw, RAW_PAIR)
     job = Job("edit", config, EDIT, identity=raw.identity, rows=raw.rows)
+    if retry_failed:
+        set_unusable_aside(job.store)
     return job.run(
-        lambda: edit(raw, config, job.store), overwrite=overwrite, retry_failed=retry_failed
+        lambda: edit(raw, config, job.store),
+        overwrite=overwrite,
+        retry_failed=retry_failed,
+        cost=biller(config.designer, job.store),
     )
 
 
 def edit(raw: Shards, config: EditConfig, store: Store) -> ray.data.Dataset:
     """Raw pairs → filter → triage → blueprint."""
     batches = {"batch_format": "pyarrow", "batch_size": config.batch_size}
-    return filtered(
-        raw, FilterPairs(config.filters), config.duplicates, config.batch_size
-    ).map_batches(
+    checked = filtered(raw, FilterPairs(config.filters), config.duplicates, config.batch_size)
+    settings = {
+        "calls": config.calls,
+        "with_target": config.with_target,
+        "store": store,
+        "triage": config.triage,
+        "reasks": config.reasks,
+    }
+    rounds = _QUESTIONS_PER_PAIR * (config.reasks + 1)
+    stage = partial(WriteBlueprints, **settings)
+    answer_beforehand(checked, stage, config.designer, config, store, rounds)
+    exchange = share_meter(config.designer, config.calls, store)
+    return checked.map_batches(
         WriteBlueprints,
-        fn_constructor_args=(config.designer, config.calls, config.with_target, store),
-        fn_constructor_kwargs={"triage": config.triage, "reasks": config.reasks},
-        compute=raw.pool(config.workers, config.batch_size),
+        fn_constructor_args=(config.designer,),
+        fn_constructor_kwargs={**settings, "exchange": exchange},
+        compute=raw.pool(config.workers, config.batch_size, batches_at_once(config.designer)),
         num_cpus=config.cpus_per_worker,
         **batches,
     )
@@ -76,7 +101,10 @@ def edit(raw: Shards, config: EditConfig, store: Store) -> ray.data.Dataset:
 def main(
     raw: Annotated[str, typer.Option(help="Raw pairs: the output of `dim data ingest`.")],
     designer: Annotated[
-        str, typer.Option(help="openai:MODEL@URL, replay:PATH, oracle, self or self:MODEL_FOLDER.")
+        str,
+        typer.Option(
+            help="openai:MODEL@URL, vllm:MODEL, replay:PATH, oracle, self or self:MODEL_FOLDER."
+        ),
     ],
     out: Out,
     overrides: Overrides = None,

@@ -43,9 +43,18 @@ _HOW_ONLY = frozenset(
         "cpus_per_worker",
         "tracking",
         "licences",
+        "engine",
         "calls.in_flight",
         "calls.timeout_s",
         "calls.retries",
+        "calls.busy_s",
+        "calls.requests_per_minute",
+        "calls.tokens_per_minute",
+        "calls.input_price",
+        "calls.output_price",
+        "calls.budget",
+        "calls.hedge_after",
+        "calls.breaker",
     }
 )
 

@@ -74,9 +74,19 @@ class Shards:
         records_read = ray.data.read_parquet(paths, filesystem=self.store.filesystem)
         return records_read.repartition(target_num_rows_per_block=rows_per_block)
 
-    def pool(self, workers: int, rows_per_block: int) -> ray.data.ActorPoolStrategy:
-        """``workers`` processes for a stage that holds something; fewer for a few records."""
-        return ray.data.ActorPoolStrategy(size=max(1, min(workers, self.rows // rows_per_block)))
+    def pool(
+        self, workers: int, rows_per_block: int, batches_at_once: int = 1
+    ) -> ray.data.ActorPoolStrategy:
+        """``workers`` processes for a stage that holds something; fewer for a few records.
+
+        ``batches_at_once``: batches that each works on, in threads; for a stage that mostly waits,
+        which would otherwise stand idle while the last of a batch comes in.
+        """
+        return ray.data.ActorPoolStrategy(
+            size=max(1, min(workers, self.rows // rows_per_block)),
+            max_concurrent_calls_per_actor=batches_at_once,
+            enable_true_multi_threading=batches_at_once > 1,
+        )
 
     def batches(self, rows: int = 64, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
         """The kept records in order, a few in memory at a time; all columns unless named.

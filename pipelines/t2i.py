@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated
 
 import ray.data
@@ -13,11 +14,16 @@ from dim.config import load_config
 from dim.designers import CallOptions
 from dim.records import RAW_IMAGE, T2I
 from infra.storage import Store
+from pipelines.answers import set_unusable_aside
+from pipelines.bill import biller
 from pipelines.command import ConfigFile, Out, Overrides, Overwrite, RetryFailed, settings, summary
+from pipelines.engine import EngineOptions, answer_beforehand
 from pipelines.filtering import filtered
 from pipelines.job import Job, JobConfig
 from pipelines.manifest import Manifest
+from pipelines.meter import share_meter
 from pipelines.shards import Shards
+from pipelines.stages.ask import batches_at_once
 from pipelines.stages.caption import CaptionRules, WriteCaptions
 from pipelines.stages.duplicates import DuplicateRules
 from pipelines.stages.filters import FilterImages, ImageRules
@@ -29,11 +35,13 @@ class T2IConfig(JobConfig):
     raw: str
     """Address of the raw images, as ``dim data ingest`` makes them."""
     captioner: str
-    """Who writes the captions: ``openai:MODEL@URL``, ``replay:PATH`` or ``oracle``."""
+    """Who writes the captions; see :mod:`dim.designers`."""
     filters: ImageRules = ImageRules()
     duplicates: DuplicateRules = DuplicateRules()
     captions: CaptionRules = CaptionRules()
     calls: CallOptions = CallOptions()
+    engine: EngineOptions = EngineOptions()
+    """How a local model (``vllm:MODEL``) runs."""
     workers: int = Field(1, ge=1)
     """Processes that each hold a captioner."""
     cpus_per_worker: float = Field(0.5, gt=0)
@@ -47,20 +55,30 @@ def run(config: T2IConfig, *, overwrite: bool = False, retry_failed: bool = Fals
     designers.check(config.captioner, captioner=True)
     raw = Shards.open(config.raw, RAW_IMAGE)
     job = Job("t2i", config, T2I, identity=raw.identity, rows=raw.rows)
+    if retry_failed:
+        set_unusable_aside(job.store)
     return job.run(
-        lambda: caption(raw, config, job.store), overwrite=overwrite, retry_failed=retry_failed
+        lambda: caption(raw, config, job.store),
+        overwrite=overwrite,
+        retry_failed=retry_failed,
+        cost=biller(config.captioner, job.store),
     )
 
 
 def caption(raw: Shards, config: T2IConfig, store: Store) -> ray.data.Dataset:
     """Raw images → filter → long caption."""
     batches = {"batch_format": "pyarrow", "batch_size": config.batch_size}
-    return filtered(
-        raw, FilterImages(config.filters), config.duplicates, config.batch_size
-    ).map_batches(
+    checked = filtered(raw, FilterImages(config.filters), config.duplicates, config.batch_size)
+    settings = {"calls": config.calls, "rules": config.captions, "store": store}
+    stage = partial(WriteCaptions, **settings)
+    rounds = config.captions.reasks + 1
+    answer_beforehand(checked, stage, config.captioner, config, store, rounds)
+    exchange = share_meter(config.captioner, config.calls, store)
+    return checked.map_batches(
         WriteCaptions,
-        fn_constructor_args=(config.captioner, config.calls, config.captions, store),
-        compute=raw.pool(config.workers, config.batch_size),
+        fn_constructor_args=(config.captioner,),
+        fn_constructor_kwargs={**settings, "exchange": exchange},
+        compute=raw.pool(config.workers, config.batch_size, batches_at_once(config.captioner)),
         num_cpus=config.cpus_per_worker,
         **batches,
     )
@@ -68,7 +86,9 @@ def caption(raw: Shards, config: T2IConfig, store: Store) -> ray.data.Dataset:
 
 def main(
     raw: Annotated[str, typer.Option(help="Raw images: the output of `dim data ingest`.")],
-    captioner: Annotated[str, typer.Option(help="openai:MODEL@URL, replay:PATH or oracle.")],
+    captioner: Annotated[
+        str, typer.Option(help="openai:MODEL@URL, vllm:MODEL, replay:PATH or oracle.")
+    ],
     out: Out,
     overrides: Overrides = None,
     config: ConfigFile = None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -23,8 +23,13 @@ class Response:
     headers: dict[str, str] = field(default_factory=dict)
 
 
-def completion(text: str | None, finish_reason: str = "stop", **message: Any) -> Response:
-    """A well-formed answer with ``text``."""
+def completion(
+    text: str | None,
+    finish_reason: str = "stop",
+    tokens: tuple[int, int] = (1, 1),
+    **message: Any,
+) -> Response:
+    """A well-formed answer with ``text``, for so many tokens in and out."""
     return Response(
         json.dumps(
             {
@@ -39,7 +44,11 @@ def completion(text: str | None, finish_reason: str = "stop", **message: Any) ->
                         "message": {"role": "assistant", "content": text, **message},
                     }
                 ],
-                "usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2},
+                "usage": {
+                    "prompt_tokens": tokens[0],
+                    "completion_tokens": tokens[1],
+                    "total_tokens": sum(tokens),
+                },
             }
         ).encode()
     )
@@ -89,8 +98,9 @@ def running(respond: Callable[[dict[str, Any]], Response]) -> Iterator[ChatServe
             self.send_header("Content-Length", str(len(response.body)))
             for name, value in response.headers.items():
                 self.send_header(name, value)
-            self.end_headers()
-            self.wfile.write(response.body)
+            with suppress(ConnectionError):  # who asked may have given up
+                self.end_headers()
+                self.wfile.write(response.body)
 
         def log_message(self, format: str, *args: object) -> None:
             """Keep the test's output clean."""

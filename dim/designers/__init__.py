@@ -4,6 +4,7 @@
 ``openai:MODEL@URL``  a vision-language model over HTTP (``openai:MODEL`` alone: OpenAI's own)
 ``replay:PATH``       recorded answers from a JSONL file
 ``oracle``            exact answers for images of the tabletop world
+``vllm:MODEL``        a vision-language model on this cluster's GPUs; in data jobs only
 ``self``              the shipped tiny model's own understanding; ``self:FOLDER`` a saved model's
 ==================  ===========================================================================
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dim.designers.base import (
     CallOptions,
@@ -19,9 +21,13 @@ from dim.designers.base import (
     Designer,
     DesignRequest,
     OnAnswer,
+    Question,
     Reply,
 )
 from dim.errors import DesignerError
+
+if TYPE_CHECKING:
+    from dim.designers.gate import Exchange
 
 __all__ = [
     "CallOptions",
@@ -29,24 +35,30 @@ __all__ = [
     "DesignRequest",
     "Designer",
     "OnAnswer",
+    "Question",
     "Reply",
+    "calls_a_server",
     "check",
     "create",
     "create_captioner",
+    "engine_model",
 ]
 
-DESIGNERS = ("openai:MODEL@URL", "replay:PATH", "oracle", "self", "self:MODEL_FOLDER")
-CAPTIONERS = ("openai:MODEL@URL", "replay:PATH", "oracle")
+DESIGNERS = ("openai:MODEL@URL", "replay:PATH", "oracle", "self", "self:MODEL_FOLDER", "vllm:MODEL")
+CAPTIONERS = ("openai:MODEL@URL", "replay:PATH", "oracle", "vllm:MODEL")
 
 _MODEL_AT_URL = re.compile(r"(?P<model>\S+?)(?:@(?P<url>https?://\S+))?")
 
 
-def create(spec: str, *, calls: CallOptions | None = None) -> Designer:
+def create(
+    spec: str, *, calls: CallOptions | None = None, exchange: Exchange | None = None
+) -> Designer:
     """The designer that ``spec`` names.
 
     Args:
         spec: one of the forms above.
         calls: how an HTTP designer calls; the others have no use for it.
+        exchange: the meter of all who call the same server, where it is not this process alone.
 
     Raises:
         DesignerError: the spec is unknown or incomplete, or what it names does not exist.
@@ -55,11 +67,13 @@ def create(spec: str, *, calls: CallOptions | None = None) -> Designer:
     if kind == "openai":
         from dim.designers.openai import OpenAIDesigner
 
-        return OpenAIDesigner(*_model_and_url(argument, spec), calls)
+        return OpenAIDesigner(*_model_and_url(argument, spec), calls, exchange)
     if kind == "replay":
         from dim.designers.replay import ReplayDesigner
 
         return ReplayDesigner(argument)
+    if kind == "vllm":
+        raise _only_in_jobs(argument)
     if kind == "oracle":
         from dim.designers.tabletop import TabletopOracle
 
@@ -67,20 +81,35 @@ def create(spec: str, *, calls: CallOptions | None = None) -> Designer:
     return _create_self(argument)
 
 
-def create_captioner(spec: str, *, calls: CallOptions | None = None) -> Captioner:
+def create_captioner(
+    spec: str, *, calls: CallOptions | None = None, exchange: Exchange | None = None
+) -> Captioner:
     """The captioner that ``spec`` names; arguments and errors as of :func:`create`."""
     kind, argument = _split(spec, CAPTIONERS, "captioner")
     if kind == "openai":
         from dim.designers.openai import OpenAICaptioner
 
-        return OpenAICaptioner(*_model_and_url(argument, spec), calls)
+        return OpenAICaptioner(*_model_and_url(argument, spec), calls, exchange)
     if kind == "replay":
         from dim.designers.replay import ReplayCaptioner
 
         return ReplayCaptioner(argument)
+    if kind == "vllm":
+        raise _only_in_jobs(argument)
     from dim.designers.tabletop import TabletopCaptioner
 
     return TabletopCaptioner()
+
+
+def calls_a_server(spec: str) -> bool:
+    """Whether a designer or captioner is a model over HTTP, whose answers cost money and time."""
+    return spec.strip().partition(":")[0] == "openai"
+
+
+def engine_model(spec: str) -> str | None:
+    """The model that a data job is to run itself, in vLLM; ``None`` where it is another kind."""
+    kind, _, model = spec.strip().partition(":")
+    return model if kind == "vllm" else None
 
 
 def check(spec: str, *, captioner: bool = False) -> None:
@@ -97,6 +126,13 @@ def check(spec: str, *, captioner: bool = False) -> None:
         raise DesignerError(f"recorded answers not found: {argument}")
     elif kind == "self" and argument and not Path(argument).is_dir():
         raise DesignerError(f"model folder not found: {argument}")
+
+
+def _only_in_jobs(model: str) -> DesignerError:
+    return DesignerError(
+        f"vllm:{model} answers whole data sets, in data jobs; for single requests run "
+        f"'vllm serve {model}' and write openai:{model}@http://host:8000/v1"
+    )
 
 
 def _split(spec: str, known: tuple[str, ...], role: str) -> tuple[str, str]:

@@ -4,16 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
+
+from pydantic import Field, model_validator
 
 from dim.config import StrictModel
+from dim.designers.usage import Prices, Unusable
 from dim.errors import DesignerError
 
 Reply = str | DesignerError
 """One answer text, or why there is none."""
 
-OnAnswer = Callable[[int, str], None]
-"""Called with (place of the request, answer text) the moment an answer arrives, from any thread."""
+OnAnswer = Callable[[int, str | Unusable], None]
+"""Called with (place of the request, answer) the moment an answer arrives, from any thread.
+
+An answer that was paid for and cannot be used (:class:`dim.designers.usage.Unusable`) is one too.
+"""
+
+
+@dataclass(frozen=True)
+class Question:
+    """A text with the images it speaks of, encoded.
+
+    ``schema`` is the JSON schema that the answer should keep to, where the server can see to it.
+    """
+
+    text: str
+    images: tuple[bytes, ...]
+    schema: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -59,17 +77,56 @@ class Captioner(Protocol):
         ...
 
 
+class BreakerOptions(StrictModel):
+    """When a model that does not answer is left alone for a while, and when it is given up."""
+
+    failures: int = Field(default=20, ge=1)
+    """Failures in a row, whatever the request, after which it counts as down."""
+    pause_s: float = Field(default=5.0, gt=0)
+    """Until one request is tried; twice as long after each that fails, up to a minute."""
+    down_s: float = Field(default=300.0, ge=0)
+    """Down for so long, the job stops; nothing that was not asked is lost."""
+
+
 class CallOptions(StrictModel):
     """How a vision-language model is called over HTTP."""
 
-    in_flight: int = 64
+    in_flight: int = Field(default=64, ge=1)
     """Requests open at once, per worker."""
-    timeout_s: float = 120.0
+    timeout_s: float = Field(default=120.0, gt=0)
     """For one attempt, from sending to the last byte."""
-    retries: int = 6
-    """Further attempts after 408, 409, 429, 5xx or a broken connection, with growing pauses."""
-    max_tokens: int = 2048
-    temperature: float = 0.0
+    retries: int = Field(default=6, ge=0)
+    """Further attempts after 408, 409, 5xx, a broken connection or something that is no
+    completion, with growing pauses. Being told to wait (429) costs none of them."""
+    busy_s: float = Field(default=600.0, ge=0)
+    """How long a request is put off by a server that says it is too busy."""
+    max_tokens: int = Field(default=2048, ge=1)
+    temperature: float = Field(default=0.0, ge=0)
+    requests_per_minute: float | None = Field(default=None, gt=0)
+    """Of all workers together; ``None``: no limit."""
+    tokens_per_minute: float | None = Field(default=None, gt=0)
+    """Of requests and answers of all workers together; ``None``: no limit."""
+    input_price: float = Field(default=0.0, ge=0)
+    """US dollars for a million tokens of requests."""
+    output_price: float = Field(default=0.0, ge=0)
+    """US dollars for a million tokens of answers."""
+    budget: float | None = Field(default=None, gt=0)
+    """US dollars at which the job stops, with what earlier runs into the same output paid."""
+    hedge_after: float | None = Field(default=None, gt=0, lt=1)
+    """Ask a second time when an answer takes longer than this share of the last ones did (0.95:
+    longer than 95 % of them), and take the first to come. Both are reckoned to be billed."""
+    breaker: BreakerOptions = BreakerOptions()
+
+    @property
+    def prices(self) -> Prices:
+        """What tokens cost."""
+        return Prices(self.input_price, self.output_price)
+
+    @model_validator(mode="after")
+    def _check_budget(self) -> CallOptions:
+        if self.budget is not None and not (self.input_price or self.output_price):
+            raise ValueError("a budget needs input_price or output_price")
+        return self
 
 
 def answer_each(

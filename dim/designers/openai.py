@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from dim import blueprint, caption
-from dim.designers.base import CallOptions, DesignRequest, OnAnswer, Reply
-from dim.designers.chat import ChatEndpoint, Question
+from dim.designers.base import CallOptions, DesignRequest, OnAnswer, Question, Reply
+from dim.designers.chat import ChatEndpoint
+from dim.designers.gate import Exchange
 
 
 class OpenAIDesigner:
@@ -16,17 +17,22 @@ class OpenAIDesigner:
         model: the server's name of the model.
         url: the server's base address, or ``None`` for OpenAI's.
         options: how calls are made.
+        exchange: the meter that other processes count their calls by too.
     """
 
     costly = True
 
     def __init__(
-        self, model: str, url: str | None = None, options: CallOptions | None = None
+        self,
+        model: str,
+        url: str | None = None,
+        options: CallOptions | None = None,
+        exchange: Exchange | None = None,
     ) -> None:
         options = options or CallOptions()
         self.name = f"openai:{model}"
         self.fingerprint = fingerprint(model, options)
-        self._endpoint = ChatEndpoint(model, url, options)
+        self._endpoint = ChatEndpoint(model, url, options, exchange)
 
     def design(
         self, requests: Sequence[DesignRequest], *, on_answer: OnAnswer | None = None
@@ -47,12 +53,16 @@ class OpenAICaptioner:
     costly = True
 
     def __init__(
-        self, model: str, url: str | None = None, options: CallOptions | None = None
+        self,
+        model: str,
+        url: str | None = None,
+        options: CallOptions | None = None,
+        exchange: Exchange | None = None,
     ) -> None:
         options = options or CallOptions()
         self.name = f"openai:{model}"
         self.fingerprint = fingerprint(model, options)
-        self._endpoint = ChatEndpoint(model, url, options)
+        self._endpoint = ChatEndpoint(model, url, options, exchange)
 
     def caption(self, images: Sequence[bytes], *, on_answer: OnAnswer | None = None) -> list[Reply]:
         """See :meth:`dim.designers.Captioner.caption`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import pyarrow as pa
 from pydantic import Field, model_validator
@@ -20,10 +21,12 @@ from dim.caption import (
 )
 from dim.config import StrictModel
 from dim.designers import CallOptions
+from dim.designers.gate import Exchange
+from dim.designers.prepared import PreparedModel
 from dim.errors import DesignerError
 from infra.storage import Store
 from pipelines.answers import Answers, answer_key
-from pipelines.stages.ask import ask_once
+from pipelines.stages.ask import ask_once, prepared_or_made
 from pipelines.stages.outcome import Rejection, Row, kept, to_rows, to_table, work_on
 from pipelines.stages.reask import Asked, answers_questions, ask_until_read, question, read_reply
 
@@ -58,16 +61,23 @@ class WriteCaptions:
     """Ask a captioner for each image's long caption.
 
     Args:
-        captioner: its spec.
+        captioner: its spec, or a model whose answers are there.
         calls: how it is called, if over HTTP.
         rules: which captions are kept.
         store: the job's output folder, where paid answers are kept.
+        exchange: the meter of all workers, where calls have a limit.
     """
 
     def __init__(
-        self, captioner: str, calls: CallOptions, rules: CaptionRules, store: Store
+        self,
+        captioner: str | PreparedModel,
+        calls: CallOptions,
+        rules: CaptionRules,
+        store: Store,
+        exchange: Exchange | None = None,
     ) -> None:
-        self._captioner = designers.create_captioner(captioner, calls=calls)
+        create = partial(designers.create_captioner, calls=calls, exchange=exchange)
+        self._captioner = prepared_or_made(captioner, create, calls, store)
         self._rules = rules
         self._limits = rules.model_dump(exclude={"reasks"})
         self._answers = Answers(store) if self._captioner.costly else None
@@ -92,7 +102,8 @@ class WriteCaptions:
 
     def _asked(self, row: Row) -> Asked[Caption]:
         text = request_prompt(self._rules.language)
-        return Asked(question(text, [row["image"]], SCHEMA), self._key(row), self._read)
+        asked = question(text, [row["image"]], SCHEMA)
+        return Asked(asked, self._key(row), self._read, row["id"])
 
     def _key(self, row: Row) -> str:
         version = f"{PROMPT_VERSION} {self._rules.language}"

@@ -12,11 +12,13 @@ import pyarrow as pa
 from dim import blueprint, designers, records, triage
 from dim.blueprint import Answer, parse_answer
 from dim.designers import CallOptions, DesignRequest
+from dim.designers.gate import Exchange
+from dim.designers.prepared import PreparedModel
 from dim.errors import BlueprintError
 from dim.triage import Triage
 from infra.storage import Store
 from pipelines.answers import Answers, answer_key
-from pipelines.stages.ask import ask_once
+from pipelines.stages.ask import ask_once, prepared_or_made
 from pipelines.stages.outcome import Rejection, Row, kept, to_rows, to_table, work_on
 from pipelines.stages.reask import Asked, answers_questions, ask_until_read, question, read_reply
 
@@ -38,24 +40,27 @@ class WriteBlueprints:
     the blueprint too is taken as it is: nothing is paid for that is known.
 
     Args:
-        designer: its spec.
+        designer: its spec, or a model whose answers are there.
         calls: how it is called, if over HTTP.
         with_target: show it the target too, and have it judge the instruction.
         store: the job's output folder, where paid answers are kept.
         triage: in how many calls; without target there is nothing to judge, and one call.
         reasks: how often it is asked again, told what was wrong, before the pair fails.
+        exchange: the meter of all workers, where calls have a limit.
     """
 
     def __init__(
         self,
-        designer: str,
+        designer: str | PreparedModel,
         calls: CallOptions,
         with_target: bool,
         store: Store,
         triage: TriageBy = "own_call",
         reasks: int = 2,
+        exchange: Exchange | None = None,
     ) -> None:
-        self._designer = designers.create(designer, calls=calls)
+        create = partial(designers.create, calls=calls, exchange=exchange)
+        self._designer = prepared_or_made(designer, create, calls, store)
         self._with_target = with_target
         self._own_call = with_target and triage == "own_call"
         self._reasks = reasks
@@ -91,12 +96,12 @@ class WriteBlueprints:
         text = triage.request_prompt(row["instruction"])
         key = self._key(row, triage.PROMPT_VERSION, row["instruction"])
         read = partial(_read_triage, instruction=row["instruction"])
-        return Asked(question(text, self._images(row), triage.SCHEMA), key, read)
+        return Asked(question(text, self._images(row), triage.SCHEMA), key, read, row["id"])
 
     def _both(self, row: Row) -> Asked[Answer | Triage]:
         text = blueprint.request_prompt(row["instruction"], self._with_target)
         key = self._key(row, blueprint.PROMPT_VERSION, row["instruction"])
-        return Asked(question(text, self._images(row)), key, _reader(row["instruction"]))
+        return Asked(question(text, self._images(row)), key, _reader(row["instruction"]), row["id"])
 
     def _plan(self, row: Row, verdict: Triage | None = None) -> Asked[Answer | Triage]:
         instruction = (verdict and verdict.instruction) or row["instruction"]
@@ -109,7 +114,7 @@ class WriteBlueprints:
             return replace(answer, alignment=verdict.alignment)
 
         key = self._key(row, blueprint.PLAN_VERSION, instruction)
-        return Asked(question(text, self._images(row), blueprint.SCHEMA), key, read)
+        return Asked(question(text, self._images(row), blueprint.SCHEMA), key, read, row["id"])
 
     def _request(self, row: Row) -> DesignRequest:
         return DesignRequest(row["instruction"], *self._images(row))

@@ -4,18 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeGuard, TypeVar
+from typing import Any, Generic, Protocol, TypeGuard, TypeVar
 
-from dim.designers import OnAnswer, Reply
+from dim.designers import OnAnswer, Question, Reply
 from dim.errors import DimError
 from pipelines.answers import Answers, answer_key
 from pipelines.stages.ask import Ask, ask_once
 from pipelines.stages.outcome import Rejection
-
-if (
-    TYPE_CHECKING
-):  # else every worker would load an HTTP client, and few designers have a use for it
-    from dim.designers.chat import Question
 
 ReadT = TypeVar("ReadT")
 
@@ -28,7 +23,8 @@ and in the form that is asked for."""
 
 @dataclass(frozen=True)
 class Asked(Generic[ReadT]):
-    """A question on its way: how it was first put, under which key, and how its answer is read.
+    """A question on its way: how it was first put, under which key, how its answer is read, and
+    the id of the record it is for.
 
     ``read`` raises a :class:`dim.errors.DimError` or a :class:`Rejection` for an answer that
     cannot be used; its text tells the model what to do better.
@@ -37,6 +33,7 @@ class Asked(Generic[ReadT]):
     question: Question
     key: str
     read: Callable[[str], ReadT]
+    record: str = ""
 
 
 class Answering(Protocol):
@@ -54,8 +51,6 @@ def answers_questions(designer: Any) -> TypeGuard[Answering]:
 
 def question(text: str, images: Sequence[bytes], schema: dict[str, Any] | None = None) -> Question:
     """A question about encoded images, answered in the form of a JSON schema where one is given."""
-    from dim.designers.chat import Question
-
     return Question(text, tuple(images), schema)
 
 
@@ -79,7 +74,8 @@ def ask_until_read(
     for attempt in range(reasks + 1):
         places = list(current)
         questions, keys = [current[p][0] for p in places], [current[p][1] for p in places]
-        replies = ask_once(ask, questions, keys, answers) if places else []
+        records = [asked[place].record for place in places]
+        replies = ask_once(ask, questions, keys, answers, records) if places else []
         current = {}
         for place, reply in zip(places, replies, strict=True):
             one = asked[place]

@@ -6,8 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from dim.designers.usage import Answer, Unusable, Usage
+from dim.errors import StorageError
 from infra.storage import Store, join, open_store
-from pipelines.answers import Answers, answer_key
+from pipelines.answers import Answers, answer_key, read_entries, set_unusable_aside
+
+COST = Usage(1000, 200, 0.004, 1.5)
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -84,3 +88,75 @@ def test_keys_differ_in_every_part() -> None:
     keys = {answer_key(*parts) for parts in [base, *changed, (*base[:3], None, base[4])]}
     assert len(keys) == len(base) + 2
     assert answer_key("ab", "c") != answer_key("a", "bc")
+
+
+def test_what_an_answer_cost_and_whom_it_was_for_is_kept(store: Store) -> None:
+    answers = Answers(store)
+    answers.add("a", Answer("one", COST), "record-1")
+    answers.add("b", "free")
+    entries = {entry.key: entry for entry in read_entries(store)}
+    assert (entries["a"].reply, entries["a"].usage) == ("one", COST)
+    assert entries["a"].record == "record-1"
+    assert (entries["b"].usage, entries["b"].record) == (None, "")
+
+
+def test_a_useless_answer_is_not_paid_for_again_until_it_is_set_aside(store: Store) -> None:
+    Answers(store).add("a", Unusable("refused: no", COST), "record-1")
+    later = Answers(store)
+    known = later.get("a")
+    assert isinstance(known, Unusable) and str(known) == "refused: no"
+    set_unusable_aside(store)
+    assert Answers(store).get("a") is None
+    (entry,) = read_entries(store)
+    assert (entry.reply, entry.usage) == (None, COST)  # still on the bill
+    later = Answers(store)
+    later.add("a", "yes")
+    set_unusable_aside(store)
+    assert Answers(store).get("a") == "yes"
+
+
+def test_a_usable_answer_wins_over_a_useless_one(store: Store) -> None:
+    answers = Answers(store)
+    answers.add("a", "yes")
+    answers.add("a", Unusable("refused: no", COST))
+    assert answers.get("a") == "yes" == Answers(store).get("a")
+
+
+def test_an_empty_answer_is_on_the_bill_only(store: Store) -> None:
+    answers = Answers(store)
+    answers.add("a", Unusable("answered nothing", COST, final=False))
+    assert answers.get("a") is None and Answers(store).get("a") is None
+    assert [entry.usage for entry in read_entries(store)] == [COST]
+
+
+def test_answers_of_older_versions_are_read(store: Store) -> None:
+    store.write("answers/old.jsonl", b'{"key": "a", "answer": "1"}\n{"key": 3}\nnull\n')
+    assert Answers(store).get("a") == "1"
+
+
+def test_a_store_that_refuses_an_upload_hangs_nobody(
+    s3: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store(s3)
+    answers = Answers(store)
+
+    def refuse(self: Store, name: str, data: bytes) -> None:
+        time.sleep(0.02)
+        raise StorageError("the bucket is full")
+
+    monkeypatch.setattr(Store, "write", refuse)
+    errors: list[StorageError] = []
+
+    def add(n: int) -> None:
+        try:
+            answers.add(str(n), "x")
+        except StorageError as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=add, args=(n,), daemon=True) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert not any(thread.is_alive() for thread in threads)
+    assert len(errors) == 8

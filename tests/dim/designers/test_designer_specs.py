@@ -58,3 +58,13 @@ def test_captioners_have_their_own_list(tmp_path: Path) -> None:
         designers.check("self", captioner=True)
     designers.check("oracle", captioner=True)
     assert not designers.create_captioner("oracle").costly
+
+
+def test_a_model_for_whole_data_sets_answers_no_single_request() -> None:
+    designers.check("vllm:Qwen/Qwen2.5-VL-7B-Instruct")
+    designers.check("vllm:Qwen/Qwen2.5-VL-7B-Instruct", captioner=True)
+    assert designers.engine_model("vllm:org/m") == "org/m"
+    assert designers.engine_model("openai:m@http://x/v1") is None
+    for create in (designers.create, designers.create_captioner):
+        with pytest.raises(DesignerError, match="in data jobs; .*vllm serve org/m"):
+            create("vllm:org/m")

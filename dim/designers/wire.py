@@ -1,0 +1,198 @@
+"""A question as the JSON of a chat completions request, and what comes back as an answer."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+
+from dim.designers.base import CallOptions, Question
+from dim.images import decode_image, encode_png
+
+SCHEMA, MAX_TOKENS, TEMPERATURE = "response_format", "max_tokens", "temperature"
+"""What some servers refuse to be sent."""
+
+EMPTY = "answered nothing"
+_CUT_OFF = "the answer was cut off (calls.max_tokens is too small)"
+
+_REQUEST = b'{"messages": [{"role": "user", "content": [%b]}], %b'
+_IMAGE = b'{"type": "image_url", "image_url": {"url": "%b"}}'
+
+# What vision servers read as it is; anything else is sent as PNG.
+_SENDABLE = {"JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp"}
+_ORIENTATION = 0x0112  # EXIF tag
+_SHOWN = 200  # characters of a server's message that go into an error
+_CHARACTERS_PER_TOKEN = 4
+_PIXELS_PER_TOKEN = 28 * 28  # of Qwen2.5-VL; others are near enough until the first answer
+
+
+class NotACompletion(Exception):
+    """The server sent something else; the text says what."""
+
+
+class ServerSays(Exception):
+    """An error in the body of an answer whose status is 200, as gateways send it."""
+
+    def __init__(self, status: int | None, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What a server answered: the text, or what is wrong with it, and the tokens it counted.
+
+    The counts are ``None`` where the server does not say.
+    """
+
+    text: str
+    fault: str | None
+    input_tokens: int | None
+    output_tokens: int | None
+
+
+def request_body(
+    model: str, question: Question, options: CallOptions, without: Collection[str] = ()
+) -> bytes:
+    """The JSON of a request.
+
+    Args:
+        model: the name the server knows the model by.
+        question: what to ask.
+        options: its sampling.
+        without: what this server is known to refuse.
+
+    Raises:
+        InputError: an image cannot be read.
+    """
+    request: dict[str, Any] = {"model": model}
+    newer = MAX_TOKENS in without
+    request["max_completion_tokens" if newer else MAX_TOKENS] = options.max_tokens
+    if TEMPERATURE not in without:
+        request[TEMPERATURE] = options.temperature
+    if question.schema is not None and SCHEMA not in without:
+        form = {"name": "answer", "schema": question.schema, "strict": True}
+        request[SCHEMA] = {"type": "json_schema", "json_schema": form}
+    # Put together by hand: looking for characters to escape in megabytes of base64 takes as long
+    # as all the rest of a request.
+    parts = [_IMAGE % data_url(image) for image in question.images]
+    parts.append(json.dumps({"type": "text", "text": question.text}).encode())
+    return _REQUEST % (b", ".join(parts), json.dumps(request).encode()[1:])
+
+
+def expected_input_tokens(question: Question) -> float:
+    """About how many tokens a request has, before a server has counted any."""
+    images = sum(_pixels(image) for image in question.images) / _PIXELS_PER_TOKEN
+    return images + len(question.text) / _CHARACTERS_PER_TOKEN
+
+
+def expected_output_tokens(text: str) -> int:
+    """About how many tokens an answer has that no server has counted."""
+    return -(-len(text) // _CHARACTERS_PER_TOKEN)
+
+
+def data_url(image: bytes) -> bytes:
+    """An encoded image as a ``data:`` URL, re-encoded only where a server would misread it.
+
+    Raises:
+        InputError: the bytes are no image.
+    """
+    media_type = _sendable_type(image)
+    if media_type is None:
+        image, media_type = encode_png(decode_image(image)), "image/png"
+    return b"data:%b;base64,%b" % (media_type.encode(), base64.b64encode(image))
+
+
+def read_completion(body: bytes) -> Completion:
+    """What a server's answer says.
+
+    Raises:
+        NotACompletion: it is no completion, or half of one.
+        ServerSays: it is an error in the place of one.
+    """
+    try:
+        answer = json.loads(body)
+    except (ValueError, RecursionError):
+        if body.lstrip()[:1] in (b"{", b"["):
+            raise NotACompletion(f"the answer cannot be read ({shorten(body)})") from None
+        answer = body.decode("utf-8", "replace")
+    if not isinstance(answer, dict):
+        said = shorten(answer) or "nothing"
+        raise NotACompletion(f"did not answer with a chat completion but with {said}")
+    choices = answer.get("choices")
+    if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
+        if answer.get("error"):
+            raise _error_in(answer["error"])
+        raise NotACompletion("answered without a choice")
+    text, fault = _read_choice(choices[0])
+    usage = answer.get("usage")
+    usage = usage if isinstance(usage, dict) else {}
+    counts = (_count(usage.get(name)) for name in ("prompt_tokens", "completion_tokens"))
+    return Completion(text, fault, *counts)
+
+
+def shorten(value: object) -> str:
+    """The beginning of what somebody said, on one line."""
+    said = value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
+    text = " ".join(said.split())
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
+
+
+def _read_choice(choice: dict[str, Any]) -> tuple[str, str | None]:
+    message = choice.get("message")
+    message = message if isinstance(message, dict) else {}
+    text, finished = _text(message.get("content")), choice.get("finish_reason")
+    if not text.strip():
+        refusal = message.get("refusal")
+        if refusal:
+            return text, f"refused: {shorten(refusal)}"
+        # A model that thinks may use up all its tokens before it says anything.
+        return text, _CUT_OFF if finished == "length" else EMPTY
+    if finished == "length":
+        return text, _CUT_OFF
+    if finished == "content_filter":
+        return text, "the answer was withheld by the server's content filter"
+    return text, None
+
+
+def _text(content: object) -> str:
+    """The text of a message, which some servers send in parts."""
+    if isinstance(content, str):
+        return content
+    parts = content if isinstance(content, list) else []
+    texts = [part.get("text") for part in parts if isinstance(part, dict)]
+    return "".join(text for text in texts if isinstance(text, str))
+
+
+def _error_in(error: object) -> ServerSays:
+    code = error.get("code") if isinstance(error, dict) else None
+    message = error.get("message", error) if isinstance(error, dict) else error
+    return ServerSays(code if isinstance(code, int) else None, shorten(message))
+
+
+def _count(value: object) -> int | None:
+    return value if isinstance(value, int) and value >= 0 else None
+
+
+def _pixels(image: bytes) -> int:
+    try:
+        with Image.open(io.BytesIO(image)) as opened:
+            return opened.width * opened.height
+    except Exception:  # it will not be sent
+        return 0
+
+
+def _sendable_type(image: bytes) -> str | None:
+    try:
+        with Image.open(io.BytesIO(image)) as opened:
+            # Pillow decodes a whole PNG to look for EXIF behind its pixels; few have any.
+            exif = {} if opened.format == "PNG" else opened.getexif()
+            upright = exif.get(_ORIENTATION, 1) == 1
+            return _SENDABLE.get(opened.format or "") if upright else None
+    except Exception:  # whatever is wrong with it, decode_image says it in a sentence
+        return None
