@@ -25,6 +25,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "data ingest": ("pipelines.ingest:main", "Edit pairs, images or tabletop into raw shards."),
     "data edit": ("pipelines.edit:main", "Raw pairs into DIM-Edit: filter, triage, blueprint."),
     "data t2i": ("pipelines.t2i:main", "Raw images into DIM-T2I: filter, long caption."),
+    "data features": (
+        "pipelines.features:main",
+        "Frozen hidden states and latents of DIM-Edit or DIM-T2I, to train on.",
+    ),
     "data verify": ("pipelines.verify:main", "Check an output against its manifest."),
     "data card": ("pipelines.card:main", "The dataset card of an output: README.md."),
     "data export": ("pipelines.export:main", "DIM-Edit in its public layout, or WebDataset tars."),

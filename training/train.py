@@ -35,6 +35,7 @@ from training.loop import train_loop_per_worker
 from training.metrics import SAID
 from training.order import SampleOrder
 from training.outcome import STAGE_FILE, StageRecord, identify, read_record
+from training.shards import FeatureShards, holds_features
 from training.stages import StageConfig
 from training.worker import Plan
 
@@ -298,7 +299,7 @@ def _check(config: StageConfig) -> tuple[int, int]:
     """Steps and rows of the stage, after everything that can be known to be wrong was checked."""
     if not storage.exists(config.init):
         raise CheckpointError(f"init: there is no model folder or model YAML at {config.init}")
-    _, rows = open_samples(config.data, config.columns)
+    rows = _count_samples(config)
     if config.validation is not None:
         open_samples(config.validation.data, config.columns)
     if config.steps is not None:
@@ -306,6 +307,12 @@ def _check(config: StageConfig) -> tuple[int, int]:
     assert config.epochs is not None
     order = SampleOrder(rows, config.batch_size, config.seed)
     return config.epochs * order.steps_per_epoch, rows
+
+
+def _count_samples(config: StageConfig) -> int:
+    if holds_features(config.data):
+        return FeatureShards.open(config.data, config.texts, edits=config.edits).rows
+    return open_samples(config.data, config.columns)[1]
 
 
 def _discard(out: str) -> None:
