@@ -43,9 +43,9 @@ class FrozenParts(Protocol):
 class Preparation(StrictModel):
     """The frozen parts as hashes (SHA-256 in hex), and the sizes that images and texts are cut to.
 
-    Weights are hashed as bfloat16: saved in another precision they are still the same. Text-to-image
-    samples are never shown to the understanding model, and ``image_processor`` and ``image_size``
-    are null for them.
+    Weights are hashed as bfloat16: saved in another precision they are still the same. The
+    understanding model sees no image of text-to-image samples, so for them ``image_processor`` and
+    ``image_size`` are null.
     """
 
     understanding: str
@@ -97,7 +97,7 @@ def _weights(state: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
         yield f"{name} {tuple(tensor.shape)}\n".encode()
         if tensor.is_floating_point():
             tensor = tensor.to(torch.bfloat16)
-        yield memoryview(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+        yield tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def _hash(parts: Iterable[bytes | memoryview]) -> str:
