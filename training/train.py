@@ -131,6 +131,17 @@ def make_trainer(plan: Plan) -> TorchTrainer:
     )
 
 
+def count_samples(config: StageConfig) -> int:
+    """Samples in the data of a stage, of either kind, after the checks that need no worker.
+
+    Raises:
+        InputError, StorageError: the data are not what the stage needs; the message says where.
+    """
+    if holds_features(config.data):
+        return FeatureShards.open(config.data, config.texts, edits=config.edits).rows
+    return open_samples(config.data, config.columns)[1]
+
+
 def main(
     stage: Annotated[Path, typer.Argument(help="A stage file, such as configs/tiny-t2i.yaml.")],
     overrides: Annotated[
@@ -299,7 +310,7 @@ def _check(config: StageConfig) -> tuple[int, int]:
     """Steps and rows of the stage, after everything that can be known to be wrong was checked."""
     if not storage.exists(config.init):
         raise CheckpointError(f"init: there is no model folder or model YAML at {config.init}")
-    rows = _count_samples(config)
+    rows = count_samples(config)
     if config.validation is not None:
         open_samples(config.validation.data, config.columns)
     if config.steps is not None:
@@ -307,12 +318,6 @@ def _check(config: StageConfig) -> tuple[int, int]:
     assert config.epochs is not None
     order = SampleOrder(rows, config.batch_size, config.seed)
     return config.epochs * order.steps_per_epoch, rows
-
-
-def _count_samples(config: StageConfig) -> int:
-    if holds_features(config.data):
-        return FeatureShards.open(config.data, config.texts, edits=config.edits).rows
-    return open_samples(config.data, config.columns)[1]
 
 
 def _discard(out: str) -> None:

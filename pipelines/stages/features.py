@@ -86,7 +86,7 @@ class EncodeFeatures:
             raise InputError(f"{model} is not the same on every machine: {'; '.join(differing)}")
         _place(frozen, use_gpu, options.precision)
         self._encoder = FrozenEncoder(frozen, edits=edits, resolution=preparation.resolution)
-        self._options = options
+        self.options = options
         self._schema = schema_of(options, preparation)
         self._source, self._target = source, target
         self._images = ("image", "image_target") if edits else ("image",)
@@ -105,7 +105,7 @@ class EncodeFeatures:
         rows, whole = [], []
         for number, row in enumerate(table.select(self._traced(table)).to_pylist()):
             rows.append(row)
-            missing = next((text for text in self._options.texts if not row[text]), None)
+            missing = next((text for text in self.options.texts if not row[text]), None)
             if missing:
                 reject(row, Rejection("features.text_missing", f"the record has no {missing}"))
             else:
@@ -114,7 +114,7 @@ class EncodeFeatures:
         if unusable:
             yield to_table(unusable, self._schema)
         usable = table.take(pa.array(whole, pa.int64()))
-        for chosen in by_length(usable, self._options.texts, self._options.encode_batch):
+        for chosen in by_length(usable, self.options.texts, self.options.encode_batch):
             group = [rows[whole[number]] for number in chosen]
             self._add(group, usable.take(pa.array(chosen)))
             yield to_table(group, self._schema)
@@ -142,7 +142,7 @@ class EncodeFeatures:
                 continue
             for row, one in zip(found, latents, strict=True):
                 row[name] = pack_bf16(_finite(one, name))
-        for text in self._options.texts:
+        for text in self.options.texts:
             hidden, mask = self._encoder.states(table[text].to_pylist(), seen)
             for row, one, tokens in zip(found, hidden, mask.sum(1).tolist(), strict=True):
                 states = _finite(one[:tokens], "hidden states")
@@ -151,7 +151,7 @@ class EncodeFeatures:
         return found
 
     def _packed(self, text: str, states: Tensor) -> Row:
-        if self._options.encoding == "bf16":
+        if self.options.encoding == "bf16":
             return {f"{text}_states": pack_bf16(states)}
         numbers, scales = pack_int8(states)
         kept = unpack_int8(numbers, scales, (states.shape[0], states.shape[1]))
@@ -172,12 +172,12 @@ class EncodeFeatures:
 
     def _key(self, unit: dict[str, Any]) -> str:
         return records.sha256_hex(
-            json.dumps([unit, dump_config(self._options), str(self._schema.metadata)]).encode()
+            json.dumps([unit, dump_config(self.options), str(self._schema.metadata)]).encode()
         )
 
     def _traced(self, table: pa.Table) -> list[str]:
         """The columns that a record keeps: what it is, where it came from, and its texts."""
-        names = ["id", "index", "source", "content_hash", "provenance", *self._options.texts]
+        names = ["id", "index", "source", "content_hash", "provenance", *self.options.texts]
         return [name for name in names if name in table.schema.names]
 
 
