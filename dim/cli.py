@@ -26,6 +26,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "data edit": ("pipelines.edit:main", "Raw pairs into DIM-Edit: filter, triage, blueprint."),
     "data t2i": ("pipelines.t2i:main", "Raw images into DIM-T2I: filter, long caption."),
     "data inspect": ("pipelines.inspect:main", "A page to look at: samples, reasons, histograms."),
+    "data features": (
+        "pipelines.features:main",
+        "Frozen hidden states and latents of DIM-Edit or DIM-T2I, to train on.",
+    ),
     "data verify": ("pipelines.verify:main", "Check an output against its manifest."),
     "data card": ("pipelines.card:main", "The dataset card of an output: README.md."),
     "data export": ("pipelines.export:main", "DIM-Edit in its public layout, or WebDataset tars."),

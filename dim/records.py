@@ -7,6 +7,7 @@ tell what it holds. Image columns hold the encoded file (JPEG, PNG, …) untouch
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 import pyarrow as pa
 
@@ -111,6 +112,59 @@ FAILED = _schema(
     MEASURES,
 )
 """A record on which a stage could not do its work, and the error."""
+
+
+PREPARATION_KEY = b"dim.preparation"
+ENCODING_KEY = b"dim.encoding"
+FEATURES_OF = {"edit": "edit_features", "t2i": "t2i_features"}
+"""The kind of feature records by the kind of record that they were made of."""
+
+
+def features_schema(
+    kind: str, texts: Sequence[str], *, encoding: str, preparation: str
+) -> pa.Schema:
+    """Features of ``edit`` or ``t2i`` records: what the frozen parts say about each.
+
+    For each text column T there is the text itself, ``T_tokens`` (how many tokens N), and
+    ``T_states``: its hidden states (N, ``hidden_size``), for edits with the source in view. With
+    ``encoding`` ``bf16`` these are bfloat16; with ``int8`` one byte a number, ``T_scales`` one
+    float32 a token to multiply it with, and ``T_error`` the relative error that this makes.
+    ``latent`` and, for edits, ``source_latent`` are bfloat16 of ``latent_shape`` (C, h, w). All
+    little-endian, the last axis fastest; ``dim.model.packing`` reads them.
+
+    Args:
+        kind: what the features were made of.
+        texts: the text columns.
+        encoding: how hidden states are kept.
+        preparation: how they were made, as JSON; kept in the schema's metadata.
+    """
+    columns = [field for text in texts for field in _text_features(text, encoding)]
+    latents = ["latent", "source_latent"] if kind == "edit" else ["latent"]
+    schema = _schema(
+        FEATURES_OF[kind],
+        *_IDENTITY,
+        *_TRACE,
+        *columns,
+        pa.field("hidden_size", pa.int32()),
+        *(pa.field(name, pa.large_binary()) for name in latents),
+        pa.field("latent_shape", pa.list_(pa.int32())),
+    )
+    told = {PREPARATION_KEY: preparation.encode(), ENCODING_KEY: encoding.encode()}
+    return schema.with_metadata({**schema.metadata, **told})
+
+
+def _text_features(text: str, encoding: str) -> list[pa.Field]:
+    fields = [
+        pa.field(text, pa.string()),
+        pa.field(f"{text}_tokens", pa.int32()),
+        pa.field(f"{text}_states", pa.large_binary()),
+    ]
+    if encoding == "int8":
+        fields += [
+            pa.field(f"{text}_scales", pa.large_binary()),
+            pa.field(f"{text}_error", pa.float32()),
+        ]
+    return fields
 
 
 def kind_of(schema: pa.Schema) -> str | None:

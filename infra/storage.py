@@ -207,12 +207,15 @@ class Store:
             return self._open(name)
 
     @contextmanager
-    def open_parquet(self, name: str) -> Iterator[pq.ParquetFile]:
-        """A Parquet file; what goes wrong while it is read inside the block says which file."""
+    def open_parquet(self, name: str, **options: Any) -> Iterator[pq.ParquetFile]:
+        """A Parquet file; what goes wrong while it is read inside the block says which file.
+
+        ``options`` are those of pyarrow's ``ParquetFile``.
+        """
         with (
             _errors("read", self.address(name)),
             self._open(name) as file,
-            pq.ParquetFile(file) as parquet,
+            pq.ParquetFile(file, **options) as parquet,
         ):
             yield parquet
 

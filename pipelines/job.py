@@ -41,6 +41,7 @@ _HOW_ONLY = frozenset(
         "batch_size",
         "workers",
         "cpus_per_worker",
+        "gpus_per_worker",
         "tracking",
         "licences",
         "engine",
@@ -95,6 +96,7 @@ class Job:
         schema: the columns of the records it keeps.
         identity: what it reads, the same exactly when the input is the same.
         rows: how many records it reads.
+        group_bytes: size of a row group of its output, as ``OutcomeSink`` takes it.
     """
 
     def __init__(
@@ -105,6 +107,7 @@ class Job:
         *,
         identity: Mapping[str, Any],
         rows: int,
+        group_bytes: int | None = None,
     ) -> None:
         self.name = name
         self.store = open_store(config.out)
@@ -113,6 +116,7 @@ class Job:
         self._schema = schema
         self._identity = {**identity, "rows": rows}
         self._rows = rows
+        self._group_bytes = group_bytes
 
     def run(
         self,
@@ -184,7 +188,11 @@ class Job:
     def _write(self, dataset: Dataset, cost: Callable[[], Mapping[str, float]] | None) -> Manifest:
         config = self._config
         sink = OutcomeSink(
-            self.store, self._schema, config.rows_per_file, int(config.target_file_mb * 2**20)
+            self.store,
+            self._schema,
+            config.rows_per_file,
+            int(config.target_file_mb * 2**20),
+            self._group_bytes,
         )
         dataset.write_datasink(sink)
         files = sink.commit()

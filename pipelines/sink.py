@@ -65,15 +65,22 @@ class OutcomeSink(Datasink[list[Piece]]):
         schema: the columns of kept records.
         rows_per_file: places in the input per file of ``data/`` at most.
         target_bytes: size of a file at most, before compression; a larger record has its own.
+        group_bytes: the same of a row group, the least that a reader can fetch; None = 32 MiB.
     """
 
     def __init__(
-        self, store: Store, schema: pa.Schema, rows_per_file: int, target_bytes: int = 256 << 20
+        self,
+        store: Store,
+        schema: pa.Schema,
+        rows_per_file: int,
+        target_bytes: int = 256 << 20,
+        group_bytes: int | None = None,
     ) -> None:
         self._store = store
         self._schemas = {KEPT: schema, REJECTED: REJECT_SCHEMA, FAILED: FAILED_SCHEMA}
         self._rows_per_file = rows_per_file
         self._target_bytes = target_bytes
+        self._group_bytes = group_bytes or _GROUP_BYTES
         self.pieces: list[Piece] = []
 
     def write(self, blocks: Iterable[Block], ctx: object) -> list[Piece]:
@@ -124,7 +131,7 @@ class OutcomeSink(Datasink[list[Piece]]):
             groups = [
                 (int(places[start + low]), int(places[start + high - 1]))
                 for low, high in _cut(
-                    places[start:end], sizes[start:end], _GROUP_BYTES, _GROUP_PLACES
+                    places[start:end], sizes[start:end], self._group_bytes, _GROUP_PLACES
                 )
             ]
             first, last = (groups[0][0], groups[-1][1]) if groups else (0, -1)

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 from numpy.typing import NDArray
 
+from dim import records
 from dim.errors import InputError
 from infra import storage
 
@@ -26,6 +27,8 @@ def open_samples(uris: Sequence[str], columns: Sequence[str]) -> tuple[ds.Datase
     """
     where = ", ".join(uris)
     dataset = storage.open_dataset(uris)
+    if records.kind_of(dataset.schema) in records.FEATURES_OF.values():
+        raise InputError(f"{where} holds features, and images are needed here")
     missing = [name for name in columns if name not in dataset.schema.names]
     if missing:
         raise InputError(

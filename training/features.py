@@ -2,12 +2,14 @@
 
 They never change while the painter learns, so each worker computes them once for its own samples
 and keeps them as float16 (``CachedFeatures``). Where they would not fit, ``LiveFeatures`` computes
-those of a batch when it is needed. Both answer ``batch``.
+those of a batch when it is needed. Where ``dim data features`` has computed them before,
+``ShardFeatures`` reads them. All answer ``batch``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,9 +20,12 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from dim.errors import InputError
 from dim.images import decode_image
-from dim.model import DIM
 from dim.model.conditioner import Seen
+from dim.model.packing import unpack_bf16, unpack_int8
+from dim.model.preparation import FrozenParts
+from training.shards import FeatureShards, Row
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,7 @@ class FrozenEncoder:
         resolution: The side of the painted image in pixels.
     """
 
-    def __init__(self, model: DIM, *, edits: bool, resolution: int) -> None:
+    def __init__(self, model: FrozenParts, *, edits: bool, resolution: int) -> None:
         self._model = model
         self._edits = edits
         self._resolution = resolution
@@ -129,7 +134,7 @@ class CachedFeatures:
         self._rows = table.num_rows
         states: dict[int, torch.Tensor] = {}
         done = 0
-        for chosen in _by_length(table, texts, encode_batch):
+        for chosen in by_length(table, texts, encode_batch):
             part = table.take(pa.array(chosen))
             seen = encoder.see(part)
             for number, column in enumerate(texts):
@@ -192,13 +197,112 @@ class LiveFeatures:
         )
 
 
+class ShardFeatures:
+    """Features read from feature shards; the frozen parts are not needed.
+
+    Args:
+        shards: The shards.
+        rows: The worker's rows of them.
+        texts: The text columns; text number ``t`` of ``batch`` is ``texts[t]``.
+        in_memory: Read every row once and keep it as it is stored. Otherwise each batch is read
+            when it is needed.
+    """
+
+    def __init__(
+        self,
+        shards: FeatureShards,
+        rows: NDArray[np.int64],
+        texts: Sequence[str],
+        *,
+        in_memory: bool,
+    ) -> None:
+        self._shards = shards
+        self._rows = rows
+        self._texts = list(texts)
+        self._held = shards.read(rows, self._columns(self._texts)) if in_memory else None
+
+    @property
+    def encoding(self) -> str:
+        """How the shards keep hidden states."""
+        return self._shards.encoding
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether all rows are held."""
+        return self._held is not None
+
+    @property
+    def nbytes(self) -> int:
+        """Memory the features take; 0 where they are read when needed."""
+        held = self._held or []
+        return sum(len(item) for row in held for item in row.values() if isinstance(item, bytes))
+
+    def count_cut(self, limit: int) -> int:
+        """How many of the texts held reached ``limit`` tokens, as ``CachedFeatures`` counts."""
+        held = self._held or []
+        return sum(row[f"{text}_tokens"] >= limit for row in held for text in self._texts)
+
+    def batch(self, positions: NDArray[np.int64], texts: NDArray[np.int64]) -> Features:
+        """See ``FeatureSource.batch``.
+
+        Raises:
+            InputError: a row is damaged.
+            StorageError: a file cannot be read.
+        """
+        names = [self._texts[text] for text in texts]
+        rows = self._read(positions, sorted(set(names)))
+        states = [self._states(row, name) for row, name in zip(rows, names, strict=True)]
+        lengths = torch.tensor([len(one) for one in states])
+        hidden = torch.nn.utils.rnn.pad_sequence(states, batch_first=True)
+        latent = torch.stack([_latent(row, "latent") for row in rows])
+        source = None
+        if "source_latent" in rows[0]:
+            source = torch.stack([_latent(row, "source_latent") for row in rows])
+        return Features(hidden, torch.arange(hidden.shape[1]) < lengths[:, None], latent, source)
+
+    def _read(self, positions: NDArray[np.int64], texts: Sequence[str]) -> list[Row]:
+        if self._held is not None:
+            return [self._held[position] for position in positions]
+        return self._shards.read(self._rows[positions], self._columns(texts))
+
+    def _columns(self, texts: Sequence[str]) -> list[str]:
+        parts = ["tokens", "states"]
+        if self._shards.encoding == "int8":
+            parts.append("scales")
+        latents = ["latent", "source_latent"] if self._shards.edits else ["latent"]
+        of_texts = [f"{text}_{part}" for text in texts for part in parts]
+        return [*of_texts, "hidden_size", *latents, "latent_shape"]
+
+    def _states(self, row: Row, text: str) -> torch.Tensor:
+        """Hidden states (N, H) float32 of one text of a row."""
+        shape = (row[f"{text}_tokens"], row["hidden_size"])
+        data = row[f"{text}_states"]
+        with _of_sample(row, f"{text}_states"):
+            if self._shards.encoding == "int8":
+                return unpack_int8(data, row[f"{text}_scales"], shape)
+            return unpack_bf16(data, shape).float()
+
+
+def _latent(row: Row, name: str) -> torch.Tensor:
+    with _of_sample(row, name):
+        return unpack_bf16(row[name], tuple(row["latent_shape"])).float()
+
+
+@contextmanager
+def _of_sample(row: Row, name: str) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise InputError(f"the {name} of sample {row['id']!r} are damaged: {error}") from None
+
+
 def choose_texts(choice: NDArray[np.float64], shares: Sequence[float]) -> NDArray[np.int64]:
     """Text numbers (B,) for draws ``choice`` (B,) in [0, 1), according to ``shares``."""
     edges = np.cumsum(shares)[:-1]
     return np.searchsorted(edges, choice, side="right").astype(np.int64)
 
 
-def _by_length(table: pa.Table, texts: Sequence[str], size: int) -> list[NDArray[np.int64]]:
+def by_length(table: pa.Table, texts: Sequence[str], size: int) -> list[NDArray[np.int64]]:
     """Row numbers in groups of ``size`` of similar text length, so that little is padding."""
     lengths = sum(pc.utf8_length(table.column(name)).to_numpy() for name in texts)
     order = np.argsort(lengths, kind="stable")

@@ -12,10 +12,8 @@ import torch
 
 from dim.errors import DimError
 from training import checkpoint
-from training.draws import draw
 from training.ema import averaged
 from training.export import export
-from training.features import choose_texts
 from training.metrics import LossMeter
 from training.stages import learning_rate_at
 from training.worker import Plan, Worker, agree, join, prepare
@@ -57,15 +55,8 @@ def train_loop_per_worker(config: dict[str, Any]) -> dict[str, Any]:
 def update(worker: Worker, step: int) -> tuple[torch.Tensor, torch.Tensor]:
     """One step of flow matching: this worker's mean loss and the gradient norm over all."""
     config, state = worker.config, worker.state
-    draws = draw(
-        config.seed,
-        step,
-        worker.order.slots,
-        worker.latent_shape,
-        dropout=config.condition_dropout,
-    )
-    texts = choose_texts(draws.choice, config.text_shares)
-    batch = worker.features.batch(worker.order.batch(step), texts).to(worker.device)
+    draws, batch = worker.feed.get(step)
+    batch = batch.to(worker.device)
     with worker.autocast():
         rows = worker.trainable(
             batch.hidden_states,

@@ -60,7 +60,8 @@ class StageConfig(StrictModel):
     """One training stage, as its YAML file says it.
 
     ``init`` is a DIM folder (of an earlier stage or a download) or a model YAML to build from.
-    ``data`` are output folders of data jobs. Exactly one of ``steps`` and ``epochs`` is given.
+    ``data`` are output folders of data jobs: of images and texts, or of their features as
+    ``dim data features`` makes them. Exactly one of ``steps`` and ``epochs`` is given.
     """
 
     stage: StageName
@@ -90,7 +91,7 @@ class StageConfig(StrictModel):
     cpus_per_worker: PositiveInt = 1
     use_gpu: bool = False
     precision: Literal["fp32", "bf16"] = "fp32"
-    cache_features: bool = True
+    cache_features: bool = True  # in memory; else computed, or read from their shards, as needed
     gradient_checkpointing: bool = False  # less memory for a second forward pass; the same weights
     encode_batch: PositiveInt = 64
 

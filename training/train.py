@@ -35,6 +35,7 @@ from training.loop import train_loop_per_worker
 from training.metrics import SAID
 from training.order import SampleOrder
 from training.outcome import STAGE_FILE, StageRecord, identify, read_record
+from training.shards import FeatureShards, holds_features
 from training.stages import StageConfig
 from training.worker import Plan
 
@@ -128,6 +129,17 @@ def make_trainer(plan: Plan) -> TorchTrainer:
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
+
+
+def count_samples(config: StageConfig) -> int:
+    """Samples in the data of a stage, of either kind, after the checks that need no worker.
+
+    Raises:
+        InputError, StorageError: the data are not what the stage needs; the message says where.
+    """
+    if holds_features(config.data):
+        return FeatureShards.open(config.data, config.texts, edits=config.edits).rows
+    return open_samples(config.data, config.columns)[1]
 
 
 def main(
@@ -298,7 +310,7 @@ def _check(config: StageConfig) -> tuple[int, int]:
     """Steps and rows of the stage, after everything that can be known to be wrong was checked."""
     if not storage.exists(config.init):
         raise CheckpointError(f"init: there is no model folder or model YAML at {config.init}")
-    _, rows = open_samples(config.data, config.columns)
+    rows = count_samples(config)
     if config.validation is not None:
         open_samples(config.validation.data, config.columns)
     if config.steps is not None:

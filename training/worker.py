@@ -18,14 +18,23 @@ from torch import nn
 from dim.config import StrictModel
 from dim.errors import InputError
 from dim.model import DIM
+from dim.model.preparation import preparation_of
 from infra.tracking import Run, Tracking
 from training import checkpoint
 from training.data import open_samples, read_rows
 from training.ema import Ema
-from training.features import CachedFeatures, FeatureSource, FrozenEncoder, LiveFeatures
+from training.features import (
+    CachedFeatures,
+    FeatureSource,
+    FrozenEncoder,
+    LiveFeatures,
+    ShardFeatures,
+)
+from training.feed import Feed
 from training.initial import load_initial
 from training.metrics import RunLog
 from training.order import SampleOrder, WorkerOrder
+from training.shards import FeatureShards, holds_features
 from training.stages import StageConfig
 from training.trainable import Trainable
 from training.validation import Validation
@@ -54,7 +63,7 @@ class Worker:
     order: WorkerOrder
     epochs: SampleOrder
     features: FeatureSource
-    latent_shape: tuple[int, int, int]
+    feed: Feed
     validation: Validation | None
     log: RunLog
 
@@ -82,15 +91,23 @@ def prepare(plan: Plan) -> Worker:
     device = ray.train.torch.get_device()
     log = RunLog(_attach(plan) if rank == 0 else None)
     model = load_initial(config.init, edits=config.edits)
-    _place(model, device, config.precision)
+    shards = _shards(plan, model, rank)
+    _place(model, device, config.precision, frozen=shards is None or config.validation is not None)
     model.painter.checkpoint_gradients(config.gradient_checkpointing)
     state = _new_state(model, config)
     resumed = checkpoint.restore(state, device)
     epochs = SampleOrder(plan.rows, config.batch_size, config.seed)
     order = WorkerOrder(epochs, rank, world_size)
-    features = _features(plan, model, order.rows, log)
+    if shards is not None:
+        features: FeatureSource = ShardFeatures(
+            shards, order.rows, config.texts, in_memory=config.cache_features
+        )
+    else:
+        features = _features(plan, model, order.rows, log)
     validation = _validation(config, model, rank, world_size)
     sample = features.batch(np.zeros(1, np.int64), np.zeros(1, np.int64))
+    latent_shape: tuple[int, int, int] = tuple(sample.latent.shape[1:])  # type: ignore[assignment]
+    ahead = isinstance(features, ShardFeatures) and not features.in_memory
     worker = Worker(
         plan=plan,
         rank=rank,
@@ -101,7 +118,7 @@ def prepare(plan: Plan) -> Worker:
         order=order,
         epochs=epochs,
         features=features,
-        latent_shape=tuple(sample.latent.shape[1:]),  # type: ignore[arg-type]
+        feed=Feed(config, order, features, latent_shape, ahead=ahead),
         validation=validation,
         log=log,
     )
@@ -131,11 +148,17 @@ def agree(error: Exception | None) -> Exception | None:
     return next((one for one in errors if one is not None), None)
 
 
-def _place(model: DIM, device: torch.device, precision: str) -> None:
-    """Trained parts in float32; frozen ones in bfloat16 where that is what a GPU is fast at."""
-    model.to(device).train()
+def _place(model: DIM, device: torch.device, precision: str, *, frozen: bool) -> None:
+    """Trained parts in float32; frozen ones in bfloat16 where that is what a GPU is fast at.
+
+    Without ``frozen`` the frozen parts are not used and do not take the GPU's memory.
+    """
+    model.train()
     for part in (model.connector, model.painter):
-        part.requires_grad_(True).float()
+        part.to(device).requires_grad_(True).float()
+    if not frozen:
+        return
+    model.to(device)
     if precision == "bf16" and device.type == "cuda":
         model.conditioner.bfloat16()
         model.autoencoder.bfloat16()
@@ -154,13 +177,25 @@ def _new_state(model: DIM, config: StageConfig) -> checkpoint.TrainState:
     return checkpoint.TrainState(module, optimizer, ema)
 
 
+def _shards(plan: Plan, model: DIM, rank: int) -> FeatureShards | None:
+    """The stage's feature shards, if its data are features; the first worker checks their key."""
+    config = plan.config
+    if not holds_features(config.data):
+        return None
+    shards = FeatureShards.open(config.data, config.texts, edits=config.edits)
+    _check_rows(plan, shards.rows)
+    if rank == 0:
+        resolution = model.config.sampling.resolution
+        shards.check_preparation(preparation_of(model, edits=config.edits, resolution=resolution))
+    return shards
+
+
 def _features(
     plan: Plan, model: DIM, rows: np.ndarray[Any, np.dtype[np.int64]], log: RunLog
 ) -> FeatureSource:
     config = plan.config
     dataset, count = open_samples(config.data, config.columns)
-    if count != plan.rows:
-        raise InputError(f"the training data changed: {plan.rows} samples became {count}")
+    _check_rows(plan, count)
     table = read_rows(dataset, config.columns, rows)
     encoder = FrozenEncoder(model, edits=config.edits, resolution=model.config.sampling.resolution)
     if not config.cache_features:
@@ -172,6 +207,11 @@ def _features(
         encode_batch=config.encode_batch,
         progress=lambda done, total: log.add(0, {"features_done": done / total}),
     )
+
+
+def _check_rows(plan: Plan, count: int) -> None:
+    if count != plan.rows:
+        raise InputError(f"the training data changed: {plan.rows} samples became {count}")
 
 
 def _validation(config: StageConfig, model: DIM, rank: int, world_size: int) -> Validation | None:
@@ -203,19 +243,23 @@ def _announcement(plan: Plan, worker: Worker, resumed: bool) -> str:
     config, state, epochs, features = plan.config, worker.state, worker.epochs, worker.features
     parameters = sum(p.numel() for p in state.module.parameters() if p.requires_grad)
     copies = 4 if state.ema is None else 5  # weights, gradients, two moments, EMA
-    cached = features.nbytes if isinstance(features, CachedFeatures) else 0
+    held = features if isinstance(features, CachedFeatures | ShardFeatures) else None
+    cached = held.nbytes if held else 0
     lines = [
         f"{config.stage}: {plan.rows} samples, {epochs.steps_per_epoch} steps an epoch, "
         f"{plan.steps} steps; per worker {parameters:,} trained parameters "
         f"({parameters * 4 * copies / 1e6:.0f} MB with optimizer) and {cached / 1e6:.0f} MB of "
         "cached features"
     ]
+    if isinstance(features, ShardFeatures):
+        how = "held in memory" if features.in_memory else "read from their shards as needed"
+        lines.append(f"features were made before ({features.encoding}) and are {how}")
     if plan.rows < config.batch_size:
         lines.append(
             f"{plan.rows} samples are fewer than a batch of {config.batch_size}: they repeat in it"
         )
     limit = worker.model.config.understanding.max_condition_tokens
-    if isinstance(features, CachedFeatures) and (cut := features.count_cut(limit)):
+    if held and (cut := held.count_cut(limit)):
         lines.append(f"{cut} texts fill all {limit} condition tokens; longer ones were cut")
     if resumed:
         epoch = epochs.epoch(state.step)

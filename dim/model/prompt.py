@@ -62,6 +62,10 @@ class ChatFormat:
         _, after = self._frame_with_image if image_tokens else self._frame
         return replace(prompt, ids=prompt.ids + after)
 
+    def frames(self) -> list[bytes]:
+        """What stands around a text, without and with an image: the template as tokens."""
+        return [repr(frame).encode() for frame in (self._frame, self._frame_with_image)]
+
     @cached_property
     def _frame(self) -> tuple[list[int], list[int]]:
         return self._around([{"type": "text", "text": SENTINEL}])

@@ -8,6 +8,7 @@ from dim.config import load_config
 from dim.errors import ConfigError
 from pipelines.demo import DemoConfig
 from pipelines.edit import EditConfig
+from pipelines.features import FeaturesConfig
 from pipelines.ingest import IngestConfig
 from pipelines.job import JobConfig
 from pipelines.t2i import T2IConfig
@@ -15,11 +16,16 @@ from pipelines.t2i import T2IConfig
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 EDIT = ["raw=in", "designer=oracle", "out=o"]
 T2I = ["raw=in", "captioner=oracle", "out=o"]
+FEATURES = ["data=in", "model=m", "out=o"]
 
 
 @pytest.mark.parametrize(
     ("cls", "name", "given"),
-    [(EditConfig, "data-edit.yaml", EDIT), (T2IConfig, "data-t2i.yaml", T2I)],
+    [
+        (EditConfig, "data-edit.yaml", EDIT),
+        (T2IConfig, "data-t2i.yaml", T2I),
+        (FeaturesConfig, "data-features.yaml", FEATURES),
+    ],
 )
 def test_the_files_for_photographs_hold_the_defaults(
     cls: type[JobConfig], name: str, given: list[str]
@@ -29,11 +35,13 @@ def test_the_files_for_photographs_hold_the_defaults(
 
 @pytest.mark.parametrize(
     ("cls", "name", "given"),
-    [(EditConfig, "data-tabletop-edit.yaml", EDIT), (T2IConfig, "data-tabletop-t2i.yaml", T2I)],
+    [
+        (EditConfig, "data-tabletop-edit.yaml", EDIT),
+        (T2IConfig, "data-tabletop-t2i.yaml", T2I),
+        (FeaturesConfig, "data-features-gpu.yaml", FEATURES),
+    ],
 )
-def test_the_files_for_the_tabletop_can_be_read(
-    cls: type[JobConfig], name: str, given: list[str]
-) -> None:
+def test_the_other_files_can_be_read(cls: type[JobConfig], name: str, given: list[str]) -> None:
     assert load_config(cls, CONFIGS / name, given) != load_config(cls, None, given)
 
 

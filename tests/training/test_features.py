@@ -12,8 +12,18 @@ import torch
 from dim import model, records
 from dim.errors import InputError
 from dim.model import DIM
+from dim.model.packing import relative_error, unpack_bf16
+from tests.feature_shards import write_features
 from training.data import open_samples, read_rows
-from training.features import CachedFeatures, FrozenEncoder, LiveFeatures, choose_texts
+from training.features import (
+    CachedFeatures,
+    Features,
+    FrozenEncoder,
+    LiveFeatures,
+    ShardFeatures,
+    choose_texts,
+)
+from training.shards import FeatureShards
 
 TEXTS = ["blueprint", "instruction"]
 COLUMNS = ["id", "image", "image_target", *TEXTS]
@@ -99,3 +109,79 @@ def test_a_broken_image_is_named(tiny: DIM, make_dataset: Callable[..., str]) ->
     rows = read_rows(dataset, COLUMNS, np.arange(1))
     with pytest.raises(InputError, match="the image of sample bad"):
         CachedFeatures(encoder_of(tiny), rows, TEXTS)
+
+
+@pytest.fixture(scope="module")
+def shards(
+    edit_data: str, tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, FeatureShards]:
+    """Feature shards by their encoding."""
+    folder = tmp_path_factory.mktemp("shards")
+    found = {}
+    for encoding in ("bf16", "int8"):
+        uri = write_features(edit_data, folder / encoding, tiny_model_dir, encoding=encoding)
+        found[encoding] = FeatureShards.open([uri], TEXTS, edits=True)
+    return found
+
+
+ROWS, CHOSEN = np.array([5, 0, 3]), np.array([0, 1, 0])
+
+
+def batch_of(shards: FeatureShards, in_memory: bool) -> Features:
+    """Of rows 5, 0 and 3, as a worker that owns six rows in another order has them."""
+    owned = np.array([3, 5, 1, 0, 2, 4])
+    features = ShardFeatures(shards, owned, TEXTS, in_memory=in_memory)
+    assert features.in_memory == in_memory and (features.nbytes > 0) == in_memory
+    return features.batch(np.array([1, 3, 0]), CHOSEN)
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_features_from_shards_are_the_live_ones(
+    tiny: DIM, table: pa.Table, shards: dict[str, FeatureShards], in_memory: bool
+) -> None:
+    stored = batch_of(shards["bf16"], in_memory)
+    live = LiveFeatures(encoder_of(tiny), table, TEXTS).batch(ROWS, CHOSEN)
+    assert torch.equal(stored.mask, live.mask)
+    for name in ("hidden_states", "latent", "source_latent"):
+        one, other = getattr(stored, name), getattr(live, name)
+        assert one.dtype == other.dtype == torch.float32
+        assert torch.allclose(one, other, rtol=2**-8, atol=1e-4), name  # half a bfloat16 step
+        assert torch.equal(one, one.bfloat16().float()), name
+    assert not stored.hidden_states[~stored.mask].any()
+
+
+def test_8_bit_states_are_nearly_the_same(shards: dict[str, FeatureShards]) -> None:
+    exact, rough = batch_of(shards["bf16"], False), batch_of(shards["int8"], False)
+    assert torch.equal(exact.latent, rough.latent)
+    assert 0 < relative_error(exact.hidden_states, rough.hidden_states) < 0.015
+    held = batch_of(shards["int8"], True)
+    assert torch.equal(held.hidden_states, rough.hidden_states)
+
+
+def test_the_stored_numbers_are_given_exactly(shards: dict[str, FeatureShards]) -> None:
+    stored = batch_of(shards["bf16"], False)
+    (row,) = shards["bf16"].read(ROWS[:1], ["blueprint_states", "blueprint_tokens", "latent"])
+    tokens = row["blueprint_tokens"]
+    states = unpack_bf16(row["blueprint_states"], (tokens, 128))
+    assert torch.equal(stored.hidden_states[0, :tokens].bfloat16(), states)
+    assert torch.equal(stored.latent[0].bfloat16(), unpack_bf16(row["latent"], (8, 8, 8)))
+
+
+def test_texts_that_fill_the_condition_are_counted(shards: dict[str, FeatureShards]) -> None:
+    held = ShardFeatures(shards["bf16"], np.arange(6), TEXTS, in_memory=True)
+    assert held.count_cut(1) == 12 and held.count_cut(10_000) == 0
+
+
+def test_a_damaged_value_is_named_with_its_sample(
+    shards: dict[str, FeatureShards], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = FeatureShards.read
+
+    def damaged(self: FeatureShards, rows: np.ndarray, columns: list[str]) -> list[dict]:
+        found = read(self, rows, columns)
+        return [{**row, "blueprint_states": row["blueprint_states"][:-2]} for row in found]
+
+    monkeypatch.setattr(FeatureShards, "read", damaged)
+    features = ShardFeatures(shards["bf16"], np.arange(6), TEXTS, in_memory=False)
+    with pytest.raises(InputError, match="the blueprint_states of sample 'edit-2' are damaged"):
+        features.batch(np.array([2]), np.array([0]))

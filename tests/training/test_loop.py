@@ -14,12 +14,15 @@ import torch
 from dim import model, records
 from dim.config import dump_config
 from dim.errors import CheckpointError, DimError, InputError
+from dim.model.autoencoder import Autoencoder
+from dim.model.conditioner import Conditioner
 from dim.model.painter import Painter
 from infra.tracking import Tracking
+from tests.feature_shards import write_features
 from training import loop
-from training.data import open_samples
 from training.loop import DivergedError, train_loop_per_worker
 from training.stages import StageConfig
+from training.train import count_samples
 from training.worker import Plan
 
 
@@ -41,7 +44,7 @@ def start(
         }
         config = StageConfig.model_validate(defaults | settings)
         alone.folder = Path(config.out) / "checkpoints"
-        _, rows = open_samples(config.data, config.columns)
+        rows = count_samples(config)
         with Tracking(tracking_uri, "dim-training").run(config.stage) as mlflow_run:
             plan = Plan(
                 config=config,
@@ -234,3 +237,82 @@ def test_metrics_reach_mlflow(start: Callable[..., Any], edit_data: str, trackin
     assert latest["progress"] == 1 and latest["features_done"] == 1
     assert latest["grad_norm"] > 0 and latest["samples_per_second"] > 0
     assert latest["epoch"] == pytest.approx(3 / 10)
+
+
+@pytest.fixture
+def features(edit_data: str, tiny_model_dir: Path, tmp_path: Path) -> Callable[..., str]:
+    """``features(encoding=…)``: the features of the edits that are trained on here."""
+    return lambda **options: write_features(
+        edit_data, tmp_path / "features", tiny_model_dir, **options
+    )
+
+
+@pytest.mark.parametrize("cache_features", [True, False])
+@pytest.mark.parametrize(("encoding", "tolerance"), [("bf16", 2e-3), ("int8", 1e-2)])
+def test_features_from_shards_train_alike_and_the_frozen_parts_rest(
+    start: Callable[..., Any],
+    edit_data: str,
+    features: Callable[..., str],
+    tracking_uri: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    cache_features: bool,
+    encoding: str,
+    tolerance: float,
+) -> None:
+    settings = {"stage": "edit2", "text_mix": {"blueprint": 1, "instruction": 1}}
+    live = start(data=[edit_data], out=str(tmp_path / "a"), cache_features=False, **settings)[1]
+    made = features(encoding=encoding)
+
+    def must_rest(*arguments: object, **options: object) -> None:
+        raise AssertionError("a frozen part was used")
+
+    for part, method in ((Conditioner, "see"), (Conditioner, "encode"), (Autoencoder, "encode")):
+        monkeypatch.setattr(part, method, must_rest)
+    answer, stored = start(
+        data=[made], out=str(tmp_path / "b"), cache_features=cache_features, **settings
+    )
+    assert answer["error"] is None
+    one, other = losses_of(tracking_uri, live), losses_of(tracking_uri, stored)
+    assert list(one) == [1, 2, 3]
+    assert other == pytest.approx(one, rel=tolerance)
+    assert other != one  # or the live features were read
+    said = mlflow.MlflowClient(tracking_uri).get_run(stored).data.tags["said"]
+    how = "held in memory" if cache_features else "read from their shards as needed"
+    assert f"features were made before ({encoding}) and are {how}" in said
+
+
+def test_a_run_on_features_goes_on_from_its_checkpoint(
+    start: Callable[..., Any],
+    features: Callable[..., str],
+    tracking_uri: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    settings = {"data": [features()], "steps": 6, "checkpoint_every": 2, "cache_features": False}
+    _, through = start(**settings, out=str(tmp_path / "through"))
+    update = loop.update
+
+    def power_cut(worker: Any, step: int) -> Any:
+        if step == 5:
+            raise ConnectionError("the power went")
+        return update(worker, step)
+
+    monkeypatch.setattr(loop, "update", power_cut)
+    with pytest.raises(ConnectionError):
+        start(**settings, out=str(tmp_path / "resumed"))
+    monkeypatch.setattr(loop, "update", update)
+    _, resumed = start(**settings, out=str(tmp_path / "resumed"))
+    whole, rest = losses_of(tracking_uri, through), losses_of(tracking_uri, resumed)
+    assert rest == {step: whole[step] for step in (5, 6)}
+
+
+def test_stale_features_are_returned_as_an_error(
+    start: Callable[..., Any], features: Callable[..., str], tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    other = model.load(tiny_model_dir)
+    other.conditioner.model.model.language_model.norm.weight.data += 1
+    other.save(tmp_path / "other")
+    answer, _ = start(data=[features()], init=str(tmp_path / "other"))
+    assert isinstance(answer["error"], InputError)
+    assert "are stale" in str(answer["error"]) and "understanding model" in str(answer["error"])

@@ -15,11 +15,12 @@ import mlflow
 import pytest
 import torch
 
-from dim import records
+from dim import model, records
 from dim.config import dump_config, validate_config
 from dim.errors import ConfigError, InputError, StorageError
 from infra import storage
 from infra.tracking import TrackingError
+from tests.feature_shards import write_features
 from training import train
 from training.initial import load_initial
 from training.stages import StageConfig
@@ -188,6 +189,49 @@ def test_killed_workers_and_another_number_of_them_change_nothing(
     assert_close(result.model_dir, undisturbed.model_dir, 5e-3)
 
 
+def test_two_workers_train_on_features_from_an_object_store(
+    undisturbed: StageResult,
+    settings: Settings,
+    tracking_uri: str,
+    edit_data: str,
+    tiny_model_dir: Path,
+    tmp_path: Path,
+    s3: str,
+) -> None:
+    features = write_features(edit_data, f"{s3}/features", tiny_model_dir)
+    changes = {"data": [features], "cache_features": False}
+    said: list[str] = []
+    result = train.run(
+        settings.stage(tmp_path / "out", **changes),
+        on_progress=lambda lines, metrics: said.extend(lines),
+    )
+    assert any("features were made before (bf16) and are read from" in line for line in said)
+    curve, expected = losses_of(tracking_uri, result), losses_of(tracking_uri, undisturbed)
+    assert list(curve) == list(expected)
+    assert curve == pytest.approx(expected, rel=1e-2)  # bfloat16 against float16
+    # Validation is painted from ordinary shards.
+    assert result.metrics["validation_loss"] == pytest.approx(
+        undisturbed.metrics["validation_loss"], rel=2e-2
+    )
+    with pytest.raises(ConfigError, match=r"a finished run with other settings \(data\)"):
+        train.run(settings.stage(tmp_path / "out", cache_features=False))
+
+
+def test_stale_features_stop_all_workers_with_one_line(
+    ray_cluster: None, settings: Settings, edit_data: str, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    features = write_features(edit_data, tmp_path / "features", tiny_model_dir)
+    other = model.load(tiny_model_dir)
+    other.autoencoder.network.register_to_config(scaling_factor=0.5)
+    other.save(tmp_path / "other")
+    config = settings.stage(tmp_path / "out", data=[features], init=str(tmp_path / "other"))
+    with pytest.raises(InputError) as caught:
+        train.run(config.model_copy(update={"max_failures": 5}))
+    assert "\n" not in str(caught.value)
+    assert f"the features in {features} are stale" in str(caught.value)
+    assert "the weights or the scale of the autoencoder" in str(caught.value)
+
+
 def test_a_bad_sample_of_one_worker_stops_all_with_its_name(
     ray_cluster: None,
     settings: Settings,
@@ -203,7 +247,12 @@ def test_a_bad_sample_of_one_worker_stops_all_with_its_name(
 
 
 def test_mistakes_are_found_before_a_worker_starts(
-    settings: Settings, t2i_data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    settings: Settings,
+    t2i_data: str,
+    edit_data: str,
+    tiny_model_dir: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def no_trainer(plan: object) -> None:
         raise AssertionError("a trainer was made")
@@ -211,7 +260,17 @@ def test_mistakes_are_found_before_a_worker_starts(
     monkeypatch.setattr(train, "make_trainer", no_trainer)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     nowhere = str(tmp_path / "nowhere")
+    features = write_features(
+        edit_data, tmp_path / "features", tiny_model_dir, texts=("blueprint",)
+    )
     mistakes: list[tuple[dict[str, Any], type[Exception], str]] = [
+        ({"data": [features]}, InputError, "this stage also trains on 'instruction'"),
+        ({"data": [features, edit_data]}, InputError, f"holds features and {edit_data} does not"),
+        (
+            {"validation": {"data": [features]}},
+            InputError,
+            f"{features} holds features, and images are needed here",
+        ),
         ({"data": [nowhere]}, StorageError, "nowhere does not exist"),
         ({"data": [t2i_data]}, InputError, "lacks the column 'image_target'"),
         ({"init": nowhere}, Exception, "no model folder or model YAML at"),

@@ -1,0 +1,222 @@
+"""Features: edit or t2i shards → frozen hidden states and latents → feature shards."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray.data
+import typer
+from pydantic import Field
+from rich.console import Console
+
+from dim import records
+from dim.config import load_config
+from dim.errors import ConfigError, InputError
+from dim.model.packing import Encoding
+from dim.model.preparation import Preparation, preparation_of
+from dim.records import EDIT, T2I
+from infra.storage import Store, open_store
+from pipelines.command import ConfigFile, Out, Overrides, Overwrite, RetryFailed, settings, summary
+from pipelines.job import Job, JobConfig
+from pipelines.manifest import Manifest
+from pipelines.shards import Shards
+from pipelines.stages.features import ENCODED, UNIT, EncodeFeatures, EncodeOptions, schema_of
+from training.initial import load_frozen
+from training.stages import StageConfig, TextName
+
+_DEFAULT_TEXTS: dict[str, tuple[TextName, ...]] = {"edit": ("blueprint",), "t2i": ("caption",)}
+_FOOTERS_AT_ONCE = 16
+
+
+class FeaturesConfig(JobConfig):
+    """What is computed of which shards, and by whom."""
+
+    data: str
+    """Address of DIM-Edit or DIM-T2I shards."""
+    model: str
+    """The model that will be trained on the features: a DIM folder or a model YAML."""
+    texts: tuple[TextName, ...] | None = None
+    """The text columns; ``blueprint`` of edits and ``caption`` of images unless given."""
+    encoding: Encoding = "bf16"
+    """How hidden states are kept: ``bf16``, or ``int8`` with a scale a token: half the size."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """As in training: ``bf16`` computes in bfloat16 where there is a GPU."""
+    row_group_mb: float = Field(4, gt=0)
+    """Size of a row group at most, in units of 2**20 bytes: what training fetches at a time."""
+    encode_batch: int = Field(16, ge=1)
+    """Records of similar length in one forward pass."""
+    workers: int = Field(1, ge=1)
+    """Processes that each hold the frozen parts."""
+    cpus_per_worker: float = Field(1, gt=0)
+    gpus_per_worker: float = Field(0, ge=0)
+    """A share lets one process read and decode while another computes on the same GPU."""
+
+
+def run(config: FeaturesConfig, *, overwrite: bool = False, retry_failed: bool = False) -> Manifest:
+    """Make feature shards. See :meth:`pipelines.job.Job.run` for reruns and errors.
+
+    Raises:
+        InputError: also if the shards do not have one of the texts.
+        CheckpointError: the model cannot be loaded.
+    """
+    shards = Shards.open(config.data, EDIT, T2I)
+    options = _options(config, shards)
+    preparation = _preparation(config.model, edits=options.kind == "edit")
+    job = Job(
+        "features",
+        config,
+        schema_of(options, preparation),
+        identity={**shards.identity, "preparation": preparation.model_dump()},
+        rows=shards.rows,
+        group_bytes=int(config.row_group_mb * 2**20),
+    )
+    manifest = job.run(
+        lambda: encode(shards, config, options, preparation, job.store),
+        overwrite=overwrite,
+        retry_failed=retry_failed,
+    )
+    job.store.delete(ENCODED)
+    return manifest
+
+
+def encode(
+    shards: Shards,
+    config: FeaturesConfig,
+    options: EncodeOptions,
+    preparation: Preparation,
+    store: Store,
+) -> ray.data.Dataset:
+    """Row groups of the shards → their features."""
+    units = units_of(shards)
+    return ray.data.from_arrow(units).map_batches(
+        EncodeFeatures,
+        fn_constructor_args=(
+            _everywhere(config.model),
+            options,
+            preparation,
+            shards.store,
+            store,
+            config.gpus_per_worker > 0,
+            max(1, int(config.cpus_per_worker)),
+        ),
+        batch_format="pyarrow",
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(size=min(config.workers, len(units))),
+        num_cpus=config.cpus_per_worker,
+        num_gpus=config.gpus_per_worker,
+    )
+
+
+def units_of(shards: Shards) -> list[pa.Table]:
+    """Every row group of the shards, in order, as a ``UNIT`` table of its own.
+
+    Raises:
+        StorageError: a file cannot be read.
+    """
+    files = [file for file in shards.manifest.files if file.path in set(shards.names)]
+    with ThreadPoolExecutor(_FOOTERS_AT_ONCE) as pool:
+        counts = pool.map(lambda file: _row_groups(shards.store, file.path), files)
+        return [
+            pa.Table.from_pylist(
+                [{"file": file.path, "sha256": file.sha256, "row_group": group}], UNIT
+            )
+            for file, groups in zip(files, counts, strict=True)
+            for group in range(groups)
+        ] or [UNIT.empty_table()]
+
+
+def _row_groups(store: Store, name: str) -> int:
+    with store.open_parquet(name) as parquet:
+        return parquet.metadata.num_row_groups
+
+
+def _options(config: FeaturesConfig, shards: Shards) -> EncodeOptions:
+    kind: Any = records.kind_of(shards.schema)
+    texts = config.texts or _DEFAULT_TEXTS[kind]
+    lacking = [text for text in texts if text not in shards.schema.names]
+    if lacking:
+        raise InputError(f"{config.data} holds {kind} records, which have no {lacking[0]}")
+    return EncodeOptions(
+        kind=kind,
+        texts=tuple(sorted(set(texts))),
+        encoding=config.encoding,
+        precision=config.precision,
+        encode_batch=config.encode_batch,
+    )
+
+
+def _everywhere(model: str) -> str:
+    """The address as a worker with another working directory can use it."""
+    store = open_store(model)
+    return store.root if store.is_local else model
+
+
+def _preparation(model: str, *, edits: bool) -> Preparation:
+    frozen = load_frozen(model)
+    return preparation_of(frozen, edits=edits, resolution=frozen.config.sampling.resolution)
+
+
+def _stage_settings(file: Path, data: str | None) -> dict[str, Any]:
+    """What a training stage says about its features."""
+    stage = load_config(StageConfig, file)
+    if data is None and len(stage.data) > 1:
+        raise ConfigError(
+            f"{file} trains on {len(stage.data)} data sets: give one of them as --data at a time"
+        )
+    return {
+        "data": data or stage.data[0],
+        "model": stage.init,
+        "texts": list(stage.texts),
+        "precision": stage.precision,
+    }
+
+
+def _say_error(shards: Shards) -> None:
+    """How far 8-bit hidden states are off, over the records of the first file."""
+    columns = [name for name in shards.schema.names if name.endswith("_error")]
+    with shards.store.open_parquet(shards.names[0]) as parquet:
+        table = parquet.read(columns=columns)
+    for name in columns if table.num_rows else ():
+        Console(soft_wrap=True, highlight=False).print(
+            f"{name}: {pc.mean(table[name]).as_py():.2%} on average, "
+            f"{pc.max(table[name]).as_py():.2%} at most (relative, first file)"
+        )
+
+
+def main(
+    out: Out,
+    data: Annotated[
+        str | None, typer.Option(help="DIM-Edit or DIM-T2I shards; default: the stage's.")
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="DIM folder or model YAML to be trained; default: the stage's init."),
+    ] = None,
+    stage: Annotated[
+        Path | None, typer.Option(help="Stage file to take data, model and texts from.")
+    ] = None,
+    overrides: Overrides = None,
+    config: ConfigFile = None,
+    overwrite: Overwrite = False,
+    retry_failed: RetryFailed = False,
+) -> None:
+    """Compute the frozen hidden states and latents of shards once, to train on them many times.
+
+    Killed and run again, what was computed is kept.
+    """
+    staged = settings(**_stage_settings(stage, data)) if stage else []
+    given = settings(data=data, model=model, out=out)
+    chosen = load_config(FeaturesConfig, config, [*staged, *(overrides or []), *given])
+    manifest = run(chosen, overwrite=overwrite, retry_failed=retry_failed)
+    summary(out, manifest)
+    _say_error(Shards(open_store(out), manifest))
+
+
+if __name__ == "__main__":
+    from dim.cli import run as run_program
+
+    run_program(main)

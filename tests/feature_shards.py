@@ -1,0 +1,84 @@
+"""Feature shards made by the job's own stage and sink, without a cluster."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from ray.data.datasource import WriteResult
+
+from dim import records
+from dim.model.preparation import Preparation, preparation_of
+from infra import storage
+from infra.storage import Store
+from pipelines import manifest
+from pipelines.manifest import Counts, Manifest
+from pipelines.sink import OutcomeSink
+from pipelines.stages.features import UNIT, EncodeFeatures, EncodeOptions, schema_of
+from training.initial import load_frozen
+
+
+def prepare(model: str | Path, *, edits: bool = True) -> Preparation:
+    """The preparation of a model folder or YAML."""
+    frozen = load_frozen(str(model))
+    return preparation_of(frozen, edits=edits, resolution=frozen.config.sampling.resolution)
+
+
+def units_in(store: Store) -> pa.Table:
+    """Every row group of the kept records in a folder."""
+    found: list[dict[str, Any]] = []
+    for name, _ in store.list("data"):
+        digest = records.sha256_hex(store.read(name))
+        with store.open_parquet(name) as parquet:
+            for group in range(parquet.metadata.num_row_groups):
+                found.append({"file": name, "sha256": digest, "row_group": group})
+    return pa.Table.from_pylist(found, UNIT)
+
+
+def encoder(
+    plain: str, out: str, model: str | Path, **options: Any
+) -> tuple[EncodeFeatures, Preparation]:
+    """The stage of the job, and what it prepares samples by."""
+    values = {
+        "kind": "edit",
+        "texts": ("blueprint", "instruction"),
+        "encoding": "bf16",
+        "precision": "fp32",
+        "encode_batch": 4,
+    }
+    chosen = EncodeOptions.model_validate(values | options)
+    preparation = prepare(model, edits=chosen.kind == "edit")
+    source, target = storage.open_store(plain), storage.open_store(out)
+    stage = EncodeFeatures(str(model), chosen, preparation, source, target, False, 1)
+    return stage, preparation
+
+
+def write_features(
+    plain: str, out: str | Path, model: str | Path, *, group_bytes: int = 1, **options: Any
+) -> str:
+    """The features of the records in the folder ``plain``, as a finished output; its address.
+
+    With the usual ``group_bytes`` every record has a row group, and there are several files.
+    """
+    stage, preparation = encoder(plain, str(out), model, **options)
+    tables = list(stage(units_in(storage.open_store(plain))))
+    store = storage.open_store(str(out))
+    schema = schema_of(stage.options, preparation)
+    sink = OutcomeSink(store, schema, 8, group_bytes=group_bytes)
+    sink.on_write_complete(WriteResult(0, 0, [sink.write(tables, None)]))
+    files = sink.commit()
+    for name in ("staging", "encoded"):
+        store.delete(name)
+    rows = Counter(row["outcome"] for table in tables for row in table.to_pylist())
+    counts = Counts(
+        input=rows.total(),
+        kept=rows["kept"],
+        rejected=rows["rejected"],
+        failed=rows["failed"],
+        by_reason={"features.text_missing": rows["rejected"]} if rows["rejected"] else {},
+    )
+    done = Manifest(job="features", config={}, input={}, counts=counts, files=tuple(files))
+    manifest.write(store, done)
+    return str(out)

@@ -1,0 +1,227 @@
+"""The features job on a real local Ray: outputs, reruns, refusals, and the command line."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from dim import cli, records
+from dim import model as models
+from dim.errors import CheckpointError, InputError
+from infra.storage import open_store
+from pipelines import features
+from pipelines.features import FeaturesConfig
+from pipelines.job import MARKER
+from pipelines.manifest import Manifest
+from pipelines.stages.features import ENCODED
+from pipelines.verify import verify
+from tests.feature_shards import encoder, units_in
+from tests.pipelines.outputs import finish
+from tests.training.conftest import edit_rows, t2i_rows
+from training.shards import FeatureShards
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+COUNT = 20
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Edits in three files; one has a broken image and one no blueprint."""
+    rows = edit_rows(COUNT)
+    rows[3]["image"] = b"no image"
+    rows[9]["blueprint"] = None
+    folder = tmp_path_factory.mktemp("plain") / "out"
+    finish(open_store(str(folder)), rows)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def settings(
+    plain: str, tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
+    model = tmp_path_factory.mktemp("model") / "tiny"
+    shutil.copytree(tiny_model_dir, model)
+    return {
+        "data": plain,
+        "model": str(model),
+        "texts": ("instruction", "blueprint"),
+        "encode_batch": 4,
+        "target_file_mb": 0.5,
+        "row_group_mb": 0.01,
+        "cpus_per_worker": 0.5,
+    }
+
+
+@pytest.fixture(scope="module")
+def made(
+    ray_cluster: None, settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[FeaturesConfig, Manifest]:
+    config = FeaturesConfig(out=str(tmp_path_factory.mktemp("made") / "out"), **settings)
+    return config, features.run(config)
+
+
+def table_of(uri: str) -> pa.Table:
+    store = open_store(uri)
+    return pa.concat_tables(
+        [pq.read_table(pa.BufferReader(store.read(name))) for name, _ in store.list("data")]
+    )
+
+
+def test_every_record_is_accounted_for(made: tuple[FeaturesConfig, Manifest]) -> None:
+    config, manifest = made
+    counts = manifest.counts
+    assert (counts.input, counts.kept, counts.rejected, counts.failed) == (COUNT, 18, 1, 1)
+    assert counts.by_reason == {"features.text_missing": 1}
+    assert verify(config.out).problems == []
+    table = table_of(config.out)
+    assert table["index"].to_pylist() == [n for n in range(COUNT) if n not in (3, 9)]
+    assert records.kind_of(table.schema) == "edit_features"
+    store = open_store(config.out)
+    assert len(store.list("data")) > 1
+    with store.open_parquet("data/part-00000.parquet") as parquet:
+        assert parquet.metadata.num_row_groups == parquet.metadata.num_rows
+    assert not store.exists(ENCODED) and not store.exists("staging")
+
+
+def test_the_same_whatever_the_parallelism(
+    made: tuple[FeaturesConfig, Manifest], settings: dict[str, Any], s3: str
+) -> None:
+    other = features.run(FeaturesConfig(out=f"{s3}/features", workers=3, **settings))
+    assert other.files == made[1].files
+    shards = FeatureShards.open([f"{s3}/features"], ["blueprint"], edits=True)
+    assert shards.rows == 18
+
+
+def test_a_finished_output_is_left_as_it_is(
+    made: tuple[FeaturesConfig, Manifest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_work(*arguments: object) -> None:
+        raise AssertionError("the features were made again")
+
+    config, manifest = made
+    monkeypatch.setattr(features, "encode", no_work)
+    assert features.run(config) == manifest
+
+
+def test_other_weights_do_not_pass_for_the_same_output(
+    made: tuple[FeaturesConfig, Manifest], tmp_path: Path
+) -> None:
+    config, _ = made
+    model = Path(config.model)
+    other = models.load(model)
+    other.autoencoder.network.register_to_config(scaling_factor=0.5)
+    model.rename(tmp_path / "before")
+    try:
+        other.save(model)
+        with pytest.raises(InputError, match=r"made otherwise \(input preparation.autoencoder was"):
+            features.run(config)
+    finally:
+        shutil.rmtree(model, ignore_errors=True)
+        (tmp_path / "before").rename(model)
+
+
+def test_a_job_that_was_killed_goes_on(
+    made: tuple[FeaturesConfig, Manifest], settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """The first unit is there as a killed job leaves it, but for a mark to know it again by."""
+    out = str(tmp_path / "out")
+    options = {"encode_batch": 4}
+    stage, _ = encoder(settings["data"], out, settings["model"], **options)
+    units = units_in(open_store(settings["data"]))
+    tables = list(stage(units.slice(0, 1)))
+    store = open_store(out)
+    ((name, _),) = store.list(ENCODED)
+    marked = [
+        table.set_column(
+            table.schema.get_field_index("source"),
+            "source",
+            pa.array(["from the killed job"] * table.num_rows),
+        )
+        for table in tables
+    ]
+    with store.open_output(name) as file, pa.ipc.new_stream(file, marked[0].schema) as writer:
+        for table in marked:
+            writer.write_table(table)
+    store.write(MARKER, b"{}")
+    store.write("staging/half.arrow", b"half")
+
+    manifest = features.run(FeaturesConfig(out=out, **settings))
+    assert manifest.counts == made[1].counts
+    rows, whole = table_of(out), table_of(made[0].out)
+    first = units.slice(0, 1).to_pylist()[0]
+    with open_store(settings["data"]).open_parquet(first["file"]) as parquet:
+        ids = set(parquet.read_row_group(0)["id"].to_pylist())
+    for row, other in zip(rows.to_pylist(), whole.to_pylist(), strict=True):
+        source = "from the killed job" if row["id"] in ids else "tabletop"
+        assert row == {**other, "source": source}
+    assert not store.exists(ENCODED) and not store.exists(MARKER)
+
+
+def test_images_and_captions(settings: dict[str, Any], tmp_path: Path) -> None:
+    finish(open_store(str(tmp_path / "plain")), t2i_rows(5), records.T2I)
+    chosen = {**settings, "data": str(tmp_path / "plain"), "texts": None, "encoding": "int8"}
+    config = FeaturesConfig(out=str(tmp_path / "out"), **chosen)
+    assert features.run(config).counts.kept == 5
+    shards = FeatureShards.open([config.out], ["caption"], edits=False)
+    assert shards.rows == 5 and shards.encoding == "int8" and not shards.edits
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "complaint"),
+    [
+        ({"data": "gone"}, InputError, "the input gone does not exist"),
+        ({"texts": ("caption",)}, InputError, "holds edit records, which have no caption"),
+        ({"model": "gone"}, CheckpointError, "gone is neither a model folder nor a model YAML"),
+    ],
+)
+def test_mistakes_are_found_before_anything_is_touched(
+    settings: dict[str, Any],
+    tmp_path: Path,
+    changes: dict[str, Any],
+    kind: type[Exception],
+    complaint: str,
+) -> None:
+    with pytest.raises(kind, match=complaint) as caught:
+        features.run(FeaturesConfig(out=str(tmp_path / "out"), **{**settings, **changes}))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_line_takes_a_stage(
+    settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def dim(*arguments: str) -> tuple[int, str, str]:
+        code = cli.execute(cli.root(), ["data", "features", *arguments], prog_name="dim")
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    stage = {
+        "stage": "edit2",
+        "init": settings["model"],
+        "data": [settings["data"]],
+        "out": "never",
+        "text_mix": {"blueprint": 1, "instruction": 1},
+        "steps": 1,
+        "batch_size": 1,
+        "learning_rate": 1,
+    }
+    file, out = tmp_path / "stage.yaml", str(tmp_path / "out")
+    file.write_text(yaml.safe_dump(stage))
+    arguments = ("--stage", str(file), "--out", out, "encoding=int8", "cpus_per_worker=0.5")
+    code, said, _ = dim(*arguments)
+    assert code == 0 and "20 records: 18 kept, 1 rejected, 1 failed" in said
+    assert "blueprint_error: 0." in said and "instruction_error: 0." in said
+    assert FeatureShards.open([out], ["blueprint", "instruction"], edits=True).rows == 18
+
+    code, _, error = dim("--out", out)
+    assert code == 2 and "missing key 'data'" in error
+    file.write_text(yaml.safe_dump({**stage, "data": ["a", "b"]}))
+    code, _, error = dim("--stage", str(file), "--out", out)
+    assert code == 2 and "trains on 2 data sets: give one of them as --data" in error
