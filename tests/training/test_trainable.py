@@ -42,6 +42,7 @@ def test_the_loss_is_flow_matching_on_the_connected_condition(tiny: DIM) -> None
         tiny.connector(given["hidden_states"]),
         given["mask"],
         source_latent=given["source_latent"],
+        schedule=flow.FlowSchedule(tiny.config.sampling.shift),
     )
     assert losses.shape == (3,) and torch.equal(losses, expected)
 
