@@ -21,6 +21,8 @@ from pipelines.stages.filters import FilterImages, FilterPairs, scorers
 from pipelines.stages.filters.rules import ImageRules
 from pipelines.stages.outcome import Row
 
+_MATCHED_PER_TASK = 20_000  # signatures
+
 
 @dataclass(frozen=True)
 class WithTable:
@@ -76,7 +78,9 @@ def check_models(rules: ImageRules, duplicates: DuplicateRules) -> None:
 
 def _find(matcher: Callable[..., pa.Table], tasks: list[Row], signatures: pa.Table) -> pa.Table:
     """Run a matcher over its tasks on the cluster."""
-    work = ray.data.from_items(tasks, override_num_blocks=len(tasks))
+    # Matching a few thousand is quicker than starting a task for each part of it.
+    blocks = min(len(tasks), 1 + signatures.num_rows // _MATCHED_PER_TASK)
+    work = ray.data.from_items(tasks, override_num_blocks=blocks)
     match = WithTable(matcher, ray.put(signatures))
     twins = work.map_batches(match, batch_format="pyarrow", batch_size=None)
     return pa.concat_tables([TWINS.empty_table(), _collect(twins)])

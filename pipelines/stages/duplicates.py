@@ -24,14 +24,11 @@ from pipelines.stages.filters import FilterImages, FilterPairs
 from pipelines.stages.filters.measures import HASH_BITS
 from pipelines.stages.filters.signatures import Signer
 from pipelines.stages.outcome import (
-    FAILED,
+    IMAGES,
     KEPT,
-    REJECTED,
     Rejection,
     Row,
-    fail,
     reject,
-    to_rows,
     to_table,
     travelling,
 )
@@ -116,24 +113,31 @@ class ApplyVerdicts:
         Raises:
             InputError: a record has no verdict.
         """
-        rows = to_rows(batch)
-        wanted = [row["index"] for row in rows]
-        places = np.searchsorted(verdicts["index"].to_numpy(), np.array(wanted, np.int64))
-        chosen = verdicts.take(np.minimum(places, max(verdicts.num_rows - 1, 0))).to_pylist()
-        for row, verdict in zip(rows, chosen, strict=True):
-            if verdict["index"] != row["index"]:
-                raise InputError(f"the input changed while it was read: record {row['id']}")
-            _apply(row, verdict)
-        return to_table(rows, self.schema)
+        wanted = batch["index"].to_numpy()
+        places = np.searchsorted(verdicts["index"].to_numpy(), wanted)
+        chosen = verdicts.take(pa.array(np.minimum(places, max(verdicts.num_rows - 1, 0))))
+        strangers = np.flatnonzero(chosen["index"].to_numpy() != wanted)
+        if len(strangers):
+            name = batch["id"][int(strangers[0])].as_py()
+            raise InputError(f"the input changed while it was read: record {name}")
+        kept = pc.equal(chosen["outcome"], KEPT)
+        # By columns, for a picture that only passes need not become a Python object.
+        columns = [
+            chosen[field.name]
+            if field.name in chosen.schema.names and field.name not in self.schema.names
+            else _only(kept, batch[field.name])
+            if field.name in IMAGES
+            else batch[field.name]
+            for field in travelling(self.schema)
+        ]
+        return pa.table(columns, schema=travelling(self.schema))
 
 
-def _apply(row: Row, verdict: Row) -> None:
-    row["measures"] = verdict["measures"]
-    if verdict["outcome"] == REJECTED:
-        words = (verdict[name] for name in ("reason", "detail", "value", "threshold"))
-        reject(row, Rejection(*words))
-    elif verdict["outcome"] == FAILED:
-        fail(row, verdict["stage"], verdict["error"])
+def _only(kept: pa.ChunkedArray, images: pa.ChunkedArray) -> pa.ChunkedArray:
+    """The pictures of kept records; a record that is out travels on without."""
+    if pc.all(kept).as_py():
+        return images
+    return pc.if_else(kept, images, pa.scalar(None, images.type))
 
 
 @dataclass(frozen=True)

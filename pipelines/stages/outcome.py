@@ -18,7 +18,9 @@ OUTCOMES = (KEPT, REJECTED, FAILED)
 
 Row = dict[str, Any]
 
-_IMAGES = ("image", "image_target")
+IMAGES = ("image", "image_target")
+"""The columns that hold pictures."""
+
 _MARKS = pa.schema(
     [
         pa.field("outcome", pa.string()),
@@ -107,6 +109,6 @@ def work_on(rows: Iterable[Row], stage: str, work: Callable[[Row], Row | None]) 
 
 def _take_out(row: Row, outcome: str) -> None:
     row["outcome"] = outcome
-    for name in _IMAGES:
+    for name in IMAGES:
         if name in row:
             row[name] = None
