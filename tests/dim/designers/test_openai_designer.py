@@ -258,8 +258,8 @@ def test_a_server_that_comes_back_is_asked_on(server: ChatServer) -> None:
     server.respond = lambda request: (
         Response(b"restarting", 503) if len(server.requests) <= 12 else completion("fine")
     )
-    breaker = BreakerOptions(failures=3, pause_s=0.05, down_s=60)
-    options = CallOptions(retries=2, timeout_s=5, in_flight=8, breaker=breaker)
+    breaker = BreakerOptions(failures=1, pause_s=0.05, down_s=60)
+    options = CallOptions(retries=0, timeout_s=5, in_flight=8, breaker=breaker)
     assert ask(server, 40, options) == ["fine"] * 40  # while it is down no attempts are used up
 
 
