@@ -27,10 +27,10 @@ class DesignerError(DimError):
     """A designer is unknown, unreachable, or answered something that is not a blueprint."""
 
 
-class CallsStopped(DimError):
+class CallsStopped(DesignerError):
     """A model is asked nothing more: it is down, the budget is spent, or the key is refused.
 
-    Not an answer to one request: whatever was being done stops, and can be run again.
+    Not the answer to one request: whatever was being done stops, and can be run again.
     """
 
 

@@ -61,6 +61,9 @@ class Designer(Protocol):
         """One answer text (see :func:`dim.blueprint.parse_answer`) or error per request.
 
         A bad request never raises and never touches its neighbours.
+
+        Raises:
+            CallsStopped: nothing more can be asked of the model, whatever the request.
         """
         ...
 
@@ -127,6 +130,10 @@ class CallOptions(StrictModel):
         if self.budget is not None and not (self.input_price or self.output_price):
             raise ValueError("a budget needs input_price or output_price")
         return self
+
+
+SOMEBODY_WAITS = CallOptions(busy_s=30, breaker=BreakerOptions(down_s=30))
+"""For single requests: a job has all night, and a person has not."""
 
 
 def answer_each(

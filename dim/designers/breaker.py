@@ -79,14 +79,14 @@ class CircuitBreaker:
         """Whether the call is the one that tries whether the server is back."""
         while self._opened_at is not None:
             now = self._clock()
+            if not self._trying and now >= self._try_at:
+                self._trying = True
+                return True
             if not self._trying and now - self._opened_at >= self._options.down_s:
                 raise CallsStopped(
                     f"{self._who} has been down for {now - self._opened_at:.0f} s ({self._why}); "
                     "what it answered is kept: run the same command again to go on"
                 )
-            if not self._trying and now >= self._try_at:
-                self._trying = True
-                return True
             ends = self._opened_at + self._options.down_s
             wait_s = None if self._trying else max(0.0, min(self._try_at, ends) - now)
             await _wait_for(self._changed, wait_s)

@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from dim import blueprint, caption
-from dim.designers.base import CallOptions, DesignRequest, OnAnswer, Question, Reply
+from dim.designers.base import (
+    SOMEBODY_WAITS,
+    CallOptions,
+    DesignRequest,
+    OnAnswer,
+    Question,
+    Reply,
+)
 from dim.designers.chat import ChatEndpoint
 from dim.designers.gate import Exchange
 
@@ -16,7 +23,7 @@ class OpenAIDesigner:
     Args:
         model: the server's name of the model.
         url: the server's base address, or ``None`` for OpenAI's.
-        options: how calls are made.
+        options: how calls are made; ``None``: for somebody who waits for the answer.
         exchange: the meter that other processes count their calls by too.
     """
 
@@ -29,7 +36,7 @@ class OpenAIDesigner:
         options: CallOptions | None = None,
         exchange: Exchange | None = None,
     ) -> None:
-        options = options or CallOptions()
+        options = options or SOMEBODY_WAITS
         self.name = f"openai:{model}"
         self.fingerprint = fingerprint(model, options)
         self._endpoint = ChatEndpoint(model, url, options, exchange)
@@ -59,7 +66,7 @@ class OpenAICaptioner:
         options: CallOptions | None = None,
         exchange: Exchange | None = None,
     ) -> None:
-        options = options or CallOptions()
+        options = options or SOMEBODY_WAITS
         self.name = f"openai:{model}"
         self.fingerprint = fingerprint(model, options)
         self._endpoint = ChatEndpoint(model, url, options, exchange)

@@ -8,7 +8,7 @@ import pytest
 from ray.serve.exceptions import BackPressureError
 
 from dim.config import load_config
-from dim.errors import ConfigError, DesignerError, InputError
+from dim.errors import CallsStopped, ConfigError, DesignerError, InputError
 from serving.admission import Admission
 from serving.app import build, read_args
 from serving.config import ServingConfig
@@ -101,6 +101,7 @@ class WrappedByRay(Exception):
     [
         (DesignerError("the designer timed out"), 502, ("x-should-retry", "false")),
         (WrappedByRay(DesignerError("the designer timed out")), 502, None),
+        (CallsStopped("the designer is down"), 502, ("x-should-retry", "false")),
         (ExceptionGroup("many", [WrappedByRay(InputError("a bad image"))]), 400, None),
         (BackPressureError(3, 3), 429, ("retry-after", "2")),
         (TimeoutError(), 504, None),

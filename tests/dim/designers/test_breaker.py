@@ -110,6 +110,20 @@ def test_down_for_too_long_it_stops_everyone_in_one_sentence() -> None:
     asyncio.run(run())
 
 
+def test_whoever_comes_long_after_it_stopped_finds_it_tried_again() -> None:
+    async def run() -> None:
+        breaker = CircuitBreaker(BreakerOptions(failures=1, pause_s=0.2, down_s=0), "m at u")
+        await fail(breaker, 1)
+        with pytest.raises(CallsStopped):
+            await call(breaker)
+        await asyncio.sleep(0.25)
+        await call(breaker)  # the server is back
+        await call(breaker)
+        assert not breaker.is_open
+
+    asyncio.run(run())
+
+
 def test_pauses_grow_while_it_stays_down() -> None:
     async def run() -> None:
         options = BreakerOptions(failures=1, pause_s=0.05, down_s=60)
