@@ -98,12 +98,7 @@ def prepare(plan: Plan) -> Worker:
     resumed = checkpoint.restore(state, device)
     epochs = SampleOrder(plan.rows, config.batch_size, config.seed)
     order = WorkerOrder(epochs, rank, world_size)
-    if shards is not None:
-        features: FeatureSource = ShardFeatures(
-            shards, order.rows, config.texts, in_memory=config.cache_features
-        )
-    else:
-        features = _features(plan, model, order.rows, log)
+    features = _features(plan, model, shards, order.rows, log)
     validation = _validation(config, model, rank, world_size)
     sample = features.batch(np.zeros(1, np.int64), np.zeros(1, np.int64))
     latent_shape: tuple[int, int, int] = tuple(sample.latent.shape[1:])  # type: ignore[assignment]
@@ -191,9 +186,15 @@ def _shards(plan: Plan, model: DIM, rank: int) -> FeatureShards | None:
 
 
 def _features(
-    plan: Plan, model: DIM, rows: np.ndarray[Any, np.dtype[np.int64]], log: RunLog
+    plan: Plan,
+    model: DIM,
+    shards: FeatureShards | None,
+    rows: np.ndarray[Any, np.dtype[np.int64]],
+    log: RunLog,
 ) -> FeatureSource:
     config = plan.config
+    if shards is not None:
+        return ShardFeatures(shards, rows, config.texts, in_memory=config.cache_features)
     dataset, count = open_samples(config.data, config.columns)
     _check_rows(plan, count)
     table = read_rows(dataset, config.columns, rows)

@@ -1,9 +1,15 @@
 from __future__ import annotations
 
+import argparse
+from pathlib import Path
+
 import pytest
 
 from benchmarks import features
 from benchmarks.features import Result
+from dim import records
+from tests.feature_shards import write_features
+from tests.training.conftest import edit_rows, write_dataset
 
 
 @pytest.mark.parametrize(
@@ -27,3 +33,14 @@ def test_a_comparison_that_is_lost_fails(
     said, failed = capsys.readouterr()
     assert "live      10.0 samples/s    1.00 x live" in said
     assert failed.splitlines() == [f"FAILED: {failure}" for failure in failures]
+
+
+def test_the_three_ways_take_the_same_steps(tiny_model_dir: Path, tmp_path: Path) -> None:
+    edit_data = write_dataset(tmp_path / "plain", edit_rows(12), records.EDIT)
+    made = write_features(edit_data, tmp_path / "made", tiny_model_dir, texts=("blueprint",))
+    options = argparse.Namespace(model=str(tiny_model_dir), batch=4, steps=2, repeats=1)
+    result = features._compare(options, edit_data, made)
+    assert list(result.losses) == list(result.seconds) == ["live", "read", "held"]
+    assert result.losses["read"] == result.losses["held"] != result.losses["live"]
+    assert result.losses["read"] == pytest.approx(result.losses["live"], rel=features.SAME)
+    assert all(0 < seconds < 60 for seconds in result.seconds.values())

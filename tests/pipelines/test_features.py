@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
 import yaml
 
 from dim import cli, records
 from dim import model as models
+from dim.config import dump_config
 from dim.errors import CheckpointError, InputError
-from infra.storage import open_store
+from infra.storage import Store, open_store
 from pipelines import features
 from pipelines.features import FeaturesConfig
 from pipelines.job import MARKER
 from pipelines.manifest import Manifest
 from pipelines.stages.features import ENCODED
 from pipelines.verify import verify
-from tests.feature_shards import encoder, units_in
 from tests.pipelines.outputs import finish
 from tests.training.conftest import edit_rows, t2i_rows
 from training.shards import FeatureShards
@@ -29,6 +35,7 @@ from training.shards import FeatureShards
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 COUNT = 20
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -127,41 +134,52 @@ def test_other_weights_do_not_pass_for_the_same_output(
         (tmp_path / "before").rename(model)
 
 
-def test_a_job_that_was_killed_goes_on(
-    made: tuple[FeaturesConfig, Manifest], settings: dict[str, Any], tmp_path: Path
-) -> None:
-    """The first unit is there as a killed job leaves it, but for a mark to know it again by."""
-    out = str(tmp_path / "out")
-    options = {"encode_batch": 4}
-    stage, _ = encoder(settings["data"], out, settings["model"], **options)
-    units = units_in(open_store(settings["data"]))
-    tables = list(stage(units.slice(0, 1)))
-    store = open_store(out)
-    ((name, _),) = store.list(ENCODED)
-    marked = [
-        table.set_column(
-            table.schema.get_field_index("source"),
-            "source",
-            pa.array(["from the killed job"] * table.num_rows),
-        )
-        for table in tables
-    ]
-    with store.open_output(name) as file, pa.ipc.new_stream(file, marked[0].schema) as writer:
-        for table in marked:
-            writer.write_table(table)
-    store.write(MARKER, b"{}")
-    store.write("staging/half.arrow", b"half")
+def test_a_driver_that_was_killed_goes_on(settings: dict[str, Any], tmp_path: Path) -> None:
+    plain, out = str(tmp_path / "plain"), str(tmp_path / "out")
+    finish(open_store(plain), edit_rows(40), rows_per_file=1)
+    config = FeaturesConfig(out=out, **{**settings, "data": plain, "texts": ("blueprint",)})
+    undisturbed = features.run(config.model_copy(update={"out": str(tmp_path / "whole")}))
 
-    manifest = features.run(FeaturesConfig(out=out, **settings))
-    assert manifest.counts == made[1].counts
-    rows, whole = table_of(out), table_of(made[0].out)
-    first = units.slice(0, 1).to_pylist()[0]
-    with open_store(settings["data"]).open_parquet(first["file"]) as parquet:
-        ids = set(parquet.read_row_group(0)["id"].to_pylist())
-    for row, other in zip(rows.to_pylist(), whole.to_pylist(), strict=True):
-        source = "from the killed job" if row["id"] in ids else "tabletop"
-        assert row == {**other, "source": source}
+    file = tmp_path / "job.yaml"
+    file.write_text(yaml.safe_dump(dump_config(config)))
+    command = [sys.executable, "-m", "pipelines.features", "--out", out, "--config", str(file)]
+    address = ray.get_runtime_context().gcs_address
+    process = subprocess.Popen(
+        command, cwd=ROOT, env={**os.environ, "RAY_ADDRESS": address}, stderr=subprocess.PIPE
+    )
+    store, deadline = open_store(out), time.monotonic() + 200
+    while len(store.list(ENCODED, suffix=".arrow")) < 3 and time.monotonic() < deadline:
+        if process.poll() is not None:
+            break
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    _, errors = process.communicate()
+    assert process.returncode == -signal.SIGKILL, errors.decode()
+    time.sleep(2)  # until Ray has ended the job's workers
+    done = [name for name, _ in store.list(ENCODED, suffix=".arrow")]
+    assert 3 <= len(done) < 40
+    assert store.exists(MARKER) and not store.exists("manifest.json")
+    for name in done:
+        _mark(store, name)
+
+    manifest = features.run(config)
+    assert manifest.counts == undisturbed.counts
+    found, wanted = table_of(out), table_of(str(tmp_path / "whole"))
+    assert found["source"].to_pylist().count("made before the kill") == len(done)
+    assert found.drop_columns("source") == wanted.drop_columns("source")
+    assert verify(out).problems == []
     assert not store.exists(ENCODED) and not store.exists(MARKER)
+
+
+def _mark(store: Store, name: str) -> None:
+    """Make the records of a unit that is done known, to see that it is not done again."""
+    with pa.ipc.open_stream(store.read(name)) as reader:
+        table = reader.read_all()
+    place = table.schema.get_field_index("source")
+    marks = pa.array(["made before the kill"] * table.num_rows)
+    table = table.set_column(place, table.schema.field(place), marks)
+    with store.open_output(name) as file, pa.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table)
 
 
 def test_images_and_captions(settings: dict[str, Any], tmp_path: Path) -> None:
