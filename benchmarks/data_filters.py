@@ -1,16 +1,17 @@
 """The filter job against a bare process pool and against ``datasets.map``, and its memory.
 
-    python benchmarks/data_filters.py                               # as reported
-    python benchmarks/data_filters.py --pairs 200 --large 800       # a minute, to see that it runs
+    python -m benchmarks.data_filters                               # as reported
+    python -m benchmarks.data_filters --pairs 200 --large 800       # a minute, to see that it runs
 
 All three read the same Parquet shards of edit pairs and do the same on the same number of
 processes: decode both images, resize, perceptual hashes, structural similarity and the other
-default rules of pairs. The pool stops there: it is what the machine can do. ``datasets.map`` and
-our job also write the kept records as Parquet; our job finds duplicates across the whole data set
-as well, which is why it reads its input twice. The pool and Ray are started and warm before the
-clock runs; runs alternate and the best of each counts. Memory is what the job's driver and workers
-hold of their own (unique set size) at their peak, in a run of a process of its own for each size;
-the shared object store, whose size is fixed, is not part of it.
+default rules of pairs. The pool stops there: it is what the machine can do with its memory handled
+as the system does by default (the job handles it better, see ``keep_freed_memory``, and processes
+that ``datasets`` forks inherit as much). ``datasets.map`` and our job also find duplicates across
+the whole data set and write the kept records as Parquet. The pool and Ray are started and warm
+before the clock runs; runs alternate and the best of each counts. Memory is what the job's driver
+and workers hold of their own (unique set size) at their peak, in a run of a process of its own for
+each size; the shared object store, whose size is fixed, is not part of it.
 
 Leaves with status 1 when the job is below ``--pool-target`` of the pool or ``--map-target`` of
 ``datasets.map``, when the outputs differ, or when memory at ``--large`` records is above
@@ -49,8 +50,9 @@ from pipelines.cluster import connect
 from pipelines.job import Job, JobConfig
 from pipelines.manifest import Counts, FileEntry, Manifest
 from pipelines.shards import Shards
-from pipelines.stages.duplicates import DuplicateRules, Judge
+from pipelines.stages.duplicates import VERDICT, DuplicateRules, Judge, drop_duplicates
 from pipelines.stages.filters import FilterPairs, PairRules
+from pipelines.stages.outcome import travelling
 from pipelines.stages.readers import pair_columns
 
 RULES = PairRules(min_side=None)
@@ -63,6 +65,7 @@ SAMPLE_S = 0.2
 
 JUDGE = Judge.of(FilterPairs(RULES), DUPLICATES)
 """The functions that all three do: from encoded pairs to outcomes, measures and hashes."""
+COLUMNS = travelling(VERDICT).names
 
 
 def main() -> int:
@@ -157,14 +160,21 @@ def run_job(raw: Path, out: Path) -> Manifest:
     """Our job, from shards to committed output."""
     shards = Shards.open(str(raw), records.RAW_PAIR)
     config = JobConfig(out=str(out), rows_per_file=ROWS_PER_FILE)
-    job = Job("filter", config, records.RAW_PAIR, identity=shards.identity, rows=shards.rows)
+    job = Job(
+        "filter",
+        config,
+        records.RAW_PAIR,
+        identity=shards.identity,
+        rows=shards.rows,
+        rows_per_write=None,
+    )
     return job.run(
         lambda: filtering.filtered(shards, FilterPairs(RULES), DUPLICATES, BATCH), overwrite=True
     )
 
 
 def run_map(raw: Path, out: Path, processes: int) -> int:
-    """The same by the datasets library: load, map, filter, and the kept records on disk."""
+    """The same by the datasets library: load, map, duplicates, and the kept records on disk."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -177,18 +187,25 @@ def run_map(raw: Path, out: Path, processes: int) -> int:
     judged = data.with_format("arrow").map(
         _add_verdicts, batched=True, batch_size=BATCH, num_proc=processes
     )
-    kept = judged.filter(
-        lambda table: pc.equal(table["outcome"], "kept"), batched=True, batch_size=BATCH
-    )
-    kept.select_columns(records.RAW_PAIR.names).to_parquet(str(out / "data.parquet"))
+    verdicts = judged.select_columns(COLUMNS).with_format("arrow")[:]
+    verdicts = drop_duplicates(verdicts, DUPLICATES, _find)
+    kept = judged.select(pc.indices_nonzero(pc.equal(verdicts["outcome"], "kept")).to_pylist())
+    with (out / "data.parquet").open("wb") as file:
+        kept.select_columns(records.RAW_PAIR.names).to_parquet(file)
+        os.fsync(file.fileno())  # our job's files are on the disk too when it says so
     return kept.num_rows
 
 
 def _add_verdicts(table: pa.Table) -> pa.Table:
     verdicts = JUDGE(table)
-    for name in ("outcome", "reason", "hashes", "measures"):
+    for name in set(COLUMNS) - set(table.schema.names):
         table = table.append_column(verdicts.schema.field(name), verdicts[name])
     return table
+
+
+def _find(matcher: Callable[..., pa.Table], tasks: list[Any], signatures: pa.Table) -> pa.Table:
+    """Run a matcher here, which for some thousand records takes no time."""
+    return matcher(pa.Table.from_pylist(tasks), signatures)
 
 
 def _judge_file(path: str) -> int:

@@ -201,6 +201,13 @@ class Store:
             with self._open(name) as file:
                 return file.read()
 
+    def map(self, name: str = "") -> pa.Buffer:
+        """The bytes of a file; of a local one, in memory page by page as they are looked at."""
+        if not self.is_local:
+            return pa.py_buffer(self.read(name))
+        with _errors("read", self.address(name)), pa.memory_map(self.path(name)) as file:
+            return file.read_buffer()
+
     def open_input(self, name: str = "") -> pa.NativeFile:
         """A seekable reader of a file."""
         with _errors("read", self.address(name)):
@@ -245,6 +252,24 @@ class Store:
                     file.seek(0)
                     with self.filesystem.open_output_stream(self.path(name)) as stream:
                         shutil.copyfileobj(file, stream, _UPLOAD_PART)
+
+    @contextmanager
+    def open_passing(self, name: str) -> Iterator[pa.NativeFile]:
+        """The same for a file that is soon read and then deleted.
+
+        Nothing waits for a local disk, so a crash of the machine may take it.
+        """
+        if not self.is_local:
+            with self.open_output(name) as file:
+                yield pa.PythonFile(file, "w")
+            return
+        path = Path(self.path(name))
+        with (
+            _errors("write", self.address(name)),
+            _replacing(path, durable=False) as file,
+            pa.OSFile(file.name, "w") as native,
+        ):
+            yield native
 
     def open_append(self, name: str) -> TextIO:
         """A local file that lines are added to; an object store has no such thing."""
@@ -499,15 +524,16 @@ def _absolute(path: str) -> str:
 
 
 @contextmanager
-def _replacing(path: Path) -> Iterator[IO[bytes]]:
+def _replacing(path: Path, *, durable: bool = True) -> Iterator[IO[bytes]]:
     """A new file beside ``path``, which takes its place when the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with temporary.open("wb") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import sys
+from functools import cache
 
 import ray
 from ray.data import DataContext
+
+# Of glibc's malloc.h; other libraries for C have no ``mallopt``.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_KEPT = 128 << 20
+_LARGEST = 32 << 20  # what it takes at most
 
 
 def connect() -> None:
@@ -31,3 +38,16 @@ def connect() -> None:
     context = DataContext.get_current()
     context.enable_progress_bars = sys.stderr.isatty()
     context.execution_options.preserve_order = True
+
+
+@cache
+def keep_freed_memory() -> None:
+    """Let this process keep what it frees, up to 128 MiB, for what it allocates next.
+
+    By default glibc gives every array of a decoded picture back to the system, which then clears
+    the same pages for the next one: a fifth of the time of the filters.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, _LARGEST)
+        mallopt(_M_TRIM_THRESHOLD, _KEPT)

@@ -77,6 +77,7 @@ def edit(raw: Shards, config: EditConfig, store: Store) -> ray.data.Dataset:
     """Raw pairs → filter → triage → blueprint."""
     batches = {"batch_format": "pyarrow", "batch_size": config.batch_size}
     checked = filtered(raw, FilterPairs(config.filters), config.duplicates, config.batch_size)
+    checked = checked.repartition(target_num_rows_per_block=config.batch_size)
     settings = {
         "calls": config.calls,
         "with_target": config.with_target,

@@ -48,20 +48,18 @@ def filtered(
 
     Duplicates need all signatures before the first record can go on. So the pictures are read
     twice and decoded once: the first pass leaves verdicts of a few hundred bytes a record, the
-    second gives them to the records.
+    second gives them to the records. In both, pictures stay in the process that read them.
 
     Raises:
         InputError: a model's folder is not there.
     """
     check_models(stage.rules, duplicates)
-    batches = {"batch_format": "pyarrow", "batch_size": batch_size}
-    records = raw.read(batch_size)
     if not duplicates.wanted:
-        return records.map_batches(stage, **batches)
-    verdicts = _collect(records.map_batches(Judge.of(stage, duplicates), **batches))
+        return raw.scan(stage, batch_size)
+    verdicts = raw.gather(Judge.of(stage, duplicates), batch_size)
     verdicts = drop_duplicates(verdicts, duplicates, _find)
     apply = WithTable(ApplyVerdicts(stage.schema), ray.put(verdicts))
-    return raw.read(batch_size).map_batches(apply, **batches)
+    return raw.scan(apply, batch_size)
 
 
 def check_models(rules: ImageRules, duplicates: DuplicateRules) -> None:

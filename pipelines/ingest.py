@@ -61,7 +61,14 @@ def run(config: IngestConfig, *, overwrite: bool = False, retry_failed: bool = F
     """Read the source into raw shards. See :meth:`pipelines.job.Job.run` for reruns and errors."""
     source = open_source(config)
     workers = config.fetch.workers if config.fetch else None
-    job = Job("ingest", config, source.schema, identity=source.identity, rows=source.rows)
+    job = Job(
+        "ingest",
+        config,
+        source.schema,
+        identity=source.identity,
+        rows=source.rows,
+        rows_per_write=None,
+    )
     return job.run(
         lambda: read(source, workers=workers), overwrite=overwrite, retry_failed=retry_failed
     )

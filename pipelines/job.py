@@ -56,6 +56,12 @@ _HOW_ONLY = frozenset(
         "calls.budget",
         "calls.hedge_after",
         "calls.breaker",
+        "fetch.workers",
+        "fetch.per_host",
+        "fetch.per_host_per_second",
+        "fetch.timeout_s",
+        "fetch.attempts",
+        "fetch.max_wait_s",
     }
 )
 
@@ -97,6 +103,7 @@ class Job:
         identity: what it reads, the same exactly when the input is the same.
         rows: how many records it reads.
         group_bytes: size of a row group of its output, as ``OutcomeSink`` takes it.
+        rows_per_write: records that are written together at least, as ``OutcomeSink`` takes it.
     """
 
     def __init__(
@@ -108,6 +115,7 @@ class Job:
         identity: Mapping[str, Any],
         rows: int,
         group_bytes: int | None = None,
+        rows_per_write: int | None = ROWS_PER_RANGE,
     ) -> None:
         self.name = name
         self.store = open_store(config.out)
@@ -117,6 +125,7 @@ class Job:
         self._identity = {**identity, "rows": rows}
         self._rows = rows
         self._group_bytes = group_bytes
+        self._rows_per_write = rows_per_write
 
     def run(
         self,
@@ -193,6 +202,7 @@ class Job:
             config.rows_per_file,
             int(config.target_file_mb * 2**20),
             self._group_bytes,
+            self._rows_per_write,
         )
         dataset.write_datasink(sink)
         files = sink.commit()

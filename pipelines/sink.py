@@ -38,8 +38,8 @@ ROWS_PER_RANGE = 512
 _LEFT_OUT_PER_FILE = 100_000
 _STAGE_BYTES = 64 << 20  # a write task holds no more than this of its blocks
 _COMMIT_IN_DRIVER = 256 << 20  # bytes; more than this is put together by the cluster
-_GROUP_PLACES = 256
-_GROUP_BYTES = 32 << 20  # a reader that wants one record fetches no more than this
+GROUP_PLACES = 256
+GROUP_BYTES = 32 << 20  # a reader that wants one record fetches no more than this
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,10 @@ class OutcomeSink(Datasink[list[Piece]]):
         rows_per_file: places in the input per file of ``data/`` at most.
         target_bytes: size of a file at most, before compression; a larger record has its own.
         group_bytes: the same of a row group, the least that a reader can fetch; None = 32 MiB.
+        rows_per_write: records that are handed over together at least, for a stage that makes a
+            few at a time; None = each task writes what it made itself, for stages that read ranges.
+            Ray counts the *inputs* of a stage that it runs together with the sink, and would wait
+            for that many ranges.
     """
 
     def __init__(
@@ -75,12 +79,14 @@ class OutcomeSink(Datasink[list[Piece]]):
         rows_per_file: int,
         target_bytes: int = 256 << 20,
         group_bytes: int | None = None,
+        rows_per_write: int | None = ROWS_PER_RANGE,
     ) -> None:
         self._store = store
         self._schemas = {KEPT: schema, REJECTED: REJECT_SCHEMA, FAILED: FAILED_SCHEMA}
         self._rows_per_file = rows_per_file
         self._target_bytes = target_bytes
-        self._group_bytes = group_bytes or _GROUP_BYTES
+        self._group_bytes = group_bytes or GROUP_BYTES
+        self._rows_per_write = rows_per_write
         self.pieces: list[Piece] = []
 
     def write(self, blocks: Iterable[Block], ctx: object) -> list[Piece]:
@@ -101,9 +107,11 @@ class OutcomeSink(Datasink[list[Piece]]):
         self.pieces = [piece for pieces in write_result.write_returns for piece in pieces]
 
     @property
-    def min_rows_per_write(self) -> int:
+    def min_rows_per_write(self) -> int | None:
         """Small blocks are handed over together."""
-        return min(self._rows_per_file, ROWS_PER_RANGE)
+        if self._rows_per_write is None:
+            return None
+        return min(self._rows_per_file, self._rows_per_write)
 
     def commit(self) -> list[FileEntry]:
         """Turn the pieces into the output's files; returns them in order of name.
@@ -131,7 +139,7 @@ class OutcomeSink(Datasink[list[Piece]]):
             groups = [
                 (int(places[start + low]), int(places[start + high - 1]))
                 for low, high in _cut(
-                    places[start:end], sizes[start:end], self._group_bytes, _GROUP_PLACES
+                    places[start:end], sizes[start:end], self._group_bytes, GROUP_PLACES
                 )
             ]
             first, last = (groups[0][0], groups[-1][1]) if groups else (0, -1)
@@ -158,15 +166,15 @@ class OutcomeSink(Datasink[list[Piece]]):
     def _ranges(self, outcome: str, schema: pa.Schema, table: pa.Table) -> Iterator[pa.Table]:
         """The records of one outcome, by range of the input, so that a file needs few pieces."""
         size = ROWS_PER_RANGE if outcome == KEPT else _LEFT_OUT_PER_FILE
-        table = _fit(table.filter(pc.equal(table["outcome"], outcome)), schema)
+        table = _fit(_where(table, pc.equal(table["outcome"], outcome)), schema)
         places = table["index"].to_numpy()
         for unit in np.unique(places // size):
-            yield table.filter(pa.array(places // size == unit)).sort_by("index")
+            yield _by_place(_where(table, pa.array(places // size == unit)))
 
     def _stage_piece(self, outcome: str, table: pa.Table) -> Piece:
         name = f"{STAGING}/{uuid.uuid4().hex}.arrow"
         with (
-            self._store.open_output(name) as file,
+            self._store.open_passing(name) as file,
             pa.ipc.new_stream(file, table.schema) as writer,
         ):
             writer.write_table(table)
@@ -207,7 +215,7 @@ class _FilePlan:
             needed = [name for name, start, end in self.pieces if end >= first and start <= last]
             held = {name: held[name] if name in held else _open(store, name) for name in needed}
             parts = [_between(table, first, last) for table in held.values()]
-            yield pa.concat_tables(parts).sort_by("index").combine_chunks()
+            yield _by_place(pa.concat_tables(parts)).combine_chunks()
 
 
 def row_bytes(table: pa.Table) -> NDArray[np.int64]:
@@ -287,8 +295,20 @@ def _fit(table: pa.Table, schema: pa.Schema) -> pa.Table:
     return pa.table(columns, schema=schema)
 
 
+def _where(table: pa.Table, mask: pa.ChunkedArray | pa.Array) -> pa.Table:
+    """The rows of a mask; the table itself when that is all, for a filter copies every image."""
+    return table if pc.all(mask).as_py() else table.filter(mask)
+
+
+def _by_place(table: pa.Table) -> pa.Table:
+    """The rows by place in the input; the table itself when they lie so already."""
+    places = table["index"].to_numpy()
+    return table if (places[1:] >= places[:-1]).all() else table.sort_by("index")
+
+
 def _open(store: Store, name: str) -> pa.Table:
-    with pa.ipc.open_stream(store.read(name)) as reader:
+    """A piece; on a local disk it is not in memory until it is looked at."""
+    with pa.ipc.open_stream(store.map(name)) as reader:
         return reader.read_all()
 
 

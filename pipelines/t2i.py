@@ -69,6 +69,7 @@ def caption(raw: Shards, config: T2IConfig, store: Store) -> ray.data.Dataset:
     """Raw images → filter → long caption."""
     batches = {"batch_format": "pyarrow", "batch_size": config.batch_size}
     checked = filtered(raw, FilterImages(config.filters), config.duplicates, config.batch_size)
+    checked = checked.repartition(target_num_rows_per_block=config.batch_size)
     settings = {"calls": config.calls, "rules": config.captions, "store": store}
     stage = partial(WriteCaptions, **settings)
     rounds = config.captions.reasks + 1

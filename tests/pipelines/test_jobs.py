@@ -28,6 +28,7 @@ from pipelines.job import TrackingConfig
 from pipelines.manifest import Manifest
 from pipelines.stages.caption import CaptionRules
 from pipelines.stages.duplicates import DuplicateRules
+from pipelines.stages.fetch import FetchConfig
 from pipelines.stages.filters import ImageRules, PairRules
 from pipelines.t2i import T2IConfig
 from tests.chat_server import ChatServer, Response, completion, running, text_of
@@ -440,3 +441,13 @@ def test_the_command_line(
     assert code == 0
     lines = [json.loads(x) for x in (target / "tos_dataset_edit.jsonl").read_text().splitlines()]
     assert len(lines) == 14 and (target / lines[0]["image_path"]).is_file()
+
+
+def test_how_images_are_fetched_may_differ_and_which_are_taken_may_not(tmp_path: Path) -> None:
+    pairs = write_pairs(tmp_path, 2)
+    given = {"pairs": str(pairs), "out": str(tmp_path / "raw")}
+    done = ingest.run(IngestConfig(**given, fetch=FetchConfig(attempts=2)))
+    quicker = FetchConfig(workers=2, per_host=4, attempts=9, timeout_s=5)
+    assert ingest.run(IngestConfig(**given, fetch=quicker)) == done
+    with pytest.raises(InputError, match=r"made otherwise \(fetch.max_bytes was 50000000"):
+        ingest.run(IngestConfig(**given, fetch=FetchConfig(max_bytes=1000)))

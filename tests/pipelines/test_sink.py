@@ -149,7 +149,7 @@ def test_a_record_larger_than_the_target_has_a_file_of_its_own(tmp_path: Path) -
 
 
 def test_row_groups_are_small_and_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sink, "_GROUP_BYTES", 45_000)
+    monkeypatch.setattr(sink, "GROUP_BYTES", 45_000)
     made = sized(30, 10_000)
     for name, parts in (("one", [made]), ("many", [made[::2], made[1::2]])):
         written(open_store(str(tmp_path / name)), parts, rows_per_file=1000).commit()
@@ -177,7 +177,7 @@ def test_a_file_is_put_together_in_little_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sink, "_STAGE_BYTES", 2 << 20)
-    monkeypatch.setattr(sink, "_GROUP_BYTES", 2 << 20)
+    monkeypatch.setattr(sink, "GROUP_BYTES", 2 << 20)
     target = OutcomeSink(open_store(str(tmp_path)), records.T2I, 10_000)
     parts = (to_table([row], records.T2I) for row in sized(60, 1 << 20))
     target.on_write_complete(WriteResult(0, 0, [target.write(parts, None)]))

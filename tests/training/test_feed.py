@@ -62,7 +62,7 @@ def test_fetching_ahead_changes_nothing_but_the_time() -> None:
         assert features.latent[4:].tolist() == (wanted.choice >= 0.5).astype(int).tolist()
     assert now.threads == {threading.get_ident()}
     assert threading.get_ident() not in ahead.threads
-    assert len(now.asked) == 6 and len(ahead.asked) >= 8
+    assert len(now.asked) == 6 and len(ahead.asked) > 6  # step 4, or step 9, for nobody
 
 
 def test_the_next_step_is_fetched_while_this_one_is_used() -> None:
