@@ -257,6 +257,19 @@ def test_writes_part_by_part(store: Store) -> None:
     assert store.read("f/a.bin") == b"onetwo"
 
 
+def test_a_passing_file_is_there_when_it_is_whole_and_can_be_mapped(store: Store) -> None:
+    with store.open_passing("f/a.bin") as file:
+        file.write(b"one")
+        assert not store.exists("f/a.bin")
+        file.write(b"two")
+    assert store.map("f/a.bin").to_pybytes() == b"onetwo"
+    with pytest.raises(KeyError), store.open_passing("b") as file:
+        raise KeyError
+    assert [name for name, _ in store.list()] == ["f/a.bin"]
+    with pytest.raises(StorageError, match="not found: .*/none"):
+        store.map("none")
+
+
 def test_what_ends_in_an_error_never_appears(store: Store) -> None:
     store.write("a", b"old")
     with pytest.raises(KeyError), store.open_output("a") as file:
