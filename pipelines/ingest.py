@@ -78,7 +78,7 @@ def read(source: Source, *, workers: int | None = None) -> ray.data.Dataset:
     """Ranges → records, as many ranges at once as there are cores, or ``workers`` at most."""
     blocks = min(len(source.units), _MOST_TASKS)
     units = ray.data.from_items(source.units, override_num_blocks=blocks)
-    strategy = TaskPoolStrategy(size=workers) if workers else None
+    strategy = TaskPoolStrategy(size=min(workers, blocks)) if workers else None
     return units.map_batches(source.reader, batch_format="pyarrow", batch_size=1, compute=strategy)
 
 

@@ -32,7 +32,7 @@ from pipelines.stages.fetch import FetchConfig
 from pipelines.stages.filters import ImageRules, PairRules
 from pipelines.t2i import T2IConfig
 from tests.chat_server import ChatServer, Response, completion, running, text_of
-from tests.pipelines.samples import write_pairs
+from tests.pipelines.samples import bomb, write_pairs
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -451,3 +451,24 @@ def test_how_images_are_fetched_may_differ_and_which_are_taken_may_not(tmp_path:
     assert ingest.run(IngestConfig(**given, fetch=quicker)) == done
     with pytest.raises(InputError, match=r"made otherwise \(fetch.max_bytes was 50000000"):
         ingest.run(IngestConfig(**given, fetch=FetchConfig(max_bytes=1000)))
+
+
+def test_one_damaged_image_in_twenty_and_a_bomb_are_left_out_and_nothing_else(
+    tmp_path: Path, good_server: ChatServer
+) -> None:
+    pairs = write_pairs(tmp_path, 40)
+    image = tmp_path / "image"
+    for number, side in ((6, "source"), (21, "target"), (22, "source"), (39, "target")):
+        name = image / f"{number}_{side}.png"
+        data = name.read_bytes()
+        name.write_bytes(data[: len(data) // 2])
+    (image / "11_target.png").write_bytes(bomb())
+    taken = ingest.run(IngestConfig(pairs=str(pairs), out=str(tmp_path / "raw")))
+    check_output(tmp_path / "raw", taken)
+    assert taken.counts.by_reason == {"image.too_large": 1}
+    asked = len(good_server.requests)
+    done = edit.run(edit_config(tmp_path / "raw", tmp_path / "edit", good_server))
+    check_output(tmp_path / "edit", done)
+    assert (done.counts.input, done.counts.kept) == (39, 35)
+    assert done.counts.by_reason == {"image.undecodable": 4}
+    assert len(good_server.requests) - asked == 35  # nothing is paid for a picture that is damaged

@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import io
-import struct
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -24,24 +22,10 @@ from pipelines.stages.filters.gauge import Gauge
 from pipelines.stages.filters.measures import changed_share, luminance, ssim
 from pipelines.stages.outcome import Rejection, to_table
 from pipelines.stages.readers import image_columns, pair_columns
-from tests.pipelines.samples import edited, encoded, photo
+from tests.pipelines.samples import bomb, edited, encoded, photo
 
 RULES = PairRules(min_side=32)
 LOOSE = PairRules(min_side=32, min_sharpness=None)
-
-
-def bomb(side: int = 17_500) -> bytes:
-    """A PNG of a few hundred bytes that says it has 306 megapixels."""
-
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        check = struct.pack(">I", zlib.crc32(kind + body))
-        return struct.pack(">I", len(body)) + kind + body + check
-
-    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
-    data = zlib.compress(bytes(10_000))
-    return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
-    )
 
 
 def rejection(action: Any, *args: Any) -> Rejection:
