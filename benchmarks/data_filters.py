@@ -6,13 +6,10 @@
 All three read the same Parquet shards of edit pairs and do the same on the same number of
 processes: decode both images, resize, perceptual hashes, structural similarity and the other
 default rules of pairs. The pool stops there. ``datasets.map`` and our job also find duplicates
-across the whole data set and write the kept records as Parquet. The pool, Ray and a process for
-``datasets`` are started and warm before the clock runs; runs alternate and the best of each counts.
-That process is a fresh one, as a script that maps is: forks of a process that has made pictures
-before inherit how its allocator has grown, which is worth what ``keep_freed_memory`` gives our job
-(``--map-here`` shows it). Memory is what the job's driver
-and workers hold of their own (unique set size) at their peak, in a run of a process of its own for
-each size; the shared object store, whose size is fixed, is not part of it.
+across the whole data set and write the kept records as Parquet. The pool and Ray are started and
+warm before the clock runs; runs alternate and the best of each counts. Memory is what the job's
+driver and workers hold of their own (unique set size) at their peak, in a run of a process of its
+own for each size; the shared object store, whose size is fixed, is not part of it.
 
 Leaves with status 1 when the job is below ``--pool-target`` of the pool or ``--map-target`` of
 ``datasets.map``, when the outputs differ, or when memory at ``--large`` records is above
@@ -33,7 +30,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -139,22 +135,12 @@ def compare(
     """Records per second of each way, and how many records each kept."""
     seconds: dict[str, float] = {}
     kept: dict[str, int] = {}
-    with (
-        _cluster(options.processes),
-        _pool(options.processes) as pool,
-        ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as mapper,
-    ):
-
-        def map_there(data: Path) -> int:
-            return mapper.submit(run_map, data, folder / "map", options.processes).result()
-
+    with _cluster(options.processes), _pool(options.processes) as pool:
         ways: dict[str, Callable[[Path], int]] = {
             "job": lambda data: run_job(data, folder / "job").counts.kept,
-            "map": map_there,
+            "map": lambda data: run_map(data, folder / "map", options.processes),
             "pool": lambda data: sum(pool.imap_unordered(_judge_file, _files(data))),
         }
-        if options.map_here:
-            ways["map"] = lambda data: run_map(data, folder / "map", options.processes)
         warm = folder / "warm"
         make_pairs(warm, 2 * BATCH, 64)
         for run in ways.values():
@@ -342,7 +328,6 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--large", type=int, default=20_000, help="records of the larger job")
     parser.add_argument("--memory-side", type=int, default=256, help="of the images of these two")
     parser.add_argument("--no-memory", action="store_true", help="only the comparison")
-    parser.add_argument("--map-here", action="store_true", help="datasets.map in this process")
     parser.add_argument("--folder", help="where to put the data while it runs")
     parser.add_argument("--pool-target", type=float, default=0.85, help="share of the pool's rate")
     parser.add_argument("--map-target", type=float, default=1.0, help="ratio to datasets.map")
