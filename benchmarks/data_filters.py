@@ -196,7 +196,7 @@ def run_map(raw: Path, out: Path, processes: int) -> int:
 
 def _add_verdicts(table: pa.Table) -> pa.Table:
     verdicts = JUDGE(table)
-    for name in set(COLUMNS) - set(table.schema.names):
+    for name in [name for name in COLUMNS if name not in table.schema.names]:
         table = table.append_column(verdicts.schema.field(name), verdicts[name])
     return table
 

@@ -254,22 +254,18 @@ class Store:
                         shutil.copyfileobj(file, stream, _UPLOAD_PART)
 
     @contextmanager
-    def open_passing(self, name: str) -> Iterator[pa.NativeFile]:
+    def open_passing(self, name: str) -> Iterator[IO[bytes] | Output]:
         """The same for a file that is soon read and then deleted.
 
         Nothing waits for a local disk, so a crash of the machine may take it.
         """
         if not self.is_local:
             with self.open_output(name) as file:
-                yield pa.PythonFile(file, "w")
+                yield file
             return
         path = Path(self.path(name))
-        with (
-            _errors("write", self.address(name)),
-            _replacing(path, durable=False) as file,
-            pa.OSFile(file.name, "w") as native,
-        ):
-            yield native
+        with _errors("write", self.address(name)), _replacing(path, durable=False) as local:
+            yield local
 
     def open_append(self, name: str) -> TextIO:
         """A local file that lines are added to; an object store has no such thing."""

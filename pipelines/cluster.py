@@ -45,7 +45,7 @@ def keep_freed_memory() -> None:
     """Let this process keep what it frees, up to 128 MiB, for what it allocates next.
 
     By default glibc gives every array of a decoded picture back to the system, which then clears
-    the same pages for the next one: a fifth of the time of the filters.
+    the same pages for the next one: about a sixth of the time of the filters.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if mallopt is not None:

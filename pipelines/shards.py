@@ -60,13 +60,18 @@ class Shards:
     @property
     def identity(self) -> dict[str, Any]:
         """The same exactly when the records are: a hash over the files' hashes, in order."""
-        hashes = "".join(file.sha256 for file in self.manifest.files if _is_data(file.path))
+        hashes = "".join(file.sha256 for file in self.files)
         return {"uri": self.store.uri, "files": records.sha256_hex(hashes.encode())}
 
     @property
     def names(self) -> list[str]:
         """The files of kept records, in order."""
-        return [file.path for file in self.manifest.files if _is_data(file.path)]
+        return [file.path for file in self.files]
+
+    @property
+    def files(self) -> list[FileEntry]:
+        """What the manifest says of the files of kept records, in order."""
+        return [file for file in self.manifest.files if file.path.startswith("data/")]
 
     @cached_property
     def schema(self) -> pa.Schema:
@@ -121,8 +126,7 @@ class Shards:
     def _parts(self) -> list[_Part]:
         return [
             _Part(name=file.path, part=part, parts=parts)
-            for file in self.manifest.files
-            if _is_data(file.path)
+            for file in self.files
             for parts in [_groups(file)]
             for part in range(parts)
         ]
@@ -213,7 +217,3 @@ def _tasks(parts: int) -> int:
 def _groups(file: FileEntry) -> int:
     """About how many row groups a file of a job has; its footer is read where it is needed."""
     return max(1, math.ceil(file.bytes / GROUP_BYTES), math.ceil(file.rows / GROUP_PLACES))
-
-
-def _is_data(path: str) -> bool:
-    return path.startswith("data/")

@@ -297,7 +297,7 @@ def _fit(table: pa.Table, schema: pa.Schema) -> pa.Table:
 
 def _where(table: pa.Table, mask: pa.ChunkedArray | pa.Array) -> pa.Table:
     """The rows of a mask; the table itself when that is all, for a filter copies every image."""
-    return table if pc.all(mask).as_py() else table.filter(mask)
+    return table if pc.all(mask, skip_nulls=False).as_py() else table.filter(mask)
 
 
 def _by_place(table: pa.Table) -> pa.Table:
