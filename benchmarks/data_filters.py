@@ -43,11 +43,10 @@ import ray
 from PIL import Image
 
 from dim import records
-from pipelines import filtering, manifest
+from pipelines import manifest
 from pipelines.cluster import connect
-from pipelines.job import Job, JobConfig
+from pipelines.filter import FilterPairsConfig, run
 from pipelines.manifest import Counts, FileEntry, Manifest
-from pipelines.shards import Shards
 from pipelines.stages.duplicates import VERDICT, DuplicateRules, Judge, drop_duplicates
 from pipelines.stages.filters import FilterPairs, PairRules
 from pipelines.stages.outcome import travelling
@@ -156,19 +155,15 @@ def compare(
 
 def run_job(raw: Path, out: Path) -> Manifest:
     """Our job, from shards to committed output."""
-    shards = Shards.open(str(raw), records.RAW_PAIR)
-    config = JobConfig(out=str(out), rows_per_file=ROWS_PER_FILE)
-    job = Job(
-        "filter",
-        config,
-        records.RAW_PAIR,
-        identity=shards.identity,
-        rows=shards.rows,
-        rows_per_write=None,
+    config = FilterPairsConfig(
+        raw=str(raw),
+        out=str(out),
+        rows_per_file=ROWS_PER_FILE,
+        filters=RULES,
+        duplicates=DUPLICATES,
+        batch_size=BATCH,
     )
-    return job.run(
-        lambda: filtering.filtered(shards, FilterPairs(RULES), DUPLICATES, BATCH), overwrite=True
-    )
+    return run(config, overwrite=True)
 
 
 def run_map(raw: Path, out: Path, processes: int) -> int:

@@ -23,6 +23,7 @@ from dim.failures import INTERRUPTED, Failure, explain
 COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("pipelines.demo:main", "The whole loop on this machine, ending in a report page."),
     "data ingest": ("pipelines.ingest:main", "Edit pairs, images or tabletop into raw shards."),
+    "data filter": ("pipelines.filter:main", "Raw pairs or images into fewer and better ones."),
     "data edit": ("pipelines.edit:main", "Raw pairs into DIM-Edit: filter, triage, blueprint."),
     "data t2i": ("pipelines.t2i:main", "Raw images into DIM-T2I: filter, long caption."),
     "data inspect": ("pipelines.inspect:main", "A page to look at: samples, reasons, histograms."),

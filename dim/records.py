@@ -62,6 +62,10 @@ RAW_IMAGE = _schema(
 )
 """A single image as it came in; ``caption_hint`` is a caption that came with it, if any."""
 
+FILTERED_PAIR = _schema("raw_pair", *RAW_PAIR, MEASURES)
+FILTERED_IMAGE = _schema("raw_image", *RAW_IMAGE, MEASURES)
+"""Raw records that passed the filters: of the same kind, with what was measured."""
+
 EDIT = _schema(
     "edit",
     *RAW_PAIR,

@@ -21,9 +21,9 @@ from dim.records import EDIT, RAW_IMAGE, RAW_PAIR, T2I, kind_of, version_of
 from infra.storage import Store
 from infra.tracking import flatten
 from pipelines.command import Overrides
+from pipelines.commit import FOLDERS
 from pipelines.manifest import Manifest
 from pipelines.shards import Shards
-from pipelines.sink import FOLDERS
 
 NAME = "README.md"
 

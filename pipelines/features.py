@@ -117,14 +117,13 @@ def units_of(shards: Shards) -> list[pa.Table]:
     Raises:
         StorageError: a file cannot be read.
     """
-    files = [file for file in shards.manifest.files if file.path in set(shards.names)]
     with ThreadPoolExecutor(_FOOTERS_AT_ONCE) as pool:
-        counts = pool.map(lambda file: _row_groups(shards.store, file.path), files)
+        counts = pool.map(lambda file: _row_groups(shards.store, file.path), shards.files)
         return [
             pa.Table.from_pylist(
                 [{"file": file.path, "sha256": file.sha256, "row_group": group}], UNIT
             )
-            for file, groups in zip(files, counts, strict=True)
+            for file, groups in zip(shards.files, counts, strict=True)
             for group in range(groups)
         ] or [UNIT.empty_table()]
 

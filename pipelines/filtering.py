@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray
 import ray.data
 
-from pipelines.shards import Shards
+from dim.errors import InputError
+from infra.storage import Store
+from pipelines.commit import Piece, row_bytes
+from pipelines.shards import Part, Shards
 from pipelines.stages.duplicates import (
     TWINS,
     ApplyVerdicts,
@@ -19,9 +25,10 @@ from pipelines.stages.duplicates import (
 )
 from pipelines.stages.filters import FilterImages, FilterPairs, scorers
 from pipelines.stages.filters.rules import ImageRules
-from pipelines.stages.outcome import Row
+from pipelines.stages.outcome import KEPT, OUTCOMES, REJECTED, Row
 
 _MATCHED_PER_TASK = 20_000  # signatures
+_SIZE = pa.field("bytes", pa.int64())
 
 
 @dataclass(frozen=True)
@@ -41,6 +48,101 @@ class WithTable:
         return self.stage(batch, ray.get(self.table))
 
 
+@dataclass(frozen=True)
+class WithSizes:
+    """A stage that also says how large each record was that went in.
+
+    Args:
+        stage: from a batch to a batch of the same records.
+    """
+
+    stage: Callable[[pa.Table], pa.Table]
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """What ``stage`` makes of the batch, and the column ``bytes``."""
+        return self.stage(batch).append_column(_SIZE, pa.array(row_bytes(batch)))
+
+
+@dataclass(frozen=True)
+class Judged(Piece):
+    """Records of one outcome that still lie in the job's input.
+
+    Attributes:
+        input: the folder that they lie in.
+        part: where there.
+        verdicts: of these records, by place.
+    """
+
+    input: Store
+    part: Part
+    verdicts: pa.Table
+
+    def read(self, store: Store, schema: pa.Schema) -> pa.Table:
+        """The records with their verdicts; pictures are only read where ``schema`` has them.
+
+        Raises:
+            InputError: one of them is no longer there.
+        """
+        marks = [name for name in schema.names if name in self.verdicts.schema.names]
+        table = self.part.read(self.input, ["index", *(set(schema.names) - set(marks))])
+        table = self._mine(table)
+        return pa.table(
+            [
+                self.verdicts[field.name]
+                if field.name in marks
+                else table[field.name]
+                if field.name in table.schema.names
+                else pa.nulls(table.num_rows, field.type)
+                for field in schema
+            ],
+            schema=schema,
+        )
+
+    def _mine(self, table: pa.Table) -> pa.Table:
+        """The rows of these records, by place; the table itself where it has no others."""
+        found = table["index"].to_numpy()
+        if np.array_equal(found, self.places):
+            return table
+        order = np.argsort(found, kind="stable")
+        rows = np.searchsorted(found[order], self.places)
+        rows = order[np.minimum(rows, len(order) - 1)] if len(order) else rows
+        if not len(order) or (found[rows] != self.places).any():
+            raise InputError(f"{self.input.address(self.part.name)} changed while it was read")
+        return table.take(pa.array(rows))
+
+
+def judged(
+    raw: Shards, stage: FilterImages | FilterPairs, duplicates: DuplicateRules, batch_size: int
+) -> list[Judged]:
+    """Raw records → which of them the filters keep, and which are no duplicates of others.
+
+    No picture is kept or moved on the way: whoever writes the records reads them again.
+
+    Raises:
+        InputError: a model's folder is not there.
+    """
+    check_models(stage.rules, duplicates)
+    found = raw.gather(WithSizes(Judge.of(stage, duplicates)), batch_size)
+    verdicts = drop_duplicates(pa.concat_tables(found.values()), duplicates, _find)
+    return [piece for part, seen in found.items() for piece in _pieces(raw, part, seen, verdicts)]
+
+
+def _pieces(raw: Shards, part: Part, seen: pa.Table, verdicts: pa.Table) -> Iterator[Judged]:
+    """What became of the records of one part, as pieces."""
+    seen = seen.select(["index", "bytes"]).sort_by("index")
+    places, sizes = (seen[name].to_numpy() for name in ("index", "bytes"))
+    own = verdicts.take(pa.array(np.searchsorted(verdicts["index"].to_numpy(), places)))
+    for outcome in OUTCOMES:
+        chosen = np.flatnonzero(pc.equal(own["outcome"], outcome).to_numpy())
+        if not len(chosen):
+            continue
+        marks = own.take(pa.array(chosen))
+        reasons = Counter(marks["reason"].to_pylist()) if outcome == REJECTED else {}
+        # What is left out has no pictures any more, and little besides its verdict.
+        size = sizes[chosen] if outcome == KEPT else row_bytes(marks)
+        yield Judged(outcome, places[chosen], size, reasons, raw.store, part, marks)
+
+
 def filtered(
     raw: Shards, stage: FilterImages | FilterPairs, duplicates: DuplicateRules, batch_size: int
 ) -> ray.data.Dataset:
@@ -56,8 +158,8 @@ def filtered(
     check_models(stage.rules, duplicates)
     if not duplicates.wanted:
         return raw.scan(stage, batch_size)
-    verdicts = raw.gather(Judge.of(stage, duplicates), batch_size)
-    verdicts = drop_duplicates(verdicts, duplicates, _find)
+    found = raw.gather(Judge.of(stage, duplicates), batch_size)
+    verdicts = drop_duplicates(pa.concat_tables(found.values()), duplicates, _find)
     apply = WithTable(ApplyVerdicts(stage.schema), ray.put(verdicts))
     return raw.scan(apply, batch_size)
 

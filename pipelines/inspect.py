@@ -31,8 +31,8 @@ from dim.images import decode_image
 from infra import storage
 from infra.storage import Store
 from pipelines import manifest as manifests
+from pipelines.commit import FOLDERS
 from pipelines.manifest import Manifest
-from pipelines.sink import FOLDERS
 from pipelines.stages.filters.rules import LIMITS, Limit
 from pipelines.stages.outcome import FAILED, KEPT, REJECTED, Row
 

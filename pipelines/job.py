@@ -6,7 +6,7 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,9 +23,10 @@ from infra.tracking import Run, Tracking, code_version, default_uri
 from pipelines import card
 from pipelines import manifest as manifests
 from pipelines.cluster import connect
+from pipelines.commit import FOLDERS, Limits, Piece, commit
 from pipelines.manifest import Counts, FileEntry, Manifest
 from pipelines.shards import Shards
-from pipelines.sink import FOLDERS, ROWS_PER_RANGE, STAGING, OutcomeSink
+from pipelines.sink import ROWS_PER_RANGE, STAGING, OutcomeSink
 from pipelines.stages.outcome import FAILED, KEPT, REJECTED
 
 MARKER = "unfinished.json"
@@ -102,7 +103,7 @@ class Job:
         schema: the columns of the records it keeps.
         identity: what it reads, the same exactly when the input is the same.
         rows: how many records it reads.
-        group_bytes: size of a row group of its output, as ``OutcomeSink`` takes it.
+        group_bytes: size of a row group of its output, as ``Limits`` takes it.
         rows_per_write: records that are written together at least, as ``OutcomeSink`` takes it.
     """
 
@@ -129,7 +130,7 @@ class Job:
 
     def run(
         self,
-        build: Callable[[], Dataset],
+        build: Callable[[], Dataset | Sequence[Piece]],
         *,
         overwrite: bool = False,
         retry_failed: bool = False,
@@ -141,7 +142,8 @@ class Job:
         made again; answers that were paid for are kept in either case.
 
         Args:
-            build: makes the data set of records with outcomes; only called when there is work.
+            build: makes the data set of records with outcomes, or says where they lie already;
+                only called when there is work.
             overwrite: replace a finished output, whatever made it.
             retry_failed: make a finished output again if records failed in it.
             cost: says what the records cost, as numbers by name; asked when all are written. The
@@ -194,23 +196,18 @@ class Job:
         for name in (manifests.NAME, card.NAME, REPORT, STAGING, *FOLDERS.values()):
             self.store.delete(name)
 
-    def _write(self, dataset: Dataset, cost: Callable[[], Mapping[str, float]] | None) -> Manifest:
+    def _write(
+        self, made: Dataset | Sequence[Piece], cost: Callable[[], Mapping[str, float]] | None
+    ) -> Manifest:
         config = self._config
-        sink = OutcomeSink(
-            self.store,
-            self._schema,
-            config.rows_per_file,
-            int(config.target_file_mb * 2**20),
-            self._group_bytes,
-            self._rows_per_write,
-        )
-        dataset.write_datasink(sink)
-        files = sink.commit()
+        pieces = self._stage(made) if isinstance(made, Dataset) else made
+        limits = Limits(config.rows_per_file, int(config.target_file_mb * 2**20), self._group_bytes)
+        files = commit(self.store, self._schema, pieces, limits)
         manifest = Manifest(
             job=self.name,
             config=self._settings,
             input=self._identity,
-            counts=self._count(sink, files),
+            counts=self._count(pieces, files),
             files=tuple(files),
             cost=dict(cost()) if cost else None,
         )
@@ -220,18 +217,25 @@ class Job:
         self._tidy()
         return manifest
 
+    def _stage(self, dataset: Dataset) -> Sequence[Piece]:
+        most = self._rows_per_write
+        together = None if most is None else min(most, self._config.rows_per_file)
+        sink = OutcomeSink(self.store, self._schema, together)
+        dataset.write_datasink(sink)
+        return sink.pieces
+
     def _tidy(self) -> None:
         """Clear what is only there until the manifest is written; a kill may come in between."""
         if self.store.is_file(MARKER):
             self.store.delete(STAGING)
             self.store.delete(MARKER)
 
-    def _count(self, sink: OutcomeSink, files: list[FileEntry]) -> Counts:
+    def _count(self, pieces: Sequence[Piece], files: list[FileEntry]) -> Counts:
         rows: Counter[str] = Counter()
         for file in files:
             rows[file.path.partition("/")[0]] += file.rows
         reasons: Counter[str] = Counter()
-        for piece in sink.pieces:
+        for piece in pieces:
             reasons.update(piece.reasons)
         counts = Counts(
             input=self._rows,

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Any, TypedDict
+from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import ray
 import ray.data
 from rich.console import Console
@@ -19,12 +21,49 @@ from dim.errors import InputError
 from infra.storage import Store, open_store
 from pipelines import manifest as manifests
 from pipelines.cluster import keep_freed_memory
+from pipelines.commit import GROUP_BYTES, GROUP_PLACES
 from pipelines.manifest import FileEntry, Manifest
-from pipelines.sink import GROUP_BYTES, GROUP_PLACES
 
 _TASKS_PER_CORE = 4
 _PARTS_PER_TASK = 4
 _MOST_TASKS = 10_000  # each costs the driver a few ms
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of about equal parts of a file's row groups: what one task reads.
+
+    Attributes:
+        name: of the file.
+        part: which part it is.
+        parts: how many there are; one may be empty.
+    """
+
+    name: str
+    part: int
+    parts: int
+
+    def batches(self, store: Store, rows: int) -> Iterator[pa.Table]:
+        """Its records, ``rows`` at a time; of an empty part one empty table."""
+        with self._open(store) as (file, groups):
+            if not groups:
+                yield file.schema_arrow.empty_table()
+                return
+            for batch in file.iter_batches(rows, row_groups=groups):
+                yield pa.Table.from_batches([batch])
+
+    def read(self, store: Store, columns: Sequence[str]) -> pa.Table:
+        """Those of the named columns that it has, of all its records."""
+        with self._open(store) as (file, groups):
+            return file.read_row_groups(groups, columns=list(columns))
+
+    @contextmanager
+    def _open(self, store: Store) -> Iterator[tuple[pq.ParquetFile, list[int]]]:
+        with store.open_parquet(self.name, pre_buffer=True) as file:
+            first, end = (
+                file.num_row_groups * place // self.parts for place in (self.part, self.part + 1)
+            )
+            yield file, list(range(first, end))
 
 
 @dataclass(frozen=True)
@@ -95,37 +134,36 @@ class Shards:
         The stage runs where the records are read, a part of a file at a time, so that no image
         goes through Ray's object store: the way for stages that need no process of their own.
         """
-        parts = self._parts()
+        parts = [asdict(part) for part in self.parts]
         tasks = ray.data.from_items(parts, override_num_blocks=_tasks(len(parts)))
         scan = _Scan(self.store, stage, rows)
         return tasks.map_batches(scan, batch_format="pyarrow", batch_size=1)
 
-    def gather(self, stage: Callable[[pa.Table], pa.Table], rows: int = 64) -> pa.Table:
-        """The same as one table here: for stages that leave a few hundred bytes of a record.
+    def gather(self, stage: Callable[[pa.Table], pa.Table], rows: int = 64) -> dict[Part, pa.Table]:
+        """The same here, by part: for stages that leave a few hundred bytes of a record.
 
         Raises:
             RayTaskError: the stage failed; its error is the cause.
         """
         # Tasks of Ray's own wait in its queue. Ray Data starts one when it has seen another end,
         # and for the first second only one; that costs the filters a twentieth of their time.
-        run = ray.remote(_Scan.tables).options(scheduling_strategy="SPREAD")
+        run = ray.remote(_Scan.table).options(scheduling_strategy="SPREAD")
         scan = ray.put(_Scan(self.store, stage, rows))
-        tasks = [run.remote(scan, part) for part in self._parts()]
+        tasks = {part: run.remote(scan, part) for part in self.parts}
         shown = Console(stderr=True)
+        waiting = track(tasks.items(), "reading", console=shown, disable=not shown.is_terminal)
         try:
-            found = [
-                ray.get(task)
-                for task in track(tasks, "reading", console=shown, disable=not shown.is_terminal)
-            ]
+            return {part: ray.get(task) for part, task in waiting}
         except BaseException:
-            for task in tasks:
+            for task in tasks.values():
                 ray.cancel(task)
             raise
-        return pa.concat_tables(table for tables in found for table in tables)
 
-    def _parts(self) -> list[_Part]:
+    @property
+    def parts(self) -> list[Part]:
+        """All kept records, in order, in parts of about a row group."""
         return [
-            _Part(name=file.path, part=part, parts=parts)
+            Part(file.path, part, parts)
             for file in self.files
             for parts in [_groups(file)]
             for part in range(parts)
@@ -167,14 +205,6 @@ class Shards:
             )
 
 
-class _Part(TypedDict):
-    """One of about equal parts of a file's row groups."""
-
-    name: str
-    part: int
-    parts: int
-
-
 @dataclass(frozen=True)
 class _Scan:
     """A stage with the reading of its records before it."""
@@ -186,23 +216,15 @@ class _Scan:
     def __call__(self, parts: pa.Table) -> Iterator[pa.Table]:
         """Parts of files in, what the stage makes of their records out."""
         for part in parts.to_pylist():
-            yield from self._tables(part)
+            yield from self._tables(Part(**part))
 
-    def tables(self, part: _Part) -> list[pa.Table]:
+    def table(self, part: Part) -> pa.Table:
         """The same for one part."""
-        return list(self._tables(part))
+        return pa.concat_tables(self._tables(part))
 
-    def _tables(self, part: _Part) -> Iterator[pa.Table]:
+    def _tables(self, part: Part) -> Iterator[pa.Table]:
         keep_freed_memory()
-        with self.store.open_parquet(part["name"], pre_buffer=True) as file:
-            count = file.num_row_groups
-            first, end = (
-                count * place // part["parts"] for place in (part["part"], part["part"] + 1)
-            )
-            if first == end:
-                yield self.stage(file.schema_arrow.empty_table())
-            for batch in file.iter_batches(self.rows, row_groups=list(range(first, end))):
-                yield self.stage(pa.Table.from_batches([batch]))
+        return (self.stage(batch) for batch in part.batches(self.store, self.rows))
 
 
 def _tasks(parts: int) -> int:

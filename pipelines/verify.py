@@ -18,18 +18,18 @@ from dim.errors import DimError, InputError, StorageError
 from dim.images import decode_image
 from infra.storage import Store, open_store
 from pipelines import manifest as manifests
+from pipelines.commit import FOLDERS
 from pipelines.manifest import FileEntry, Manifest
-from pipelines.sink import FOLDERS
 from pipelines.stages.outcome import FAILED, KEPT, REJECTED
 
 _READ = 8 << 20  # bytes
 _AT_ONCE = 4  # files: an object store's latency is the cost
 _IMAGES = ("image", "image_target")
 _LEFT_OUT = {FOLDERS[REJECTED]: records.REJECT, FOLDERS[FAILED]: records.FAILED}
-_KEPT = {
-    records.kind_of(schema): schema
-    for schema in (records.RAW_PAIR, records.RAW_IMAGE, records.EDIT, records.T2I)
-}
+_KEPT = (
+    *(records.RAW_PAIR, records.FILTERED_PAIR, records.RAW_IMAGE, records.FILTERED_IMAGE),
+    *(records.EDIT, records.T2I),
+)
 
 
 @dataclass
@@ -161,23 +161,26 @@ def _schemas(manifest: Manifest, checked: list[_Checked]) -> Iterator[str]:
         kind = records.kind_of(file.schema)
         others = first.setdefault(folder, file.schema)
         declared = _declared(folder, file.schema)
+        fits = any(records.is_same(file.schema, schema) for schema in declared)
         if kind is None:
             yield f"{entry.path}: its schema says no kind of record"
-        elif declared is not None and not records.is_same(file.schema, declared):
-            yield f"{entry.path}: its columns are not those of {records.kind_of(declared)} records"
+        elif declared and not fits:
+            wanted = records.kind_of(declared[0])
+            yield f"{entry.path}: its columns are not those of {wanted} records"
         elif not records.is_same(file.schema, others):
             yield f"{entry.path}: its columns are not those of the other files in {folder}/"
 
 
-def _declared(folder: str, schema: pa.Schema) -> pa.Schema | None:
-    """The columns that a file must have; ``None`` if this program does not know them.
+def _declared(folder: str, schema: pa.Schema) -> list[pa.Schema]:
+    """The columns that a file may have; none if this program does not know them.
 
     Records of an older schema version had others.
     """
     if folder in _LEFT_OUT:
-        return _LEFT_OUT[folder]
+        return [_LEFT_OUT[folder]]
     current = records.version_of(schema) == records.SCHEMA_VERSION
-    return _KEPT.get(records.kind_of(schema)) if current else None
+    kind = records.kind_of(schema)
+    return [each for each in _KEPT if current and records.kind_of(each) == kind]
 
 
 def _repeated_ids(manifest: Manifest, checked: list[_Checked]) -> Iterator[str]:

@@ -14,6 +14,7 @@ from dim.model.preparation import Preparation, preparation_of
 from infra import storage
 from infra.storage import Store
 from pipelines import manifest
+from pipelines.commit import Limits, commit
 from pipelines.manifest import Counts, Manifest
 from pipelines.sink import OutcomeSink
 from pipelines.stages.features import UNIT, EncodeFeatures, EncodeOptions, schema_of
@@ -66,9 +67,9 @@ def write_features(
     tables = list(stage(units_in(storage.open_store(plain))))
     store = storage.open_store(str(out))
     schema = schema_of(stage.options, preparation)
-    sink = OutcomeSink(store, schema, 8, group_bytes=group_bytes)
+    sink = OutcomeSink(store, schema)
     sink.on_write_complete(WriteResult(0, 0, [sink.write(tables, None)]))
-    files = sink.commit()
+    files = commit(store, schema, sink.pieces, Limits(8, group_bytes=group_bytes))
     for name in ("staging", "encoded"):
         store.delete(name)
     rows = Counter(row["outcome"] for table in tables for row in table.to_pylist())

@@ -11,6 +11,7 @@ from ray.data.datasource import WriteResult
 from dim import records
 from infra.storage import Store
 from pipelines import manifest
+from pipelines.commit import Limits, commit
 from pipelines.manifest import Counts, Manifest
 from pipelines.sink import OutcomeSink
 from pipelines.stages.outcome import Rejection, fail, reject, to_table
@@ -48,9 +49,9 @@ def finish(
     **changes: Any,
 ) -> Manifest:
     """Write ``rows`` as a job's finished output; ``changes`` are fields of its manifest."""
-    sink = OutcomeSink(store, schema, rows_per_file)
+    sink = OutcomeSink(store, schema)
     sink.on_write_complete(WriteResult(0, 0, [sink.write([to_table(rows, schema)], None)]))
-    files = sink.commit()
+    files = commit(store, schema, sink.pieces, Limits(rows_per_file))
     store.delete("staging")
     outcomes = Counter(row.get("outcome", "kept") for row in rows)
     counts = Counts(

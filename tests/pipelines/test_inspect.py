@@ -17,8 +17,8 @@ from dim import cli, records
 from dim.errors import DimError, InputError
 from infra.storage import open_store
 from pipelines import inspect, manifest
+from pipelines.commit import FOLDERS
 from pipelines.manifest import Counts, FileEntry, Manifest
-from pipelines.sink import FOLDERS
 from pipelines.stages.filters import FilterPairs, PairRules, PairThresholds
 from pipelines.stages.outcome import fail, to_rows, to_table
 from pipelines.stages.readers import pair_columns

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,6 +60,12 @@ def collected(shards: Shards, rows: int) -> pa.Table:
     return pa.concat_tables(ray.get(shards.scan(by_whom, rows).to_arrow_refs()))
 
 
+def gathered(shards: Shards, rows: int) -> pa.Table:
+    found = shards.gather(by_whom, rows)
+    assert list(found) == shards.parts
+    return pa.concat_tables(found.values())
+
+
 def test_a_scan_reads_every_record_once_in_order_and_by_several_tasks(tmp_path: Path) -> None:
     ingest.run(IngestConfig(tabletop_images=600, size=32, out=str(tmp_path), rows_per_file=512))
     shards = Shards.open(str(tmp_path), RAW_IMAGE)
@@ -68,7 +76,7 @@ def test_a_scan_reads_every_record_once_in_order_and_by_several_tasks(tmp_path: 
     ]
     assert seen["id"].to_pylist() == wanted and len(wanted) == 600
     assert max(seen["at_once"].to_pylist()) == 50
-    assert shards.gather(by_whom, 50)["id"].to_pylist() == wanted
+    assert gathered(shards, 50)["id"].to_pylist() == wanted
     # 256 places of the input to a row group: two in the first file, one in the second.
     assert len(set(seen["task"].to_pylist())) == 3
     table = pq.read_table(tmp_path / shards.names[0], columns=["id"])
@@ -89,7 +97,7 @@ def test_a_file_may_have_fewer_or_more_row_groups_than_expected(tmp_path: Path) 
     shards = Shards(store, shards.manifest.model_copy(update={"files": files}))
     wanted = [f"{name}-{number}" for name in ("one", "many") for number in range(1000)]
     assert collected(shards, 64)["id"].to_pylist() == wanted
-    assert shards.gather(by_whom, 64)["id"].to_pylist() == wanted
+    assert gathered(shards, 64)["id"].to_pylist() == wanted
 
 
 def test_a_scan_of_nothing_has_columns(tmp_path: Path) -> None:
@@ -97,14 +105,36 @@ def test_a_scan_of_nothing_has_columns(tmp_path: Path) -> None:
     finish(store, [], RAW_IMAGE)
     seen = collected(Shards.open(str(tmp_path), RAW_IMAGE), 8)
     assert seen.num_rows == 0 and seen.column_names == ["id", "task", "at_once"]
-    gathered = Shards.open(str(tmp_path), RAW_IMAGE).gather(by_whom, 8)
-    assert gathered.num_rows == 0 and gathered.column_names == ["id", "task", "at_once"]
+    seen = gathered(Shards.open(str(tmp_path), RAW_IMAGE), 8)
+    assert seen.num_rows == 0 and seen.column_names == ["id", "task", "at_once"]
 
 
 def test_a_stage_that_fails_stops_what_gathers_it(tmp_path: Path) -> None:
     ingest.run(IngestConfig(tabletop_images=4, size=32, out=str(tmp_path)))
     with pytest.raises(InputError, match="no such stage"):
         Shards.open(str(tmp_path), RAW_IMAGE).gather(broken)
+
+
+@dataclass(frozen=True)
+class KilledOnce:
+    """A stage whose process is gone at the first record 7."""
+
+    sign: Path
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        if 7 in batch["index"].to_pylist() and not self.sign.exists():
+            self.sign.write_text(str(os.getpid()))
+            os.kill(os.getpid(), signal.SIGKILL)
+        return batch.select(["index"])
+
+
+def test_a_worker_that_is_killed_loses_nothing_that_is_gathered(tmp_path: Path) -> None:
+    raw, sign = str(tmp_path / "raw"), tmp_path / "sign"
+    ingest.run(IngestConfig(tabletop_images=12, size=32, rows_per_file=2, out=raw))
+    found = Shards.open(raw, RAW_IMAGE).gather(KilledOnce(sign), 1)
+    assert sign.exists() and int(sign.read_text()) != os.getpid()
+    seen = pa.concat_tables(found.values())["index"].to_pylist()
+    assert seen == list(range(12))
 
 
 def test_every_range_is_read_by_a_task_of_its_own(

@@ -1,4 +1,4 @@
-"""The sink by itself: what is committed depends on the records and not on how they arrived."""
+"""Sink and commit: what is committed depends on the records and not on how they arrived."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from ray.data.datasource import WriteResult
 from dim import records
 from dim.errors import DimError
 from infra.storage import Store, open_store
+from pipelines import commit as committing
 from pipelines import sink
+from pipelines.commit import Limits, commit, row_bytes
 from pipelines.manifest import FileEntry
 from pipelines.sink import OutcomeSink
 from pipelines.stages.outcome import Rejection, fail, reject, to_table
@@ -35,14 +37,9 @@ def rows(count: int) -> list[dict[str, Any]]:
     return made
 
 
-def written(
-    store: Store,
-    parts: list[list[dict[str, Any]]],
-    rows_per_file: int = 10,
-    target_bytes: int = 256 << 20,
-) -> OutcomeSink:
+def written(store: Store, parts: list[list[dict[str, Any]]]) -> OutcomeSink:
     """A sink after one write task per part, as the driver sees it."""
-    target = OutcomeSink(store, records.T2I, rows_per_file, target_bytes)
+    target = OutcomeSink(store, records.T2I)
     results = [
         target.write([to_table(part, records.T2I)] if part else [pa.table({})], None)
         for part in parts
@@ -51,8 +48,12 @@ def written(
     return target
 
 
-def committed(folder: Path, parts: list[list[dict[str, Any]]]) -> list[FileEntry]:
-    return written(open_store(str(folder)), parts).commit()
+def committed(
+    folder: Path, parts: list[list[dict[str, Any]]], rows_per_file: int = 10, **limits: int
+) -> list[FileEntry]:
+    store = open_store(str(folder))
+    pieces = written(store, parts).pieces
+    return commit(store, records.T2I, pieces, Limits(rows_per_file, **limits))
 
 
 @pytest.mark.parametrize("size", [1, 4, 10, 25, 100])
@@ -93,7 +94,7 @@ def test_a_task_that_ran_twice_counts_once(tmp_path: Path) -> None:
     store = open_store(str(tmp_path))
     target = written(store, [rows(10)])
     target.write([to_table(rows(10), records.T2I)], None)  # its result never reached the driver
-    assert sum(file.rows for file in target.commit()) == 10
+    assert sum(file.rows for file in commit(store, records.T2I, target.pieces, Limits(10))) == 10
 
 
 def test_no_records_still_leave_columns(tmp_path: Path) -> None:
@@ -113,7 +114,7 @@ def test_large_outputs_are_put_together_by_the_cluster(
 ) -> None:
     made = rows(35)
     here = committed(tmp_path / "here", [made[:17], made[17:]])
-    monkeypatch.setattr(sink, "_COMMIT_IN_DRIVER", 0)
+    monkeypatch.setattr(committing, "_COMMIT_IN_DRIVER", 0)
     assert committed(tmp_path / "there", [made[:17], made[17:]]) == here
 
 
@@ -134,8 +135,7 @@ def test_files_grow_to_the_target_size_and_not_beyond(tmp_path: Path) -> None:
         ("one", [made]),
         ("many", [made[n : n + 7] for n in range(0, 60, 7)][::-1]),
     ):
-        store = open_store(str(tmp_path / name))
-        folders.append(written(store, parts, rows_per_file=1000, target_bytes=target).commit())
+        folders.append(committed(tmp_path / name, parts, 1000, target_bytes=target))
     assert folders[0] == folders[1]
     data = [file for file in folders[0] if file.path.startswith("data/")]
     assert [file.rows for file in data] == [25, 25, 10]
@@ -144,15 +144,15 @@ def test_files_grow_to_the_target_size_and_not_beyond(tmp_path: Path) -> None:
 
 def test_a_record_larger_than_the_target_has_a_file_of_its_own(tmp_path: Path) -> None:
     made = sized(3, 5_000)
-    files = written(open_store(str(tmp_path)), [made], target_bytes=100).commit()
+    files = committed(tmp_path, [made], target_bytes=100)
     assert [file.rows for file in files if file.path.startswith("data/")] == [1, 1, 1]
 
 
 def test_row_groups_are_small_and_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sink, "GROUP_BYTES", 45_000)
+    monkeypatch.setattr(committing, "GROUP_BYTES", 45_000)
     made = sized(30, 10_000)
     for name, parts in (("one", [made]), ("many", [made[::2], made[1::2]])):
-        written(open_store(str(tmp_path / name)), parts, rows_per_file=1000).commit()
+        committed(tmp_path / name, parts, 1000)
     one, many = (tmp_path / name / "data" / "part-00000.parquet" for name in ("one", "many"))
     assert one.read_bytes() == many.read_bytes()
     file = pq.ParquetFile(one)
@@ -167,7 +167,7 @@ def test_a_write_task_holds_no_more_than_a_stage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sink, "_STAGE_BYTES", 25_000)
-    target = OutcomeSink(open_store(str(tmp_path)), records.T2I, 1000)
+    target = OutcomeSink(open_store(str(tmp_path)), records.T2I)
     blocks = [to_table([row], records.T2I) for row in sized(10, 10_000)]
     pieces = target.write(iter(blocks), None)
     assert [len(piece.places) for piece in pieces] == [3, 3, 3, 1]
@@ -177,8 +177,9 @@ def test_a_file_is_put_together_in_little_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sink, "_STAGE_BYTES", 2 << 20)
-    monkeypatch.setattr(sink, "GROUP_BYTES", 2 << 20)
-    target = OutcomeSink(open_store(str(tmp_path)), records.T2I, 10_000)
+    monkeypatch.setattr(committing, "GROUP_BYTES", 2 << 20)
+    store = open_store(str(tmp_path))
+    target = OutcomeSink(store, records.T2I)
     parts = (to_table([row], records.T2I) for row in sized(60, 1 << 20))
     target.on_write_complete(WriteResult(0, 0, [target.write(parts, None)]))
     pool = pa.proxy_memory_pool(pa.default_memory_pool())
@@ -186,7 +187,7 @@ def test_a_file_is_put_together_in_little_memory(
     pa.set_memory_pool(pool)
     tracemalloc.start()
     try:
-        (data, *_) = target.commit()
+        (data, *_) = commit(store, records.T2I, target.pieces, Limits(10_000))
         peak = pool.max_memory() + tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -210,7 +211,7 @@ def test_a_piece_that_lost_records_stops_the_job(tmp_path: Path) -> None:
         with pa.ipc.new_stream(file, table.schema) as writer:
             writer.write_table(table)
     with pytest.raises(DimError, match="has 9 of the 10 records it should have"):
-        target.commit()
+        commit(store, records.T2I, target.pieces, Limits(10))
 
 
 def test_sizes_follow_from_the_values() -> None:
@@ -223,6 +224,6 @@ def test_sizes_follow_from_the_values() -> None:
         }
     )
     expected = [2 + 1 + 4 + 16, 2 + 4, 2 + 4]
-    assert sink.row_bytes(table).tolist() == expected
-    assert sink.row_bytes(table.slice(1)).tolist() == expected[1:]
-    assert sink.row_bytes(pa.concat_tables([table.slice(2), table])).tolist() == [6, *expected]
+    assert row_bytes(table).tolist() == expected
+    assert row_bytes(table.slice(1)).tolist() == expected[1:]
+    assert row_bytes(pa.concat_tables([table.slice(2), table])).tolist() == [6, *expected]

@@ -1,0 +1,101 @@
+"""Filter: raw records → those worth a model's time, before one is asked."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar
+
+import pyarrow as pa
+import typer
+from pydantic import Field
+
+from dim.config import load_config
+from dim.records import FILTERED_IMAGE, FILTERED_PAIR, RAW_IMAGE, RAW_PAIR, kind_of
+from pipelines.command import ConfigFile, Out, Overrides, Overwrite, RetryFailed, settings, summary
+from pipelines.filtering import judged
+from pipelines.job import Job, JobConfig
+from pipelines.manifest import Manifest
+from pipelines.shards import Shards
+from pipelines.stages.duplicates import DuplicateRules
+from pipelines.stages.filters import FilterImages, FilterPairs, ImageRules, PairRules
+
+
+class FilterConfig(JobConfig):
+    """Which raw records are kept; of pairs or of images."""
+
+    raw: str
+    """Address of the raw records, as ``dim data ingest`` makes them."""
+    duplicates: DuplicateRules = DuplicateRules()
+    batch_size: int = Field(64, ge=1)
+    """Records that a task works on at a time."""
+
+
+class FilterPairsConfig(FilterConfig):
+    """Which edit pairs are kept."""
+
+    kept: ClassVar[pa.Schema] = FILTERED_PAIR
+    filters: PairRules = PairRules()
+
+    def stage(self) -> FilterPairs:
+        """The filters by these rules."""
+        return FilterPairs(self.filters)
+
+
+class FilterImagesConfig(FilterConfig):
+    """Which images are kept."""
+
+    kept: ClassVar[pa.Schema] = FILTERED_IMAGE
+    filters: ImageRules = ImageRules()
+
+    def stage(self) -> FilterImages:
+        """The filters by these rules."""
+        return FilterImages(self.filters)
+
+
+def run(
+    config: FilterPairsConfig | FilterImagesConfig,
+    *,
+    overwrite: bool = False,
+    retry_failed: bool = False,
+) -> Manifest:
+    """Filter raw records. See :meth:`pipelines.job.Job.run` for reruns and errors."""
+    raw = Shards.open(config.raw, config.kept)
+    job = Job("filter", config, config.kept, identity=raw.identity, rows=raw.rows)
+    return job.run(
+        lambda: judged(raw, config.stage(), config.duplicates, config.batch_size),
+        overwrite=overwrite,
+        retry_failed=retry_failed,
+    )
+
+
+def config_for(raw: str) -> type[FilterPairsConfig] | type[FilterImagesConfig]:
+    """How the records at an address are filtered: as pairs or as images.
+
+    Raises:
+        InputError: there are no finished raw records.
+        StorageError: they cannot be read.
+    """
+    found = kind_of(Shards.open(raw, RAW_PAIR, RAW_IMAGE).schema)
+    return FilterPairsConfig if found == kind_of(RAW_PAIR) else FilterImagesConfig
+
+
+def main(
+    raw: Annotated[str, typer.Option(help="Raw pairs or images: the output of `dim data ingest`.")],
+    out: Out,
+    overrides: Overrides = None,
+    config: ConfigFile = None,
+    overwrite: Overwrite = False,
+    retry_failed: RetryFailed = False,
+) -> None:
+    """Filter raw pairs or images, and drop duplicates, before a model is paid for.
+
+    The output is raw records again, for `dim data edit` or `dim data t2i`, with what was measured.
+    """
+    given = settings(raw=raw, out=out)
+    chosen = load_config(config_for(raw), config, [*(overrides or []), *given])
+    summary(out, run(chosen, overwrite=overwrite, retry_failed=retry_failed))
+
+
+if __name__ == "__main__":
+    from dim.cli import run as run_program
+
+    run_program(main)
