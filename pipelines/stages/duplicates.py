@@ -253,28 +253,33 @@ def drop_duplicates(verdicts: pa.Table, rules: DuplicateRules, find: Find) -> pa
     Returns:
         What :class:`ApplyVerdicts` needs.
     """
-    verdicts = verdicts.sort_by("index")
+    verdicts = _by_index(verdicts)
     dropped: dict[int, Rejection] = {}
-    left = verdicts.filter(pc.equal(verdicts["outcome"], KEPT))
+    left = verdicts.select(VERDICT.names).filter(pc.equal(verdicts["outcome"], KEPT))
     for steps in (_exact, _near, _embedded):
         found = steps(left, rules, find)
         dropped |= found
-        stays = pc.invert(pc.is_in(left["index"], value_set=pa.array(list(found), pa.int64())))
-        left = left.filter(stays)
-    return _rejected(verdicts, dropped)
+        if found:
+            gone = pc.is_in(left["index"], value_set=pa.array(list(found), pa.int64()))
+            left = left.filter(pc.invert(gone))
+    return _rejected(verdicts.select(["index", *travelling(pa.schema([])).names]), dropped)
 
 
 def _exact(left: pa.Table, rules: DuplicateRules, find: Find) -> dict[int, Rejection]:
-    if not rules.exact:
+    if not rules.exact or not left.num_rows:
         return {}
-    firsts: dict[str, int] = {}
-    twins: dict[int, int] = {}
-    for place, content in enumerate(left["content_hash"].to_pylist()):
-        if content is not None and firsts.setdefault(content, place) != place:
-            twins[place] = firsts[content]
+    contents = pc.dictionary_encode(left["content_hash"]).combine_chunks().indices
+    known = contents.is_valid().to_numpy(zero_copy_only=False)
+    places = np.flatnonzero(known)
+    _, firsts, member_of = np.unique(
+        contents.drop_null().to_numpy(), return_index=True, return_inverse=True
+    )
+    twins = firsts[member_of]
     return {
-        left["index"][place].as_py(): Rejection(EXACT, f"the same as {_id(left, first)}", 0.0)
-        for place, first in twins.items()
+        left["index"][int(places[place])].as_py(): Rejection(
+            EXACT, f"the same as {_id(left, int(places[twins[place]]))}", 0.0
+        )
+        for place in np.flatnonzero(twins != np.arange(len(places)))
     }
 
 
@@ -342,17 +347,23 @@ def _greedy(twins: pa.Table, nearest: Callable[..., Any] = min) -> dict[int, tup
     return goes
 
 
+def _by_index(table: pa.Table) -> pa.Table:
+    """The rows by place in the input, and the table itself when they lie so already."""
+    index = table["index"].to_numpy()
+    return table if (index[1:] >= index[:-1]).all() else table.sort_by("index")
+
+
 def _rejected(verdicts: pa.Table, dropped: dict[int, Rejection]) -> pa.Table:
-    names = ["index", *(name for name in travelling(pa.schema([])).names)]
-    verdicts = verdicts.select(names)
-    indices = pa.array(sorted(dropped), pa.int64())
-    is_dropped = pc.is_in(verdicts["index"], value_set=indices)
-    rows = verdicts.filter(is_dropped).to_pylist()
+    if not dropped:
+        return verdicts.combine_chunks()
+    places = np.searchsorted(verdicts["index"].to_numpy(), sorted(dropped))
+    rows = verdicts.take(pa.array(places)).to_pylist()
     for row in rows:
         reject(row, dropped[row["index"]])
     changed = pa.Table.from_pylist(rows, schema=verdicts.schema)
-    table = pa.concat_tables([verdicts.filter(pc.invert(is_dropped)), changed])
-    return table.sort_by("index").combine_chunks()
+    order = np.arange(verdicts.num_rows)
+    order[places] = verdicts.num_rows + np.arange(len(places))
+    return pa.concat_tables([verdicts, changed]).take(pa.array(order)).combine_chunks()
 
 
 def _hashes(signatures: pa.Table) -> list[NDArray[np.uint64]]:
