@@ -15,12 +15,13 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
+import pyarrow.compute as pc
 import ray
 import typer
 from pydantic import Field, PositiveInt
@@ -29,9 +30,7 @@ from rich.console import Console
 from dim.config import load_config
 from dim.errors import DimError
 from dim.model.config import ModelConfig
-from dim.records import EDIT
 from infra.ports import free_port
-from infra.storage import open_dataset
 from infra.tracking import Tracking
 from pipelines import edit, evaluate, ingest, t2i
 from pipelines.cluster import connect
@@ -39,6 +38,7 @@ from pipelines.command import Overrides
 from pipelines.job import TrackingConfig
 from pipelines.manifest import Counts, Manifest
 from pipelines.report import Report
+from pipelines.stages.paint import SELF
 from pipelines.world import TabletopConfig
 from serving.serve import check_port
 from training import train
@@ -131,7 +131,8 @@ def run(config: DemoConfig, console: Console) -> Path:
     finally:
         ray.shutdown()
     server = serve(config, places, trained.model, console)
-    curl = example_request(places, server)
+    example, said = choose_example(evaluation)
+    curl = example_request(places, server, example)
     lines = list_places(places, trained, server)
     report = Report(
         title=_TITLE,
@@ -141,12 +142,13 @@ def run(config: DemoConfig, console: Console) -> Path:
         stages=trained.metrics,
         places=lines,
         curl=curl,
+        example=said,
     )
     places.report.write_text(report.render(), encoding="utf-8")
     console.print(evaluate.table(evaluation))
     for name, where in lines:
         console.print(f"[bold]{name:<12}[/bold] {where}", soft_wrap=True, highlight=False)
-    console.print("\nEdit an image with the running server:\n")
+    console.print(f"\nEdit an image with the running server ({said}):\n", highlight=False)
     console.print(curl, soft_wrap=True, highlight=False, markup=False)
     return places.report
 
@@ -296,19 +298,32 @@ def serve(config: DemoConfig, places: Places, model: str, console: Console) -> B
     return Background(process.pid, url, log)
 
 
-def example_request(places: Places, server: Background) -> str:
+def choose_example(evaluation: evaluate.Evaluation) -> tuple[dict[str, Any], str]:
+    """A held-out edit to try by hand, and what to know of it.
+
+    One that comes out right, if there is one: it is there to show what the server does, and how
+    often that succeeds is said beside it.
+    """
+    rows = evaluation.painted.filter((pc.field("way") == SELF) & ~pc.field("referential"))
+    right = rows.filter(pc.field("exact") & pc.field("designed_right"))
+    share = evaluation.share(SELF, referential=False).accuracy
+    said = f"with a blueprint of its own, {share:.0%} of direct edits come out exactly"
+    if right.num_rows:
+        return right.slice(0, 1).to_pylist()[0], f"{said}; this one did"
+    return evaluation.painted.slice(0, 1).to_pylist()[0], said
+
+
+def example_request(places: Places, server: Background, example: Mapping[str, Any]) -> str:
     """Write an example image; the ``curl`` that edits it against the running server."""
-    row = open_dataset(places.data("held-out")).to_table(columns=EDIT.names).slice(0, 1)
-    record = row.to_pylist()[0]
     image, edited = places.out / "example.png", places.out / "example-edited.png"
-    image.write_bytes(record["image"])
+    image.write_bytes(example["source"])
     decode = (
         'import base64,json,sys; d=json.load(sys.stdin)["data"][0]; print(d["blueprint"]); '
         f'open({str(edited)!r},"wb").write(base64.b64decode(d["b64_json"]))'
     )
     return (
         f"curl -s {server.url}/v1/images/edits -F image=@{shlex.quote(str(image))} "
-        f"-F prompt={shlex.quote(record['original_instruction'])} "
+        f"-F prompt={shlex.quote(example['instruction'])} "
         f"| {shlex.quote(sys.executable)} -c {shlex.quote(decode)}"
     )
 

@@ -28,6 +28,7 @@ class Report:
     stages: Sequence[tuple[str, Mapping[str, float]]]
     places: Sequence[tuple[str, str]]
     curl: str
+    example: str
     samples: int = 24
 
     def render(self) -> str:
@@ -50,6 +51,7 @@ class Report:
             ],
             places=self.places,
             curl=self.curl,
+            example=self.example,
         )
 
     def _headline(self) -> list[tuple[str, str]]:
