@@ -25,6 +25,8 @@ from dim.errors import StorageError
 from infra import storage
 from pipelines import edit, ingest
 from pipelines.edit import EditConfig
+from pipelines.filter import FilterPairsConfig
+from pipelines.filter import run as run_filter
 from pipelines.ingest import IngestConfig
 from pipelines.job import Job, JobConfig
 from pipelines.manifest import Manifest
@@ -233,14 +235,22 @@ def test_a_store_that_is_busy_and_slow_for_a_while(
         rows_per_file=16,
     )
     edited = edit.run(config)
+    disturb()
+    chosen = {"filters": TABLE, "batch_size": 8, "rows_per_file": 16}
+    pairs = FilterPairsConfig(raw=bucket.format("raw"), out=bucket.format("good"), **chosen)
+    good = run_filter(pairs)
     assert proxy.statuses[503] >= 20
     proxy.busy = lambda number: False
     check(bucket.format("raw"), manifest, drawn)
     check(bucket.format("edit"), edited)
+    check(bucket.format("good"), good)
     ingest.run(tabletop(tmp_path / "raw"))
     here = {"raw": str(tmp_path / "raw"), "out": str(tmp_path / "edit")}
     local = edit.run(config.model_copy(update=here))
     assert (edited.counts, edited.files) == (local.counts, local.files)
+    here = {"raw": str(tmp_path / "raw"), "out": str(tmp_path / "good")}
+    local = run_filter(pairs.model_copy(update=here))
+    assert (good.counts, good.files) == (local.counts, local.files)
 
 
 def test_a_store_that_is_gone_is_one_sentence_and_the_job_can_be_run_again(
