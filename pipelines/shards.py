@@ -26,7 +26,12 @@ from pipelines.manifest import FileEntry, Manifest
 
 _TASKS_PER_CORE = 4
 _PARTS_PER_TASK = 4
+_SHARES_AT_END = 4
 _MOST_TASKS = 10_000  # each costs the driver a few ms
+
+
+Share = tuple[int, int]
+"""Which one of how many about equal shares of a part's records."""
 
 
 @dataclass(frozen=True)
@@ -43,14 +48,20 @@ class Part:
     part: int
     parts: int
 
-    def batches(self, store: Store, rows: int) -> Iterator[pa.Table]:
-        """Its records, ``rows`` at a time; of an empty part one empty table."""
+    def batches(self, store: Store, rows: int, share: Share = (0, 1)) -> Iterator[pa.Table]:
+        """The records of a share of it, at most ``rows`` at a time; if there are none, no rows."""
         with self._open(store) as (file, groups):
-            if not groups:
+            count = sum(file.metadata.row_group(group).num_rows for group in groups)
+            number, shares = share
+            first, end = count * number // shares, count * (number + 1) // shares
+            if first == end:
                 yield file.schema_arrow.empty_table()
                 return
             for batch in file.iter_batches(rows, row_groups=groups):
-                yield pa.Table.from_batches([batch])
+                low, high = max(first, 0), min(end, batch.num_rows)
+                if low < high:
+                    yield pa.Table.from_batches([batch.slice(low, high - low)])
+                first, end = first - batch.num_rows, end - batch.num_rows
 
     def read(self, store: Store, columns: Sequence[str]) -> pa.Table:
         """Those of the named columns that it has, of all its records."""
@@ -149,15 +160,19 @@ class Shards:
         # and for the first second only one; that costs the filters a twentieth of their time.
         run = ray.remote(_Scan.table).options(scheduling_strategy="SPREAD")
         scan = ray.put(_Scan(self.store, stage, rows))
-        tasks = {part: run.remote(scan, part) for part in self.parts}
+        shares = list(_shares(self.parts))
+        tasks = [run.remote(scan, part, share) for part, share in shares]
         shown = Console(stderr=True)
-        waiting = track(tasks.items(), "reading", console=shown, disable=not shown.is_terminal)
+        waiting = track(tasks, "reading", console=shown, disable=not shown.is_terminal)
+        found: dict[Part, list[pa.Table]] = {}
         try:
-            return {part: ray.get(task) for part, task in waiting}
+            for (part, _), task in zip(shares, waiting, strict=True):
+                found.setdefault(part, []).append(ray.get(task))
         except BaseException:
-            for task in tasks.values():
+            for task in tasks:
                 ray.cancel(task)
             raise
+        return {part: pa.concat_tables(tables) for part, tables in found.items()}
 
     @property
     def parts(self) -> list[Part]:
@@ -218,13 +233,30 @@ class _Scan:
         for part in parts.to_pylist():
             yield from self._tables(Part(**part))
 
-    def table(self, part: Part) -> pa.Table:
-        """The same for one part."""
-        return pa.concat_tables(self._tables(part))
+    def table(self, part: Part, share: Share) -> pa.Table:
+        """The same for a share of one part."""
+        return pa.concat_tables(self._tables(part, share))
 
-    def _tables(self, part: Part) -> Iterator[pa.Table]:
+    def _tables(self, part: Part, share: Share = (0, 1)) -> Iterator[pa.Table]:
         keep_freed_memory()
-        return (self.stage(batch) for batch in part.batches(self.store, self.rows))
+        return (self.stage(batch) for batch in part.batches(self.store, self.rows, share))
+
+
+def _shares(parts: list[Part]) -> Iterator[tuple[Part, Share]]:
+    """Whole parts, but for the last one of each core: those are worked on in small shares.
+
+    So the cores end together. What it costs is that the row groups of these parts are read once
+    for every share.
+    """
+    whole = len(parts) - _cores()
+    for place, part in enumerate(parts):
+        shares = 1 if place < whole else _SHARES_AT_END
+        for number in range(shares):
+            yield part, (number, shares)
+
+
+def _cores() -> int:
+    return int(ray.cluster_resources().get("CPU", 1))
 
 
 def _tasks(parts: int) -> int:
@@ -232,8 +264,9 @@ def _tasks(parts: int) -> int:
 
     Ray Data starts a task a tenth of a second after it saw another end, so longer ones are better.
     """
-    cores = int(ray.cluster_resources().get("CPU", 1))
-    return min(parts, max(_TASKS_PER_CORE * cores, math.ceil(parts / _PARTS_PER_TASK)), _MOST_TASKS)
+    return min(
+        parts, max(_TASKS_PER_CORE * _cores(), math.ceil(parts / _PARTS_PER_TASK)), _MOST_TASKS
+    )
 
 
 def _groups(file: FileEntry) -> int:

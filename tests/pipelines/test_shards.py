@@ -20,7 +20,7 @@ from infra.storage import open_store
 from pipelines import ingest
 from pipelines.ingest import IngestConfig
 from pipelines.manifest import FileEntry
-from pipelines.shards import Shards
+from pipelines.shards import Part, Shards
 from tests.pipelines.outputs import finish
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -107,6 +107,30 @@ def test_a_scan_of_nothing_has_columns(tmp_path: Path) -> None:
     assert seen.num_rows == 0 and seen.column_names == ["id", "task", "at_once"]
     seen = gathered(Shards.open(str(tmp_path), RAW_IMAGE), 8)
     assert seen.num_rows == 0 and seen.column_names == ["id", "task", "at_once"]
+
+
+@pytest.mark.parametrize("shares", [1, 3, 11])
+def test_shares_of_a_part_are_the_part(tmp_path: Path, shares: int) -> None:
+    """Also of row groups that a batch does not fill, and where there are more shares than rows."""
+    table = pa.table({"id": list(range(10))})
+    pq.write_table(table, tmp_path / "file.parquet", row_group_size=4)
+    store = open_store(str(tmp_path))
+    for parts, wanted in ((2, [0, 1, 2, 3]), (1, list(range(10)))):
+        part = Part("file.parquet", 0, parts)
+        found = [list(part.batches(store, 3, (number, shares))) for number in range(shares)]
+        assert all(found)
+        tables = [table for batches in found for table in batches]
+        assert all(each.num_rows <= 3 and each.schema == table.schema for each in tables)
+        assert pa.concat_tables(tables)["id"].to_pylist() == wanted
+
+
+def test_the_last_parts_are_shared_out(tmp_path: Path) -> None:
+    ingest.run(IngestConfig(tabletop_images=80, size=32, rows_per_file=8, out=str(tmp_path)))
+    shards = Shards.open(str(tmp_path), RAW_IMAGE)
+    cores = int(ray.cluster_resources()["CPU"])
+    tasks = [len(set(table["task"].to_pylist())) for table in shards.gather(by_whom).values()]
+    assert len(tasks) == 10 > cores
+    assert tasks == [1] * (10 - cores) + [4] * cores
 
 
 def test_a_stage_that_fails_stops_what_gathers_it(tmp_path: Path) -> None:
