@@ -20,6 +20,7 @@ from pydantic import Field
 
 from dim.config import StrictModel
 from dim.errors import InputError
+from pipelines.commit import by_place
 from pipelines.stages.filters import FilterImages, FilterPairs
 from pipelines.stages.filters.measures import HASH_BITS
 from pipelines.stages.filters.signatures import Signer
@@ -253,7 +254,7 @@ def drop_duplicates(verdicts: pa.Table, rules: DuplicateRules, find: Find) -> pa
     Returns:
         What :class:`ApplyVerdicts` needs.
     """
-    verdicts = _by_index(verdicts)
+    verdicts = by_place(verdicts)
     dropped: dict[int, Rejection] = {}
     left = verdicts.select(VERDICT.names).filter(pc.equal(verdicts["outcome"], KEPT))
     for steps in (_exact, _near, _embedded):
@@ -345,12 +346,6 @@ def _greedy(twins: pa.Table, nearest: Callable[..., Any] = min) -> dict[int, tup
         if staying:
             goes[second] = nearest(staying, key=lambda candidate: candidate[1])
     return goes
-
-
-def _by_index(table: pa.Table) -> pa.Table:
-    """The rows by place in the input, and the table itself when they lie so already."""
-    index = table["index"].to_numpy()
-    return table if (index[1:] >= index[:-1]).all() else table.sort_by("index")
 
 
 def _rejected(verdicts: pa.Table, dropped: dict[int, Rejection]) -> pa.Table:

@@ -11,8 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
+import pyarrow as pa
 import pytest
 from PIL import Image
+
+from pipelines.demo import choose_example
+from pipelines.evaluate import Evaluation
+from pipelines.stages.paint import PAINTED
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = [
@@ -75,3 +80,20 @@ def test_the_printed_curl_edits_an_image(demo: tuple[Path, str]) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("1. Edit Instruction:")
     assert Image.open(out / "example-edited.png").size == (64, 64)
+
+
+def test_the_example_is_an_edit_that_came_out_right() -> None:
+    def painted(name: str, way: str, exact: bool, referential: bool = False) -> dict[str, object]:
+        row = {"id": name, "way": way, "exact": exact, "referential": referential}
+        return {**row, "designed_right": exact}
+
+    rows = [
+        painted("a", "blueprint", True),
+        painted("b", "self", False),
+        painted("c", "self", True, referential=True),
+        painted("d", "self", True),
+    ]
+    chosen, said = choose_example(Evaluation(pa.Table.from_pylist(rows, PAINTED)))
+    assert chosen["id"] == "d" and "50% of direct edits" in said and said.endswith("this one did")
+    chosen, said = choose_example(Evaluation(pa.Table.from_pylist(rows[:2], PAINTED)))
+    assert chosen["id"] == "a" and said.endswith("0% of direct edits come out exactly")
