@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import os
 import signal
@@ -189,9 +190,21 @@ def test_a_killed_driver_pays_for_nothing_twice_and_makes_the_same_output(
             return completion(None, tokens=(1000, 5), refusal="I cannot")
         return ANSWER
 
+    killed, refused, after = threading.Event(), threading.Event(), itertools.count()
+
+    def hold(request: dict[str, Any]) -> Response:
+        """Answer a few more after the refusal, so that the job cannot end before it is killed."""
+        if refused.is_set() and next(after) >= 6:
+            killed.wait(200)
+            return Response(b"nobody listens", 400)
+        answer = respond(request)
+        if number(request) == 3:
+            refused.set()
+        return answer
+
     chat_server.respond = respond
     expected = edit.run(config(raw, tmp_path / "undisturbed", chat_server, **PRICED))
-    chat_server.requests.clear()
+    chat_server.respond = hold
     out = tmp_path / "edit"
     settings = config(raw, out, chat_server, **PRICED)
     file = tmp_path / "edit.yaml"
@@ -214,10 +227,12 @@ def test_a_killed_driver_pays_for_nothing_twice_and_makes_the_same_output(
     process.send_signal(signal.SIGKILL)
     said, _ = process.communicate()
     assert process.returncode == -signal.SIGKILL, said.decode()
+    killed.set()
     time.sleep(2)  # the cluster notices, and ends the workers
     kept = [entry.record for entry in read_entries(open_store(str(out)))]
     assert 5 <= len(kept) < PAIRS
 
+    chat_server.respond = respond
     chat_server.requests.clear()
     manifest = edit.run(settings)
     asked = Counter(f"pair-{number(request)}" for request in chat_server.requests)
