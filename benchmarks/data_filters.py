@@ -45,7 +45,8 @@ from PIL import Image
 from dim import records
 from pipelines import manifest
 from pipelines.cluster import connect
-from pipelines.filter import FilterPairsConfig, run
+from pipelines.filter import FilterPairsConfig
+from pipelines.filter import run as run_filter
 from pipelines.manifest import Counts, FileEntry, Manifest
 from pipelines.stages.duplicates import VERDICT, DuplicateRules, Judge, drop_duplicates
 from pipelines.stages.filters import FilterPairs, PairRules
@@ -164,7 +165,7 @@ def run_job(raw: Path, out: Path) -> Manifest:
         duplicates=DUPLICATES,
         batch_size=BATCH,
     )
-    return run(config, overwrite=True)
+    return run_filter(config, overwrite=True)
 
 
 def run_map(raw: Path, out: Path, processes: int) -> int:

@@ -8,6 +8,7 @@ row group at a time, so memory does not grow with them.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -229,6 +230,22 @@ def _cut(
         runs.append((first, end))
         first = end
     return runs
+
+
+def fit(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """The columns of ``schema``; those that this kind of record does not have are null."""
+    columns = [
+        table[field.name].cast(field.type)
+        if field.name in table.schema.names
+        else pa.nulls(table.num_rows, field.type)
+        for field in schema
+    ]
+    return pa.table(columns, schema=schema)
+
+
+def count_reasons(outcome: str, table: pa.Table) -> dict[str, int]:
+    """How many of the records of one outcome were rejected for what."""
+    return dict(Counter(table["reason"].to_pylist())) if outcome == REJECTED else {}
 
 
 def by_place(table: pa.Table) -> pa.Table:

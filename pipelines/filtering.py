@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -14,7 +13,7 @@ import ray.data
 
 from dim.errors import InputError
 from infra.storage import Store
-from pipelines.commit import Piece, row_bytes
+from pipelines.commit import Piece, by_place, count_reasons, fit, row_bytes
 from pipelines.shards import Part, Shards
 from pipelines.stages.duplicates import (
     TWINS,
@@ -25,7 +24,7 @@ from pipelines.stages.duplicates import (
 )
 from pipelines.stages.filters import FilterImages, FilterPairs, scorers
 from pipelines.stages.filters.rules import ImageRules
-from pipelines.stages.outcome import KEPT, OUTCOMES, REJECTED, Row
+from pipelines.stages.outcome import KEPT, OUTCOMES, Row
 
 _MATCHED_PER_TASK = 20_000  # signatures
 _SIZE = pa.field("bytes", pa.int64())
@@ -85,18 +84,10 @@ class Judged(Piece):
         """
         marks = [name for name in schema.names if name in self.verdicts.schema.names]
         table = self.part.read(self.input, ["index", *(set(schema.names) - set(marks))])
-        table = self._mine(table)
-        return pa.table(
-            [
-                self.verdicts[field.name]
-                if field.name in marks
-                else table[field.name]
-                if field.name in table.schema.names
-                else pa.nulls(table.num_rows, field.type)
-                for field in schema
-            ],
-            schema=schema,
-        )
+        table = self._mine(table).drop_columns("index")
+        for name in marks:
+            table = table.append_column(name, self.verdicts[name])
+        return fit(table, schema)
 
     def _mine(self, table: pa.Table) -> pa.Table:
         """The rows of these records, by place; the table itself where it has no others."""
@@ -129,7 +120,7 @@ def judged(
 
 def _pieces(raw: Shards, part: Part, seen: pa.Table, verdicts: pa.Table) -> Iterator[Judged]:
     """What became of the records of one part, as pieces."""
-    seen = seen.select(["index", "bytes"]).sort_by("index")
+    seen = by_place(seen.select(["index", "bytes"]))
     places, sizes = (seen[name].to_numpy() for name in ("index", "bytes"))
     own = verdicts.take(pa.array(np.searchsorted(verdicts["index"].to_numpy(), places)))
     for outcome in OUTCOMES:
@@ -137,7 +128,7 @@ def _pieces(raw: Shards, part: Part, seen: pa.Table, verdicts: pa.Table) -> Iter
         if not len(chosen):
             continue
         marks = own.take(pa.array(chosen))
-        reasons = Counter(marks["reason"].to_pylist()) if outcome == REJECTED else {}
+        reasons = count_reasons(outcome, marks)
         # What is left out has no pictures any more, and little besides its verdict.
         size = sizes[chosen] if outcome == KEPT else row_bytes(marks)
         yield Judged(outcome, places[chosen], size, reasons, raw.store, part, marks)

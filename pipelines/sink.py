@@ -7,7 +7,6 @@ twice leaves only litter. The driver then commits them (:mod:`pipelines.commit`)
 from __future__ import annotations
 
 import uuid
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -18,8 +17,16 @@ from ray.data.block import Block, BlockAccessor
 from ray.data.datasource import Datasink, WriteResult
 
 from infra.storage import Store
-from pipelines.commit import LEFT_OUT_PER_FILE, Piece, by_place, row_bytes, schemas_of
-from pipelines.stages.outcome import KEPT, REJECTED
+from pipelines.commit import (
+    LEFT_OUT_PER_FILE,
+    Piece,
+    by_place,
+    count_reasons,
+    fit,
+    row_bytes,
+    schemas_of,
+)
+from pipelines.stages.outcome import KEPT
 
 STAGING = "staging"
 ROWS_PER_RANGE = 512
@@ -93,7 +100,7 @@ class OutcomeSink(Datasink[list[Staged]]):
     def _ranges(self, outcome: str, schema: pa.Schema, table: pa.Table) -> Iterator[pa.Table]:
         """The records of one outcome, by range of the input, so that a file needs few pieces."""
         size = ROWS_PER_RANGE if outcome == KEPT else LEFT_OUT_PER_FILE
-        table = _fit(_where(table, pc.equal(table["outcome"], outcome)), schema)
+        table = fit(_where(table, pc.equal(table["outcome"], outcome)), schema)
         places = table["index"].to_numpy()
         for unit in np.unique(places // size):
             yield by_place(_where(table, pa.array(places // size == unit)))
@@ -105,20 +112,8 @@ class OutcomeSink(Datasink[list[Staged]]):
             pa.ipc.new_stream(file, table.schema) as writer,
         ):
             writer.write_table(table)
-        reasons = Counter(table["reason"].to_pylist()) if outcome == REJECTED else {}
         places = table["index"].to_numpy()
-        return Staged(outcome, places, row_bytes(table), dict(reasons), name)
-
-
-def _fit(table: pa.Table, schema: pa.Schema) -> pa.Table:
-    """The columns of ``schema``; those that this kind of record does not have are null."""
-    columns = [
-        table[field.name].cast(field.type)
-        if field.name in table.schema.names
-        else pa.nulls(table.num_rows, field.type)
-        for field in schema
-    ]
-    return pa.table(columns, schema=schema)
+        return Staged(outcome, places, row_bytes(table), count_reasons(outcome, table), name)
 
 
 def _where(table: pa.Table, mask: pa.ChunkedArray | pa.Array) -> pa.Table:

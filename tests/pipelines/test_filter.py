@@ -174,7 +174,6 @@ def test_an_input_that_changes_meanwhile_stops_the_job(
     with pytest.raises(InputError, match=r"data/part-00001\.parquet changed while it was read"):
         filter_pairs(copy, tmp_path / "out")
     assert not (tmp_path / "out/manifest.json").exists()
-    monkeypatch.undo()
 
 
 def test_records_are_found_in_any_order(tmp_path: Path) -> None:

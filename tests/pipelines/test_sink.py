@@ -17,7 +17,7 @@ from dim.errors import DimError
 from infra.storage import Store, open_store
 from pipelines import commit as committing
 from pipelines import sink
-from pipelines.commit import Limits, commit, row_bytes
+from pipelines.commit import Limits, commit, fit, row_bytes
 from pipelines.manifest import FileEntry
 from pipelines.sink import OutcomeSink
 from pipelines.stages.outcome import Rejection, fail, reject, to_table
@@ -207,7 +207,7 @@ def test_a_piece_that_lost_records_stops_the_job(tmp_path: Path) -> None:
     target = written(store, [sized(10, 10)])
     (short, _), *_ = [item for item in store.list("staging")]
     with store.open_output(short) as file:
-        table = sink._fit(to_table(sized(9, 10), records.T2I), records.T2I)
+        table = fit(to_table(sized(9, 10), records.T2I), records.T2I)
         with pa.ipc.new_stream(file, table.schema) as writer:
             writer.write_table(table)
     with pytest.raises(DimError, match="has 9 of the 10 records it should have"):
