@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dim.designers import CallOptions, DesignRequest, create
-from dim.designers.wire import request_body
+from dim.designers.calls.wire import request_body
 
 BAR = 0.90
 TOLERANCE = 0.02
@@ -153,7 +153,7 @@ def limited_rate(server: Server, options: CallOptions, image: bytes, seconds: fl
     import ray
 
     from infra.storage import open_store
-    from pipelines.meter import ClusterExchange, share_meter
+    from pipelines.calls.exchange import ClusterExchange, share_meter
 
     spec = f"openai:m@{server.url}"
 

@@ -43,15 +43,15 @@ import ray
 from PIL import Image
 
 from dim import records
-from pipelines import manifest
 from pipelines.cluster import connect
 from pipelines.filter import FilterPairsConfig
 from pipelines.filter import run as run_filter
-from pipelines.manifest import Counts, FileEntry, Manifest
-from pipelines.stages.duplicates import VERDICT, DuplicateRules, Judge, drop_duplicates
-from pipelines.stages.filters import FilterPairs, PairRules
-from pipelines.stages.outcome import travelling
-from pipelines.stages.readers import pair_columns
+from pipelines.filters import FilterPairs, PairRules
+from pipelines.filters.duplicates import VERDICT, DuplicateRules, Judge, drop_duplicates
+from pipelines.outcome import travelling
+from pipelines.outputs import manifest
+from pipelines.outputs.manifest import Counts, FileEntry, Manifest
+from pipelines.readers.records import pair_columns
 
 RULES = PairRules(min_side=None)
 DUPLICATES = DuplicateRules()

@@ -23,19 +23,19 @@ import numpy as np
 import torch
 
 from dim.config import load_config
+from dim.features.encoder import FeatureSource, FrozenEncoder, LiveFeatures, ShardFeatures
+from dim.features.samples import open_samples, read_rows
+from dim.features.shards import FeatureShards
+from dim.learning.order import SampleOrder, WorkerOrder
+from dim.learning.step import Trainable
+from infra.models import load_initial
 from infra.storage import join, open_store
 from pipelines import edit, features, ingest
 from pipelines.edit import EditConfig
 from pipelines.features import FeaturesConfig
 from pipelines.ingest import IngestConfig
-from training.data import open_samples, read_rows
-from training.features import FeatureSource, FrozenEncoder, LiveFeatures, ShardFeatures
-from training.feed import Feed
-from training.initial import load_initial
-from training.order import SampleOrder, WorkerOrder
-from training.shards import FeatureShards
-from training.stages import StageConfig
-from training.trainable import Trainable
+from training.data import Feed
+from training.stage import StageConfig
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 LIVE = "live"

@@ -22,10 +22,11 @@ from diffusers import SanaTransformer2DModel
 from rich.console import Console
 from rich.table import Table
 
-from dim.model import released, tensorfile
+from dim.model import released
+from dim.model.checkpoint import tensorfile
+from dim.model.checkpoint.importer import import_checkpoint
+from dim.model.checkpoint.tensorfile import FLOATS, Spec
 from dim.model.config import AutoencoderConfig, ModelConfig, UnderstandingConfig
-from dim.model.importer import import_checkpoint
-from dim.model.tensorfile import FLOATS, Spec
 
 LIMIT = 1.3
 # What both published head sizes divide, the published layers, and weights a layer of width 1.

@@ -21,19 +21,25 @@ from dim.failures import INTERRUPTED, Failure, explain
 
 # name -> (module:function, what it does). A name of two words is a command within a group.
 COMMANDS: dict[str, tuple[str, str]] = {
-    "demo": ("pipelines.demo:main", "The whole loop on this machine, ending in a report page."),
+    "demo": ("workflows.demo:main", "The whole loop on this machine, ending in a report page."),
     "data ingest": ("pipelines.ingest:main", "Edit pairs, images or tabletop into raw shards."),
     "data filter": ("pipelines.filter:main", "Raw pairs or images into fewer and better ones."),
     "data edit": ("pipelines.edit:main", "Raw pairs into DIM-Edit: filter, triage, blueprint."),
     "data t2i": ("pipelines.t2i:main", "Raw images into DIM-T2I: filter, long caption."),
-    "data inspect": ("pipelines.inspect:main", "A page to look at: samples, reasons, histograms."),
+    "data inspect": (
+        "pipelines.outputs.inspect:main",
+        "A page to look at: samples, reasons, histograms.",
+    ),
     "data features": (
         "pipelines.features:main",
         "Frozen hidden states and latents of DIM-Edit or DIM-T2I, to train on.",
     ),
-    "data verify": ("pipelines.verify:main", "Check an output against its manifest."),
-    "data card": ("pipelines.card:main", "The dataset card of an output: README.md."),
-    "data export": ("pipelines.export:main", "DIM-Edit in its public layout, or WebDataset tars."),
+    "data verify": ("pipelines.outputs.verify:main", "Check an output against its manifest."),
+    "data card": ("pipelines.outputs.card:main", "The dataset card of an output: README.md."),
+    "data export": (
+        "pipelines.outputs.export:main",
+        "DIM-Edit in its public layout, or WebDataset tars.",
+    ),
     "train": ("training.train:main", "One training stage from a YAML file."),
     "evaluate": (
         "pipelines.evaluate:main",

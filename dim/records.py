@@ -134,7 +134,7 @@ def features_schema(
     ``encoding`` ``bf16`` these are bfloat16; with ``int8`` one byte a number, ``T_scales`` one
     float32 a token to multiply it with, and ``T_error`` the relative error that this makes.
     ``latent`` and, for edits, ``source_latent`` are bfloat16 of ``latent_shape`` (C, h, w). All
-    little-endian, the last axis fastest; ``dim.model.packing`` reads them.
+    little-endian, the last axis fastest; ``dim.features.packing`` reads them.
 
     Args:
         kind: what the features were made of.

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from dim.errors import DimError
-from pipelines.manifest import Manifest
+from pipelines.outputs.manifest import Manifest
 
 Out = Annotated[str, typer.Option(help="Output folder: a local path, file:// or s3://bucket/key.")]
 Overrides = Annotated[

@@ -14,19 +14,19 @@ from dim.config import load_config
 from dim.designers import CallOptions
 from dim.records import EDIT, RAW_PAIR
 from infra.storage import Store
-from pipelines.answers import set_unusable_aside
-from pipelines.bill import biller
+from pipelines.calls.answers import set_unusable_aside
+from pipelines.calls.ask import batches_at_once
+from pipelines.calls.bill import biller
+from pipelines.calls.engine import EngineOptions, answer_beforehand
+from pipelines.calls.exchange import share_meter
 from pipelines.command import ConfigFile, Out, Overrides, Overwrite, RetryFailed, settings, summary
-from pipelines.engine import EngineOptions, answer_beforehand
-from pipelines.filtering import filtered
+from pipelines.filters import FilterPairs, PairRules
+from pipelines.filters.duplicates import DuplicateRules
+from pipelines.filters.passes import filtered
 from pipelines.job import Job, JobConfig
-from pipelines.manifest import Manifest
-from pipelines.meter import share_meter
-from pipelines.shards import Shards
-from pipelines.stages.ask import batches_at_once
-from pipelines.stages.design import TriageBy, WriteBlueprints
-from pipelines.stages.duplicates import DuplicateRules
-from pipelines.stages.filters import FilterPairs, PairRules
+from pipelines.outputs.manifest import Manifest
+from pipelines.outputs.shards import Shards
+from pipelines.stages.blueprint import TriageBy, WriteBlueprints
 
 _QUESTIONS_PER_PAIR = 2  # triage and blueprint
 

@@ -20,7 +20,7 @@ from dim.records import EDIT
 from infra.storage import join, open_store
 from pipelines.cluster import connect
 from pipelines.command import ConfigFile, Overrides, settings
-from pipelines.shards import Shards
+from pipelines.outputs.shards import Shards
 from pipelines.stages.paint import BLUEPRINT, INSTRUCTION, SELF, WAYS, PaintEdits
 
 NAMES = {BLUEPRINT: "with blueprints", SELF: "with its own blueprints", INSTRUCTION: "without"}

@@ -16,17 +16,17 @@ from rich.console import Console
 from dim import records
 from dim.config import load_config
 from dim.errors import ConfigError, InputError
-from dim.model.packing import Encoding
-from dim.model.preparation import Preparation, preparation_of
+from dim.features.packing import Encoding
+from dim.features.preparation import Preparation, preparation_of
 from dim.records import EDIT, T2I
+from infra.models import load_frozen
 from infra.storage import Store, open_store
 from pipelines.command import ConfigFile, Out, Overrides, Overwrite, RetryFailed, settings, summary
 from pipelines.job import Job, JobConfig
-from pipelines.manifest import Manifest
-from pipelines.shards import Shards
-from pipelines.stages.features import ENCODED, UNIT, EncodeFeatures, EncodeOptions, schema_of
-from training.initial import load_frozen
-from training.stages import StageConfig, TextName
+from pipelines.outputs.manifest import Manifest
+from pipelines.outputs.shards import Shards
+from pipelines.stages.encode import ENCODED, UNIT, EncodeFeatures, EncodeOptions, schema_of
+from training.stage import StageConfig, TextName
 
 _DEFAULT_TEXTS: dict[str, tuple[TextName, ...]] = {"edit": ("blueprint",), "t2i": ("caption",)}
 _FOOTERS_AT_ONCE = 16

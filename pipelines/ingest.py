@@ -11,16 +11,16 @@ from ray.data import TaskPoolStrategy
 
 from dim.config import load_config
 from infra import storage
-from pipelines import containers, sources
 from pipelines.command import ConfigFile, Out, Overrides, Overwrite, RetryFailed, settings, summary
 from pipelines.job import Job, JobConfig
-from pipelines.layout import load_layout
-from pipelines.manifest import Manifest
-from pipelines.media import MediaConfig
-from pipelines.sources import Source
-from pipelines.stages.fetch import FetchConfig
-from pipelines.stages.readers import TabletopImages, TabletopPairs
-from pipelines.world import TabletopConfig
+from pipelines.outputs.manifest import Manifest
+from pipelines.readers import containers, sources
+from pipelines.readers.fetch import FetchConfig
+from pipelines.readers.join import MediaConfig
+from pipelines.readers.layout import load_layout
+from pipelines.readers.records import TabletopImages, TabletopPairs
+from pipelines.readers.sources import Source
+from pipelines.readers.tabletop import TabletopConfig
 
 _MOST_TASKS = 2_000  # ranges share a task beyond this; each task costs the driver a few ms
 
@@ -33,8 +33,8 @@ class IngestConfig(TabletopConfig, JobConfig):
     images: str | None = None
     """Images: the same, or a folder of image files."""
     layout: str | None = None
-    """Which columns hold what: a name of pipelines/layouts, or a YAML file. Unless given, the
-    names of the public forms: image_path, image_path_target, instruction or prompt, caption."""
+    """Which columns hold what: a name of pipelines/readers/layouts, or a YAML file. Unless given,
+    the names of the public forms: image_path, image_path_target, instruction or prompt, caption."""
     media: MediaConfig | None = None
     """Where the images lie that the records name by a key."""
     fetch: FetchConfig | None = None

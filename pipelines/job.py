@@ -20,14 +20,14 @@ from dim.errors import DimError, InputError
 from dim.failures import find_dim_error
 from infra.storage import open_store
 from infra.tracking import Run, Tracking, code_version, default_uri
-from pipelines import card
-from pipelines import manifest as manifests
 from pipelines.cluster import connect
-from pipelines.commit import FOLDERS, Limits, Piece, commit
-from pipelines.manifest import Counts, FileEntry, Manifest
-from pipelines.shards import Shards
-from pipelines.sink import ROWS_PER_RANGE, STAGING, OutcomeSink
-from pipelines.stages.outcome import FAILED, KEPT, REJECTED
+from pipelines.outcome import FAILED, KEPT, REJECTED
+from pipelines.outputs import card
+from pipelines.outputs import manifest as manifests
+from pipelines.outputs.commit import FOLDERS, Limits, Piece, commit
+from pipelines.outputs.manifest import Counts, FileEntry, Manifest
+from pipelines.outputs.shards import Shards
+from pipelines.outputs.sink import ROWS_PER_RANGE, STAGING, OutcomeSink
 
 MARKER = "unfinished.json"
 REPORT = "report.html"

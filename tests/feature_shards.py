@@ -10,15 +10,15 @@ import pyarrow as pa
 from ray.data.datasource import WriteResult
 
 from dim import records
-from dim.model.preparation import Preparation, preparation_of
+from dim.features.preparation import Preparation, preparation_of
 from infra import storage
+from infra.models import load_frozen
 from infra.storage import Store
-from pipelines import manifest
-from pipelines.commit import Limits, commit
-from pipelines.manifest import Counts, Manifest
-from pipelines.sink import OutcomeSink
-from pipelines.stages.features import UNIT, EncodeFeatures, EncodeOptions, schema_of
-from training.initial import load_frozen
+from pipelines.outputs import manifest
+from pipelines.outputs.commit import Limits, commit
+from pipelines.outputs.manifest import Counts, Manifest
+from pipelines.outputs.sink import OutcomeSink
+from pipelines.stages.encode import UNIT, EncodeFeatures, EncodeOptions, schema_of
 
 
 def prepare(model: str | Path, *, edits: bool = True) -> Preparation:

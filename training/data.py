@@ -1,78 +1,66 @@
-"""Reading training samples: the checks before the first step, and one worker's rows."""
+"""What each step of a worker is fed: its random draws, and the features they ask for."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.dataset as ds
-from numpy.typing import NDArray
-
-from dim import records
-from dim.errors import InputError
-from infra import storage
+from dim.features.encoder import Features, FeatureSource, choose_texts
+from dim.learning.draws import Draws, draw
+from dim.learning.order import WorkerOrder
+from training.stage import StageConfig
 
 
-def open_samples(uris: Sequence[str], columns: Sequence[str]) -> tuple[ds.Dataset, int]:
-    """Open the output folders of data jobs and check that they can be trained on.
+class Feed:
+    """Draws and features by step.
 
-    Returns the dataset and its number of rows.
-
-    Raises:
-        InputError: there is no sample, or a column is missing; the message says where.
-        StorageError: a folder cannot be read.
+    Args:
+        config: The stage.
+        order: Which samples a step takes.
+        features: Where their features come from.
+        latent_shape: (C, h, w) of the noise.
+        ahead: Fetch the features of the next step while one is computed; for features that wait
+            for a disk or an object store.
     """
-    where = ", ".join(uris)
-    dataset = storage.open_dataset(uris)
-    if records.kind_of(dataset.schema) in records.FEATURES_OF.values():
-        raise InputError(f"{where} holds features, and images are needed here")
-    missing = [name for name in columns if name not in dataset.schema.names]
-    if missing:
-        raise InputError(
-            f"the training data in {where} lacks the column {missing[0]!r}; "
-            f"it has {', '.join(dataset.schema.names)}"
+
+    def __init__(
+        self,
+        config: StageConfig,
+        order: WorkerOrder,
+        features: FeatureSource,
+        latent_shape: tuple[int, int, int],
+        *,
+        ahead: bool,
+    ) -> None:
+        self._config = config
+        self._order = order
+        self._features = features
+        self._latent_shape = latent_shape
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="feed") if ahead else None
+        self._next: tuple[int, Future[tuple[Draws, Features]]] | None = None
+
+    def get(self, step: int) -> tuple[Draws, Features]:
+        """Draws and features of ``step`` (from 0), on the CPU.
+
+        Raises:
+            DimError: a sample cannot be read.
+        """
+        if self._thread is None:
+            return self._make(step)
+        if self._next is not None and self._next[0] == step:
+            future = self._next[1]
+        else:
+            future = self._thread.submit(self._make, step)
+        # Also past the last step: the order has no end, and what is fetched there is not used.
+        self._next = step + 1, self._thread.submit(self._make, step + 1)
+        return future.result()
+
+    def _make(self, step: int) -> tuple[Draws, Features]:
+        draws = draw(
+            self._config.seed,
+            step,
+            self._order.slots,
+            self._latent_shape,
+            dropout=self._config.condition_dropout,
         )
-    rows = dataset.count_rows()
-    if rows == 0:
-        raise InputError(f"the training data in {where} is empty")
-    return dataset, rows
-
-
-def read_rows(dataset: ds.Dataset, columns: Sequence[str], rows: NDArray[np.int64]) -> pa.Table:
-    """Rows by number, in the order asked for (a row may be asked for twice).
-
-    The dataset is streamed once and only the rows asked for are kept. Images stay encoded.
-
-    Raises:
-        InputError: a value is missing (null) in one of the rows.
-    """
-    wanted, inverse = np.unique(rows, return_inverse=True)
-    kept: list[pa.RecordBatch] = []
-    first = 0
-    for batch in dataset.to_batches(columns=list(columns)):
-        low, high = np.searchsorted(wanted, [first, first + batch.num_rows])
-        if high > low:
-            kept.append(batch.take(pa.array(wanted[low:high] - first)))
-        first += batch.num_rows
-    table = pa.Table.from_batches(kept)
-    for name in columns:
-        if table.column(name).null_count:
-            at = table.column(name).is_null().to_pylist().index(True)
-            sample = table.column("id")[at].as_py()
-            raise InputError(f"sample {sample!r} has no {name}, which this stage trains on")
-    return table.take(pa.array(inverse))
-
-
-def fingerprint(uris: Sequence[str]) -> str:
-    """A hash of what the data folders hold, to tell whether a run goes on with the same data."""
-    digest = hashlib.sha256()
-    for uri in uris:
-        manifest = json.loads(storage.open_store(uri).read("manifest.json"))
-        for file in manifest["files"]:
-            if not file["path"].startswith("data/"):
-                continue  # what the job dropped is not trained on
-            digest.update(f"{file['sha256']} {file['rows']}\n".encode())
-    return digest.hexdigest()
+        texts = choose_texts(draws.choice, self._config.text_shares)
+        return draws, self._features.batch(self._order.batch(step), texts)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import tempfile
 
+from dim.learning.ema import averaged
 from infra import storage
-from training.ema import averaged
 from training.worker import Worker
 
 MODEL_FOLDER = "model"

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from dim.errors import DimError
-from training import checkpoint
-from training.ema import averaged
+from dim.learning.ema import averaged
 from training.export import export
-from training.metrics import LossMeter
-from training.stages import learning_rate_at
+from training.log import LossMeter
+from training.stage import learning_rate_at
+from training.state import report
 from training.worker import Plan, Worker, agree, join, prepare
 
 _SAY_SECONDS = 15.0
@@ -157,7 +157,7 @@ def _silence_repeats() -> None:
 
 def _save(worker: Worker, metrics: dict[str, float]) -> None:
     worker.log.flush()
-    checkpoint.report(worker.state, {**metrics, "step": worker.state.step}, rank=worker.rank)
+    report(worker.state, {**metrics, "step": worker.state.step}, rank=worker.rank)
 
 
 def _step_metrics(worker: Worker, norm: torch.Tensor) -> dict[str, float]:

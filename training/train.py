@@ -27,16 +27,16 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from dim.config import dump_config, load_config
 from dim.errors import CheckpointError, DimError
 from dim.failures import explain, find_dim_error
+from dim.features.samples import open_samples
+from dim.features.shards import FeatureShards, holds_features
+from dim.learning.order import SampleOrder
 from infra import storage
 from infra.tracking import Run, Tracking, TrackingError, default_uri
-from training.data import open_samples
 from training.export import MODEL_FOLDER
+from training.log import SAID
 from training.loop import train_loop_per_worker
-from training.metrics import SAID
-from training.order import SampleOrder
-from training.outcome import STAGE_FILE, StageRecord, identify, read_record
-from training.shards import FeatureShards, holds_features
-from training.stages import StageConfig
+from training.record import STAGE_FILE, StageRecord, identify, read_record
+from training.stage import StageConfig
 from training.worker import Plan
 
 _RAY_FOLDER = "checkpoints"

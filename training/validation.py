@@ -19,12 +19,12 @@ from PIL import Image, ImageDraw, ImageFont
 
 from dim import tabletop
 from dim.errors import InputError
+from dim.features.encoder import CachedFeatures, Features, FrozenEncoder
 from dim.images import decode_image
+from dim.learning.draws import Draws, draw
 from dim.model import DIM, flow, sampler
 from dim.model.pictures import to_images
-from training.draws import Draws, draw
-from training.features import CachedFeatures, Features, FrozenEncoder
-from training.stages import StageConfig, ValidationConfig
+from training.stage import StageConfig, ValidationConfig
 
 _CELL = 192  # pixels of an image in the picture
 _TEXT_WIDTH = 360

@@ -17,26 +17,26 @@ from torch import nn
 
 from dim.config import StrictModel
 from dim.errors import InputError
-from dim.model import DIM
-from dim.model.preparation import preparation_of
-from infra.tracking import Run, Tracking
-from training import checkpoint
-from training.data import open_samples, read_rows
-from training.ema import Ema
-from training.features import (
+from dim.features.encoder import (
     CachedFeatures,
     FeatureSource,
     FrozenEncoder,
     LiveFeatures,
     ShardFeatures,
 )
-from training.feed import Feed
-from training.initial import load_initial
-from training.metrics import RunLog
-from training.order import SampleOrder, WorkerOrder
-from training.shards import FeatureShards, holds_features
-from training.stages import StageConfig
-from training.trainable import Trainable
+from dim.features.preparation import preparation_of
+from dim.features.samples import open_samples, read_rows
+from dim.features.shards import FeatureShards, holds_features
+from dim.learning.ema import Ema
+from dim.learning.order import SampleOrder, WorkerOrder
+from dim.learning.step import Trainable
+from dim.model import DIM
+from infra.models import load_initial
+from infra.tracking import Run, Tracking
+from training.data import Feed
+from training.log import RunLog
+from training.stage import StageConfig
+from training.state import TrainState, restore
 from training.validation import Validation
 
 
@@ -59,7 +59,7 @@ class Worker:
     device: torch.device
     model: DIM
     trainable: nn.Module
-    state: checkpoint.TrainState
+    state: TrainState
     order: WorkerOrder
     epochs: SampleOrder
     features: FeatureSource
@@ -95,7 +95,7 @@ def prepare(plan: Plan) -> Worker:
     _place(model, device, config.precision, frozen=shards is None or config.validation is not None)
     model.painter.checkpoint_gradients(config.gradient_checkpointing)
     state = _new_state(model, config)
-    resumed = checkpoint.restore(state, device)
+    resumed = restore(state, device)
     epochs = SampleOrder(plan.rows, config.batch_size, config.seed)
     order = WorkerOrder(epochs, rank, world_size)
     features = _features(plan, model, shards, order.rows, log)
@@ -159,7 +159,7 @@ def _place(model: DIM, device: torch.device, precision: str, *, frozen: bool) ->
         model.autoencoder.bfloat16()
 
 
-def _new_state(model: DIM, config: StageConfig) -> checkpoint.TrainState:
+def _new_state(model: DIM, config: StageConfig) -> TrainState:
     module = Trainable(model, config.changed_cell_weight)
     optimizer = torch.optim.AdamW(
         module.parameters(),
@@ -169,7 +169,7 @@ def _new_state(model: DIM, config: StageConfig) -> checkpoint.TrainState:
         fused=True,
     )
     ema = None if config.ema_decay is None else Ema(module, config.ema_decay)
-    return checkpoint.TrainState(module, optimizer, ema)
+    return TrainState(module, optimizer, ema)
 
 
 def _shards(plan: Plan, model: DIM, rank: int) -> FeatureShards | None:

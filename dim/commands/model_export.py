@@ -23,7 +23,7 @@ def main(
     ),
 ) -> None:
     """Write a DIM folder under the published checkpoints' names, a tensor at a time."""
-    from dim.model.exporter import export_checkpoint
+    from dim.model.checkpoint.exporter import export_checkpoint
 
     files = export_checkpoint(
         model,

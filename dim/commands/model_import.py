@@ -52,7 +52,7 @@ def main(
     Every tensor is checked first; all that is wrong is said at once.
     """
     from dim.commands.model_info import show
-    from dim.model.importer import Changes, import_checkpoint
+    from dim.model.checkpoint.importer import Changes, import_checkpoint
 
     import_checkpoint(
         path,
@@ -73,9 +73,9 @@ def _configured(
 ) -> ModelConfig:
     """The configuration at ``path`` with other places of the frozen parts."""
     from dim.config import load_config
-    from dim.model import folder
+    from dim.model.checkpoint import folder
+    from dim.model.checkpoint.importer import PUBLISHED
     from dim.model.config import ModelConfig
-    from dim.model.importer import PUBLISHED
 
     if path is None:
         config = PUBLISHED

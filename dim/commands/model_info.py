@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from dim.model.summary import Summary
+    from dim.model.checkpoint.summary import Summary
 
 
 def main(model: Path = typer.Argument(..., metavar="DIR", help="The DIM folder.")) -> None:
@@ -26,7 +26,7 @@ def show(model: Path) -> None:
     Raises:
         CheckpointError: no such folder, not a DIM, incomplete, or a damaged file.
     """
-    from dim.model.summary import summarise
+    from dim.model.checkpoint.summary import summarise
 
     summary = summarise(model)
     console = Console()

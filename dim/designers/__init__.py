@@ -27,7 +27,7 @@ from dim.designers.base import (
 from dim.errors import DesignerError
 
 if TYPE_CHECKING:
-    from dim.designers.gate import Exchange
+    from dim.designers.calls.gate import Exchange
 
 __all__ = [
     "CallOptions",

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from pydantic import Field, model_validator
 
 from dim.config import StrictModel
-from dim.designers.usage import Prices, Unusable
+from dim.designers.calls.usage import Prices, Unusable
 from dim.errors import DesignerError
 
 Reply = str | DesignerError
@@ -18,7 +18,8 @@ Reply = str | DesignerError
 OnAnswer = Callable[[int, str | Unusable], None]
 """Called with (place of the request, answer) the moment an answer arrives, from any thread.
 
-An answer that was paid for and cannot be used (:class:`dim.designers.usage.Unusable`) is one too.
+An answer that was paid for and cannot be used is one too; see
+:class:`dim.designers.calls.usage.Unusable`.
 """
 
 

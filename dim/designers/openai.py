@@ -13,8 +13,8 @@ from dim.designers.base import (
     Question,
     Reply,
 )
-from dim.designers.chat import ChatEndpoint
-from dim.designers.gate import Exchange
+from dim.designers.calls.chat import ChatEndpoint
+from dim.designers.calls.gate import Exchange
 
 
 class OpenAIDesigner:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dim.model.assembly import DIM, EditResult, build, load
 from dim.model.config import ModelConfig
+from dim.model.dim import DIM, EditResult, build, load
 
 __all__ = ["DIM", "EditResult", "ModelConfig", "build", "load"]

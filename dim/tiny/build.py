@@ -22,9 +22,9 @@ from safetensors.torch import save_file
 from dim.config import dump_config, load_config
 from dim.errors import InputError
 from dim.model import parts
+from dim.model.checkpoint.folder import UNDERSTANDING, write_understanding
 from dim.model.conditioner import Conditioner
 from dim.model.config import ModelConfig, UnderstandingConfig
-from dim.model.folder import UNDERSTANDING, write_understanding
 from dim.tiny.autoencoder import reconstruction_accuracy, train_autoencoder
 from dim.tiny.config import TinyBuildConfig
 from dim.tiny.painter import painting_accuracy, train_painter

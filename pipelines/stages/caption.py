@@ -21,14 +21,14 @@ from dim.caption import (
 )
 from dim.config import StrictModel
 from dim.designers import CallOptions
-from dim.designers.gate import Exchange
+from dim.designers.calls.gate import Exchange
 from dim.designers.prepared import PreparedModel
 from dim.errors import DesignerError
 from infra.storage import Store
-from pipelines.answers import Answers, answer_key
-from pipelines.stages.ask import ask_once, prepared_or_made
-from pipelines.stages.outcome import Rejection, Row, kept, to_rows, to_table, work_on
-from pipelines.stages.reask import Asked, answers_questions, ask_until_read, question, read_reply
+from pipelines.calls.answers import Answers, answer_key
+from pipelines.calls.ask import ask_once, prepared_or_made
+from pipelines.calls.reask import Asked, answers_questions, ask_until_read, question, read_reply
+from pipelines.outcome import Rejection, Row, kept, to_rows, to_table, work_on
 
 STAGE = "caption"
 

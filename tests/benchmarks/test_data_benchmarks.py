@@ -13,7 +13,7 @@ import typer
 
 from benchmarks import data, data_calls, data_filters
 from dim import records
-from pipelines.shards import Shards
+from pipelines.outputs.shards import Shards
 
 OPTIONS = argparse.Namespace(
     pairs=10, side=64, processes=2, pool_target=0.85, map_target=1.0, memory_target=1.15,

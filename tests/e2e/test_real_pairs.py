@@ -12,10 +12,11 @@ import pytest
 from dim import model
 from dim.config import load_config
 from dim.images import decode_image
-from pipelines import edit, export, ingest
-from pipelines.manifest import Manifest
+from pipelines import edit, ingest
+from pipelines.outputs import export
+from pipelines.outputs.manifest import Manifest
 from training import train
-from training.stages import StageConfig
+from training.stage import StageConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 VERSIONS = ("", "_b", "_c")

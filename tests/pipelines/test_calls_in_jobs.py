@@ -24,10 +24,10 @@ from dim.designers.base import BreakerOptions
 from dim.errors import CallsStopped
 from infra.storage import open_store
 from pipelines import edit, ingest
-from pipelines.answers import read_entries
+from pipelines.calls.answers import read_entries
 from pipelines.edit import EditConfig
+from pipelines.filters import PairRules
 from pipelines.ingest import IngestConfig
-from pipelines.stages.filters import PairRules
 from tests.chat_server import ChatServer, Response, completion, text_of
 from tests.pipelines.samples import write_pairs
 

@@ -6,12 +6,12 @@ import pytest
 
 from dim.config import load_config
 from dim.errors import ConfigError
-from pipelines.demo import DemoConfig
 from pipelines.edit import EditConfig
 from pipelines.features import FeaturesConfig
 from pipelines.ingest import IngestConfig
 from pipelines.job import JobConfig
 from pipelines.t2i import T2IConfig
+from workflows.demo import DemoConfig
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 EDIT = ["raw=in", "designer=oracle", "out=o"]

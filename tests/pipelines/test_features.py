@@ -21,16 +21,16 @@ from dim import cli, records
 from dim import model as models
 from dim.config import dump_config
 from dim.errors import CheckpointError, InputError
+from dim.features.shards import FeatureShards
 from infra.storage import Store, open_store
 from pipelines import features
 from pipelines.features import FeaturesConfig
 from pipelines.job import MARKER
-from pipelines.manifest import Manifest
-from pipelines.stages.features import ENCODED
-from pipelines.verify import verify
-from tests.pipelines.outputs import finish
+from pipelines.outputs.manifest import Manifest
+from pipelines.outputs.verify import verify
+from pipelines.stages.encode import ENCODED
+from tests.pipelines.finished import finish
 from tests.training.conftest import edit_rows, t2i_rows
-from training.shards import FeatureShards
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 

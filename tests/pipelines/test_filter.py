@@ -13,17 +13,17 @@ import pytest
 from dim import cli, records
 from dim.errors import InputError
 from infra.storage import open_store
-from pipelines import filtering, ingest
+from pipelines import ingest
 from pipelines.filter import FilterImagesConfig, FilterPairsConfig, run
-from pipelines.filtering import Judged, filtered
+from pipelines.filters import FilterPairs, PairRules, passes
+from pipelines.filters.duplicates import DuplicateRules
+from pipelines.filters.passes import Judged, filtered
 from pipelines.ingest import IngestConfig
-from pipelines.inspect import inspect
 from pipelines.job import Job, JobConfig
-from pipelines.manifest import Manifest
-from pipelines.shards import Part, Shards
-from pipelines.stages.duplicates import DuplicateRules
-from pipelines.stages.filters import FilterPairs, PairRules
-from pipelines.verify import verify
+from pipelines.outputs.inspect import inspect
+from pipelines.outputs.manifest import Manifest
+from pipelines.outputs.shards import Part, Shards
+from pipelines.outputs.verify import verify
 from tests.pipelines.samples import write_pairs
 from tests.pipelines.test_jobs import PLAN, check_output, rows_in
 
@@ -162,7 +162,7 @@ def test_an_input_that_changes_meanwhile_stops_the_job(
     (copy / "data").mkdir(parents=True)
     for path in [raw / "manifest.json", *(raw / "data").iterdir()]:
         (copy / path.relative_to(raw)).write_bytes(path.read_bytes())
-    judged = filtering.judged
+    judged = passes.judged
 
     def then_changed(*args: object) -> list[Judged]:
         pieces = judged(*args)  # type: ignore[arg-type]

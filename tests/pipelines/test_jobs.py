@@ -21,15 +21,16 @@ from dim.blueprint import Blueprint
 from dim.designers import CallOptions
 from dim.errors import DesignerError, InputError
 from infra import storage
-from pipelines import edit, export, ingest, t2i
+from pipelines import edit, ingest, t2i
 from pipelines.edit import EditConfig
+from pipelines.filters import ImageRules, PairRules
+from pipelines.filters.duplicates import DuplicateRules
 from pipelines.ingest import IngestConfig
 from pipelines.job import TrackingConfig
-from pipelines.manifest import Manifest
+from pipelines.outputs import export
+from pipelines.outputs.manifest import Manifest
+from pipelines.readers.fetch import FetchConfig
 from pipelines.stages.caption import CaptionRules
-from pipelines.stages.duplicates import DuplicateRules
-from pipelines.stages.fetch import FetchConfig
-from pipelines.stages.filters import ImageRules, PairRules
 from pipelines.t2i import T2IConfig
 from tests.chat_server import ChatServer, Response, completion, running, text_of
 from tests.pipelines.samples import bomb, write_pairs

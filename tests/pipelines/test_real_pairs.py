@@ -9,10 +9,11 @@ import datasets
 import pytest
 
 from dim.blueprint import Blueprint
-from pipelines import edit, export, ingest
+from pipelines import edit, ingest
 from pipelines.edit import EditConfig
-from pipelines.export import ExportConfig
 from pipelines.ingest import IngestConfig
+from pipelines.outputs import export
+from pipelines.outputs.export import ExportConfig
 
 PUBLIC = "tos_dataset_edit.jsonl"
 VERSIONS = ("target", "target_b", "target_c")

@@ -27,12 +27,12 @@ from pipelines import edit, ingest
 from pipelines.edit import EditConfig
 from pipelines.filter import FilterPairsConfig
 from pipelines.filter import run as run_filter
+from pipelines.filters import PairRules
 from pipelines.ingest import IngestConfig
 from pipelines.job import Job, JobConfig
-from pipelines.manifest import Manifest
-from pipelines.stages.filters import PairRules
-from pipelines.stages.outcome import Rejection, fail, reject, to_table
-from pipelines.verify import verify
+from pipelines.outcome import Rejection, fail, reject, to_table
+from pipelines.outputs.manifest import Manifest
+from pipelines.outputs.verify import verify
 from tests.fault_proxy import FaultProxy, running
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")

@@ -1,58 +1,90 @@
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
+import threading
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
-from dim import records
-from dim.errors import InputError, StorageError
-from training.data import fingerprint, open_samples, read_rows
+from dim.errors import InputError
+from dim.features.encoder import Features
+from dim.learning.draws import draw
+from dim.learning.order import SampleOrder, WorkerOrder
+from training.data import Feed
+from training.stage import StageConfig
 
-COLUMNS = ["id", "image", "image_target", "instruction"]
-
-
-def test_rows_come_in_the_order_asked_for_across_shards(edit_data: str) -> None:
-    dataset, rows = open_samples([edit_data], COLUMNS)
-    assert rows == 20
-    table = read_rows(dataset, COLUMNS, np.array([19, 0, 12, 0]))
-    assert table.column("id").to_pylist() == ["edit-19", "edit-0", "edit-12", "edit-0"]
-    assert table.column_names == COLUMNS
-
-
-def test_several_data_sets_are_one(edit_data: str, held_out_data: str) -> None:
-    dataset, rows = open_samples([edit_data, held_out_data], COLUMNS)
-    assert rows == 25
-    assert read_rows(dataset, ["id"], np.array([20])).column("id").to_pylist() == ["edit-0"]
-
-
-def test_a_missing_column_is_named(t2i_data: str) -> None:
-    with pytest.raises(InputError, match="lacks the column 'image_target'; it has id, index"):
-        open_samples([t2i_data], COLUMNS)
+SHAPE = (2, 3, 3)
+CONFIG = StageConfig(
+    stage="edit2",
+    init="i",
+    data=["d"],
+    out="o",
+    text_mix={"blueprint": 1, "instruction": 1},
+    steps=9,
+    batch_size=4,
+    learning_rate=1,
+    seed=5,
+)
 
 
-def test_no_data_at_all(make_dataset: Callable[..., str], tmp_path: Path) -> None:
-    empty = make_dataset("empty", [], records.EDIT)
-    with pytest.raises(InputError, match=f"the training data in {empty} is empty"):
-        open_samples([empty], COLUMNS)
-    with pytest.raises(StorageError, match="nowhere does not exist"):
-        open_samples([str(tmp_path / "nowhere")], COLUMNS)
+class Recorder:
+    """Features that hold nothing but what was asked for, and by which thread."""
+
+    def __init__(self) -> None:
+        self.asked: list[list[int]] = []
+        self.threads: set[int] = set()
+        self.broken_at: int | None = None
+
+    def batch(self, positions: np.ndarray, texts: np.ndarray) -> Features:
+        if len(self.asked) == self.broken_at:
+            raise InputError("sample 'x' is damaged")
+        self.asked.append([*positions.tolist(), *texts.tolist()])
+        self.threads.add(threading.get_ident())
+        told = torch.tensor(self.asked[-1])
+        return Features(told, told, told, None)
 
 
-def test_a_missing_value_is_named_with_its_sample(make_dataset: Callable[..., str]) -> None:
-    rows = [{"id": f"r{i}", "index": i, "source": "s", "instruction": "x"} for i in range(4)]
-    rows[2]["instruction"] = None
-    dataset, _ = open_samples([make_dataset("gaps", rows, records.EDIT)], ["id", "instruction"])
-    assert read_rows(dataset, ["id", "instruction"], np.array([0, 3])).num_rows == 2
-    with pytest.raises(InputError, match="sample 'r2' has no instruction"):
-        read_rows(dataset, ["id", "instruction"], np.arange(4))
+def feed_of(source: Any, *, ahead: bool) -> Feed:
+    order = WorkerOrder(SampleOrder(11, CONFIG.batch_size, CONFIG.seed), 0, 1)
+    return Feed(CONFIG, order, source, SHAPE, ahead=ahead)
 
 
-def test_the_fingerprint_follows_the_content(
-    edit_data: str, held_out_data: str, make_dataset: Callable[..., str]
-) -> None:
-    rows = [{"id": "a", "index": 0, "source": "s", "instruction": "x"}] * 2
-    one, same = make_dataset("one", rows, records.EDIT), make_dataset("same", rows, records.EDIT)
-    assert fingerprint([one]) == fingerprint([same]) != fingerprint([edit_data])
-    assert fingerprint([edit_data, held_out_data]) != fingerprint([held_out_data, edit_data])
+def test_fetching_ahead_changes_nothing_but_the_time() -> None:
+    now, ahead = Recorder(), Recorder()
+    one, other = feed_of(now, ahead=False), feed_of(ahead, ahead=True)
+    for step in (0, 1, 2, 3, 7, 8):  # a run that goes on begins anywhere
+        (draws, features), (same_draws, same) = one.get(step), other.get(step)
+        assert torch.equal(draws.noise, same_draws.noise)
+        assert torch.equal(features.latent, same.latent)
+        wanted = draw(5, step, range(4), SHAPE, dropout=0.1)
+        assert torch.equal(draws.noise, wanted.noise)
+        assert features.latent[4:].tolist() == (wanted.choice >= 0.5).astype(int).tolist()
+    assert now.threads == {threading.get_ident()}
+    assert threading.get_ident() not in ahead.threads
+    assert len(now.asked) == 6 and len(ahead.asked) > 6  # step 4, or step 9, for nobody
+
+
+def test_the_next_step_is_fetched_while_this_one_is_used() -> None:
+    source = Recorder()
+    feed = feed_of(source, ahead=True)
+    feed.get(0)
+    ready = threading.Event()
+    batch = source.batch
+
+    def told(*arguments: Any) -> Features:
+        ready.set()
+        return batch(*arguments)
+
+    source.batch = told  # type: ignore[method-assign]
+    feed.get(1)
+    assert ready.wait(5)  # step 2, which nobody has asked for
+
+
+def test_an_error_comes_with_the_step_that_it_belongs_to() -> None:
+    source = Recorder()
+    source.broken_at = 1
+    feed = feed_of(source, ahead=True)
+    feed.get(0)
+    with pytest.raises(InputError, match="sample 'x' is damaged"):
+        feed.get(1)

@@ -21,7 +21,7 @@ from infra.tracking import Tracking
 from tests.feature_shards import write_features
 from training import loop
 from training.loop import DivergedError, train_loop_per_worker
-from training.stages import StageConfig
+from training.stage import StageConfig
 from training.train import count_samples
 from training.worker import Plan
 

@@ -19,11 +19,11 @@ from dim import model, records
 from dim.config import dump_config, validate_config
 from dim.errors import ConfigError, InputError, StorageError
 from infra import storage
+from infra.models import load_initial
 from infra.tracking import TrackingError
 from tests.feature_shards import write_features
 from training import train
-from training.initial import load_initial
-from training.stages import StageConfig
+from training.stage import StageConfig
 from training.train import StageResult, TrainingError
 
 STEPS = 12

@@ -11,7 +11,7 @@ from PIL import Image
 from dim import model, tabletop
 from dim.errors import InputError
 from dim.model import DIM
-from training.stages import StageConfig
+from training.stage import StageConfig
 from training.validation import Painted, Validation, _summarise, picture, target_scene
 from training.worker import read_validation
 

@@ -18,8 +18,8 @@ from dim.blueprint import request_prompt
 from dim.caption import request_prompt as caption_prompt
 from dim.designers import CallOptions, DesignRequest, Question, create, create_captioner
 from dim.designers.base import BreakerOptions
-from dim.designers.usage import Unusable
-from dim.designers.wire import data_url
+from dim.designers.calls.usage import Unusable
+from dim.designers.calls.wire import data_url
 from dim.errors import CallsStopped, DesignerError, InputError
 from tests.chat_server import ChatServer, Response, completion, images_of, running, text_of
 

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from dim.config import load_config
 from dim.errors import CheckpointError
 from dim.model import released
+from dim.model.checkpoint.tensorfile import Spec
 from dim.model.config import ModelConfig
-from dim.model.tensorfile import Spec
 from tests.dim.model.published import HEADS, published
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"

@@ -13,7 +13,7 @@ from dim.config import validate_config
 from dim.designers import CallOptions
 from dim.errors import ConfigError
 from infra.storage import open_store
-from pipelines import sources
+from pipelines.readers import sources
 from pipelines.stages.caption import CaptionRules, WriteCaptions
 from tests.chat_server import ChatServer, Response, completion, text_of
 from tests.pipelines.samples import encoded, photo

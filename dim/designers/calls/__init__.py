@@ -1,0 +1,1 @@
+"""How a model over HTTP is asked: one request, limits, money, and a server that is down."""

@@ -1,0 +1,1 @@
+"""What the frozen parts say about a sample: computed, kept in files, and read again."""

@@ -1,0 +1,1 @@
+"""Models in files: DIM folders, and the published checkpoints in and out."""

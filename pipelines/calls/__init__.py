@@ -1,0 +1,1 @@
+"""How a job asks models: answers that are kept, their bill, one meter, a local engine."""

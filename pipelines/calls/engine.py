@@ -1,0 +1,254 @@
+"""A local model in vLLM, by ``ray.data.llm``: everything that is open is asked in one heap.
+
+A stage that asks several times (triage, then blueprint; or again, with what was wrong) runs in
+rounds. A round lets the stage run until it comes to questions without an answer, and has the engine
+answer all of them. When nothing is open any more, the stage runs once for good, and finds every
+answer in the job's store. A killed job goes on with the answers it has.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, Protocol
+
+import pyarrow as pa
+import ray.data
+from pydantic import Field
+
+from dim import designers
+from dim.config import StrictModel
+from dim.designers import CallOptions
+from dim.designers.calls.usage import Answer, Unusable, Usage
+from dim.designers.calls.wire import data_url
+from dim.designers.prepared import PreparedModel
+from dim.errors import DimError, InputError
+from dim.records import clean_text
+from infra.storage import Store
+from pipelines.calls.answers import Answers
+
+_QUESTIONS = pa.schema(
+    [
+        pa.field("key", pa.string()),
+        pa.field("record", pa.string()),
+        pa.field("text", pa.string()),
+        pa.field("images", pa.list_(pa.large_string())),
+        pa.field("schema", pa.string()),
+    ]
+)
+_ERROR = "__inference_error__"  # as ray.data.llm calls it
+
+Process = Callable[[ray.data.Dataset], ray.data.Dataset]
+"""Questions in, the same rows with ``answer``, ``finish_reason`` and token counts out."""
+
+
+class EngineOptions(StrictModel):
+    """How vLLM runs a local model; see ``ray.data.llm.vLLMEngineProcessorConfig``."""
+
+    engine_kwargs: dict[str, Any] = {}
+    """Such as ``tensor_parallel_size``, ``max_model_len``, ``limit_mm_per_prompt``."""
+    replicas: int = Field(1, ge=1)
+    batch_size: int = Field(32, ge=1)
+    accelerator_type: str | None = None
+
+
+class Stage(Protocol):
+    """A stage that is given its designer."""
+
+    def __call__(self, batch: pa.Table) -> pa.Table: ...
+
+
+MakeStage = Callable[[PreparedModel], Stage]
+
+
+class CollectQuestions:
+    """Lets a stage run, and returns what it asked in vain instead of what it made.
+
+    Args:
+        make: the stage that asks a given model.
+        spec: ``vllm:MODEL``.
+        calls: the sampling.
+        store: the job's output folder.
+    """
+
+    def __init__(self, make: MakeStage, spec: str, calls: CallOptions, store: Store) -> None:
+        self._answers = Answers(store)
+        self._model = PreparedModel(designers.engine_model(spec) or spec, calls, self._answers.get)
+        self._stage = make(self._model)
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """Records with outcomes in, questions out; each record is worked on by itself."""
+        rows: list[dict[str, Any]] = []
+        for place in range(batch.num_rows):
+            record = batch.slice(place, 1)
+            self._stage(record)
+            for key, question in self._model.take_open().items():
+                row = {"key": key, "record": record["id"][0].as_py(), "text": question.text}
+                schema = json.dumps(question.schema) if question.schema is not None else None
+                try:
+                    images = [data_url(image).decode() for image in question.images]
+                except InputError as error:
+                    nothing = Usage(0, 0, 0.0, 0.0)
+                    self._answers.add(key, Unusable(f"image not sent: {error}", nothing))
+                else:
+                    rows.append({**row, "images": images, "schema": schema})
+        return pa.Table.from_pylist(rows, schema=_QUESTIONS)
+
+
+class StoreAnswers:
+    """Puts answers where the stage will look for them.
+
+    Args:
+        spec: ``vllm:MODEL``.
+        calls: for the prices.
+        store: the job's output folder.
+    """
+
+    def __init__(self, spec: str, calls: CallOptions, store: Store) -> None:
+        self._who = spec
+        self._prices = calls.prices
+        self._answers = Answers(store)
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """Answered questions in, their keys out; equal questions are stored once."""
+        rows = {row["key"]: row for row in batch.to_pylist()}
+        for key, row in rows.items():
+            if self._answers.get(key) is None:
+                self._answers.add(key, self._read(row), row["record"])
+        return pa.table({"key": list(rows)})
+
+    def _read(self, row: Mapping[str, Any]) -> Answer | Unusable:
+        tokens = [row.get(name) or 0 for name in ("input_tokens", "output_tokens")]
+        usage = Usage(*tokens, self._prices.of(*tokens), row.get("seconds") or 0.0)
+        if row.get(_ERROR):
+            return Unusable(f"{self._who}: {' '.join(str(row[_ERROR]).split())}", usage)
+        text = row.get("answer") or ""
+        if not text.strip():
+            return Unusable(f"{self._who}: answered nothing", usage)
+        if row.get("output_tokens") and row["output_tokens"] >= (row.get("max_tokens") or 1 << 30):
+            return Unusable(
+                f"{self._who}: the answer was cut off (calls.max_tokens is too small)", usage
+            )
+        return Answer(clean_text(text), usage)
+
+
+class EngineJob(Protocol):
+    """The settings of a job that may use a local model."""
+
+    calls: CallOptions
+    engine: EngineOptions
+    workers: int
+
+
+def answer_beforehand(
+    records: ray.data.Dataset, make: MakeStage, spec: str, job: EngineJob, store: Store, rounds: int
+) -> None:
+    """Have everything answered that a stage will ask, if it asks a local model; else do nothing.
+
+    Args:
+        records: what the stage reads; it is read once or twice a round.
+        make: the stage that asks a given model.
+        spec: of the designer or captioner.
+        job: how the model runs.
+        store: the job's output folder.
+        rounds: how many times the stage may ask one after another for the same record.
+
+    Raises:
+        DimError: vLLM is not there, or questions are still open after so many rounds.
+    """
+    if designers.engine_model(spec) is None:
+        return
+    questions = partial(_open_questions, records, make, spec, job, store)
+    process = vllm(spec, job.calls, job.engine)
+    for _ in range(rounds):
+        if not questions().count():  # an engine takes minutes to start: not for nothing
+            return
+        answered = process(questions()).map_batches(
+            StoreAnswers,
+            fn_constructor_args=(spec, job.calls, store),
+            compute=ray.data.ActorPoolStrategy(size=1),
+            batch_format="pyarrow",
+        )
+        answered.count()
+    left = questions().count()
+    if left:
+        raise DimError(f"{spec} left {left} questions open after {rounds} rounds")
+
+
+def _open_questions(
+    records: ray.data.Dataset, make: MakeStage, spec: str, job: EngineJob, store: Store
+) -> ray.data.Dataset:
+    return records.map_batches(
+        CollectQuestions,
+        fn_constructor_args=(make, spec, job.calls, store),
+        compute=ray.data.ActorPoolStrategy(size=job.workers),
+        batch_format="pyarrow",
+    )
+
+
+def vllm(spec: str, calls: CallOptions, options: EngineOptions) -> Process:
+    """The model ``spec`` in vLLM, over as many GPUs as ``options`` say.
+
+    Raises:
+        DimError: vLLM is not installed.
+    """
+    from importlib.util import find_spec
+
+    if find_spec("vllm") is None:
+        raise DimError(f"{spec} needs vLLM, which is not installed: pip install 'ray[llm]'")
+    from ray.data.llm import build_processor
+
+    return build_processor(
+        engine_config(spec, options),
+        preprocess=partial(_to_engine, calls=calls),
+        postprocess=partial(_from_engine, max_tokens=calls.max_tokens),
+    )
+
+
+def engine_config(spec: str, options: EngineOptions) -> Any:
+    """The ``ray.data.llm.vLLMEngineProcessorConfig`` of a model that reads images.
+
+    One record that vLLM cannot answer becomes that record's error.
+    """
+    from ray.data.llm import vLLMEngineProcessorConfig
+
+    return vLLMEngineProcessorConfig(
+        model_source=designers.engine_model(spec),
+        engine_kwargs=dict(options.engine_kwargs),
+        batch_size=options.batch_size,
+        concurrency=options.replicas,
+        accelerator_type=options.accelerator_type,
+        should_continue_on_error=True,
+        prepare_multimodal_stage={"enabled": True, "chat_template_content_format": "openai"},
+        tokenize_stage={"enabled": False},
+        detokenize_stage={"enabled": False},
+    )
+
+
+def messages_of(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A question in the form of OpenAI's chat API."""
+    images = [{"type": "image_url", "image_url": {"url": url}} for url in row["images"]]
+    return [{"role": "user", "content": [*images, {"type": "text", "text": row["text"]}]}]
+
+
+def _to_engine(row: Mapping[str, Any], calls: CallOptions) -> dict[str, Any]:
+    sampling: dict[str, Any] = {
+        "temperature": calls.temperature,
+        "max_tokens": calls.max_tokens,
+    }
+    if row["schema"]:
+        sampling["structured_outputs"] = {"json": row["schema"]}
+    return {"messages": messages_of(row), "sampling_params": sampling}
+
+
+def _from_engine(row: Mapping[str, Any], max_tokens: int) -> dict[str, Any]:
+    return {
+        "key": row["key"],
+        "record": row["record"],
+        "answer": row["generated_text"],
+        "input_tokens": row["num_input_tokens"],
+        "output_tokens": row["num_generated_tokens"],
+        "max_tokens": max_tokens,
+        "seconds": row["time_taken_llm"],
+    }

@@ -1,0 +1,123 @@
+"""Which single images are worth a captioner's time."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pyarrow as pa
+from PIL import Image, UnidentifiedImageError
+
+from dim import records
+from dim.errors import InputError
+from dim.images import decode_image
+from pipelines.filters import measures, scorers
+from pipelines.filters.gauge import Gauge
+from pipelines.filters.rules import ImageRules
+from pipelines.filters.signatures import Signer
+from pipelines.outcome import Rejection, Row, to_rows, to_table, work_on
+
+STAGE = "filter"
+
+_ORIENTATION = 0x0112  # EXIF tag; values above 4 turn the image by a quarter
+
+
+@dataclass(frozen=True)
+class FilterImages:
+    """Keep the single images that decode completely and meet the rules.
+
+    Args:
+        rules: the thresholds.
+        signer: also note what near duplicates are found by.
+    """
+
+    rules: ImageRules
+    signer: Signer | None = None
+    schema: ClassVar[pa.Schema] = records.RAW_IMAGE
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """Raw images in, the same with outcomes out."""
+        return to_table(self.judge(batch), self.schema)
+
+    def judge(self, batch: pa.Table) -> list[Row]:
+        """The rows of a batch with their outcomes, measures and signatures."""
+        rows = to_rows(batch)
+        work_on(rows, STAGE, self._check)
+        return rows
+
+    def _check(self, row: Row) -> Row | None:
+        gauge = Gauge(self.rules)
+        try:
+            image = open_checked(row["image"], "the image", gauge, self.rules)
+            check_content(image, "the image", gauge, self.rules)
+        finally:
+            row["measures"] = gauge.measures
+        return self.signer.sign_image(row, image) if self.signer else None
+
+
+def probe(image: bytes, name: str) -> tuple[int, int]:
+    """Width and height of an encoded image as it is to be seen, read off its header.
+
+    Raises:
+        Rejection: ``image.undecodable`` or ``image.too_large``.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(image)) as opened:
+                width, height = opened.size
+                # Pillow decodes a whole PNG to look for EXIF behind its pixels; few have any.
+                exif = {} if opened.format == "PNG" else opened.getexif()
+                turned = exif.get(_ORIENTATION, 1) > 4
+    except UnidentifiedImageError:
+        raise Rejection("image.undecodable", f"{name} is not an image") from None
+    except Image.DecompressionBombError:
+        raise Rejection("image.too_large", f"{name} has far too many pixels") from None
+    except Exception as error:  # a damaged header can raise anything
+        raise Rejection("image.undecodable", f"{name} is damaged: {error}") from None
+    return (height, width) if turned else (width, height)
+
+
+def open_checked(image: bytes, name: str, gauge: Gauge, rules: ImageRules) -> Image.Image:
+    """``image`` decoded (upright RGB), its header checked against the rules first.
+
+    Raises:
+        Rejection: ``image.undecodable``, ``.too_large``, ``.too_small`` or ``.aspect``.
+    """
+    width, height = probe(image, name)
+    size = f"{name} is {width} x {height} px"
+    gauge.check("pixels", width * height, size)
+    gauge.check("side", min(width, height), size)
+    gauge.check("aspect", max(width, height) / min(width, height), size)
+    try:
+        return decode_image(image, name=name, max_pixels=rules.max_pixels)
+    except InputError as error:
+        raise Rejection("image.undecodable", str(error)) from None
+
+
+def check_content(image: Image.Image, name: str, gauge: Gauge, rules: ImageRules) -> None:
+    """What a decoded image shows, the cheap measures first.
+
+    Raises:
+        Rejection: ``image.blank``, ``.blurred``, ``.text``, ``.unsafe`` or ``.unaesthetic``.
+    """
+    if gauge.wants("entropy"):
+        value = measures.entropy(image)
+        gauge.check("entropy", value, f"{name} has an entropy of {value:.2f} bits")
+    if gauge.wants("sharpness") or gauge.wants("text_area"):
+        luma = measures.grey(measures.scaled(image, rules.detail_side))
+        if gauge.wants("sharpness"):
+            value = measures.sharpness(luma)
+            said = f"{name} has a variance of the Laplacian of {value:.2g}"
+            gauge.check("sharpness", value, said)
+        if gauge.wants("text_area"):
+            value = measures.text_area(luma)
+            gauge.check("text_area", value, f"{value:.0%} of {name} look like text")
+    if rules.nsfw_model and gauge.wants("nsfw"):
+        value = scorers.classifier(rules.nsfw_model, rules.nsfw_label).score(image)
+        gauge.check("nsfw", value, f"{name} is {rules.nsfw_label!r} with probability {value:.2f}")
+    if rules.aesthetic_model and rules.aesthetic_head and gauge.wants("aesthetic"):
+        value = scorers.aesthetic(rules.aesthetic_model, rules.aesthetic_head).score(image)
+        gauge.check("aesthetic", value, f"{name} has an aesthetic score of {value:.2f}")

@@ -1,0 +1,1 @@
+"""A finished output of a data job, and what is done with one."""

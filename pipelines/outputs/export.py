@@ -1,0 +1,174 @@
+"""Export: finished records in the public layout of DIM-Edit, or as WebDataset tars."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+import typer
+from pydantic import Field
+
+from dim.config import StrictModel, dump_config, load_config
+from dim.errors import DimError, InputError
+from dim.images import suffix
+from dim.records import EDIT, RAW_IMAGE, RAW_PAIR, T2I, sha256_hex
+from infra import storage
+from infra.storage import Store
+from pipelines.command import Out, Overrides, Overwrite, settings, summary
+from pipelines.job import MARKER
+from pipelines.outputs import manifest as manifests
+from pipelines.outputs import webdataset
+from pipelines.outputs.manifest import Counts, FileEntry, Manifest
+from pipelines.outputs.shards import Shards
+
+LINES = "tos_dataset_edit.jsonl"
+IMAGES = "image"
+
+_COLUMNS = ("id", "image", "image_target", "answer")
+_KINDS = {"public": (EDIT,), "webdataset": (EDIT, T2I, RAW_PAIR, RAW_IMAGE)}
+
+
+class ExportConfig(StrictModel):
+    """What to export."""
+
+    data: str
+    """Address of the records, as a data job makes them."""
+    out: str
+    """Address of the folder to write to."""
+    format: Literal["public", "webdataset"] = "public"
+    """``public``: tos_dataset_edit.jsonl and image/, of DIM-Edit. ``webdataset``: data/*.tar."""
+    target_file_mb: float = Field(256, gt=0)
+    """Size of a tar at most, in units of 2**20 bytes."""
+
+
+def run(config: ExportConfig, *, overwrite: bool = False) -> Manifest:
+    """Write finished records in another form.
+
+    In the public form each line has ``id``, ``image_path``, ``image_path_target`` and ``prompt``,
+    which is the blueprint in its designer's words. Images are the source's own files in any form.
+
+    Raises:
+        InputError: the data is of another kind or not finished, or ``out`` holds something else.
+        StorageError: something cannot be read or written.
+    """
+    shards = Shards.open(config.data, *_KINDS[config.format])
+    store = storage.open_store(config.out)
+    done = manifests.read(store)
+    if done and done.job == "export" and not overwrite and _same(done, shards, config):
+        return done
+    _claim(store, done, overwrite=overwrite)
+    files = _write(store, shards, config)
+    manifest = Manifest(
+        job="export",
+        config=dump_config(config),
+        input=shards.identity,
+        counts=Counts(input=shards.rows, kept=shards.rows, rejected=0, failed=0, by_reason={}),
+        files=tuple(files),
+    )
+    manifests.write(store, manifest)
+    store.delete(MARKER)
+    return manifest
+
+
+def _same(done: Manifest, shards: Shards, config: ExportConfig) -> bool:
+    made = {**dump_config(ExportConfig(data="", out="")), **done.config}
+    wanted = dump_config(config)
+    return done.input == shards.identity and all(
+        made[key] == wanted[key] for key in ("format", "target_file_mb")
+    )
+
+
+def _claim(store: Store, done: Manifest | None, *, overwrite: bool) -> None:
+    if done and not (overwrite and done.job == "export"):
+        raise InputError(f"{store.uri} holds another output; choose another --out")
+    if not done and not store.is_file(MARKER) and not store.is_empty():
+        raise InputError(f"{store.uri} is not empty; choose another --out")
+    store.write(MARKER, b'{"job": "export"}\n')
+    for name in (manifests.NAME, LINES, IMAGES, webdataset.FOLDER):
+        store.delete(name)
+
+
+def _write(store: Store, shards: Shards, config: ExportConfig) -> list[FileEntry]:
+    if config.format == "webdataset":
+        files = webdataset.write(store, shards, int(config.target_file_mb * 2**20))
+    else:
+        files = _write_public(store, shards)
+    rows = sum(file.rows for file in files if not file.path.startswith(f"{IMAGES}/"))
+    if rows != shards.rows:
+        raise DimError(f"{rows} records were exported of the {shards.rows} in {shards.store.uri}")
+    return files
+
+
+def _write_public(store: Store, shards: Shards) -> list[FileEntry]:
+    lines: list[str] = []
+    files: list[FileEntry] = []
+    names = _Names()
+    for row in _rows(shards):
+        name = names.choose(row["id"])
+        source, target = (
+            _write_image(store, f"{name}_{role}", image)
+            for role, image in (("source", row["image"]), ("target", row["image_target"]))
+        )
+        files += [source, target]
+        line = {
+            "id": row["id"],
+            "image_path": source.path,
+            "image_path_target": target.path,
+            "prompt": row["answer"],
+        }
+        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+    text = "".join(lines).encode()
+    store.write(LINES, text)
+    return [
+        *files,
+        FileEntry(path=LINES, rows=len(lines), bytes=len(text), sha256=sha256_hex(text)),
+    ]
+
+
+def _rows(shards: Shards) -> Iterator[dict[str, Any]]:
+    for table in shards.batches(columns=_COLUMNS):
+        yield from table.to_pylist()
+
+
+def _write_image(store: Store, name: str, image: bytes) -> FileEntry:
+    path = f"{IMAGES}/{name}.{suffix(image)}"
+    store.write(path, image)
+    return FileEntry(path=path, rows=1, bytes=len(image), sha256=sha256_hex(image))
+
+
+class _Names:
+    """File names from ids: safe, and different also where only letter case or signs differ."""
+
+    def __init__(self) -> None:
+        self._taken: set[str] = set()
+
+    def choose(self, record_id: str) -> str:
+        """A name for a record; its id where that can be one."""
+        name = re.sub(r"[^\w.-]+", "_", record_id)[:100].lstrip(".") or "record"
+        if name != record_id or name.casefold() in self._taken:
+            name = f"{name}-{sha256_hex(record_id.encode())[:12]}"
+        self._taken.add(name.casefold())
+        return name
+
+
+def main(
+    data: Annotated[str, typer.Option(help="Output of a data job.")],
+    out: Out,
+    overrides: Overrides = None,
+    form: Annotated[
+        str | None, typer.Option("--format", help="public (DIM-Edit only) or webdataset.")
+    ] = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Write DIM-Edit in its public form, tos_dataset_edit.jsonl and image/, or any as tars."""
+    given = settings(data=data, out=out, format=form)
+    chosen = load_config(ExportConfig, None, [*(overrides or []), *given])
+    summary(out, run(chosen, overwrite=overwrite))
+
+
+if __name__ == "__main__":
+    from dim.cli import run as run_program
+
+    run_program(main)

@@ -1,0 +1,1 @@
+"""Files and URLs of others → records with image bytes."""

@@ -1,0 +1,82 @@
+"""Media: images that lie apart from the records which name them by a key."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from dim.errors import InputError
+from infra.storage import Store
+from pipelines.readers import entries
+
+Places = Mapping[str, tuple[str, int]]
+"""Key → (file, row of a table or byte of a tar)."""
+
+Found = dict[str, Any]
+"""Name → the image's bytes, a struct or URL that stands for it, or why there is none."""
+
+
+@dataclass(frozen=True)
+class Media:
+    """Images by key.
+
+    Args:
+        uri: what to call them.
+        store: the folder that the places' files are relative to.
+        image: the columns of a table that may hold the image.
+    """
+
+    uri: str
+    store: Store
+    image: tuple[str, ...]
+
+    def read(self, places: Places) -> Found:
+        """What lies at each place; a place that cannot be read has its error."""
+        files: dict[str, list[tuple[int, str]]] = defaultdict(list)
+        for key, (file, offset) in places.items():
+            files[file].append((offset, key))
+        found: Found = {}
+        for file, wanted in sorted(files.items()):
+            try:
+                found.update(self._from_file(file, sorted(wanted)))
+            except Exception as error:  # a damaged file can raise anything
+                text = " ".join(str(error).split())[:200]
+                broken = InputError(f"{self.store.address(file)} cannot be read ({text})")
+                found.update({key: broken for _, key in wanted if key not in found})
+        return found
+
+    def _from_file(self, file: str, wanted: list[tuple[int, str]]) -> Found:
+        if file.endswith(".tar"):
+            return {key: self._member(file, offset) for offset, key in wanted}
+        if file.endswith((".parquet", ".arrow")):
+            return self._rows(file, wanted)
+        return {key: self.store.read(file) for _, key in wanted}
+
+    def _member(self, file: str, offset: int) -> bytes:
+        with self.store.open_input(file) as opened:
+            opened.seek(offset)
+            with tarfile.open(fileobj=io.BufferedReader(opened), mode="r:") as tar:
+                member = tar.next()
+                stream = tar.extractfile(member) if member else None
+                data = stream.read() if stream else b""
+        if member is None or len(data) != member.size:
+            raise InputError(f"it ends within the file at byte {offset}")
+        return data
+
+    def _rows(self, file: str, wanted: list[tuple[int, str]]) -> Found:
+        found: Found = {}
+        keys = defaultdict(list)
+        for row, key in wanted:
+            keys[row].append(key)
+        start, stop = wanted[0][0], wanted[-1][0] + 1
+        batches = entries.batches(self.store, file, frozenset(self.image), start, stop)
+        for batch, first in batches:
+            for row in [row for row in keys if first <= row < first + batch.num_rows]:
+                (values,) = batch.slice(row - first, 1).to_pylist()
+                value = next((values[n] for n in self.image if values.get(n) is not None), None)
+                found.update({key: value for key in keys[row]})
+        return found

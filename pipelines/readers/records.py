@@ -1,0 +1,367 @@
+"""Readers: from the description of a fixed range of records to the raw records themselves.
+
+The driver cuts an input into ranges (see :mod:`pipelines.readers.sources`), a worker turns a batch
+of ranges into tables. What is wrong with a single record becomes that record's outcome.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import PurePosixPath
+from typing import Any, TypeVar
+
+import numpy as np
+import pyarrow as pa
+
+from dim import records, tabletop
+from dim.blueprint import Blueprint
+from dim.errors import BlueprintError, InputError
+from dim.images import encode_png
+from infra import storage
+from infra.storage import Store
+from pipelines.filters import probe
+from pipelines.outcome import KEPT, Rejection, Row, to_table, work_on
+from pipelines.readers.entries import Entries, Entry, identity
+from pipelines.readers.fetch import FetchConfig, Fetcher, is_url
+from pipelines.readers.layout import Layout
+from pipelines.readers.media import Found, Media, Places
+
+_FETCHES = 8  # images of one range that are fetched at once: an object store's latency is its cost
+_ROWS_PER_TABLE = 64  # so that no more encoded images than this are held as Python objects
+
+STAGE = "ingest"
+
+ItemT = TypeVar("ItemT")
+
+
+@dataclass(frozen=True)
+class Records:
+    """Records of any container, by a layout: edit pairs if it has a target, else single images.
+
+    Args:
+        entries: reads the container.
+        layout: which columns hold what.
+        fetch: how the images behind URLs are fetched, if they are to be.
+        media: where images lie that the records name by a key.
+    """
+
+    entries: Entries
+    layout: Layout
+    fetch: FetchConfig | None = None
+    media: Media | None = None
+
+    @property
+    def schema(self) -> pa.Schema:
+        """What the records are."""
+        return records.RAW_PAIR if self.layout.target else records.RAW_IMAGE
+
+    def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
+        """Ranges in, raw records with outcomes out."""
+        fetcher = Fetcher(self.fetch) if self.fetch else None
+        with ThreadPoolExecutor(_FETCHES) as pool:
+            for unit in batch.to_pylist():
+                places = json.loads(unit.get("places") or "{}")
+                for part in _in_parts(self.entries.of(unit)):
+                    found = self._find(part, places, fetcher)
+                    rows = pool.map(lambda entry, found=found: self._read(entry, found), part)
+                    yield to_table(rows, self.schema)
+
+    def _find(self, part: list[Entry], places: Places, fetcher: Fetcher | None) -> Found:
+        """What lies behind the keys and URLs of a few records."""
+        named = {name for entry in part for name in image_names(entry, self.layout)}
+        found: Found = {}
+        if self.media is not None:
+            found = self.media.read({key: places[key] for key in named if key in places})
+        if fetcher is None:
+            return found
+        urls = {name for name in named - found.keys() if is_url(name)}
+        urls |= {value for value in found.values() if isinstance(value, str) and is_url(value)}
+        return {**found, **fetcher(urls)}
+
+    def _read(self, entry: Entry, found: Found) -> Row:
+        row: Row = {
+            "id": entry.id or f"{self.entries.source}-{entry.index:08d}",
+            "index": entry.index,
+            "source": self.entries.source,
+            "provenance": json.dumps(entry.where),
+            "outcome": KEPT,
+        }
+        work_on([row], STAGE, lambda row: self._columns(row, entry, found))
+        return row
+
+    def _columns(self, row: Row, entry: Entry, found: Found) -> Row:
+        try:
+            row["id"] = entry.id or identity(entry.values, self.layout) or row["id"]
+            if entry.error:
+                raise InputError(entry.error)
+            if entry.repeated:
+                raise Rejection("record.repeated_id", f"an earlier one has the id {row['id']!r}")
+            return self._build(row, entry.values, found)
+        except Rejection:
+            raise
+        except Exception as error:  # a record can name any file and hold any value
+            raise InputError(f"{entry.label}: {error}") from None
+
+    def _build(self, row: Row, values: dict[str, Any], found: Found) -> Row:
+        layout = self.layout
+        if layout.target:
+            row["instruction"] = _instruction(text_of(values, *layout.instruction))
+        image, where = self._image(values, layout.image, found)
+        trace = {"image_path": where}
+        if layout.target:
+            target, trace["image_path_target"] = self._image(values, layout.target, found)
+        row["provenance"] = _extend(row["provenance"], trace)
+        if layout.target:
+            return pair_columns(row["instruction"], image, target)
+        hint = next((values[name] for name in layout.caption if values.get(name)), None)
+        return image_columns(image, str(hint) if hint is not None else None)
+
+    def _image(
+        self, values: dict[str, Any], names: Sequence[str], found: Found
+    ) -> tuple[bytes, str | None]:
+        """The encoded image under one of ``names``, and what the record calls it.
+
+        Raises:
+            InputError: there is none.
+            StorageError: it is not where the record says.
+            Rejection: no image of the media has its key, or its URL is not to be used.
+        """
+        name, value = image_value(values, names)
+        path = value if isinstance(value, str) else None
+        if path is not None and path in found:
+            value = found[path]
+        elif self.media is not None and path is not None and not is_url(path):
+            raise Rejection("record.unmatched_key", f"no image of {self.media.uri} is {path!r}")
+        if isinstance(value, dict):
+            path = path or value.get("path")
+            value = value.get("bytes") or value.get("path")
+        if isinstance(value, str):  # of the record, or what the media holds under its key
+            value = found[value] if value in found else self._file(value)
+        if isinstance(value, Exception):
+            raise value
+        if not isinstance(value, bytes):
+            raise InputError(f"{name!r} holds no image but {type(value).__name__}")
+        return value, path
+
+    def _file(self, path: str) -> bytes:
+        if is_url(path):
+            raise InputError(f"{path} is a URL, and those are fetched only with --fetch")
+        path = records.clean_text(path)
+        if "://" in path or path.startswith("/"):
+            return storage.read_bytes(path)
+        return self.entries.store.read(path)
+
+
+@dataclass(frozen=True)
+class ImageFiles:
+    """Images from a folder, named by the ranges."""
+
+    store: Store
+    source: str
+
+    def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
+        """Ranges of file names in, raw images with outcomes out."""
+        with ThreadPoolExecutor(_FETCHES) as pool:
+            for unit in batch.to_pylist():
+                numbered = enumerate(unit["names"], start=unit["first"])
+                for part in _in_parts(numbered):
+                    yield to_table(pool.map(self._read, part), records.RAW_IMAGE)
+
+    def _read(self, numbered: tuple[int, str]) -> Row:
+        index, name = numbered
+        row = {
+            "id": str(PurePosixPath(name).with_suffix("")),
+            "index": index,
+            "source": self.source,
+            "provenance": json.dumps({"file": self.store.address(name)}),
+            "outcome": KEPT,
+        }
+        work_on([row], STAGE, lambda _: image_columns(self.store.read(name), None))
+        return row
+
+
+@dataclass(frozen=True)
+class TabletopPairs:
+    """Edit pairs of the tabletop world, record ``i`` drawn from the seed pair ``[seed, i]``."""
+
+    seed: int
+    size: int
+    kinds: tuple[str, ...]
+    referential: float
+    objects: tuple[int, int]
+    outlines: float
+
+    def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
+        """Ranges of places in, raw pairs out."""
+        for places in _places(batch):
+            yield to_table(map(self._draw, places), records.RAW_PAIR)
+
+    def _draw(self, index: int) -> Row:
+        rng = np.random.default_rng([self.seed, index])
+        edit = tabletop.sample_edit(
+            rng,
+            kinds=self.kinds,
+            referential=self.referential,
+            objects=self.objects,
+            outlines=self.outlines,
+        )
+        images = (tabletop.render(scene, self.size) for scene in (edit.source, edit.target))
+        provenance = {
+            "kind": edit.kind,
+            "referential": edit.referential,
+            "source_scene": json.loads(edit.source.to_json()),
+            "target_scene": json.loads(edit.target.to_json()),
+        }
+        return {
+            **_tabletop_identity(self.seed, index, provenance),
+            "instruction": edit.instruction,
+            **pair_columns(edit.instruction, *map(encode_png, images)),
+        }
+
+
+@dataclass(frozen=True)
+class TabletopImages:
+    """Scenes of the tabletop world with their captions, drawn as the pairs are."""
+
+    seed: int
+    size: int
+    objects: tuple[int, int]
+    outlines: float
+
+    def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
+        """Ranges of places in, raw images out."""
+        for places in _places(batch):
+            yield to_table(map(self._draw, places), records.RAW_IMAGE)
+
+    def _draw(self, index: int) -> Row:
+        rng = np.random.default_rng([self.seed, index])
+        scene = tabletop.sample_scene(rng, self.objects, outlines=self.outlines)
+        image = encode_png(tabletop.render(scene, self.size))
+        return {
+            **_tabletop_identity(self.seed, index, {"scene": json.loads(scene.to_json())}),
+            **image_columns(image, tabletop.caption(scene)),
+        }
+
+
+def pair_columns(instruction: str, image: bytes, target: bytes) -> Row:
+    """The columns that follow from an encoded pair.
+
+    Raises:
+        Rejection: one of them is no image.
+    """
+    probe(target, "the target")
+    image_hash, target_hash = records.sha256_hex(image), records.sha256_hex(target)
+    width, height = probe(image, "the source")
+    return {
+        "image": image,
+        "image_target": target,
+        "width": width,
+        "height": height,
+        "image_hash": image_hash,
+        "image_target_hash": target_hash,
+        "content_hash": records.content_hash(image_hash, target_hash, instruction),
+    }
+
+
+def image_columns(image: bytes, hint: str | None) -> Row:
+    """The columns that follow from an encoded image.
+
+    Raises:
+        Rejection: it is no image.
+    """
+    width, height = probe(image, "the image")
+    image_hash = records.sha256_hex(image)
+    return {
+        "image": image,
+        "width": width,
+        "height": height,
+        "image_hash": image_hash,
+        "content_hash": records.content_hash(image_hash),
+        "caption_hint": records.clean_text(hint) if hint is not None else None,
+    }
+
+
+def image_value(values: dict[str, Any], names: Sequence[str]) -> tuple[str, Any]:
+    """The first of ``names`` that holds something, and what; of a list its first item.
+
+    Raises:
+        InputError: there is none.
+        Rejection: there are several in a list.
+    """
+    for name in names:
+        value = values.get(name)
+        if isinstance(value, list) and len(value) > 1:
+            detail = f"{name!r} holds {len(value)} images where a pair has one"
+            raise Rejection("record.several_images", detail, len(value), 1)
+        if isinstance(value, list):
+            value = value[0] if value else None
+        if isinstance(value, str):
+            value = records.clean_text(value).strip() or None
+        if value is not None:
+            return name, value
+    raise InputError(f"no {' or '.join(map(repr, names))}")
+
+
+def image_names(entry: Entry, layout: Layout) -> Iterator[str]:
+    """The paths, keys and URLs under which a record names its images."""
+    for names in (layout.image, layout.target):
+        try:
+            _, value = image_value(entry.values, names) if names else ("", None)
+        except (InputError, Rejection):
+            continue  # said when the record is built
+        if isinstance(value, dict) and not value.get("bytes"):
+            value = value.get("path")
+        if isinstance(value, str):
+            yield value
+
+
+def text_of(line: dict[str, Any], *names: str) -> str:
+    """The text under the first of ``names`` that a line has.
+
+    Raises:
+        InputError: it has none, or no text there.
+    """
+    for name in names:
+        value = line.get(name)
+        if value is not None:
+            if not isinstance(value, str) or not value.strip():
+                raise InputError(f"{name!r} must be a text, not {value!r:.60}")
+            return records.clean_text(value)
+    raise InputError(f"no {' or '.join(map(repr, names))}")
+
+
+def _instruction(prompt: str) -> str:
+    try:
+        return Blueprint.parse(prompt).instruction
+    except BlueprintError:
+        return prompt.strip()
+
+
+def _extend(provenance: str, more: dict[str, str | None]) -> str:
+    known = {key: value for key, value in more.items() if value is not None}
+    return json.dumps({**json.loads(provenance), **known})
+
+
+def _in_parts(items: Iterable[ItemT]) -> Iterator[list[ItemT]]:
+    iterator = iter(items)
+    while part := list(islice(iterator, _ROWS_PER_TABLE)):
+        yield part
+
+
+def _places(batch: pa.Table) -> Iterator[list[int]]:
+    for unit in batch.to_pylist():
+        places = range(unit["first"], unit["first"] + unit["count"])
+        yield from _in_parts(places)
+
+
+def _tabletop_identity(seed: int, index: int, provenance: dict[str, Any]) -> Row:
+    return {
+        "id": f"tabletop-{seed}-{index:06d}",
+        "index": index,
+        "source": "tabletop",
+        "provenance": json.dumps({"tabletop": provenance}),
+    }

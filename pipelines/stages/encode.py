@@ -1,0 +1,211 @@
+"""Run the frozen parts on shards: hidden states of every text, latents of source and target.
+
+The input comes as units, each a row group of a file of the shards. A unit is worked on by one
+process from beginning to end, in groups of similar length that depend on nothing else, so the same
+unit gives the same features whatever the parallelism. What a unit gave lies in the output folder
+until the job ends: a job that was killed goes on with the next unit.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from dim import records
+from dim.config import StrictModel, dump_config
+from dim.errors import InputError
+from dim.features.encoder import FrozenEncoder, by_length
+from dim.features.packing import Encoding, pack_bf16, pack_int8, relative_error, unpack_int8
+from dim.features.preparation import Preparation, preparation_of
+from infra.models import FrozenModel, load_frozen
+from infra.storage import Store
+from pipelines.outcome import Rejection, Row, fail, reject, to_table, travelling
+from training.stage import TextName
+
+ENCODED = "encoded"
+"""Folder in the output with the units that are done while the job is not."""
+
+UNIT = pa.schema(
+    [
+        pa.field("file", pa.string(), nullable=False),
+        pa.field("sha256", pa.string(), nullable=False),
+        pa.field("row_group", pa.int32(), nullable=False),
+    ]
+)
+"""A row group of a file of the input, and the file's hash."""
+
+_STAGE = "features"
+
+
+class EncodeOptions(StrictModel):
+    """What decides the features of a record, besides the record and the frozen parts."""
+
+    kind: Literal["edit", "t2i"]
+    texts: tuple[TextName, ...]
+    encoding: Encoding
+    precision: Literal["fp32", "bf16"]
+    encode_batch: int
+
+
+class EncodeFeatures:
+    """A worker that holds the frozen parts.
+
+    Args:
+        model: address of the DIM folder or model YAML with the frozen parts.
+        options: what to compute of each record.
+        preparation: what the frozen parts must be; a worker on another machine may find others.
+        source: folder of the shards.
+        target: the job's output folder.
+        use_gpu: compute on the GPU.
+        threads: of the processor, for one worker.
+
+    Raises:
+        InputError: the frozen parts are not those of ``preparation``.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        options: EncodeOptions,
+        preparation: Preparation,
+        source: Store,
+        target: Store,
+        use_gpu: bool,
+        threads: int,
+    ) -> None:
+        torch.set_num_threads(threads)
+        frozen = load_frozen(model)
+        edits = options.kind == "edit"
+        found = preparation_of(frozen, edits=edits, resolution=preparation.resolution)
+        if differing := found.differences(preparation):
+            raise InputError(f"{model} is not the same on every machine: {'; '.join(differing)}")
+        _place(frozen, use_gpu, options.precision)
+        self._encoder = FrozenEncoder(frozen, edits=edits, resolution=preparation.resolution)
+        self.options = options
+        self._schema = schema_of(options, preparation)
+        self._source, self._target = source, target
+        self._images = ("image", "image_target") if edits else ("image",)
+
+    def __call__(self, units: pa.Table) -> Iterator[pa.Table]:
+        """``UNIT`` rows in; records of ``travelling(schema_of(...))`` out, a few at a time."""
+        for unit in units.to_pylist():
+            name = f"{ENCODED}/{self._key(unit)}.arrow"
+            if self._target.is_file(name):
+                yield from _read_back(self._target, name)
+            else:
+                yield from self._write_down(name, unit)
+
+    def encode(self, table: pa.Table) -> Iterator[pa.Table]:
+        """Features of the records of one unit, in groups of similar length."""
+        rows, whole = [], []
+        for number, row in enumerate(table.select(self._traced(table)).to_pylist()):
+            rows.append(row)
+            missing = next((text for text in self.options.texts if not row[text]), None)
+            if missing:
+                reject(row, Rejection("features.text_missing", f"the record has no {missing}"))
+            else:
+                whole.append(number)
+        unusable = [row for row in rows if "outcome" in row]
+        if unusable:
+            yield to_table(unusable, self._schema)
+        usable = table.take(pa.array(whole, pa.int64()))
+        for chosen in by_length(usable, self.options.texts, self.options.encode_batch):
+            group = [rows[whole[number]] for number in chosen]
+            self._add(group, usable.take(pa.array(chosen)))
+            yield to_table(group, self._schema)
+
+    def _add(self, group: Sequence[Row], table: pa.Table) -> None:
+        """Put features into the rows; if one cannot be done, the others of its group still are."""
+        try:
+            features = self._features(table)
+        except Exception as error:  # one record must not end a job of millions
+            if len(group) == 1:
+                fail(group[0], _STAGE, error)
+                return
+            for number, row in enumerate(group):
+                self._add([row], table.slice(number, 1))
+            return
+        for row, values in zip(group, features, strict=True):
+            row.update(values)
+
+    def _features(self, table: pa.Table) -> list[Row]:
+        seen = self._encoder.see(table)
+        latent, source = self._encoder.latents(table)
+        found: list[Row] = [{"latent_shape": list(latent.shape[1:])} for _ in latent]
+        for name, latents in (("latent", latent), ("source_latent", source)):
+            if latents is None:
+                continue
+            for row, one in zip(found, latents, strict=True):
+                row[name] = pack_bf16(_finite(one, name))
+        for text in self.options.texts:
+            hidden, mask = self._encoder.states(table[text].to_pylist(), seen)
+            for row, one, tokens in zip(found, hidden, mask.sum(1).tolist(), strict=True):
+                states = _finite(one[:tokens], "hidden states")
+                row["hidden_size"] = states.shape[1]
+                row |= {f"{text}_tokens": tokens, **self._packed(text, states)}
+        return found
+
+    def _packed(self, text: str, states: Tensor) -> Row:
+        if self.options.encoding == "bf16":
+            return {f"{text}_states": pack_bf16(states)}
+        numbers, scales = pack_int8(states)
+        kept = unpack_int8(numbers, scales, (states.shape[0], states.shape[1]))
+        return {
+            f"{text}_states": numbers,
+            f"{text}_scales": scales,
+            f"{text}_error": relative_error(states, kept),
+        }
+
+    def _write_down(self, name: str, unit: dict[str, Any]) -> Iterator[pa.Table]:
+        with self._source.open_parquet(unit["file"]) as parquet:
+            table = parquet.read_row_group(unit["row_group"])
+        schema = travelling(self._schema)
+        with self._target.open_output(name) as file, pa.ipc.new_stream(file, schema) as writer:
+            for part in self.encode(table):
+                writer.write_table(part)
+                yield part
+
+    def _key(self, unit: dict[str, Any]) -> str:
+        return records.sha256_hex(
+            json.dumps([unit, dump_config(self.options), str(self._schema.metadata)]).encode()
+        )
+
+    def _traced(self, table: pa.Table) -> list[str]:
+        """The columns that a record keeps: what it is, where it came from, and its texts."""
+        names = ["id", "index", "source", "content_hash", "provenance", *self.options.texts]
+        return [name for name in names if name in table.schema.names]
+
+
+def schema_of(options: EncodeOptions, preparation: Preparation) -> pa.Schema:
+    """The columns of the features."""
+    return records.features_schema(
+        options.kind,
+        options.texts,
+        encoding=options.encoding,
+        preparation=preparation.model_dump_json(),
+    )
+
+
+def _place(frozen: FrozenModel, use_gpu: bool, precision: str) -> None:
+    """Onto the device, in the precision that training would give the frozen parts there."""
+    for part in (frozen.conditioner, frozen.autoencoder):
+        part.to("cuda" if use_gpu else "cpu")
+        if precision == "bf16" and use_gpu:
+            part.bfloat16()
+
+
+def _finite(tensor: Tensor, name: str) -> Tensor:
+    if not bool(tensor.isfinite().all()):
+        raise InputError(f"its {name} are not finite numbers")
+    return tensor
+
+
+def _read_back(store: Store, name: str) -> Iterator[pa.Table]:
+    with pa.ipc.open_stream(pa.BufferReader(store.read(name))) as reader:
+        for batch in reader:
+            yield pa.Table.from_batches([batch])

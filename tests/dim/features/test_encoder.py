@@ -1,0 +1,187 @@
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from dim import model, records
+from dim.errors import InputError
+from dim.features.encoder import (
+    CachedFeatures,
+    Features,
+    FrozenEncoder,
+    LiveFeatures,
+    ShardFeatures,
+    choose_texts,
+)
+from dim.features.packing import relative_error, unpack_bf16
+from dim.features.samples import open_samples, read_rows
+from dim.features.shards import FeatureShards
+from dim.model import DIM
+from tests.feature_shards import write_features
+
+TEXTS = ["blueprint", "instruction"]
+COLUMNS = ["id", "image", "image_target", *TEXTS]
+
+warnings.filterwarnings("ignore", message="a prompt of .* tokens is longer")
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_model_dir: Path) -> DIM:
+    return model.load(tiny_model_dir)
+
+
+@pytest.fixture(scope="module")
+def table(edit_data: str) -> pa.Table:
+    dataset, _ = open_samples([edit_data], COLUMNS)
+    return read_rows(dataset, COLUMNS, np.arange(6))
+
+
+@pytest.fixture(scope="module")
+def cached(tiny: DIM, table: pa.Table) -> CachedFeatures:
+    return CachedFeatures(encoder_of(tiny), table, TEXTS, encode_batch=4)
+
+
+def encoder_of(tiny: DIM, edits: bool = True) -> FrozenEncoder:
+    return FrozenEncoder(tiny, edits=edits, resolution=64)
+
+
+def test_cached_and_live_features_agree(tiny: DIM, table: pa.Table, cached: CachedFeatures) -> None:
+    live = LiveFeatures(encoder_of(tiny), table, TEXTS)
+    rows, texts = np.array([5, 0, 3]), np.array([0, 1, 0])
+    kept, fresh = cached.batch(rows, texts), live.batch(rows, texts)
+    assert torch.equal(kept.mask, fresh.mask)
+    for name in ("hidden_states", "latent", "source_latent"):
+        one, other = getattr(kept, name), getattr(fresh, name)
+        assert one.dtype == other.dtype == torch.float32
+        assert torch.allclose(one, other, atol=2e-2, rtol=2e-3), name  # float16 against float32
+
+
+def test_a_batch_is_padded_to_its_longest_row_only(cached: CachedFeatures) -> None:
+    short = cached.batch(np.array([0]), np.array([1]))
+    both = cached.batch(np.array([0, 0]), np.array([1, 0]))
+    tokens = short.hidden_states.shape[1]
+    assert short.mask.all() and tokens < both.hidden_states.shape[1]
+    assert both.mask.sum(1).tolist() == [tokens, both.hidden_states.shape[1]]
+    assert torch.equal(both.hidden_states[0, :tokens], short.hidden_states[0])
+    assert not both.hidden_states[0, tokens:].any()
+
+
+def test_source_and_target_are_not_mixed_up(tiny: DIM, table: pa.Table) -> None:
+    latent, source = encoder_of(tiny).latents(table.slice(0, 2))
+    alone, nothing = encoder_of(tiny, edits=False).latents(table.slice(0, 2))
+    assert nothing is None and source is not None
+    assert torch.equal(alone, source) and not torch.equal(latent, source)
+
+
+def test_progress_counts_rows(tiny: DIM, table: pa.Table) -> None:
+    seen: list[tuple[int, int]] = []
+    CachedFeatures(
+        encoder_of(tiny),
+        table,
+        ["instruction"],
+        encode_batch=4,
+        progress=lambda *at: seen.append(at),
+    )
+    assert seen == [(4, 6), (6, 6)]
+
+
+def test_memory_and_cut_texts_are_counted(cached: CachedFeatures) -> None:
+    assert cached.nbytes > 6 * 2 * 32 * 16 * 2  # more than the latents alone
+    assert cached.count_cut(1) == 12 and cached.count_cut(10_000) == 0
+
+
+def test_texts_are_chosen_by_their_shares() -> None:
+    draws = np.linspace(0, 1, 1000, endpoint=False)
+    assert np.bincount(choose_texts(draws, (0.9, 0.1))).tolist() == [900, 100]
+    assert choose_texts(draws, (1.0,)).max() == 0
+
+
+def test_a_broken_image_is_named(tiny: DIM, make_dataset: Callable[..., str]) -> None:
+    row = {"id": "bad", "index": 0, "source": "s", "image": b"no image", "image_target": b"?"}
+    row |= {"blueprint": "b", "instruction": "i"}
+    dataset, _ = open_samples([make_dataset("broken", [row], records.EDIT)], COLUMNS)
+    rows = read_rows(dataset, COLUMNS, np.arange(1))
+    with pytest.raises(InputError, match="the image of sample bad"):
+        CachedFeatures(encoder_of(tiny), rows, TEXTS)
+
+
+@pytest.fixture(scope="module")
+def shards(
+    edit_data: str, tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, FeatureShards]:
+    """Feature shards by their encoding."""
+    folder = tmp_path_factory.mktemp("shards")
+    found = {}
+    for encoding in ("bf16", "int8"):
+        uri = write_features(edit_data, folder / encoding, tiny_model_dir, encoding=encoding)
+        found[encoding] = FeatureShards.open([uri], TEXTS, edits=True)
+    return found
+
+
+ROWS, CHOSEN = np.array([5, 0, 3]), np.array([0, 1, 0])
+
+
+def batch_of(shards: FeatureShards, in_memory: bool) -> Features:
+    """Of rows 5, 0 and 3, as a worker that owns six rows in another order has them."""
+    owned = np.array([3, 5, 1, 0, 2, 4])
+    features = ShardFeatures(shards, owned, TEXTS, in_memory=in_memory)
+    assert features.in_memory == in_memory and (features.nbytes > 0) == in_memory
+    return features.batch(np.array([1, 3, 0]), CHOSEN)
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_features_from_shards_are_the_live_ones(
+    tiny: DIM, table: pa.Table, shards: dict[str, FeatureShards], in_memory: bool
+) -> None:
+    stored = batch_of(shards["bf16"], in_memory)
+    live = LiveFeatures(encoder_of(tiny), table, TEXTS).batch(ROWS, CHOSEN)
+    assert torch.equal(stored.mask, live.mask)
+    for name in ("hidden_states", "latent", "source_latent"):
+        one, other = getattr(stored, name), getattr(live, name)
+        assert one.dtype == other.dtype == torch.float32
+        assert torch.allclose(one, other, rtol=2**-8, atol=1e-4), name  # half a bfloat16 step
+        assert torch.equal(one, one.bfloat16().float()), name
+    assert not stored.hidden_states[~stored.mask].any()
+
+
+def test_8_bit_states_are_nearly_the_same(shards: dict[str, FeatureShards]) -> None:
+    exact, rough = batch_of(shards["bf16"], False), batch_of(shards["int8"], False)
+    assert torch.equal(exact.latent, rough.latent)
+    assert 0 < relative_error(exact.hidden_states, rough.hidden_states) < 0.015
+    held = batch_of(shards["int8"], True)
+    assert torch.equal(held.hidden_states, rough.hidden_states)
+
+
+def test_the_stored_numbers_are_given_exactly(shards: dict[str, FeatureShards]) -> None:
+    stored = batch_of(shards["bf16"], False)
+    (row,) = shards["bf16"].read(ROWS[:1], ["blueprint_states", "blueprint_tokens", "latent"])
+    tokens = row["blueprint_tokens"]
+    states = unpack_bf16(row["blueprint_states"], (tokens, 128))
+    assert torch.equal(stored.hidden_states[0, :tokens].bfloat16(), states)
+    assert torch.equal(stored.latent[0].bfloat16(), unpack_bf16(row["latent"], (8, 8, 8)))
+
+
+def test_texts_that_fill_the_condition_are_counted(shards: dict[str, FeatureShards]) -> None:
+    held = ShardFeatures(shards["bf16"], np.arange(6), TEXTS, in_memory=True)
+    assert held.count_cut(1) == 12 and held.count_cut(10_000) == 0
+
+
+def test_a_damaged_value_is_named_with_its_sample(
+    shards: dict[str, FeatureShards], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = FeatureShards.read
+
+    def damaged(self: FeatureShards, rows: np.ndarray, columns: list[str]) -> list[dict]:
+        found = read(self, rows, columns)
+        return [{**row, "blueprint_states": row["blueprint_states"][:-2]} for row in found]
+
+    monkeypatch.setattr(FeatureShards, "read", damaged)
+    features = ShardFeatures(shards["bf16"], np.arange(6), TEXTS, in_memory=False)
+    with pytest.raises(InputError, match="the blueprint_states of sample 'edit-2' are damaged"):
+        features.batch(np.array([2]), np.array([0]))

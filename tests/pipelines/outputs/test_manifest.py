@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dim.errors import StorageError
+from infra.storage import open_store
+from pipelines.outputs import manifest
+from pipelines.outputs.manifest import Counts, Manifest, differences
+
+
+def counts(**changes: object) -> Counts:
+    values = {"input": 6, "kept": 3, "rejected": 2, "failed": 1, "by_reason": {"a": 1, "b": 1}}
+    return Counts.model_validate({**values, **changes})
+
+
+def test_counts_add_up_or_do_not() -> None:
+    assert counts().add_up()
+    assert not counts(input=7).add_up()
+    assert not counts(by_reason={"a": 1}).add_up()
+
+
+def test_survives_the_store(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    assert manifest.read(store) is None
+    written = Manifest(job="edit", config={"a": {"b": [1]}}, input={}, counts=counts(), files=())
+    manifest.write(store, written)
+    assert manifest.read(store) == written
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"job": "edit"}'])
+def test_a_damaged_manifest_is_named(tmp_path: Path, text: str) -> None:
+    store = open_store(str(tmp_path))
+    store.write(manifest.NAME, text.encode())
+    with pytest.raises(StorageError, match=r"manifest.json is no manifest"):
+        manifest.read(store)
+
+
+def test_differences_have_dotted_names() -> None:
+    old, new = {"a": {"b": 1, "c": 2}, "d": 3}, {"a": {"b": 1, "c": 5}, "e": 4}
+    assert list(differences(old, new)) == [
+        "a.c was 2 and is 5",
+        "d was 3 and is None",
+        "e was None and is 4",
+    ]
+
+
+def test_a_newer_manifest_is_refused_in_words(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    store.write(manifest.NAME, b'{"version": 2, "job": "edit", "parts": []}')
+    with pytest.raises(StorageError, match="is of version 2, and this program knows 1 and older"):
+        manifest.read(store)
+
+
+def test_an_older_manifest_has_no_cost(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    old = Manifest(job="edit", config={}, input={}, counts=counts(), files=()).model_dump()
+    del old["cost"]
+    store.write(manifest.NAME, json.dumps(old).encode())
+    found = manifest.read(store)
+    assert found is not None and found.cost is None

@@ -1,0 +1,175 @@
+"""One job's output as the next one's input, read by tasks on a real local Ray."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import ray
+
+from dim.errors import InputError
+from dim.records import RAW_IMAGE
+from infra.storage import open_store
+from pipelines import ingest
+from pipelines.ingest import IngestConfig
+from pipelines.outputs.manifest import FileEntry
+from pipelines.outputs.shards import Part, Shards
+from tests.pipelines.finished import finish
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")
+
+
+def by_whom(batch: pa.Table) -> pa.Table:
+    """Which task had which records, and how many at a time."""
+    task = ray.get_runtime_context().get_task_id()
+    rows = batch.num_rows
+    columns = [
+        batch["id"],
+        pa.array([task] * rows, pa.string()),
+        pa.array([rows] * rows, pa.int64()),
+    ]
+    return pa.table(columns, names=["id", "task", "at_once"])
+
+
+def broken(batch: pa.Table) -> pa.Table:
+    raise InputError("no such stage")
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A reader that notes which task read what, one file a task."""
+
+    reader: Callable[[pa.Table], Iterator[pa.Table]]
+    folder: Path
+
+    def __call__(self, units: pa.Table) -> Iterator[pa.Table]:
+        task = ray.get_runtime_context().get_task_id()
+        with (self.folder / task).open("a") as file:
+            file.write("".join(f"{first}\n" for first in units["first"].to_pylist()))
+        return self.reader(units)
+
+
+def collected(shards: Shards, rows: int) -> pa.Table:
+    return pa.concat_tables(ray.get(shards.scan(by_whom, rows).to_arrow_refs()))
+
+
+def gathered(shards: Shards, rows: int) -> pa.Table:
+    found = shards.gather(by_whom, rows)
+    assert list(found) == shards.parts
+    return pa.concat_tables(found.values())
+
+
+def test_a_scan_reads_every_record_once_in_order_and_by_several_tasks(tmp_path: Path) -> None:
+    ingest.run(IngestConfig(tabletop_images=600, size=32, out=str(tmp_path), rows_per_file=512))
+    shards = Shards.open(str(tmp_path), RAW_IMAGE)
+    assert len(shards.names) == 2
+    seen = collected(shards, 50)
+    wanted = [
+        value for batch in shards.batches(columns=["id"]) for value in batch["id"].to_pylist()
+    ]
+    assert seen["id"].to_pylist() == wanted and len(wanted) == 600
+    assert max(seen["at_once"].to_pylist()) == 50
+    assert gathered(shards, 50)["id"].to_pylist() == wanted
+    # 256 places of the input to a row group: two in the first file, one in the second.
+    assert len(set(seen["task"].to_pylist())) == 3
+    table = pq.read_table(tmp_path / shards.names[0], columns=["id"])
+    assert table.num_rows == 512
+
+
+def test_a_file_may_have_fewer_or_more_row_groups_than_expected(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    (tmp_path / "data").mkdir()
+    for name, group in (("one", 1000), ("many", 7)):
+        ids = pa.table({"id": [f"{name}-{number}" for number in range(1000)]})
+        pq.write_table(ids, tmp_path / f"data/{name}.parquet", row_group_size=group)
+    files = tuple(
+        FileEntry(path=f"data/{name}.parquet", rows=1000, bytes=1, sha256="0" * 64)
+        for name in ("one", "many")
+    )
+    shards = Shards(store, finish(open_store(str(tmp_path / "x")), [], RAW_IMAGE))
+    shards = Shards(store, shards.manifest.model_copy(update={"files": files}))
+    wanted = [f"{name}-{number}" for name in ("one", "many") for number in range(1000)]
+    assert collected(shards, 64)["id"].to_pylist() == wanted
+    assert gathered(shards, 64)["id"].to_pylist() == wanted
+
+
+def test_a_scan_of_nothing_has_columns(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    finish(store, [], RAW_IMAGE)
+    seen = collected(Shards.open(str(tmp_path), RAW_IMAGE), 8)
+    assert seen.num_rows == 0 and seen.column_names == ["id", "task", "at_once"]
+    seen = gathered(Shards.open(str(tmp_path), RAW_IMAGE), 8)
+    assert seen.num_rows == 0 and seen.column_names == ["id", "task", "at_once"]
+
+
+@pytest.mark.parametrize("shares", [1, 3, 11])
+def test_shares_of_a_part_are_the_part(tmp_path: Path, shares: int) -> None:
+    """Also of row groups that a batch does not fill, and where there are more shares than rows."""
+    table = pa.table({"id": list(range(10))})
+    pq.write_table(table, tmp_path / "file.parquet", row_group_size=4)
+    store = open_store(str(tmp_path))
+    for parts, wanted in ((2, [0, 1, 2, 3]), (1, list(range(10)))):
+        part = Part("file.parquet", 0, parts)
+        found = [list(part.batches(store, 3, (number, shares))) for number in range(shares)]
+        assert all(found)
+        tables = [table for batches in found for table in batches]
+        assert all(each.num_rows <= 3 and each.schema == table.schema for each in tables)
+        assert pa.concat_tables(tables)["id"].to_pylist() == wanted
+
+
+def test_the_last_parts_are_shared_out(tmp_path: Path) -> None:
+    ingest.run(IngestConfig(tabletop_images=80, size=32, rows_per_file=8, out=str(tmp_path)))
+    shards = Shards.open(str(tmp_path), RAW_IMAGE)
+    cores = int(ray.cluster_resources()["CPU"])
+    tasks = [len(set(table["task"].to_pylist())) for table in shards.gather(by_whom).values()]
+    assert len(tasks) == 10 > cores
+    assert tasks == [1] * (10 - cores) + [4] * cores
+
+
+def test_a_stage_that_fails_stops_what_gathers_it(tmp_path: Path) -> None:
+    ingest.run(IngestConfig(tabletop_images=4, size=32, out=str(tmp_path)))
+    with pytest.raises(InputError, match="no such stage"):
+        Shards.open(str(tmp_path), RAW_IMAGE).gather(broken)
+
+
+@dataclass(frozen=True)
+class KilledOnce:
+    """A stage whose process is gone at the first record 7."""
+
+    sign: Path
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        if 7 in batch["index"].to_pylist() and not self.sign.exists():
+            self.sign.write_text(str(os.getpid()))
+            os.kill(os.getpid(), signal.SIGKILL)
+        return batch.select(["index"])
+
+
+def test_a_worker_that_is_killed_loses_nothing_that_is_gathered(tmp_path: Path) -> None:
+    raw, sign = str(tmp_path / "raw"), tmp_path / "sign"
+    ingest.run(IngestConfig(tabletop_images=12, size=32, rows_per_file=2, out=raw))
+    found = Shards.open(raw, RAW_IMAGE).gather(KilledOnce(sign), 1)
+    assert sign.exists() and int(sign.read_text()) != os.getpid()
+    seen = pa.concat_tables(found.values())["index"].to_pylist()
+    assert seen == list(range(12))
+
+
+def test_every_range_is_read_by_a_task_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks = tmp_path / "tasks"
+    tasks.mkdir()
+    config = IngestConfig(tabletop_images=12, size=32, rows_per_file=2, out=str(tmp_path / "out"))
+    source = ingest.open_source(config)
+    watched = dataclasses.replace(source, reader=Seen(source.reader, tasks))
+    monkeypatch.setattr(ingest, "open_source", lambda config: watched)
+    assert ingest.run(config).counts.kept == 12
+    read_by = [task.read_text().split() for task in tasks.iterdir()]
+    assert sorted(read_by) == sorted([str(first)] for first in range(0, 12, 2))

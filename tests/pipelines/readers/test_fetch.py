@@ -1,0 +1,248 @@
+"""Fetching from a server that misbehaves, and from addresses that must not be asked."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from dim.errors import InputError
+from pipelines import ingest
+from pipelines.ingest import IngestConfig
+from pipelines.outcome import Rejection
+from pipelines.readers import fetch
+from pipelines.readers.fetch import FetchConfig, Fetcher, is_public, retry_after
+from tests.image_server import (
+    ImageServer,
+    cut_short,
+    endless,
+    hanging,
+    in_turn,
+    ok,
+    serving,
+    status,
+)
+from tests.pipelines.containers import source, target, write_lines
+from tests.pipelines.readers.test_containers import read
+
+LOCAL = {"allow_private": True, "workers": 1, "per_host_per_second": 1000, "attempts": 2}
+
+
+@pytest.fixture
+def server() -> Iterator[ImageServer]:
+    with serving() as running:
+        yield running
+
+
+def get(url: str, **options: Any) -> bytes | Exception:
+    return Fetcher(FetchConfig(**{**LOCAL, **options}))([url])[url]
+
+
+def reason(result: bytes | Exception) -> str:
+    assert isinstance(result, Rejection), result
+    return result.reason
+
+
+def test_a_good_answer_also_behind_redirects(server: ImageServer) -> None:
+    server.answers = {
+        "/a": ok(b"image"),
+        "/b": status(302, Location="c"),
+        "/c": status(308, Location=f"{server.url}/a"),
+        "/round": status(301, Location="/round"),
+    }
+    assert get(f"{server.url}/a") == get(f"{server.url}/b") == b"image"
+    lost = get(f"{server.url}/round", max_redirects=3)
+    assert isinstance(lost, InputError) and "more than 3 redirects" in str(lost)
+    assert server.asked["/round"] == 4
+
+
+def test_busy_hosts_are_asked_again_when_they_say(server: ImageServer) -> None:
+    server.answers = {
+        "/429": in_turn(status(429, Retry_After="1"), ok(b"later")),
+        "/503": status(503, Retry_After="0"),
+        "/long": status(503, Retry_After="9999"),
+        "/cut": in_turn(cut_short, ok(b"whole")),
+    }
+    started = time.monotonic()
+    assert get(f"{server.url}/429") == b"later"
+    assert time.monotonic() - started >= 1
+    assert "answers 503, also after 3 attempts" in str(get(f"{server.url}/503", attempts=3))
+    assert server.asked["/503"] == 3
+    assert "to be asked in 9999 s" in str(get(f"{server.url}/long"))
+    assert server.asked["/long"] == 1
+    assert get(f"{server.url}/cut") == b"whole"
+
+
+def test_hosts_that_hang_or_are_not_there_fail_the_record(server: ImageServer) -> None:
+    server.answers = {"/hang": hanging}
+    found = get(f"{server.url}/hang", timeout_s=0.3, attempts=1)
+    assert isinstance(found, InputError) and "no answer within 0.3 s" in str(found)
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        closed = f"http://127.0.0.1:{unused.getsockname()[1]}/a"
+    assert isinstance(get(closed, attempts=1), InputError)
+    for wrong in ("http://", "http://[bad/a", "http://127.0.0.1:99999/a"):
+        assert isinstance(get(wrong), InputError), wrong
+
+
+def test_an_answer_is_read_to_its_size_cap_and_no_further(server: ImageServer) -> None:
+    server.answers = {"/endless": endless, "/declared": ok(b"x" * 5000), "/fits": ok(b"x" * 1000)}
+    assert reason(get(f"{server.url}/endless", max_bytes=1_000_000)) == "url.too_large"
+    assert reason(get(f"{server.url}/declared", max_bytes=1000)) == "url.too_large"
+    assert get(f"{server.url}/fits", max_bytes=1000) == b"x" * 1000
+
+
+def test_what_is_gone_is_rejected_and_what_is_forbidden_fails(server: ImageServer) -> None:
+    server.answers = {"/410": status(410), "/403": status(403)}
+    assert reason(get(f"{server.url}/none")) == reason(get(f"{server.url}/410")) == "url.gone"
+    assert "answers 403" in str(get(f"{server.url}/403"))
+
+
+@pytest.mark.parametrize(
+    ("tag", "free"),
+    [
+        ("noai", False),
+        ("NoImageAI", False),
+        ("nofollow, noindex", False),
+        ("none", False),
+        ("dim-on-ray: noai", False),
+        ("otherbot: noai", True),
+        ("otherbot: noai, noindex", True),
+        ("nofollow", True),
+        ("unavailable_after: 25 Jun 2010 15:00:00 PST, noimageindex", False),
+    ],
+)
+def test_an_opt_out_is_respected(tag: str, free: bool, server: ImageServer) -> None:
+    server.answers = {"/a": ok(b"image", X_Robots_Tag=tag)}
+    found = get(f"{server.url}/a")
+    assert found == b"image" if free else reason(found) == "url.opted_out"
+    assert get(f"{server.url}/a", respect_opt_out=False) == b"image"
+
+
+def test_a_host_is_asked_no_more_at_once_and_no_faster_than_allowed(server: ImageServer) -> None:
+    def slowly(request: Any) -> None:
+        time.sleep(0.1)
+        ok(b"x")(request)
+
+    urls = [f"{server.url}/{n}" for n in range(12)]
+    server.answers = {f"/{n}": slowly for n in range(12)}
+    fetcher = Fetcher(FetchConfig(**{**LOCAL, "workers": 2, "per_host": 6}))
+    assert set(fetcher(urls).values()) == {b"x"}
+    assert server.most == 3
+
+    server.times.clear()
+    config = FetchConfig(**{**LOCAL, "workers": 2, "per_host": 24, "per_host_per_second": 40})
+    fetcher = Fetcher(config)
+    fetcher(urls[:6])
+    fetcher(urls[6:])
+    assert server.times[-1] - server.times[0] >= 11 * 2 / 40 * 0.9
+
+
+def test_limits_must_leave_each_worker_a_request() -> None:
+    with pytest.raises(ValidationError, match="per_host must be at least workers"):
+        FetchConfig(workers=9, per_host=8)
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["127.0.0.1", "localhost", "[::1]", "[::ffff:127.0.0.1]", "0.0.0.0", "2130706433", "127.1"],
+)
+def test_this_machine_is_not_asked_by_any_name(host: str, server: ImageServer) -> None:
+    server.answers = {"/a": ok(b"secret")}
+    found = get(f"http://{host}:{server.port}/a", allow_private=False)
+    assert isinstance(found, Exception) and not server.asked
+    if host not in ("2130706433", "127.1"):  # spellings that not every resolver reads as a number
+        assert reason(found) == "url.private_address"
+
+
+@pytest.mark.parametrize(
+    ("address", "public"),
+    [
+        ("93.184.216.34", True),
+        ("2606:2800:220:1:248:1893:25c8:1946", True),
+        ("10.1.2.3", False),
+        ("172.16.0.1", False),
+        ("192.168.1.1", False),
+        ("169.254.169.254", False),
+        ("100.64.0.1", False),
+        ("224.0.0.1", False),
+        ("fe80::1%eth0", False),
+        ("fd00::1", False),
+        ("::ffff:10.0.0.1", False),
+        ("64:ff9b::a9fe:a9fe", False),
+        ("2002:7f00:1::", False),
+    ],
+)
+def test_which_addresses_are_public(address: str, public: bool) -> None:
+    assert is_public(address) is public
+
+
+def test_a_redirect_to_a_private_address_is_not_followed(
+    server: ImageServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetch, "is_public", lambda address: address == "127.0.0.1")
+    with serving("127.0.0.2") as inside:
+        inside.answers = {"/secret": ok(b"secret")}
+        server.answers = {
+            "/number": status(302, Location=f"{inside.url}/secret"),
+            "/file": status(302, Location="file:///etc/hostname"),
+        }
+        assert reason(get(f"{server.url}/number", allow_private=False)) == "url.private_address"
+        assert "not an http" in str(get(f"{server.url}/file", allow_private=False))
+        assert not inside.asked
+
+
+def test_the_connection_is_made_to_the_address_that_was_checked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A name that is public when it is checked and private a moment later leads nowhere else."""
+    answers: list[str] = []
+    real = socket.getaddrinfo
+
+    def rebinding(host: Any, port: Any, *args: Any, **options: Any) -> Any:
+        if host != "rebind.test":
+            return real(host, port, *args, **options)
+        answers.append("127.0.0.1" if not answers else "127.0.0.2")
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (answers[-1], port))]
+
+    monkeypatch.setattr(socket, "getaddrinfo", rebinding)
+    monkeypatch.setattr(fetch, "is_public", lambda address: address == "127.0.0.1")
+    with serving("127.0.0.1") as outside:
+        outside.answers = {"/a": ok(b"public"), "/b": status(302, Location="/a")}
+        url = f"http://rebind.test:{outside.port}"
+        assert get(f"{url}/a", allow_private=False) == b"public"
+        assert answers == ["127.0.0.1"]
+        assert reason(get(f"{url}/a", allow_private=False)) == "url.private_address"
+        assert outside.asked["/a"] == 1
+
+
+def test_retry_after_in_both_its_forms() -> None:
+    soon = format_datetime(datetime.now(UTC) + timedelta(seconds=30), usegmt=True)
+    assert retry_after("7") == 7 and retry_after(None) is None and retry_after("soon") is None
+    assert 25 < (retry_after(soon) or 0) <= 30
+
+
+def test_records_with_urls(server: ImageServer, tmp_path: Path) -> None:
+    server.answers = {"/s": ok(source(0)), "/t": ok(target(0)), "/html": ok(b"<html>")}
+    lines = [
+        {"image_path": f"{server.url}/{one}", "image_path_target": f"{server.url}/{two}"}
+        for one, two in (("s", "t"), ("s", "html"), ("s", "gone"), ("busy", "t"))
+    ]
+    server.answers["/busy"] = status(500)
+    path = write_lines(tmp_path / "u.jsonl", [{**line, "prompt": "Add a box."} for line in lines])
+    config = IngestConfig(out="o", pairs=str(path), fetch=LOCAL)
+    first, *others = read(ingest.open_source(config))
+    assert (first["image"], first["image_target"]) == (source(0), target(0))
+    assert [row["reason"] for row in others] == ["image.undecodable", "url.gone", None]
+    assert others[2]["outcome"] == "failed" and "answers 500" in others[2]["error"]
+    assert server.asked["/s"] == 1  # once for the records that share it
+    refused = read(ingest.open_source(IngestConfig(out="o", pairs=str(path))))
+    assert {row["outcome"] for row in refused} == {"failed"}
+    assert "fetched only with --fetch" in refused[0]["error"]

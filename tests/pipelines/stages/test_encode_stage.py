@@ -1,0 +1,173 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+import torch
+
+from dim import model as models
+from dim import records
+from dim.errors import InputError
+from dim.features.encoder import FrozenEncoder
+from dim.features.packing import unpack_bf16, unpack_int8
+from infra.storage import open_store
+from pipelines.stages.encode import ENCODED, EncodeFeatures, EncodeOptions
+from tests.feature_shards import encoder, prepare, units_in
+from tests.pipelines.finished import finish
+from tests.training.conftest import edit_rows, t2i_rows
+
+Made = tuple[EncodeFeatures, pa.Table]
+
+
+@pytest.fixture
+def made(tmp_path: Path, tiny_model_dir: Path) -> Callable[..., Made]:
+    """``made(rows, **options)``: the stage over these records, and their units."""
+
+    def make(rows: list[dict[str, Any]], schema: pa.Schema = records.EDIT, **options: Any) -> Made:
+        plain = tmp_path / "plain"
+        if not plain.exists():
+            finish(open_store(str(plain)), rows, schema)
+        stage, _ = encoder(str(plain), str(tmp_path / "out"), tiny_model_dir, **options)
+        return stage, units_in(open_store(str(plain)))
+
+    return make
+
+
+def run(stage: EncodeFeatures, units: pa.Table) -> list[dict[str, Any]]:
+    rows = [row for part in stage(units) for row in part.to_pylist()]
+    return sorted(rows, key=lambda row: row["index"])
+
+
+def test_edits_become_what_the_frozen_parts_say(
+    made: Callable[..., Made], tiny_model_dir: Path
+) -> None:
+    source = edit_rows(7)
+    stage, units = made(source)
+    rows = run(stage, units)
+    assert [row["id"] for row in rows] == [row["id"] for row in source]
+    assert {row["outcome"] for row in rows} == {"kept"}
+    model = models.load(tiny_model_dir)
+    frozen = FrozenEncoder(model, edits=True, resolution=64)
+    for row, record in zip(rows, source, strict=True):
+        table = pa.Table.from_pylist([record], records.EDIT)
+        seen = frozen.see(table)
+        for text in ("blueprint", "instruction"):
+            hidden, _ = frozen.states([record[text]], seen)
+            assert row[text] == record[text] and row[f"{text}_tokens"] == hidden.shape[1]
+            shape = (row[f"{text}_tokens"], row["hidden_size"])
+            kept = unpack_bf16(row[f"{text}_states"], shape).float()
+            assert torch.allclose(kept, hidden[0], rtol=2**-8, atol=1e-4)  # half a bfloat16 step
+        for name, wanted in zip(("latent", "source_latent"), frozen.latents(table), strict=True):
+            kept = unpack_bf16(row[name], tuple(row["latent_shape"])).float()
+            assert wanted is not None
+            assert torch.allclose(kept, wanted[0], rtol=2**-8, atol=1e-4)
+    assert rows[0]["latent"] != rows[0]["source_latent"]
+    assert rows[0]["provenance"] == source[0]["provenance"] and "image" not in rows[0]
+
+
+def test_8_bit_states_say_how_far_they_are_off(made: Callable[..., Made]) -> None:
+    exact = run(*made(edit_rows(3)))
+    rough = run(*made(edit_rows(3), encoding="int8"))
+    for one, other in zip(exact, rough, strict=True):
+        shape = (one["blueprint_tokens"], one["hidden_size"])
+        states = unpack_bf16(one["blueprint_states"], shape).float()
+        kept = unpack_int8(other["blueprint_states"], other["blueprint_scales"], shape)
+        apart = float((states - kept).norm() / states.norm())
+        assert 0.001 < other["blueprint_error"] < 0.02
+        assert apart == pytest.approx(other["blueprint_error"], rel=0.2)
+        assert len(other["blueprint_states"]) * 2 == len(one["blueprint_states"])
+        assert one["latent"] == other["latent"]
+
+
+def test_images_have_no_source(made: Callable[..., Made]) -> None:
+    stage, units = made(t2i_rows(2), records.T2I, kind="t2i", texts=("caption",))
+    rows = run(stage, units)
+    assert [row["outcome"] for row in rows] == ["kept", "kept"]
+    assert "source_latent" not in rows[0] and rows[0]["caption_states"]
+
+
+def test_a_bad_record_spoils_no_other(made: Callable[..., Made]) -> None:
+    source = edit_rows(6)
+    source[1]["image"] = b"no image"
+    source[2]["blueprint"] = None
+    source[4]["image_target"] = source[4]["image_target"][:60]
+    rows = run(*made(source))
+    assert [row["outcome"] for row in rows] == [
+        "kept", "failed", "rejected", "kept", "failed", "kept",
+    ]  # fmt: skip
+    assert rows[1]["stage"] == "features" and "the image of sample edit-1" in rows[1]["error"]
+    assert rows[2]["reason"] == "features.text_missing" and "blueprint" in rows[2]["detail"]
+    assert "the image_target of sample edit-4" in rows[4]["error"]
+    assert rows[1]["blueprint_states"] is None
+
+
+def test_numbers_that_are_none_fail_their_record(made: Callable[..., Made]) -> None:
+    stage, units = made(edit_rows(2))
+    states = stage._encoder.states
+
+    def broken(texts: list[str], seen: Any) -> Any:
+        hidden, mask = states(texts, seen)
+        return hidden * float("nan"), mask
+
+    stage._encoder.states = broken  # type: ignore[method-assign]
+    assert [row["error"] for row in run(stage, units)] == [
+        "its hidden states are not finite numbers"
+    ] * 2
+
+
+def test_a_unit_that_is_done_is_not_done_again(made: Callable[..., Made], tmp_path: Path) -> None:
+    stage, units = made(edit_rows(16))
+    assert len(units) == 2
+    done = run(stage, units.slice(0, 1))
+    # The second is broken off in its middle, as by a kill.
+    second = stage(units.slice(1, 1))
+    next(second)
+    second.close()
+    store = open_store(str(tmp_path / "out"))
+    assert len(store.list(ENCODED, suffix=".arrow")) == 1
+
+    again, _ = made([])
+    worked: list[str] = []
+    see = again._encoder.see
+
+    def watched(table: pa.Table) -> Any:
+        worked.extend(table["id"].to_pylist())
+        return see(table)
+
+    again._encoder.see = watched  # type: ignore[method-assign]
+    rows = run(again, units)
+    assert sorted(worked) == sorted(row["id"] for row in rows[8:])
+    assert rows[:8] == done and len(rows) == 16
+
+
+def test_what_other_settings_made_is_not_taken(made: Callable[..., Made], tmp_path: Path) -> None:
+    run(*made(edit_rows(4)))
+    run(*made([], encoding="int8"))
+    run(*made([], texts=("instruction",)))
+    store = open_store(str(tmp_path / "out"))
+    assert len(store.list(ENCODED)) == 3
+
+
+def test_groups_are_of_similar_length(made: Callable[..., Made]) -> None:
+    source = edit_rows(8)
+    for number, row in enumerate(source):
+        row["blueprint"] = row["instruction"] = "word " * (1 + 40 * (number % 2))
+    stage, units = made(source)
+    lengths = [
+        {row["blueprint_tokens"] for row in part.to_pylist()} for part in stage(units.slice(0, 1))
+    ]
+    assert [len(group) for group in lengths] == [1, 1]
+
+
+def test_a_model_that_is_another_one_on_the_workers_machine(
+    made: Callable[..., Made], tmp_path: Path, tiny_model_dir: Path
+) -> None:
+    stage, _ = made(edit_rows(1))
+    needed = prepare(tiny_model_dir).model_copy(update={"autoencoder": "0" * 64})
+    store = open_store(str(tmp_path / "out"))
+    options = EncodeOptions.model_validate(stage.options.model_dump())
+    with pytest.raises(InputError, match="is not the same on every machine: the weights or the"):
+        EncodeFeatures(str(tiny_model_dir), options, needed, store, store, False, 1)

@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dim.errors import ConfigError
+from training.record import StageRecord, fingerprint_init, read_record
+
+
+def test_a_record_survives_writing(tmp_path: Path) -> None:
+    out = str(tmp_path)
+    assert read_record(out) is None
+    record = StageRecord({"seed": 1}, {"stage": "t2i"}, "run", True, {"loss": 0.5}, "there")
+    record.write(out)
+    assert read_record(out) == record
+
+
+def test_another_run_in_the_same_place_is_refused(tmp_path: Path) -> None:
+    record = StageRecord({"seed": 1, "steps": 5, "data": "a"}, {}, "run")
+    record.check_same({"seed": 1, "steps": 5, "data": "a"}, "out")
+    with pytest.raises(ConfigError, match=r"unfinished run with other settings \(data, steps\)"):
+        record.check_same({"seed": 1, "steps": 6, "data": "b"}, "out")
+
+
+@pytest.mark.parametrize("text", ["no json", "[]", '{"other": 1}'])
+def test_a_damaged_record_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "stage.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"stage\.json is not the record of a training stage"):
+        read_record(str(tmp_path))
+
+
+def test_the_fingerprint_of_a_start_follows_its_content(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "dim.json").write_text("{}")
+    weights = folder / "weights.bin"
+    weights.write_bytes(bytes(3 << 20))
+    before = fingerprint_init(str(folder))
+    assert before == fingerprint_init(str(folder))
+    changed = bytearray(3 << 20)
+    changed[-1] = 1
+    weights.write_bytes(changed)
+    assert fingerprint_init(str(folder)) != before
+    assert fingerprint_init(str(folder / "dim.json")) != before

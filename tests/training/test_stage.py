@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dim.config import load_config, validate_config
+from dim.errors import ConfigError
+from training.stage import StageConfig, learning_rate_at
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+SMALL = {
+    "stage": "edit1",
+    "init": "m",
+    "data": ["d"],
+    "out": "o",
+    "steps": 10,
+    "batch_size": 4,
+    "learning_rate": 1.0,
+}
+
+
+def stage(**changes: object) -> StageConfig:
+    return validate_config(StageConfig, SMALL | changes, where="test.yaml")
+
+
+@pytest.mark.parametrize("size", ["tiny", "dim-4.6b"])
+@pytest.mark.parametrize("name", ["t2i", "edit1", "edit2"])
+def test_shipped_stage_files_are_valid(size: str, name: str) -> None:
+    assert load_config(StageConfig, CONFIGS / f"{size}-{name}.yaml").stage == name
+
+
+@pytest.mark.parametrize(
+    ("name", "rate", "batch", "epochs"),
+    [("t2i", 2e-5, 256, 8), ("edit1", 1e-4, 32, 10), ("edit2", 1e-5, 32, 50)],
+)
+def test_published_stages_hold_the_papers_numbers(
+    name: str, rate: float, batch: int, epochs: int
+) -> None:
+    config = load_config(StageConfig, CONFIGS / f"dim-4.6b-{name}.yaml")
+    assert (config.learning_rate, config.batch_size, config.epochs) == (rate, batch, epochs)
+    assert config.condition_dropout == 0.1 and config.changed_cell_weight == 1
+    assert config.schedule == "constant" and config.ema_decay is None
+
+
+def test_the_text_follows_from_the_stage() -> None:
+    assert stage(stage="t2i").texts == ("caption",)
+    assert stage(stage="edit1").texts == ("instruction",)
+    assert stage(stage="edit2").texts == ("blueprint",)
+    assert stage(stage="edit2", text="instruction").texts == ("instruction",)
+
+
+def test_mixed_texts() -> None:
+    config = stage(text_mix={"instruction": 1, "blueprint": 9})
+    assert config.texts == ("blueprint", "instruction")
+    assert config.text_shares == (0.9, 0.1)
+    assert config.validation_text == "blueprint"
+    assert config.columns == ["id", "image", "image_target", "blueprint", "instruction"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"learning_rat": 1}, r"unknown key 'learning_rat' \(did you mean 'learning_rate'\?\)"),
+        ({"steps": None}, "exactly one of steps and epochs"),
+        ({"epochs": 3}, "exactly one of steps and epochs"),
+        ({"workers": 3}, "cannot be shared equally by 3 workers"),
+        ({"text": "caption"}, "stage edit1 cannot train on the text 'caption'"),
+        ({"learning_rate": -1}, "learning_rate"),
+        ({"data": []}, "data"),
+    ],
+)
+def test_mistakes_are_named(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        stage(**changes)
+    assert "\n" not in str(caught.value) and "test.yaml" in str(caught.value)
+
+
+def test_learning_rate_schedules() -> None:
+    constant = stage(warmup_steps=4)
+    assert [learning_rate_at(constant, step, 10) for step in (0, 1, 3, 4, 9)] == [
+        0.25,
+        0.5,
+        1.0,
+        1.0,
+        1.0,
+    ]
+    cosine = stage(schedule="cosine", warmup_steps=2)
+    rates = [learning_rate_at(cosine, step, 10) for step in range(10)]
+    assert rates[2] == 1.0 and rates[6] == pytest.approx(0.5) and 0 < rates[9] < 0.1
+    assert rates[2:] == sorted(rates[2:], reverse=True)

@@ -1,0 +1,102 @@
+"""``stage.json`` in a stage's output: what was trained there, how far, and what came out.
+
+It is written before the first step and again at the end. From it a second call knows whether to
+go on, to hand back what is there, or to refuse because something else was trained there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from dim.config import dump_config
+from dim.errors import ConfigError
+from dim.features.samples import fingerprint
+from infra import storage
+from training.stage import OPERATIONAL_KEYS, StageConfig
+
+STAGE_FILE = "stage.json"
+_VERSION = 1
+_EDGE = 1 << 20  # bytes hashed at each end of a weights file
+
+
+@dataclass(frozen=True)
+class StageRecord:
+    """``identity`` is what may not change when the run goes on, by configuration key."""
+
+    identity: dict[str, Any]
+    config: dict[str, Any]
+    run_id: str
+    finished: bool = False
+    metrics: dict[str, float] = field(default_factory=dict)
+    checkpoint: str = ""
+    version: int = _VERSION
+
+    def write(self, out: str) -> None:
+        """Put the record into ``out``, atomically."""
+        text = json.dumps(asdict(self), indent=2, sort_keys=True)
+        storage.open_store(out).write(STAGE_FILE, text.encode())
+
+    def check_same(self, identity: Mapping[str, Any], out: str) -> None:
+        """Refuse to mix two runs.
+
+        Raises:
+            ConfigError: ``out`` belongs to a run that differs; the message names the keys.
+        """
+        names = sorted(self.identity.keys() | identity.keys())
+        differing = [name for name in names if self.identity.get(name) != identity.get(name)]
+        if differing:
+            state = "a finished" if self.finished else "an unfinished"
+            raise ConfigError(
+                f"{out} holds {state} run with other settings ({', '.join(differing)}): choose "
+                "another out, or --fresh to discard it"
+            )
+
+
+def read_record(out: str) -> StageRecord | None:
+    """The record in ``out``, or ``None``.
+
+    Raises:
+        ConfigError: there is a file of that name that is no such record.
+    """
+    store = storage.open_store(out)
+    if not store.exists(STAGE_FILE):
+        return None
+    path = store.address(STAGE_FILE)
+    try:
+        record = StageRecord(**json.loads(store.read(STAGE_FILE)))
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{path} is not the record of a training stage: {error}") from None
+    if record.version != _VERSION:
+        raise ConfigError(f"{path} was written by another version; --fresh discards that run")
+    return record
+
+
+def identify(config: StageConfig, steps: int) -> dict[str, Any]:
+    """What decides the trained weights: settings, contents of the data, contents of ``init``."""
+    values = {k: v for k, v in dump_config(config).items() if k not in OPERATIONAL_KEYS}
+    for key in ("steps", "epochs"):
+        values.pop(key)
+    return {
+        **values,
+        "steps": steps,
+        "data": fingerprint(config.data),
+        "init": fingerprint_init(config.init),
+    }
+
+
+def fingerprint_init(init: str) -> str:
+    """A hash of a model folder or model YAML. Of large files only both ends are read."""
+    store = storage.open_store(init)
+    digest = hashlib.sha256()
+    for name, size in [("", 0)] if store.is_file() else store.list():
+        digest.update(f"{name} {size}\n".encode())
+        with store.open_input(name) as stream:
+            digest.update(stream.read(_EDGE))
+            if size > 2 * _EDGE:
+                stream.seek(size - _EDGE)
+            digest.update(stream.read(_EDGE))
+    return digest.hexdigest()

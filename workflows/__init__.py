@@ -1,0 +1,1 @@
+"""The whole loop, from raw pairs to a report page."""

@@ -1,0 +1,91 @@
+"""The report page: one HTML file with its pictures inside."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow.compute as pc
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from pipelines.evaluate import NAMES, Evaluation, summary
+from pipelines.outputs.manifest import Counts
+from pipelines.stages.paint import BLUEPRINT, SELF
+
+_METRICS = ("loss", "samples_per_second", "validation_loss", "validation_exact")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the page tells."""
+
+    title: str
+    intro: str
+    evaluation: Evaluation
+    jobs: Sequence[tuple[str, Counts]]
+    stages: Sequence[tuple[str, Mapping[str, float]]]
+    places: Sequence[tuple[str, str]]
+    curl: str
+    example: str
+    samples: int = 24
+
+    def render(self) -> str:
+        """The page as HTML, with nothing that it would have to fetch."""
+        environment = Environment(
+            loader=PackageLoader("workflows"), autoescape=True, undefined=StrictUndefined
+        )
+        return environment.get_template("report.html.j2").render(
+            title=self.title,
+            intro=self.intro,
+            headline=self._headline(),
+            ways=[NAMES[way] for way in self.evaluation.ways],
+            summary=summary(self.evaluation),
+            samples=_samples(self.evaluation, self.samples),
+            jobs=self.jobs,
+            metric_names=[name.replace("_", " ") for name in _METRICS],
+            stages=[
+                (name, [_number(metrics.get(key)) for key in _METRICS])
+                for name, metrics in self.stages
+            ],
+            places=self.places,
+            curl=self.curl,
+            example=self.example,
+        )
+
+    def _headline(self) -> list[tuple[str, str]]:
+        evaluation = self.evaluation
+        shown = [
+            (
+                f"exact, direct instructions, {NAMES[way]}",
+                f"{evaluation.share(way, referential=False).accuracy:.0%}",
+            )
+            for way in evaluation.ways
+        ]
+        if SELF in evaluation.ways:
+            right = evaluation.designed_right(SELF)
+            shown.append(("of the model's own blueprints are right", f"{right:.0%}"))
+        return shown
+
+
+def _samples(evaluation: Evaluation, count: int) -> list[dict[str, Any]]:
+    """The first held-out edits, painted from blueprints: not chosen by how they came out."""
+    way = BLUEPRINT if BLUEPRINT in evaluation.ways else evaluation.ways[0]
+    rows = evaluation.painted.filter(pc.field("way") == way).slice(0, count).to_pylist()
+    return [
+        {
+            "text": row["text"] or row["instruction"],
+            "exact": row["exact"],
+            **{name: _data_url(row[name]) for name in ("source", "edited", "target")},
+        }
+        for row in rows
+    ]
+
+
+def _data_url(png: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3g}"
