@@ -1,13 +1,56 @@
-"""Cross-attention whose keys and values are computed once for all steps of a sample."""
+"""The network's two attentions: linear over the latent's cells, and to the condition's tokens.
+
+Both are diffusers' own processors, each with one thing more: linear attention stays in single
+precision under autocast, and keys and values of a condition are computed once for all steps.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from diffusers.models.attention_processor import SanaLinearAttnProcessor2_0
 from diffusers.models.transformers.sana_transformer import SanaAttnProcessor2_0
 from torch import Tensor
 from torch.nn import functional
+
+
+class LinearAttention(SanaLinearAttnProcessor2_0):
+    """diffusers' processor, whose sums over all cells are of single precision under autocast too.
+
+    diffusers turns queries, keys and values into float32, and autocast turns them back: the sum
+    that every cell is divided by would have eight bits. The published training switches autocast
+    off at the same place.
+    """
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Attend from and to ``hidden_states`` (B, L, F); returns (B, L, F)."""
+        query, key, value = (layer(hidden_states) for layer in (attn.to_q, attn.to_k, attn.to_v))
+        if attn.norm_q is not None:
+            query = attn.norm_q(query)
+        if attn.norm_k is not None:
+            key = attn.norm_k(key)
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            cells = [_cells(tensor, attn.heads) for tensor in (query.relu(), key.relu(), value)]
+            attended = linear_attention(*cells)
+        attended = attended.flatten(1, 2).transpose(1, 2).to(hidden_states.dtype)
+        out = attn.to_out[1](attn.to_out[0](attended))
+        return out.clip(-65504, 65504) if hidden_states.dtype == torch.float16 else out
+
+
+def linear_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Σ value·(key·query) / Σ key·query over all cells; each (B, heads, features, L), float32."""
+    # A row of ones below the values makes the sum of the weights with the same product.
+    scores = functional.pad(value, (0, 0, 0, 1), value=1.0) @ key.transpose(2, 3)
+    weighted = scores @ query
+    return weighted[:, :, :-1] / (weighted[:, :, -1:] + 1e-15)
 
 
 @dataclass(frozen=True)
@@ -50,6 +93,10 @@ def keys_and_values(attn: Any, states: Tensor, bias: Tensor | None) -> KeysAndVa
     if attn.norm_k is not None:
         keys = attn.norm_k(keys)
     return KeysAndValues(_by_head(keys, attn.heads), _by_head(attn.to_v(states), attn.heads), bias)
+
+
+def _cells(tensor: Tensor, heads: int) -> Tensor:
+    return tensor.transpose(1, 2).unflatten(1, (heads, -1)).float()
 
 
 def _by_head(tensor: Tensor, heads: int) -> Tensor:

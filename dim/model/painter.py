@@ -11,7 +11,12 @@ from diffusers import SanaTransformer2DModel
 from torch import Tensor, nn
 
 from dim.errors import InputError
-from dim.model.attention import CrossAttention, KeysAndValues, keys_and_values
+from dim.model.attention import (
+    CrossAttention,
+    KeysAndValues,
+    LinearAttention,
+    keys_and_values,
+)
 from dim.model.block import sampling_block
 
 # The published network's query and key norms; diffusers' own 1e-5 moves outputs by 5e-5.
@@ -87,6 +92,7 @@ class Painter(nn.Module):
                 f"not {tuple(null_condition.shape)}"
             )
         for block in network.transformer_blocks:
+            block.attn1.set_processor(LinearAttention())
             block.attn2.set_processor(CrossAttention())
             for attention in (block.attn1, block.attn2):
                 for norm in (attention.norm_q, attention.norm_k):
