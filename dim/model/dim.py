@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Literal
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from dim.blueprint import Blueprint, request_prompt
+from dim.blueprint import Blueprint
+from dim.design import DesignRequest, Designs, Reply
 from dim.errors import BlueprintError, CheckpointError, DesignerError, InputError
 from dim.images import encode_png
 from dim.model import parts, sampler
@@ -21,17 +22,15 @@ from dim.model.checkpoint import folder
 from dim.model.checkpoint.checks import require_choice
 from dim.model.checkpoint.folder import Provenance
 from dim.model.conditioner import Conditioner, Seen
-from dim.model.config import INSTRUCTION, Fit, ModelConfig
+from dim.model.config import Fit, ModelConfig
 from dim.model.connector import Connector
 from dim.model.painter import Painter
 from dim.model.pictures import centre_crop, stretched, to_images, to_pixels, upright_rgb
 from dim.model.request import OnStep, Progress, Row, Told, alike, batches, noise, one_each
 from dim.model.sizes import Size, check_size, nearest_shape
+from dim.model.understanding import Understanding
 
-if TYPE_CHECKING:
-    from dim.designers.base import Designer, Reply
-
-SELF = "self"
+SELF: Literal["self"] = "self"
 
 
 @dataclass(frozen=True)
@@ -136,9 +135,8 @@ class DIM(nn.Module):
         Raises:
             InputError: an instruction is empty, counts differ, or an image cannot be read.
         """
-        requests = [self._design_request(instruction) for instruction in instructions]
-        return self.conditioner.generate(
-            requests, images, self.config.understanding.design_max_new_tokens
+        return Understanding(self.conditioner, self.config.understanding).design(
+            images, instructions
         )
 
     @torch.no_grad()
@@ -148,7 +146,7 @@ class DIM(nn.Module):
         instructions: Sequence[str],
         *,
         blueprints: Sequence[str | None] | None = None,
-        designer: Designer | str | None = None,
+        designer: Designs | Literal["self"] | None = None,
         seeds: Sequence[int] | None = None,
         steps: int | None = None,
         guidance_scale: float | Sequence[float] | None = None,
@@ -166,8 +164,8 @@ class DIM(nn.Module):
             images: PIL images of any size and kind (see ``dim.model.pictures.upright_rgb``).
             instructions: one an image.
             blueprints: one an image, None where there is none.
-            designer: a designer, its specification (``openai:MODEL@URL``, …), or ``"self"``: this
-                model's own understanding model.
+            designer: such as ``dim.designers.create("openai:MODEL@URL")`` gives, or ``"self"``:
+                this model's own understanding model.
             seeds: one an image; default is the configuration's for all.
             steps: default of the configuration.
             guidance_scale: for all or one an image; default of the configuration.
@@ -184,14 +182,15 @@ class DIM(nn.Module):
             One result an image, in their order.
 
         Raises:
-            InputError: counts differ, an empty text, an unreadable image, or the painter is a
-                text-to-image painter.
-            DesignerError: the designer is unknown, failed, or answered no blueprint.
+            InputError: counts differ, an empty text, an unreadable image, something that is no
+                designer, or the painter is a text-to-image painter.
+            DesignerError: the designer failed, or answered no blueprint.
         """
         if not self.painter.takes_source:
             raise InputError("this model's painter was made for text-to-image and cannot edit")
         fit = fit or self.config.sampling.fit
         require_choice("fit", fit, Fit)
+        _require_designer(designer)
         sources = [upright_rgb(image, f"image {row + 1}") for row, image in enumerate(images)]
         rows = self._rows(
             sources,
@@ -315,7 +314,7 @@ class DIM(nn.Module):
         self,
         rows: Sequence[Row],
         fit: Fit,
-        designer: Designer | str | None,
+        designer: Designs | Literal["self"] | None,
         steps: int | None,
         on_step: OnStep | None,
     ) -> list[EditResult]:
@@ -362,7 +361,7 @@ class DIM(nn.Module):
         return Told(condition, mask, negative, negative_mask)
 
     def _plans(
-        self, rows: Sequence[Row], seen: Seen, designer: Designer | str | None
+        self, rows: Sequence[Row], seen: Seen, designer: Designs | Literal["self"] | None
     ) -> list[str | None]:
         """What to paint from: the given blueprint, else the designer's, else None."""
         plans = [row.blueprint for row in rows]
@@ -422,14 +421,6 @@ class DIM(nn.Module):
 
         return report
 
-    def _design_request(self, instruction: str) -> str:
-        if not instruction.strip():
-            raise InputError("the instruction is empty")
-        template = self.config.understanding.design_request
-        if template is None:
-            return request_prompt(instruction, with_target=False)
-        return template.replace(INSTRUCTION, instruction)
-
     def _present_config(self) -> ModelConfig:
         """The configuration with the sizes that training or widening may have changed."""
         painter = self.config.painter.model_copy(
@@ -441,13 +432,31 @@ class DIM(nn.Module):
         return self.config.model_copy(update={"painter": painter})
 
 
-def _ask(designer: Designer | str, rows: Sequence[Row]) -> Sequence[Reply]:
-    # imported late: the designers' package imports the model for the one that is a model itself
-    from dim.designers import DesignRequest, create
+def _require_designer(designer: object) -> None:
+    if designer is None or designer == SELF:
+        return
+    if isinstance(designer, str):
+        given = repr(designer)
+    elif isinstance(designer, type):
+        given = f"the class {designer.__name__}"
+    elif isinstance(designer, DIM):
+        given = "a DIM, of which dim.designers.self_play.SelfDesigner makes one"
+    elif callable(getattr(designer, "design", None)):
+        return
+    else:
+        given = f"a {type(designer).__name__}"
+    raise InputError(
+        "designer must be 'self', None or a designer, such as dim.designers.create('oracle') "
+        f"gives, not {given}"
+    )
 
-    maker = create(designer) if isinstance(designer, str) else designer
+
+def _ask(designer: Designs, rows: Sequence[Row]) -> Sequence[Reply]:
     requests = [DesignRequest(row.text, encode_png(row.image)) for row in rows if row.image]
-    return maker.design(requests)
+    answers = designer.design(requests)
+    if len(answers) != len(requests):
+        raise DesignerError(f"the designer answered {len(answers)} of {len(requests)} requests")
+    return answers
 
 
 def _blueprint(answer: Reply, instruction: str) -> str:
