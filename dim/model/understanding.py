@@ -9,7 +9,7 @@ from PIL import Image
 
 from dim.blueprint import request_prompt
 from dim.errors import InputError
-from dim.model.conditioner import Conditioner, Seen
+from dim.model.conditioner import Conditioner, ImageFeatures
 from dim.model.config import INSTRUCTION, UnderstandingConfig
 
 
@@ -21,7 +21,7 @@ class Understanding:
     config: UnderstandingConfig
 
     def design(
-        self, images: Sequence[Image.Image] | Seen, instructions: Sequence[str]
+        self, images: Sequence[Image.Image] | ImageFeatures, instructions: Sequence[str]
     ) -> list[str]:
         """The model's own answers to "write the blueprint of this edit", unchecked.
 
