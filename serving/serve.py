@@ -79,14 +79,14 @@ def start_ray() -> None:
     import ray
 
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(logging_level="error")
+        ray.init(logging_level=logging.ERROR)
         return
     # Designer and painter reserve a CPU each; a machine with one core still gets a server.
     ray.init(
         address="local",
         num_cpus=max(4, os.cpu_count() or 1),
         include_dashboard=False,
-        logging_level="error",
+        logging_level=logging.ERROR,
     )
 
 
