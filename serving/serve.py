@@ -129,7 +129,7 @@ def check_port(host: str, port: int) -> None:
 
 def address_to_show(host: str) -> str:
     """What a client on this machine puts into the URL."""
-    if host in ("0.0.0.0", "::", ""):
+    if host in ("0.0.0.0", "::", ""):  # noqa: S104, nothing is bound here
         return "127.0.0.1"
     return f"[{host}]" if ":" in host else host
 
