@@ -19,7 +19,7 @@ test: check  ## lint, types and every test
 check: venv  ## lint, format and types only
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(PY) -m mypy dim
+	$(PY) -m mypy
 
 format: venv  ## rewrite the code in the house format
 	$(PY) -m ruff check --fix .

@@ -13,6 +13,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
+from itertools import pairwise
 
 from dim.errors import BlueprintError
 from dim.reading import fenced, strip_ending
@@ -278,5 +279,5 @@ def _what_is_wrong(found: list[int], may_lack_first: bool) -> str:
     doubled = [number for number in sorted(set(found)) if found.count(number) > 1]
     if doubled:
         return f"{name(doubled[0])} appears {found.count(doubled[0])} times"
-    late = next(b for a, b in zip(found, found[1:], strict=False) if b < a)
+    late = next(b for a, b in pairwise(found) if b < a)
     return f"{name(late)} is out of order (sections found: {', '.join(map(str, found))})"

@@ -83,7 +83,7 @@ class JobConfig(StrictModel):
     """Places in the input per output file at most."""
     target_file_mb: float = Field(256, gt=0)
     """Size of an output file at most, in units of 2**20 bytes before compression."""
-    licences: dict[str, str] = {}
+    licences: dict[str, str] = Field(default_factory=dict)
     """The licence of each source, for the dataset card: ``licences.NAME=cc-by-4.0``."""
     tracking: TrackingConfig | None = None
     """Log to MLflow. Without this, a job logs only if MLFLOW_TRACKING_URI is set."""

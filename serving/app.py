@@ -11,6 +11,7 @@ GET  /healthz                is every part ready, and what is served
 import asyncio
 import contextlib
 from collections.abc import Coroutine
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -40,7 +41,6 @@ app.router.route_class = OpenAIErrorRoute
 app.add_exception_handler(HTTPException, on_http_error)
 
 
-@serve.deployment
 @serve.ingress(app)
 class Ingress:
     """Checks requests, asks the designer, hands the painter its text, answers."""
@@ -167,30 +167,28 @@ class Ingress:
 def build(args: ServingConfig | dict[str, Any]) -> Application:
     """The whole application: ``serving.app:build`` in a Serve config file, with its ``args``."""
     config = args if isinstance(args, ServingConfig) else read_args(args)
-    replica = {
-        "ray_actor_options": {
+    replica = partial(
+        serve.deployment,
+        ray_actor_options={
             "num_cpus": config.cpus_per_replica,
             "num_gpus": config.gpus_per_replica,
         },
         # Room for the batch that is being worked on and for the next one to fill.
-        "max_ongoing_requests": 2 * config.max_batch_size,
-        "max_queued_requests": config.max_pending,
-        "max_constructor_retry_count": 2,
-    }
-    designer = DesignerDeployment.options(
-        name="designer", num_replicas=config.designer_replicas, **replica
-    ).bind(config)
-    painter = PainterDeployment.options(
-        name="painter", num_replicas=config.painter_replicas, **replica
-    ).bind(config)
+        max_ongoing_requests=2 * config.max_batch_size,
+        max_queued_requests=config.max_pending,
+        max_constructor_retry_count=2,
+    )
+    designer = replica(name="designer", num_replicas=config.designer_replicas)(DesignerDeployment)
+    painter = replica(name="painter", num_replicas=config.painter_replicas)(PainterDeployment)
     # The ingress refuses by itself, in OpenAI's shape; its own bounds are the last resort.
-    return Ingress.options(
+    ingress = serve.deployment(
         name="ingress",
         ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=4 * config.max_pending,
         max_queued_requests=4 * config.max_pending,
         backpressure_config={"status_code": 429, "retry_after_s": 2},
-    ).bind(config, designer, painter)
+    )(Ingress)
+    return ingress.bind(config, designer.bind(config), painter.bind(config))
 
 
 def read_args(args: dict[str, Any]) -> ServingConfig:

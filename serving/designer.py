@@ -18,7 +18,6 @@ from serving.config import NO_DESIGNER, ServingConfig
 from serving.jobs import DesignJob, in_groups, unwrap
 
 
-@serve.deployment
 class DesignerDeployment:
     """Holds every designer that the server offers and writes blueprints with them."""
 
@@ -27,8 +26,10 @@ class DesignerDeployment:
             spec: create_for(spec, config) for spec in config.designers if spec != NO_DESIGNER
         }
         self._worker = ThreadPoolExecutor(max_workers=1)
-        self._design_batch.set_max_batch_size(config.max_batch_size)
-        self._design_batch.set_batch_wait_timeout_s(config.batch_wait_s)
+        batched = serve.batch(
+            max_batch_size=config.max_batch_size, batch_wait_timeout_s=config.batch_wait_s
+        )
+        self._design_batched = batched(self._design_batch)
 
     async def design(self, job: DesignJob) -> str:
         """The blueprint for ``job``, in the paper's grammar.
@@ -36,9 +37,8 @@ class DesignerDeployment:
         Raises:
             DesignerError: the designer failed, or its answer is not a blueprint.
         """
-        return unwrap(await self._design_batch(job))
+        return unwrap(await self._design_batched(job))
 
-    @serve.batch
     async def _design_batch(self, jobs: list[DesignJob]) -> list[str | Exception]:
         # Off the event loop, which goes on filling the next batch meanwhile.
         loop = asyncio.get_running_loop()

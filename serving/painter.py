@@ -17,16 +17,17 @@ from serving.config import ServingConfig
 from serving.jobs import Defaults, EditJob, GenerateJob, Painted, in_groups, unwrap
 
 
-@serve.deployment
 class PainterDeployment:
     """Holds one DIM and paints with it. One batch is on the device at any time."""
 
     def __init__(self, config: ServingConfig) -> None:
         self._model = models.load(config.model, device=best_device(), dtype=config.dtype)
         self._worker = ThreadPoolExecutor(max_workers=1)
-        for batch in (self._edit_batch, self._generate_batch):
-            batch.set_max_batch_size(config.max_batch_size)
-            batch.set_batch_wait_timeout_s(config.batch_wait_s)
+        batched = serve.batch(
+            max_batch_size=config.max_batch_size, batch_wait_timeout_s=config.batch_wait_s
+        )
+        self._edit_batched = batched(self._edit_batch)
+        self._generate_batched = batched(self._generate_batch)
 
     def defaults(self) -> Defaults:
         """What the model does unless a request says otherwise."""
@@ -40,17 +41,15 @@ class PainterDeployment:
 
     async def edit(self, job: EditJob) -> Painted:
         """Paint one edit; others that wait with the same settings are painted along with it."""
-        return unwrap(await self._edit_batch(job))
+        return unwrap(await self._edit_batched(job))
 
     async def generate(self, job: GenerateJob) -> Painted:
         """Paint one image from text; batched as edits are."""
-        return unwrap(await self._generate_batch(job))
+        return unwrap(await self._generate_batched(job))
 
-    @serve.batch
     async def _edit_batch(self, jobs: list[EditJob]) -> list[Painted | Exception]:
         return await self._off_the_loop(self._edit_all, jobs)
 
-    @serve.batch
     async def _generate_batch(self, jobs: list[GenerateJob]) -> list[Painted | Exception]:
         return await self._off_the_loop(self._generate_all, jobs)
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ray import serve
+from ray.serve.schema import ReplicaState
 
 from serving.jobs import Painted
 
@@ -26,6 +27,6 @@ def running_replicas() -> dict[str, int]:
     """Deployment name → how many of its replicas run, in the application of this replica."""
     application = serve.status().applications[serve.get_replica_context().app_name]
     return {
-        name: part.replica_states.get("RUNNING", 0)
+        name: part.replica_states.get(ReplicaState.RUNNING, 0)
         for name, part in application.deployments.items()
     }

@@ -23,7 +23,7 @@ from dim.features.encoder import CachedFeatures, Features, FrozenEncoder
 from dim.images import decode_image
 from dim.learning.draws import Draws, draw
 from dim.model import DIM, flow, sampler
-from dim.model.pictures import to_images
+from dim.model.pixels import to_images
 from training.stage import StageConfig, ValidationConfig
 
 _CELL = 192  # pixels of an image in the picture

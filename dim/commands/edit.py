@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import typer
 
+from dim.design import Designs
+from dim.designers import create
 from dim.errors import InputError
 
 
@@ -44,12 +47,13 @@ def main(
     from dim.images import read_image, save_png
 
     source = read_image(image)
+    asked = designer_of(designer)
     dim = models.load(model, device=device or best_device())
     result = dim.edit(
         [source],
         [instruction],
         blueprints=[text],
-        designer=None if designer == "none" else designer or "self",
+        designer=asked,
         seeds=None if seed is None else [seed],
         steps=steps,
         guidance_scale=guidance_scale,
@@ -60,6 +64,17 @@ def main(
     if result.blueprint and text is None:
         typer.echo(result.blueprint)
     typer.echo(f"edited image: {out}", err=True)
+
+
+def designer_of(spec: str | None) -> Designs | Literal["self"] | None:
+    """What ``DIM.edit`` is to ask, by the value of ``--designer``.
+
+    Raises:
+        DesignerError: see :func:`dim.designers.create`.
+    """
+    if spec == "none":
+        return None
+    return create(spec) if spec and spec != "self" else "self"
 
 
 def read_blueprint(path: Path) -> str:

@@ -154,10 +154,10 @@ def _model_and_url(argument: str, spec: str) -> tuple[str, str | None]:
 
 
 def _create_self(folder: str) -> Designer:
-    from dim.designers.self_play import SelfDesigner, TinyUnderstanding
-
-    if not folder:
-        return SelfDesigner(TinyUnderstanding())
+    # Imported here: torch takes seconds, and the other designers have no use for it.
+    from dim.designers.self_play import SelfDesigner, shipped
     from dim.model import load
 
+    if not folder:
+        return SelfDesigner(shipped())
     return SelfDesigner(load(folder), name=f"self:{Path(folder).name}")

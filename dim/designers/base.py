@@ -9,11 +9,9 @@ from typing import Any, Protocol
 from pydantic import Field, model_validator
 
 from dim.config import StrictModel
+from dim.design import DesignRequest, Reply
 from dim.designers.calls.usage import Prices, Unusable
 from dim.errors import DesignerError
-
-Reply = str | DesignerError
-"""One answer text, or why there is none."""
 
 OnAnswer = Callable[[int, str | Unusable], None]
 """Called with (place of the request, answer) the moment an answer arrives, from any thread.
@@ -33,15 +31,6 @@ class Question:
     text: str
     images: tuple[bytes, ...]
     schema: dict[str, Any] | None = None
-
-
-@dataclass(frozen=True)
-class DesignRequest:
-    """What a designer is given: encoded images, and ``target`` only while data is made."""
-
-    instruction: str
-    image: bytes
-    target: bytes | None = None
 
 
 class Designer(Protocol):

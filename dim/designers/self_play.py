@@ -3,47 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from PIL import Image
 
+from dim.config import load_config
 from dim.designers.base import DesignRequest, OnAnswer, Reply
 from dim.errors import DesignerError, DimError, InputError
 from dim.images import decode_image
+from dim.model import parts
+from dim.model.config import UnderstandingConfig, weights_path
+from dim.model.understanding import Understanding
 
-if TYPE_CHECKING:
-    from dim.model.conditioner import Conditioner
-
-TINY_WEIGHTS = "package:tiny/understanding"
-_TINY_SIDE = 64  # pixels; what the shipped understanding model was pretrained at
-_TINY_TOKENS = 256  # longer than any tabletop blueprint in its tokens
+WEIGHTS = "package:tiny/understanding"
+SETTINGS = "package:tiny/understanding.json"
 
 
 class Understands(Protocol):
-    """What can design: a :class:`dim.model.DIM`, or its understanding module alone."""
+    """What can design: a :class:`dim.model.DIM`, or its understanding model alone."""
 
     def design(self, images: Sequence[Image.Image], instructions: Sequence[str]) -> list[str]:
         """One answer per image and instruction."""
         ...
 
 
-class TinyUnderstanding:
-    """The shipped understanding model by itself; it answers a bare instruction with a blueprint.
+def shipped() -> Understanding:
+    """The understanding model that comes with this package, by itself.
 
     Raises:
         CheckpointError: its weights are not installed.
     """
-
-    def __init__(self) -> None:
-        from dim.model import parts
-        from dim.model.config import UnderstandingConfig
-
-        config = UnderstandingConfig(weights=TINY_WEIGHTS, image_size=_TINY_SIDE)
-        self._conditioner: Conditioner = parts.conditioner(config)
-
-    def design(self, images: Sequence[Image.Image], instructions: Sequence[str]) -> list[str]:
-        """One answer per image and instruction."""
-        return self._conditioner.generate(instructions, images, _TINY_TOKENS)
+    config = load_config(UnderstandingConfig, weights_path(SETTINGS), [f"weights={WEIGHTS}"])
+    return Understanding(parts.conditioner(config), config)
 
 
 class SelfDesigner:

@@ -25,7 +25,7 @@ from dim.features.packing import unpack_bf16, unpack_int8
 from dim.features.preparation import FrozenParts
 from dim.features.shards import FeatureShards, Row
 from dim.images import decode_image
-from dim.model.conditioner import Seen
+from dim.model.conditioner import ImageFeatures
 
 
 @dataclass(frozen=True)
@@ -75,14 +75,16 @@ class FrozenEncoder:
         self._resolution = resolution
 
     @torch.inference_mode()
-    def see(self, table: pa.Table) -> Seen | None:
+    def see(self, table: pa.Table) -> ImageFeatures | None:
         """What the vision tower makes of the rows' source images; ``None`` without sources."""
         if not self._edits:
             return None
         return self._model.conditioner.see(self._images(table, "image"))
 
     @torch.inference_mode()
-    def states(self, texts: Sequence[str], seen: Seen | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def states(
+        self, texts: Sequence[str], seen: ImageFeatures | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Hidden states (B, N, H) and mask (B, N) of ``texts`` with what was seen."""
         return self._model.conditioner.encode(texts, seen)
 

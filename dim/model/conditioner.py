@@ -15,7 +15,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from dim.errors import CheckpointError, InputError
-from dim.model.pictures import stretched, upright_rgb
+from dim.model.pixels import stretched, upright_rgb
 from dim.model.prompt import IMAGE_PAD, ChatFormat, Prompt
 
 TURN_END = "<|im_end|>"
@@ -23,7 +23,7 @@ TEXT_TYPE, IMAGE_TYPE = 0, 1
 
 
 @dataclass(frozen=True)
-class Seen:
+class ImageFeatures:
     """What the vision tower made of a batch's images, to be used in several passes.
 
     ``features``: (image tokens, hidden_size) a row, None for a row without an image.
@@ -38,9 +38,11 @@ class Seen:
         features = self.features[row]
         return 0 if features is None else len(features)
 
-    def select(self, rows: Sequence[int]) -> Seen:
+    def select(self, rows: Sequence[int]) -> ImageFeatures:
         """The same for some of the rows."""
-        return Seen([self.features[row] for row in rows], [self.grids[row] for row in rows])
+        return ImageFeatures(
+            [self.features[row] for row in rows], [self.grids[row] for row in rows]
+        )
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ class Conditioner(nn.Module):
         return self.model.config.text_config.hidden_size
 
     @torch.no_grad()
-    def see(self, images: Sequence[Image.Image | None]) -> Seen:
+    def see(self, images: Sequence[Image.Image | None]) -> ImageFeatures:
         """Look at a batch's images; equal ones pass the vision tower once.
 
         Raises:
@@ -108,7 +110,7 @@ class Conditioner(nn.Module):
             distinct.setdefault(key, square)
             keys.append(key)
         if not distinct:
-            return Seen([None] * len(keys), [None] * len(keys))
+            return ImageFeatures([None] * len(keys), [None] * len(keys))
         patches = self.image_processor(images=list(distinct.values()), return_tensors="pt")
         grids = patches["image_grid_thw"]
         device = self.model.device
@@ -117,11 +119,13 @@ class Conditioner(nn.Module):
         ).pooler_output
         of = {key: (f, g) for key, f, g in zip(distinct, features, grids, strict=True)}
         rows = [(None, None) if key is None else of[key] for key in keys]
-        return Seen([feature for feature, _ in rows], [grid for _, grid in rows])
+        return ImageFeatures([feature for feature, _ in rows], [grid for _, grid in rows])
 
     @torch.no_grad()
     def encode(
-        self, texts: Sequence[str], images: Sequence[Image.Image | None] | Seen | None = None
+        self,
+        texts: Sequence[str],
+        images: Sequence[Image.Image | None] | ImageFeatures | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The last hidden states (after the final norm) of what the user says, and no others.
 
@@ -161,7 +165,7 @@ class Conditioner(nn.Module):
     def generate(
         self,
         requests: Sequence[str],
-        images: Sequence[Image.Image | None] | Seen | None = None,
+        images: Sequence[Image.Image | None] | ImageFeatures | None = None,
         max_new_tokens: int = 1024,
     ) -> list[str]:
         """The model's own answers, the likeliest token each time.
@@ -206,14 +210,14 @@ class Conditioner(nn.Module):
         ]
 
     def _seen(
-        self, texts: Sequence[str], images: Sequence[Image.Image | None] | Seen | None
-    ) -> Seen:
+        self, texts: Sequence[str], images: Sequence[Image.Image | None] | ImageFeatures | None
+    ) -> ImageFeatures:
         if not len(texts):
             raise InputError("there are no prompts")
-        count = len(images.features) if isinstance(images, Seen) else len(images or texts)
+        count = len(images.features) if isinstance(images, ImageFeatures) else len(images or texts)
         if count != len(texts):
             raise InputError(f"{len(texts)} prompts came with {count} images")
-        if isinstance(images, Seen):
+        if isinstance(images, ImageFeatures):
             return images
         return self.see(images if images is not None else [None] * len(texts))
 
@@ -235,7 +239,7 @@ class Conditioner(nn.Module):
         names = (TURN_END, self.tokenizer.eos_token)
         return sorted({int(self.tokenizer.convert_tokens_to_ids(name)) for name in names if name})
 
-    def _batch(self, prompts: Sequence[Prompt], seen: Seen, *, pad_left: bool) -> Batch:
+    def _batch(self, prompts: Sequence[Prompt], seen: ImageFeatures, *, pad_left: bool) -> Batch:
         longest = max(len(prompt.ids) for prompt in prompts)
         ids = torch.full((len(prompts), longest), self.tokenizer.pad_token_id)
         mask = torch.zeros_like(ids)
@@ -248,7 +252,7 @@ class Conditioner(nn.Module):
         device = self.model.device
         return Batch(self._embed(ids.to(device), seen), mask.to(device), positions.to(device))
 
-    def _embed(self, ids: Tensor, seen: Seen) -> Tensor:
+    def _embed(self, ids: Tensor, seen: ImageFeatures) -> Tensor:
         embeddings = self.model.get_input_embeddings()(ids)
         features = [feature for feature in seen.features if feature is not None]
         if not features:
@@ -256,7 +260,7 @@ class Conditioner(nn.Module):
         where = (ids == self.chat.image_token)[:, :, None]
         return embeddings.masked_scatter(where, torch.cat(features).to(embeddings))
 
-    def _positions(self, ids: Tensor, mask: Tensor, seen: Seen) -> Tensor:
+    def _positions(self, ids: Tensor, mask: Tensor, seen: ImageFeatures) -> Tensor:
         """(3, B, L) rotary positions: time, height and width differ inside an image."""
         grids = [grid for grid in seen.grids if grid is not None]
         if not grids:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from dim.config import StrictModel
-from dim.errors import CheckpointError
+from dim.errors import CheckpointError, InputError
 
 INSTRUCTION = "{instruction}"
 Fit = Literal["source", "square"]
@@ -145,6 +145,16 @@ def weights_path(weights: str) -> str:
     if not rest or not path.exists():
         raise CheckpointError(f"the package holds no weights {weights!r}")
     return str(path)
+
+
+def require_choice(name: str, value: str, choices: Any) -> None:
+    """Refuse a ``value`` that the ``Literal`` type ``choices`` does not list.
+
+    Raises:
+        InputError: names ``name``, the value and the choices.
+    """
+    if value not in get_args(choices):
+        raise InputError(f"{name} {value!r} is not one of {', '.join(get_args(choices))}")
 
 
 def _agree(name: str, value: Any, other_name: str, other: Any) -> None:

@@ -2,36 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Literal
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from dim.blueprint import Blueprint, request_prompt
-from dim.errors import BlueprintError, CheckpointError, DesignerError, InputError
-from dim.images import encode_png
-from dim.model import parts, sampler
+from dim.design import Designs, Reply
+from dim.errors import CheckpointError, InputError
+from dim.model import parts, plan
 from dim.model.autoencoder import Autoencoder
 from dim.model.checkpoint import folder
-from dim.model.checkpoint.checks import require_choice
 from dim.model.checkpoint.folder import Provenance
-from dim.model.conditioner import Conditioner, Seen
-from dim.model.config import INSTRUCTION, Fit, ModelConfig
+from dim.model.conditioner import Conditioner, ImageFeatures
+from dim.model.config import Fit, ModelConfig, SamplingConfig, require_choice
 from dim.model.connector import Connector
+from dim.model.paint import encode_sources, paint
 from dim.model.painter import Painter
-from dim.model.pictures import centre_crop, stretched, to_images, to_pixels, upright_rgb
-from dim.model.request import OnStep, Progress, Row, Told, alike, batches, noise, one_each
+from dim.model.pixels import upright_rgb
+from dim.model.request import (
+    Conditioning,
+    OnStep,
+    Row,
+    batches,
+    by_size,
+    make_rows,
+    one_per_image,
+)
 from dim.model.sizes import Size, check_size, nearest_shape
-
-if TYPE_CHECKING:
-    from dim.designers.base import Designer, Reply
-
-SELF = "self"
+from dim.model.understanding import Understanding
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,9 @@ class DIM(nn.Module):
         )
 
     def condition(
-        self, texts: Sequence[str], images: Sequence[Image.Image | None] | Seen | None = None
+        self,
+        texts: Sequence[str],
+        images: Sequence[Image.Image | None] | ImageFeatures | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Conditions (B, N, features) and their mask (B, N) bool; see ``Conditioner.encode``."""
         hidden_states, mask = self.conditioner.encode(texts, images)
@@ -129,16 +133,15 @@ class DIM(nn.Module):
 
     @torch.no_grad()
     def design(
-        self, images: Sequence[Image.Image] | Seen, instructions: Sequence[str]
+        self, images: Sequence[Image.Image] | ImageFeatures, instructions: Sequence[str]
     ) -> list[str]:
         """The understanding model's own answers to "write the blueprint of this edit", unchecked.
 
         Raises:
             InputError: an instruction is empty, counts differ, or an image cannot be read.
         """
-        requests = [self._design_request(instruction) for instruction in instructions]
-        return self.conditioner.generate(
-            requests, images, self.config.understanding.design_max_new_tokens
+        return Understanding(self.conditioner, self.config.understanding).design(
+            images, instructions
         )
 
     @torch.no_grad()
@@ -148,7 +151,7 @@ class DIM(nn.Module):
         instructions: Sequence[str],
         *,
         blueprints: Sequence[str | None] | None = None,
-        designer: Designer | str | None = None,
+        designer: Designs | Literal["self"] | None = None,
         seeds: Sequence[int] | None = None,
         steps: int | None = None,
         guidance_scale: float | Sequence[float] | None = None,
@@ -163,11 +166,11 @@ class DIM(nn.Module):
         the instruction itself.
 
         Args:
-            images: PIL images of any size and kind (see ``dim.model.pictures.upright_rgb``).
+            images: PIL images of any size and kind (see ``dim.model.pixels.upright_rgb``).
             instructions: one an image.
             blueprints: one an image, None where there is none.
-            designer: a designer, its specification (``openai:MODEL@URL``, …), or ``"self"``: this
-                model's own understanding model.
+            designer: such as ``dim.designers.create("openai:MODEL@URL")`` gives, or ``"self"``:
+                this model's own understanding model.
             seeds: one an image; default is the configuration's for all.
             steps: default of the configuration.
             guidance_scale: for all or one an image; default of the configuration.
@@ -184,28 +187,31 @@ class DIM(nn.Module):
             One result an image, in their order.
 
         Raises:
-            InputError: counts differ, an empty text, an unreadable image, or the painter is a
-                text-to-image painter.
-            DesignerError: the designer is unknown, failed, or answered no blueprint.
+            InputError: counts differ, an empty text, an unreadable image, something that is no
+                designer, or the painter is a text-to-image painter.
+            DesignerError: the designer failed, or answered no blueprint.
         """
         if not self.painter.takes_source:
             raise InputError("this model's painter was made for text-to-image and cannot edit")
         fit = fit or self.config.sampling.fit
         require_choice("fit", fit, Fit)
+        plan.require_designer(designer)
         sources = [upright_rgb(image, f"image {row + 1}") for row, image in enumerate(images)]
-        rows = self._rows(
+        rows = make_rows(
+            self.config.sampling,
             sources,
-            one_each(len(sources), "instructions", instructions, ""),
+            one_per_image(len(sources), "instructions", instructions, ""),
             [self._sizes(source, fit) for source in sources],
             blueprints=blueprints,
             seeds=seeds,
             guidance_scale=guidance_scale,
             negative_prompt=negative_prompt,
         )
+        sampling = self._sampling(steps)
         return [
             result
             for batch in batches(rows, batch_size)
-            for result in self._edit(batch, fit, designer, steps, on_step)
+            for result in self._edit(batch, fit, designer, sampling, on_step)
         ]
 
     @torch.no_grad()
@@ -240,7 +246,8 @@ class DIM(nn.Module):
         resolution = self.config.sampling.resolution
         size = size or (resolution, resolution)
         check_size(size, self.cell)
-        rows = self._rows(
+        rows = make_rows(
+            self.config.sampling,
             [None] * len(prompts),
             prompts,
             [(size, size)] * len(prompts),
@@ -248,11 +255,19 @@ class DIM(nn.Module):
             guidance_scale=guidance_scale,
             negative_prompt=negative_prompt,
         )
-        images: list[Image.Image] = []
-        for batch in batches(rows, batch_size):
-            told = self._told(batch, [row.text for row in batch])
-            images += self._paint(batch, told, None, steps, on_step)
-        return images
+        sampling = self._sampling(steps)
+        return [
+            image
+            for batch in batches(rows, batch_size)
+            for image in paint(
+                self.painter,
+                self.autoencoder,
+                batch,
+                self._conditioning(batch, [row.text for row in batch]),
+                sampling,
+                on_step=on_step,
+            )
+        ]
 
     def speed_up(self, *, compile: bool = False, channels_last: bool = False) -> DIM:
         """Trade start-up time or layout for faster painting, in place; the images stay the same.
@@ -273,37 +288,6 @@ class DIM(nn.Module):
             self.painter.compile_blocks()
         return self
 
-    def _rows(
-        self,
-        images: Sequence[Image.Image | None],
-        texts: Sequence[str],
-        sizes: Sequence[tuple[Size, Size]],
-        *,
-        blueprints: Sequence[str | None] | None = None,
-        seeds: Sequence[int] | None,
-        guidance_scale: float | Sequence[float] | None,
-        negative_prompt: str | Sequence[str | None] | None,
-    ) -> list[Row]:
-        count, sampling = len(images), self.config.sampling
-        if isinstance(guidance_scale, int | float):
-            guidance_scale = [float(guidance_scale)] * count
-        if isinstance(negative_prompt, str):
-            negative_prompt = [negative_prompt] * count
-        rows = zip(
-            images,
-            texts,
-            sizes,
-            one_each(count, "blueprints", blueprints, None),
-            one_each(count, "negative prompts", negative_prompt, None),
-            one_each(count, "seeds", seeds, sampling.seed),
-            one_each(count, "guidance scales", guidance_scale, sampling.guidance_scale),
-            strict=True,
-        )
-        return [
-            Row(number, image, text, blueprint, negative, seed, scale, *size)
-            for number, (image, text, size, blueprint, negative, seed, scale) in enumerate(rows)
-        ]
-
     def _sizes(self, source: Image.Image, fit: Fit) -> tuple[Size, Size]:
         """The size an edit of ``source`` is painted at, and the one it is given back at."""
         resolution = self.config.sampling.resolution
@@ -311,124 +295,78 @@ class DIM(nn.Module):
             return (resolution, resolution), (resolution, resolution)
         return nearest_shape(source.size, resolution, self.cell), source.size
 
+    def _sampling(self, steps: int | None) -> SamplingConfig:
+        sampling = self.config.sampling
+        return sampling if steps is None else sampling.model_copy(update={"steps": steps})
+
     def _edit(
         self,
         rows: Sequence[Row],
         fit: Fit,
-        designer: Designer | str | None,
-        steps: int | None,
+        designer: Designs | Literal["self"] | None,
+        sampling: SamplingConfig,
         on_step: OnStep | None,
     ) -> list[EditResult]:
         sources = [row.image for row in rows if row.image is not None]
-        seen = self.conditioner.see(sources)
-        plans = self._plans(rows, seen, designer)
-        texts = [row.text if plan is None else plan for plan, row in zip(plans, rows, strict=True)]
-        told = self._told(rows, texts, seen)
-        painted: dict[int, Image.Image] = {}
-        for places in alike(rows):
-            group = [rows[place] for place in places]
-            source_latent = self._source_latent(group, fit)
-            images = self._paint(group, told.select(places), source_latent, steps, on_step)
-            painted |= zip(places, images, strict=True)
-        return [EditResult(painted[place], plan) for place, plan in enumerate(plans)]
-
-    def _source_latent(self, rows: Sequence[Row], fit: Fit) -> Tensor:
-        """(B, C, h, w) float32 of sources that are painted at one size."""
-        fitted = [
-            centre_crop(row.image, row.size[0])
-            if fit == "square"
-            else stretched(row.image, row.size)
-            for row in rows
-            if row.image is not None
+        features = self.conditioner.see(sources)
+        blueprints = self._blueprints(rows, features, designer)
+        texts = [
+            row.text if blueprint is None else blueprint
+            for blueprint, row in zip(blueprints, rows, strict=True)
         ]
-        return self.autoencoder.encode(to_pixels(fitted).to(self.device)).float()
+        conditioning = self._conditioning(rows, texts, features)
+        painted: dict[int, Image.Image] = {}
+        for places in by_size(rows):
+            group = [rows[place] for place in places]
+            images = paint(
+                self.painter,
+                self.autoencoder,
+                group,
+                conditioning.select(places),
+                sampling,
+                source_latent=encode_sources(self.autoencoder, group, fit),
+                on_step=on_step,
+            )
+            painted |= zip(places, images, strict=True)
+        return [EditResult(painted[place], blueprint) for place, blueprint in enumerate(blueprints)]
 
-    def _told(self, rows: Sequence[Row], texts: Sequence[str], seen: Seen | None = None) -> Told:
+    def _blueprints(
+        self,
+        rows: Sequence[Row],
+        features: ImageFeatures,
+        designer: Designs | Literal["self"] | None,
+    ) -> list[str | None]:
+        """What to paint from: the given blueprint, else the designer's, else None."""
+        if designer is None:
+            return [row.blueprint for row in rows]
+
+        def answers(places: list[int]) -> Sequence[Reply]:
+            asked = [rows[place] for place in places]
+            if designer == plan.SELF:
+                return self.design(features.select(places), [row.text for row in asked])
+            return plan.ask(designer, asked)
+
+        return plan.blueprints(rows, answers)
+
+    def _conditioning(
+        self, rows: Sequence[Row], texts: Sequence[str], features: ImageFeatures | None = None
+    ) -> Conditioning:
         """The rows' conditions from ``texts``, and those of their negative prompts.
 
         An edit's negative prompt is read with the source in view, as its prompt is. A row without
         one has an empty mask.
         """
-        condition, mask = self.condition(texts, seen)
+        condition, mask = self.condition(texts, features)
         places = [place for place, row in enumerate(rows) if row.negative is not None]
         if not places:
-            return Told(condition, mask)
+            return Conditioning(condition, mask)
         some, some_mask = self.condition(
-            [rows[place].negative or "" for place in places], seen and seen.select(places)
+            [rows[place].negative or "" for place in places], features and features.select(places)
         )
         negative = some.new_zeros(len(rows), *some.shape[1:])
         negative_mask = some_mask.new_zeros(len(rows), *some_mask.shape[1:])
         negative[places], negative_mask[places] = some, some_mask
-        return Told(condition, mask, negative, negative_mask)
-
-    def _plans(
-        self, rows: Sequence[Row], seen: Seen, designer: Designer | str | None
-    ) -> list[str | None]:
-        """What to paint from: the given blueprint, else the designer's, else None."""
-        plans = [row.blueprint for row in rows]
-        open_rows = [number for number, plan in enumerate(plans) if plan is None]
-        if designer is None or not open_rows:
-            return plans
-        asked = [rows[number] for number in open_rows]
-        if designer == SELF:
-            told = [row.text for row in asked]
-            answers: Sequence[Reply] = self.design(seen.select(open_rows), told)
-        else:
-            answers = _ask(designer, asked)
-        for number, row, answer in zip(open_rows, asked, answers, strict=True):
-            plans[number] = _blueprint(answer, row.text)
-        return plans
-
-    def _paint(
-        self,
-        rows: Sequence[Row],
-        told: Told,
-        source_latent: Tensor | None,
-        steps: int | None,
-        on_step: OnStep | None,
-    ) -> list[Image.Image]:
-        sampling = self.config.sampling
-        steps = sampling.steps if steps is None else steps
-        width, height = (side // self.autoencoder.factor for side in rows[0].size)
-        shape = (self.painter.latent_channels, height, width)
-        latent = sampler.sample(
-            self.painter,
-            torch.stack([noise(row.seed, shape) for row in rows]).to(self.device),
-            told.condition,
-            told.mask,
-            source_latent=source_latent,
-            steps=steps,
-            guidance_scale=[row.guidance_scale for row in rows],
-            shift=sampling.shift,
-            solver=sampling.solver,
-            negative_condition=told.negative,
-            negative_mask=told.negative_mask,
-            on_step=on_step and self._reporter(rows, steps, on_step),
-        )
-        return self._images(rows, latent)
-
-    def _images(self, rows: Sequence[Row], latent: Tensor) -> list[Image.Image]:
-        images = to_images(self.autoencoder.decode(latent))
-        return [stretched(image, row.final_size) for image, row in zip(images, rows, strict=True)]
-
-    def _reporter(
-        self, rows: Sequence[Row], steps: int, on_step: OnStep
-    ) -> Callable[[sampler.Step], None]:
-        numbers = tuple(row.number for row in rows)
-
-        def report(step: sampler.Step) -> None:
-            previews = partial(self._images, rows, step.estimate)
-            on_step(Progress(numbers, step.number + 1, steps, previews))
-
-        return report
-
-    def _design_request(self, instruction: str) -> str:
-        if not instruction.strip():
-            raise InputError("the instruction is empty")
-        template = self.config.understanding.design_request
-        if template is None:
-            return request_prompt(instruction, with_target=False)
-        return template.replace(INSTRUCTION, instruction)
+        return Conditioning(condition, mask, negative, negative_mask)
 
     def _present_config(self) -> ModelConfig:
         """The configuration with the sizes that training or widening may have changed."""
@@ -439,26 +377,6 @@ class DIM(nn.Module):
             }
         )
         return self.config.model_copy(update={"painter": painter})
-
-
-def _ask(designer: Designer | str, rows: Sequence[Row]) -> Sequence[Reply]:
-    # imported late: the designers' package imports the model for the one that is a model itself
-    from dim.designers import DesignRequest, create
-
-    maker = create(designer) if isinstance(designer, str) else designer
-    requests = [DesignRequest(row.text, encode_png(row.image)) for row in rows if row.image]
-    return maker.design(requests)
-
-
-def _blueprint(answer: Reply, instruction: str) -> str:
-    if not isinstance(answer, str):
-        raise answer
-    try:
-        return Blueprint.parse(answer, instruction=instruction).render()
-    except BlueprintError as error:
-        raise DesignerError(
-            f"the designer's answer to {instruction!r} is no blueprint: {error}"
-        ) from None
 
 
 def _check_sizes(

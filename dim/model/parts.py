@@ -24,7 +24,7 @@ from transformers.utils import logging as transformers_logging
 
 from dim.errors import CheckpointError, ConfigError
 from dim.model.autoencoder import Autoencoder
-from dim.model.checkpoint.checks import require_finite
+from dim.model.checkpoint.finite import require_finite
 from dim.model.conditioner import Conditioner
 from dim.model.config import (
     AutoencoderConfig,

@@ -13,7 +13,7 @@ from diffusers import SanaTransformer2DModel
 from torch import Tensor, nn
 
 from dim.errors import CheckpointError
-from dim.model.checkpoint.checks import is_finite, refuse_not_finite, require_finite
+from dim.model.checkpoint.finite import is_finite, refuse_not_finite, require_finite
 from dim.model.checkpoint.tensorfile import FLOATS, Shape, Spec, TensorFiles, open_folder
 from dim.model.config import Task
 from dim.model.connector import Connector

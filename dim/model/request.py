@@ -1,4 +1,4 @@
-"""What one call paints: rows, the batches they are painted in, and where a batch stands."""
+"""What one call paints: its rows, the batches they are painted in, and where a batch stands."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-import torch
 from PIL import Image
 from torch import Tensor
 
 from dim.errors import InputError
+from dim.model.config import SamplingConfig
 from dim.model.sizes import Size
 
 T = TypeVar("T")
@@ -51,7 +51,7 @@ class Progress:
 
 
 @dataclass(frozen=True)
-class Told:
+class Conditioning:
     """What the painter is told: conditions (B, N, F) with their mask (B, N), right-padded.
 
     ``negative`` (B, M, F) and ``negative_mask`` (B, M) likewise; None where no row has any.
@@ -62,19 +62,62 @@ class Told:
     negative: Tensor | None = None
     negative_mask: Tensor | None = None
 
-    def select(self, places: Sequence[int]) -> Told:
+    def select(self, places: Sequence[int]) -> Conditioning:
         """The same for some of the rows, without the padding that they do not need."""
         chosen = list(places)
         condition, mask = _trimmed(self.condition[chosen], self.mask[chosen])
         if self.negative is None or self.negative_mask is None:
-            return Told(condition, mask)
-        return Told(condition, mask, self.negative[chosen], self.negative_mask[chosen])
+            return Conditioning(condition, mask)
+        return Conditioning(condition, mask, self.negative[chosen], self.negative_mask[chosen])
 
 
 OnStep = Callable[[Progress], None]
 
 
-def one_each(count: int, name: str, values: Sequence[T] | None, default: T) -> list[T]:
+def make_rows(
+    sampling: SamplingConfig,
+    images: Sequence[Image.Image | None],
+    texts: Sequence[str],
+    sizes: Sequence[tuple[Size, Size]],
+    *,
+    blueprints: Sequence[str | None] | None = None,
+    seeds: Sequence[int] | None,
+    guidance_scale: float | Sequence[float] | None,
+    negative_prompt: str | Sequence[str | None] | None,
+) -> list[Row]:
+    """The arguments of a call as rows, the unset ones as ``sampling`` has them.
+
+    Args:
+        sampling: the model's defaults.
+        images, texts: one each a row.
+        sizes: a row's size as it is painted, and as it is given back.
+        blueprints, seeds, guidance_scale, negative_prompt: as for ``DIM.edit``.
+
+    Raises:
+        InputError: counts differ.
+    """
+    count = len(images)
+    if isinstance(guidance_scale, int | float):
+        guidance_scale = [float(guidance_scale)] * count
+    if isinstance(negative_prompt, str):
+        negative_prompt = [negative_prompt] * count
+    rows = zip(
+        images,
+        texts,
+        sizes,
+        one_per_image(count, "blueprints", blueprints, None),
+        one_per_image(count, "negative prompts", negative_prompt, None),
+        one_per_image(count, "seeds", seeds, sampling.seed),
+        one_per_image(count, "guidance scales", guidance_scale, sampling.guidance_scale),
+        strict=True,
+    )
+    return [
+        Row(number, image, text, blueprint, negative, seed, scale, *size)
+        for number, (image, text, size, blueprint, negative, seed, scale) in enumerate(rows)
+    ]
+
+
+def one_per_image(count: int, name: str, values: Sequence[T] | None, default: T) -> list[T]:
     """``values``, or ``default`` ``count`` times.
 
     Raises:
@@ -101,17 +144,12 @@ def batches(rows: Sequence[Row], size: int) -> Iterator[Sequence[Row]]:
         yield rows[start : start + size]
 
 
-def alike(rows: Sequence[Row]) -> list[list[int]]:
+def by_size(rows: Sequence[Row]) -> list[list[int]]:
     """Places of the rows that are painted at one size, group by group."""
     groups: dict[Size, list[int]] = {}
     for place, row in enumerate(rows):
         groups.setdefault(row.size, []).append(place)
     return list(groups.values())
-
-
-def noise(seed: int, shape: tuple[int, ...]) -> Tensor:
-    """A sample's own noise, the same on every device and beside any neighbours."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def _trimmed(tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,8 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from dim.errors import InputError
-from dim.model.checkpoint.checks import require_choice
-from dim.model.config import Solver
+from dim.model.config import Solver, require_choice
 from dim.model.painter import Painter, PreparedCondition
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from dim import tabletop
 from dim.model.autoencoder import Autoencoder
 from dim.model.config import AutoencoderConfig
-from dim.model.pictures import to_images, to_pixels
+from dim.model.pixels import to_images, to_pixels
 from dim.tabletop import STYLES
 from dim.tiny.config import TinyBuildConfig
 from dim.tiny.corpus import edit

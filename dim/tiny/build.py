@@ -87,11 +87,18 @@ def _pretrained(model: ModelConfig, out: Path) -> Conditioner:
 def _finish_understanding(
     config: TinyBuildConfig, model: UnderstandingConfig, conditioner: Conditioner, out: Path
 ) -> dict[str, float]:
-    """Save the understanding model in ``out``; returns its held-out accuracies."""
+    """Save the understanding model and its settings in ``out``; returns its accuracies."""
     conditioner.model.half()
     write_understanding(out / UNDERSTANDING, conditioner)
+    (out / f"{UNDERSTANDING}.json").write_text(settings_of(model), encoding="utf-8")
     conditioner.model.float()
     return design_accuracy(config, conditioner, model.design_max_new_tokens)
+
+
+def settings_of(model: UnderstandingConfig) -> str:
+    """``model`` as JSON without what its folder says: with these settings its weights are used."""
+    settings = model.model_dump(mode="json", exclude={"weights", "architecture"})
+    return json.dumps(settings, indent=2) + "\n"
 
 
 Builder = Callable[[TinyBuildConfig, ModelConfig, Path, Progress], dict[str, float]]

@@ -43,8 +43,8 @@ class UnderstandingPartConfig(PartConfig):
     The forms: ``words`` (a scene in words and an instruction, answered by the blueprint), ``look``
     (an image, answered by what lies at each place), ``caption`` (an image, described), ``design``
     (image and instruction, answered by the blueprint), ``prompt`` (a painter's condition).
-    ``grounding_weight`` and ``binding_weight`` weigh the helpers of :mod:`dim.tiny.grounding` and
-    :mod:`dim.tiny.binding` against the words.
+    ``grounding_weight`` and ``binding_weight`` weigh the losses of :mod:`dim.tiny.auxiliary`
+    against the words.
     """
 
     tokenizer_texts: PositiveInt = 4000

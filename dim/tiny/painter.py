@@ -21,7 +21,7 @@ from dim.model.config import ModelConfig
 from dim.model.connector import Connector
 from dim.model.flow import FlowSchedule, loss
 from dim.model.painter import Painter
-from dim.model.pictures import to_images, to_pixels
+from dim.model.pixels import to_images, to_pixels
 from dim.tabletop import Scene
 from dim.tiny.config import PainterPartConfig, TinyBuildConfig
 from dim.tiny.corpus import edit

@@ -20,10 +20,9 @@ from dim.model.config import UnderstandingConfig
 from dim.model.prompt import Prompt
 from dim.model.tokenizer import build_tokenizer
 from dim.tabletop import Scene
-from dim.tiny.binding import Binding, Mention, mentions
+from dim.tiny.auxiliary import AuxiliaryHeads, Mention, auxiliary_heads, cell_labels, mentions
 from dim.tiny.config import TinyBuildConfig, UnderstandingPartConfig
 from dim.tiny.corpus import Conversation, conversation, edit, tokenizer_texts
-from dim.tiny.grounding import Grounding
 from dim.tiny.schedule import Progress, Trainer, seeded
 
 _IGNORED = -100
@@ -74,14 +73,12 @@ def _train(
 ) -> None:
     network = conditioner.model.requires_grad_(True).train()
     batches = _Batches(conditioner, config, part, stream)
-    helpers = Helpers(
-        Grounding(conditioner.hidden_size, batches.side), Binding(conditioner.hidden_size)
-    )
-    trainer = Trainer(stream, [network, *helpers], part, out / f"{stream}.jsonl", progress)
+    heads = auxiliary_heads(conditioner.hidden_size, batches.side)
+    trainer = Trainer(stream, [network, *heads], part, out / f"{stream}.jsonl", progress)
     for step in range(part.steps):
         if step % _POOL == 0:
             pool = batches.pool(step)
-        trainer.update(_loss(network, helpers, part, batches.make(pool[step % _POOL])))
+        trainer.update(_loss(network, heads, part, batches.make(pool[step % _POOL])))
     network.requires_grad_(False).eval()
 
 
@@ -115,22 +112,16 @@ def _right_sections(answer: str, truth: Blueprint) -> list[str]:
     return ["parsed", *names, *decisive, *["blueprint"] * (written == truth)]
 
 
-class Helpers(NamedTuple):
-    """Heads that help the training and are thrown away after it."""
-
-    grounding: Grounding
-    binding: Binding
-
-
 class Batch(NamedTuple):
     """Model inputs (B, L), labels (B, L), what the images show, and mentions of things.
 
-    ``rows`` and ``tokens`` (M,) say where the mentions are, ``words`` (M, 4) what they say.
+    ``cells`` (image tokens, 5) are as of ``cell_labels``, none without images. ``rows`` and
+    ``tokens`` (M,) say where the mentions are, ``words`` (M, 4) what they say.
     """
 
     inputs: dict[str, Tensor]
     labels: Tensor
-    scenes: list[Scene]
+    cells: Tensor
     rows: Tensor
     tokens: Tensor
     words: Tensor
@@ -138,7 +129,7 @@ class Batch(NamedTuple):
 
 def _loss(
     network: Qwen2_5_VLForConditionalGeneration,
-    helpers: Helpers,
+    heads: AuxiliaryHeads,
     part: UnderstandingPartConfig,
     batch: Batch,
 ) -> Tensor:
@@ -147,13 +138,13 @@ def _loss(
     loss = torch.nn.functional.cross_entropy(
         output.logits[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten(), ignore_index=_IGNORED
     )
-    if batch.scenes:
+    if len(batch.cells):
         middle = output.hidden_states[network.config.text_config.num_hidden_layers // 2]
         seen = middle[batch.inputs["mm_token_type_ids"] == IMAGE_TYPE]
-        loss = loss + part.grounding_weight * helpers.grounding.loss(seen, batch.scenes)
+        loss = loss + part.grounding_weight * heads.grounding.loss(seen, batch.cells)
     if len(batch.words):
         states = output.hidden_states[-1][batch.rows, batch.tokens]
-        loss = loss + part.binding_weight * helpers.binding.loss(states, batch.words)
+        loss = loss + part.binding_weight * heads.binding.loss(states, batch.words)
     return loss
 
 
@@ -215,7 +206,7 @@ class _Batches:
         return Batch(
             inputs | self._pixels(scenes),
             labels,
-            scenes,
+            cell_labels(scenes, self.side),
             torch.tensor([i for i, _, _ in said], dtype=torch.long),
             torch.tensor([token for _, token, _ in said], dtype=torch.long),
             torch.tensor([words for _, _, words in said], dtype=torch.long),

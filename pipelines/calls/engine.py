@@ -46,7 +46,7 @@ Process = Callable[[ray.data.Dataset], ray.data.Dataset]
 class EngineOptions(StrictModel):
     """How vLLM runs a local model; see ``ray.data.llm.vLLMEngineProcessorConfig``."""
 
-    engine_kwargs: dict[str, Any] = {}
+    engine_kwargs: dict[str, Any] = Field(default_factory=dict)
     """Such as ``tensor_parallel_size``, ``max_model_len``, ``limit_mm_per_prompt``."""
     replicas: int = Field(1, ge=1)
     batch_size: int = Field(32, ge=1)

@@ -88,7 +88,7 @@ class PairRules(ImageRules):
     """Folder of a transformers CLIP model."""
     min_clip: float | None = 0.6
     """Cosine of its image embeddings of source and target, at least."""
-    sources: dict[str, PairThresholds] = {}
+    sources: dict[str, PairThresholds] = Field(default_factory=dict)
     """Other thresholds for the pairs of a source, by the name that its records carry."""
 
     def of(self, source: str) -> PairRules:

@@ -14,6 +14,7 @@ import typer
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from numpy.typing import NDArray
+from pydantic import Field
 
 from dim.config import StrictModel, load_config
 from dim.errors import ConfigError
@@ -45,7 +46,7 @@ _NOT_SHOWN = ("out", "raw", "tracking", "licences", "workers", "cpus_per_worker"
 class CardConfig(StrictModel):
     """What a card says that the output does not."""
 
-    licences: dict[str, str] = {}
+    licences: dict[str, str] = Field(default_factory=dict)
     """The licence of each source, above those in the job's settings."""
 
 

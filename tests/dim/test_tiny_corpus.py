@@ -16,10 +16,9 @@ from dim.model.conditioner import IMAGE_TYPE
 from dim.model.config import ModelConfig
 from dim.tabletop import COLOURS, SHAPES, Scene, Thing, sample_scene
 from dim.tiny import corpus
-from dim.tiny.binding import mentions
+from dim.tiny.auxiliary import auxiliary_heads, cell_labels, mentions
 from dim.tiny.config import TinyBuildConfig
 from dim.tiny.corpus import Conversation
-from dim.tiny.grounding import Grounding
 from dim.tiny.understanding import _Batches, new_understanding
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -93,8 +92,7 @@ def test_image_tokens_are_told_what_they_show() -> None:
     scene = Scene(
         (Thing("star", "red", "small", 0.125, 0.125), Thing("circle", "pink", "large", 0.5, 0.7))
     )
-    grounding = Grounding(8, side=4)
-    labels = torch.tensor(grounding._labels(scene))
+    labels = cell_labels([scene], side=4)
     assert labels[:, 0].tolist() == list(range(16))
     star = [1, 1 + list(COLOURS).index("red"), 1 + SHAPES.index("star"), 1]
     assert labels[0, 1:].tolist() == star
@@ -104,15 +102,16 @@ def test_image_tokens_are_told_what_they_show() -> None:
 def test_the_grounding_loss_tells_right_from_wrong_scenes() -> None:
     torch.manual_seed(0)
     scenes = [sample_scene(np.random.default_rng(i)) for i in range(6)]
-    grounding = Grounding(64, side=4)
+    right, wrong = cell_labels(scenes, side=4), cell_labels(scenes[::-1], side=4)
+    grounding, _ = auxiliary_heads(64, side=4)
     states = torch.randn(6 * 16, 64)
     optimizer = torch.optim.Adam([*grounding.parameters(), states.requires_grad_(True)], lr=0.1)
     for _ in range(60):
         optimizer.zero_grad()
-        grounding.loss(states, scenes).backward()
+        grounding.loss(states, right).backward()
         optimizer.step()
-    assert grounding.loss(states, scenes) < 0.05
-    assert grounding.loss(states, scenes[::-1]) > 1
+    assert grounding.loss(states, right) < 0.05
+    assert grounding.loss(states, wrong) > 1
 
 
 @pytest.fixture(scope="module")
@@ -166,10 +165,11 @@ def test_a_batch_labels_answers_and_pads_the_rest(batches: _Batches) -> None:
     ordered = sorted(lengths)
     assert all(max(a) <= min(b) for a, b in itertools.pairwise(ordered))
     for rows in pool:
-        inputs, labels, scenes, *_ = batches.make(rows)
+        inputs, labels, cells, *_ = batches.make(rows)
         assert labels.shape == inputs["input_ids"].shape
         image = inputs["mm_token_type_ids"] == IMAGE_TYPE
-        assert int(image.sum()) == 16 * len(scenes)
+        shown = sum(row.scene is not None for row in rows)
+        assert int(image.sum()) == 16 * shown == len(cells)
         for i, row in enumerate(rows):
             learnt = labels[i] != -100
             assert labels[i, row.start : len(row.ids)][learnt[row.start : len(row.ids)]].numel() > 0

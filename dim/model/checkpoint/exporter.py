@@ -12,7 +12,7 @@ from torch import Tensor
 from dim.errors import CheckpointError, InputError
 from dim.model import parts, released
 from dim.model.checkpoint import folder, tensorfile
-from dim.model.checkpoint.checks import is_finite, refuse_not_finite
+from dim.model.checkpoint.finite import is_finite, refuse_not_finite
 from dim.model.checkpoint.folder import Description
 from dim.model.checkpoint.tensorfile import MAX_SHARD_BYTES, Spec, TensorFiles
 from dim.model.released import AUTOENCODER, CONNECTOR, NULL_TABLE, UNDERSTANDING

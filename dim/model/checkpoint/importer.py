@@ -19,7 +19,7 @@ from dim.config import dump_config, validate_config
 from dim.errors import CheckpointError, ConfigError, InputError
 from dim.model import parts, released
 from dim.model.checkpoint import folder, tensorfile
-from dim.model.checkpoint.checks import is_finite, refuse_not_finite
+from dim.model.checkpoint.finite import is_finite, refuse_not_finite
 from dim.model.checkpoint.folder import Provenance
 from dim.model.checkpoint.tensorfile import MAX_SHARD_BYTES, Produce, Shape, Spec, TensorFiles
 from dim.model.config import (

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -68,3 +70,14 @@ def test_a_model_for_whole_data_sets_answers_no_single_request() -> None:
     for create in (designers.create, designers.create_captioner):
         with pytest.raises(DesignerError, match="in data jobs; .*vllm serve org/m"):
             create("vllm:org/m")
+
+
+def test_naming_a_designer_loads_no_model() -> None:
+    code = (
+        "import sys\n"
+        "from dim import designers\n"
+        "designers.check('self'), designers.create('oracle')\n"
+        "heavy = {'torch', 'transformers', 'diffusers', 'ray', 'aiohttp'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

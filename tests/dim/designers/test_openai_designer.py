@@ -9,6 +9,7 @@ import pickle
 import threading
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -166,7 +167,7 @@ def test_retry_after_is_honoured_by_every_request(server: ChatServer) -> None:
     times = spread(server, [429], **{"Retry-After": "1"})
     assert ask(server, 6, CallOptions(retries=0, timeout_s=5, in_flight=2)) == ["at last"] * 6
     ordered = sorted(times)
-    gaps = [later - earlier for earlier, later in zip(ordered, ordered[1:], strict=False)]
+    gaps = [later - earlier for earlier, later in pairwise(ordered)]
     assert len(times) == 7 and max(gaps) >= 0.95
     assert gaps.index(max(gaps)) < 3  # what was out when the server said so, and no more
 

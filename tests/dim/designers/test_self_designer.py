@@ -7,10 +7,15 @@ import numpy as np
 from PIL import Image
 
 from dim import tabletop
+from dim.config import load_config
 from dim.designers import DesignRequest, create
-from dim.designers.self_play import SelfDesigner
+from dim.designers.self_play import SETTINGS, SelfDesigner, shipped
 from dim.errors import CheckpointError, DesignerError
 from dim.images import encode_png
+from dim.model.config import ModelConfig, weights_path
+from dim.tiny.build import settings_of
+
+CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 
 
 class Echo:
@@ -49,6 +54,26 @@ def test_a_models_complaint_is_every_requests_error() -> None:
     assert [str(reply) for reply in replies] == ["weights are damaged"] * 2
     assert all(isinstance(reply, DesignerError) for reply in replies)
     assert SelfDesigner(Broken()).design([DesignRequest("a", b"x")])[0] != ""
+
+
+def test_the_shipped_model_is_asked_as_it_was_pretrained() -> None:
+    section = load_config(ModelConfig, CONFIGS / "tiny.yaml").understanding
+    settings = Path(weights_path(SETTINGS)).read_text(encoding="utf-8")
+    assert settings == settings_of(section)
+    assert shipped().config == section.model_copy(update={"architecture": {}})
+
+
+def test_the_shipped_model_writes_blueprints() -> None:
+    edits = [tabletop.sample_edit(np.random.default_rng(1000 + i)) for i in range(20)]
+    requests = [
+        DesignRequest(edit.instruction, encode_png(tabletop.render(edit.source, 64)))
+        for edit in edits
+    ]
+    designer = create("self")
+    replies = designer.design(requests)
+    assert designer.name == "self"
+    # Nine of these are right in every word, and none when the model is asked or shown otherwise.
+    assert sum(str(r) == e.blueprint.render() for r, e in zip(replies, edits, strict=True)) >= 5
 
 
 def test_a_saved_model_answers(tiny_model_dir: Path) -> None:

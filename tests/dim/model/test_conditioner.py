@@ -100,7 +100,7 @@ def test_equal_images_pass_the_vision_tower_once(conditioner, photos, monkeypatc
 
 def test_special_tokens_typed_by_a_user_are_text(conditioner, photos):
     text = "remove <|im_end|> and <|image_pad|>"
-    encoded, mask = conditioner.encode([text], [photos[0]])
+    _, mask = conditioner.encode([text], [photos[0]])
     plain = len(conditioner.tokenizer(text, split_special_tokens=True).input_ids)
     assert int(mask.sum()) == IMAGE_TOKENS + 2 + plain
 

@@ -13,6 +13,7 @@ from PIL import Image, ImageChops
 from dim import model
 from dim.blueprint import Blueprint
 from dim.config import load_config
+from dim.designers.self_play import SelfDesigner
 from dim.errors import CheckpointError, ConfigError, DesignerError, InputError
 from dim.model.config import ModelConfig
 
@@ -123,6 +124,40 @@ def test_a_designers_answer_is_tidied_and_must_be_a_blueprint(tiny, photos):
         tiny.edit(photos[:1], ["remove it"], designer=Recorded("I cannot."))
     with pytest.raises(DesignerError, match="no answer"):
         tiny.edit(photos[:1], ["remove it"], designer=Recorded(DesignerError("no answer")))
+
+
+@pytest.mark.parametrize(
+    "wrong, named",
+    [
+        ("oracle", "not 'oracle'"),
+        ("", "not ''"),
+        (Recorded, "not the class Recorded"),
+        (["self"], "not a list"),
+    ],
+)
+def test_what_is_no_designer_is_refused_before_anything_is_asked(tiny, photos, wrong, named):
+    with pytest.raises(
+        InputError, match=r"such as dim\.designers\.create\('oracle'\) gives"
+    ) as error:
+        tiny.edit(photos[:1], ["remove it"], blueprints=["my own plan"], designer=wrong)
+    assert str(error.value).endswith(named)
+
+
+def test_another_model_becomes_a_designer_first(tiny, photos, monkeypatch):
+    with pytest.raises(InputError, match=r"not a DIM, of which .*\.SelfDesigner makes one"):
+        tiny.edit(photos[:1], ["remove it"], designer=tiny)
+    monkeypatch.setattr(tiny.conditioner, "generate", lambda *_: [BLUEPRINT])
+    [result] = tiny.edit(photos[:1], ["remove it"], designer=SelfDesigner(tiny))
+    assert result.blueprint == BLUEPRINT
+
+
+def test_a_designer_that_answers_too_little_is_named(tiny, photos):
+    class Short(Recorded):
+        def design(self, requests, *, on_answer=None):
+            return super().design(requests[:1])
+
+    with pytest.raises(DesignerError, match="the designer answered 1 of 2 requests"):
+        tiny.edit(photos[:2], ["remove it", "blue"], designer=Short(BLUEPRINT, BLUEPRINT))
 
 
 def test_the_model_designs_with_its_own_eyes(tiny, photos, monkeypatch):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -175,7 +176,7 @@ def test_real_edits_pass_the_default_rules(shared_real: Path) -> None:
     ]
     assert len(found) == 27
     assert set(outcomes(FilterPairs(PairRules())(pairs(*found)))) == {"kept"}
-    strangers = pairs(*zip(sources, sources[1:], strict=False))
+    strangers = pairs(*pairwise(sources))
     assert set(outcomes(FilterPairs(PairRules(min_ssim=0.28))(strangers))) == {"pair.ssim_low"}
 
 

@@ -6,6 +6,7 @@ import asyncio
 import time
 from datetime import UTC, datetime
 from email.utils import format_datetime, formatdate
+from itertools import pairwise
 
 import pytest
 
@@ -133,7 +134,7 @@ def test_pauses_grow_while_it_stays_down() -> None:
             with pytest.raises(Down):
                 await call(breaker, Down("no"))
             times.append(time.monotonic())
-        pauses = [after - before for before, after in zip(times, times[1:], strict=False)]
+        pauses = [after - before for before, after in pairwise(times)]
         assert all(pause >= 0.05 * 2**n for n, pause in enumerate(pauses))
 
     asyncio.run(run())

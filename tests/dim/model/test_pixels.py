@@ -12,7 +12,7 @@ from PIL import Image
 
 from dim.errors import InputError
 from dim.images import decode_image, encode_png
-from dim.model.pictures import centre_crop, stretched, upright_rgb
+from dim.model.pixels import centre_crop, stretched, upright_rgb
 
 WIDTH, HEIGHT = 72, 56
 

@@ -1,14 +1,13 @@
-"""What is checked alike in several places: trained weights, and choices by name."""
+"""Weights with NaN or infinity are refused, wherever weights are read."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
-from dim.errors import CheckpointError, InputError
+from dim.errors import CheckpointError
 
 # Numbers that are summed at once: the sum as doubles copies them, 8 MB at a time.
 PIECE = 1 << 20
@@ -38,13 +37,3 @@ def refuse_not_finite(where: str, names: Iterable[str]) -> None:
     """
     if wrong := list(names):
         raise CheckpointError(f"{where}: weights that are not finite: {', '.join(wrong)}")
-
-
-def require_choice(name: str, value: str, choices: Any) -> None:
-    """Refuse a ``value`` that the ``Literal`` type ``choices`` does not list.
-
-    Raises:
-        InputError: names ``name``, the value and the choices.
-    """
-    if value not in get_args(choices):
-        raise InputError(f"{name} {value!r} is not one of {', '.join(get_args(choices))}")
