@@ -10,13 +10,14 @@ from pydantic import Field
 
 from dim.config import load_config
 from dim.records import FILTERED_IMAGE, FILTERED_PAIR, RAW_IMAGE, RAW_PAIR, kind_of
-from pipelines.command import ConfigFile, Out, Overrides, Overwrite, RetryFailed, settings, summary
+from pipelines.command import ConfigFile, Out, Overrides, Overwrite, RetryFailed, settings
 from pipelines.filters import FilterImages, FilterPairs, ImageRules, PairRules
 from pipelines.filters.duplicates import DuplicateRules
 from pipelines.filters.passes import judged
 from pipelines.job import Job, JobConfig
 from pipelines.outputs.manifest import Manifest
 from pipelines.outputs.shards import Shards
+from pipelines.outputs.summary import summary
 
 
 class FilterConfig(JobConfig):

@@ -29,7 +29,6 @@ from pipelines.outputs.manifest import Counts, FileEntry, Manifest
 from pipelines.outputs.shards import Shards
 from pipelines.outputs.sink import ROWS_PER_RANGE, STAGING, OutcomeSink
 
-MARKER = "unfinished.json"
 REPORT = "report.html"
 """A page that a job may leave in its output, for MLflow to keep."""
 
@@ -186,13 +185,13 @@ class Job:
 
     def _begin(self, *, overwrite: bool) -> None:
         """Claim the folder, and clear what an earlier attempt left, but for its answers."""
-        ours = self.store.is_file(MARKER) or self.store.is_file(manifests.NAME)
+        ours = self.store.is_file(manifests.MARKER) or self.store.is_file(manifests.NAME)
         if not ours and not self.store.is_empty():
             raise InputError(
                 f"{self.store.uri} is not empty and holds no output of a data job; choose "
                 "another --out"
             )
-        self.store.write(MARKER, f'{{"job": "{self.name}"}}\n'.encode())
+        self.store.write(manifests.MARKER, f'{{"job": "{self.name}"}}\n'.encode())
         for name in (manifests.NAME, card.NAME, REPORT, STAGING, *FOLDERS.values()):
             self.store.delete(name)
 
@@ -226,9 +225,9 @@ class Job:
 
     def _tidy(self) -> None:
         """Clear what is only there until the manifest is written; a kill may come in between."""
-        if self.store.is_file(MARKER):
+        if self.store.is_file(manifests.MARKER):
             self.store.delete(STAGING)
-            self.store.delete(MARKER)
+            self.store.delete(manifests.MARKER)
 
     def _count(self, pieces: Sequence[Piece], files: list[FileEntry]) -> Counts:
         rows: Counter[str] = Counter()

@@ -19,13 +19,14 @@ from pipelines.calls.ask import batches_at_once
 from pipelines.calls.bill import biller
 from pipelines.calls.engine import EngineOptions, answer_beforehand
 from pipelines.calls.exchange import share_meter
-from pipelines.command import ConfigFile, Out, Overrides, Overwrite, RetryFailed, settings, summary
+from pipelines.command import ConfigFile, Out, Overrides, Overwrite, RetryFailed, settings
 from pipelines.filters import FilterImages, ImageRules
 from pipelines.filters.duplicates import DuplicateRules
 from pipelines.filters.passes import filtered
 from pipelines.job import Job, JobConfig
 from pipelines.outputs.manifest import Manifest
 from pipelines.outputs.shards import Shards
+from pipelines.outputs.summary import summary
 from pipelines.stages.caption import CaptionRules, WriteCaptions
 
 

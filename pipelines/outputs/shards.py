@@ -18,7 +18,7 @@ from rich.progress import track
 
 from dim import records
 from dim.errors import InputError
-from infra.storage import Store, open_store
+from infra.storage import Store
 from pipelines.cluster import keep_freed_memory
 from pipelines.outputs import manifest as manifests
 from pipelines.outputs.commit import GROUP_BYTES, GROUP_PLACES
@@ -93,12 +93,7 @@ class Shards:
                 schema than this program knows.
             StorageError: it cannot be read.
         """
-        store = open_store(uri)
-        manifest = manifests.read(store)
-        if manifest is None:
-            state = "is not finished" if store.exists() else "does not exist"
-            raise InputError(f"the input {uri} {state} (no {manifests.NAME})")
-        shards = cls(store, manifest)
+        shards = cls(*manifests.open_finished(uri, "input"))
         shards._check_kind(kinds)
         return shards
 
