@@ -22,11 +22,12 @@ from pipelines.calls.exchange import share_meter
 from pipelines.command import ConfigFile, Out, Overrides, Overwrite, RetryFailed, settings
 from pipelines.filters import FilterPairs, PairRules
 from pipelines.filters.duplicates import DuplicateRules
-from pipelines.filters.passes import filtered
+from pipelines.filters.verdicts import without_duplicates
 from pipelines.job import Job, JobConfig
 from pipelines.outputs.manifest import Manifest
 from pipelines.outputs.shards import Shards
 from pipelines.outputs.summary import summary
+from pipelines.ranges import scan
 from pipelines.stages.blueprint import TriageBy, WriteBlueprints
 
 _QUESTIONS_PER_PAIR = 2  # triage and blueprint
@@ -77,7 +78,10 @@ def run(config: EditConfig, *, overwrite: bool = False, retry_failed: bool = Fal
 def edit(raw: Shards, config: EditConfig, store: Store) -> ray.data.Dataset:
     """Raw pairs → filter → triage → blueprint."""
     batches = {"batch_format": "pyarrow", "batch_size": config.batch_size}
-    checked = filtered(raw, FilterPairs(config.filters), config.duplicates, config.batch_size)
+    keep = without_duplicates(
+        raw, FilterPairs(config.filters), config.duplicates, config.batch_size, num_cpus=1
+    )
+    checked = scan(raw, keep, config.batch_size, num_cpus=1)
     checked = checked.repartition(target_num_rows_per_block=config.batch_size)
     settings = {
         "calls": config.calls,
@@ -89,12 +93,17 @@ def edit(raw: Shards, config: EditConfig, store: Store) -> ray.data.Dataset:
     rounds = _QUESTIONS_PER_PAIR * (config.reasks + 1)
     stage = partial(WriteBlueprints, **settings)
     answer_beforehand(checked, stage, config.designer, config, store, rounds)
+    at_once = batches_at_once(config.designer)
     exchange = share_meter(config.designer, config.calls, store)
     return checked.map_batches(
         WriteBlueprints,
         fn_constructor_args=(config.designer,),
         fn_constructor_kwargs={**settings, "exchange": exchange},
-        compute=raw.pool(config.workers, config.batch_size, batches_at_once(config.designer)),
+        compute=ray.data.ActorPoolStrategy(
+            size=max(1, min(config.workers, raw.rows // config.batch_size)),
+            max_concurrent_calls_per_actor=at_once,
+            enable_true_multi_threading=at_once > 1,
+        ),
         num_cpus=config.cpus_per_worker,
         **batches,
     )

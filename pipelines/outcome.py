@@ -21,7 +21,7 @@ Row = dict[str, Any]
 IMAGES = ("image", "image_target")
 """The columns that hold pictures."""
 
-_MARKS = pa.schema(
+_VERDICT = pa.schema(
     [
         pa.field("outcome", pa.string()),
         *(records.REJECT.field(name) for name in ("detail", "value", "threshold")),
@@ -56,7 +56,7 @@ class Rejection(Exception):
 def travelling(schema: pa.Schema) -> pa.Schema:
     """``schema`` with the columns that carry a record's outcome, none of them required."""
     fields = [field.with_nullable(True) for field in schema]
-    return pa.schema([*fields, *(mark for mark in _MARKS if mark.name not in schema.names)])
+    return pa.schema([*fields, *(field for field in _VERDICT if field.name not in schema.names)])
 
 
 def to_table(rows: Iterable[Row], schema: pa.Schema) -> pa.Table:

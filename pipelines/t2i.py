@@ -22,11 +22,12 @@ from pipelines.calls.exchange import share_meter
 from pipelines.command import ConfigFile, Out, Overrides, Overwrite, RetryFailed, settings
 from pipelines.filters import FilterImages, ImageRules
 from pipelines.filters.duplicates import DuplicateRules
-from pipelines.filters.passes import filtered
+from pipelines.filters.verdicts import without_duplicates
 from pipelines.job import Job, JobConfig
 from pipelines.outputs.manifest import Manifest
 from pipelines.outputs.shards import Shards
 from pipelines.outputs.summary import summary
+from pipelines.ranges import scan
 from pipelines.stages.caption import CaptionRules, WriteCaptions
 
 
@@ -69,18 +70,26 @@ def run(config: T2IConfig, *, overwrite: bool = False, retry_failed: bool = Fals
 def caption(raw: Shards, config: T2IConfig, store: Store) -> ray.data.Dataset:
     """Raw images → filter → long caption."""
     batches = {"batch_format": "pyarrow", "batch_size": config.batch_size}
-    checked = filtered(raw, FilterImages(config.filters), config.duplicates, config.batch_size)
+    keep = without_duplicates(
+        raw, FilterImages(config.filters), config.duplicates, config.batch_size, num_cpus=1
+    )
+    checked = scan(raw, keep, config.batch_size, num_cpus=1)
     checked = checked.repartition(target_num_rows_per_block=config.batch_size)
     settings = {"calls": config.calls, "rules": config.captions, "store": store}
     stage = partial(WriteCaptions, **settings)
     rounds = config.captions.reasks + 1
     answer_beforehand(checked, stage, config.captioner, config, store, rounds)
+    at_once = batches_at_once(config.captioner)
     exchange = share_meter(config.captioner, config.calls, store)
     return checked.map_batches(
         WriteCaptions,
         fn_constructor_args=(config.captioner,),
         fn_constructor_kwargs={**settings, "exchange": exchange},
-        compute=raw.pool(config.workers, config.batch_size, batches_at_once(config.captioner)),
+        compute=ray.data.ActorPoolStrategy(
+            size=max(1, min(config.workers, raw.rows // config.batch_size)),
+            max_concurrent_calls_per_actor=at_once,
+            enable_true_multi_threading=at_once > 1,
+        ),
         num_cpus=config.cpus_per_worker,
         **batches,
     )

@@ -14,7 +14,7 @@ from pipelines.outcome import Row
 
 @dataclass(frozen=True)
 class Signer:
-    """Adds to a record the columns of :data:`pipelines.filters.duplicates.VERDICT` that match it.
+    """Adds to a record the columns of :data:`pipelines.filters.duplicates.SIGNATURE` that match it.
 
     Args:
         embedding_model: folder of a CLIP or DINO model; its embeddings are noted too.
