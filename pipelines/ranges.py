@@ -137,12 +137,14 @@ def gather(
 def read(shards: Shards, rows: int = 64) -> ray.data.Dataset:
     """The kept records as a Ray data set, for stages that hold something; images stay encoded.
 
-    Ray reads small files together into one block; ``rows`` is what one worker gets at a time, so
-    that a few hundred records keep more than one worker busy.
+    ``rows`` is what one worker gets at a time, so that a few hundred records keep more than one
+    worker busy.
     """
-    paths = [shards.store.path(name) for name in shards.names]
-    dataset = ray.data.read_parquet(paths, filesystem=shards.store.filesystem)
-    return dataset.repartition(target_num_rows_per_block=rows)
+    return scan(shards, _as_they_are, rows).repartition(target_num_rows_per_block=rows)
+
+
+def _as_they_are(batch: pa.Table) -> pa.Table:
+    return batch
 
 
 @dataclass(frozen=True)
