@@ -26,13 +26,13 @@ def connect() -> None:
     if not ray.is_initialized():
         address = os.environ.get("RAY_ADDRESS", "local")
         # A single core must still run a designer beside the reading and writing.
-        own = {"num_cpus": max(2, os.cpu_count() or 1)} if address == "local" else {}
+        own = max(2, os.cpu_count() or 1) if address == "local" else None
         ray.init(
             address=address,
+            num_cpus=own,
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.ERROR,
-            **own,
         )
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = DataContext.get_current()

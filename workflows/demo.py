@@ -236,7 +236,7 @@ def make_data(config: DemoConfig, places: Places, console: Console) -> list[tupl
 def train_stages(config: DemoConfig, places: Places, console: Console) -> Trained:
     """The stages in order, each from the model of the one before."""
     init: str | None = None
-    metrics = []
+    metrics: list[tuple[str, dict[str, float]]] = []
     for file in config.stages:
         stage = stage_config(config, file, places, init)
         with progress_bar(console, f"train: {stage.stage}") as on_progress:

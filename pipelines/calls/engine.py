@@ -110,8 +110,9 @@ class StoreAnswers:
         return pa.table({"key": list(rows)})
 
     def _read(self, row: Mapping[str, Any]) -> Answer | Unusable:
-        tokens = [row.get(name) or 0 for name in ("input_tokens", "output_tokens")]
-        usage = Usage(*tokens, self._prices.of(*tokens), row.get("seconds") or 0.0)
+        read, written = (row.get(name) or 0 for name in ("input_tokens", "output_tokens"))
+        price = self._prices.of(read, written)
+        usage = Usage(read, written, price, row.get("seconds") or 0.0)
         if row.get(_ERROR):
             return Unusable(f"{self._who}: {' '.join(str(row[_ERROR]).split())}", usage)
         text = row.get("answer") or ""

@@ -31,7 +31,8 @@ def scaled(image: Image.Image, longest: int) -> Image.Image:
     scale = longest / max(image.size)
     if scale >= 1:
         return image
-    return resized(image, tuple(max(1, round(side * scale)) for side in image.size))
+    width, height = (max(1, round(side * scale)) for side in image.size)
+    return resized(image, (width, height))
 
 
 def resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
@@ -55,7 +56,7 @@ def luminance(pixels: Pixels) -> Grey:
 
 def grey(image: Image.Image) -> Grey:
     """(H, W) luma in [0, 1] of a picture, in 8-bit steps."""
-    return np.asarray(image.convert("L"), np.float32) / 255
+    return np.asarray(image.convert("L"), np.float32) / np.float32(255)
 
 
 def entropy(image: Image.Image) -> float:

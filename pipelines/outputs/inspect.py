@@ -180,12 +180,12 @@ def _choose(
     counted: dict[str, Counter[str]] = {}
     for outcome in (KEPT, REJECTED, FAILED):
         by_reason: dict[str, _Sample] = defaultdict(lambda: _Sample(samples))
-        counts: Counter[str] = Counter()
+        rows: Counter[str] = Counter()
         for row in _rows(store, _paths(manifest, outcome)):
             reason = row.get("reason") or ""
-            counts[reason] += 1
+            rows[reason] += 1
             by_reason[reason].offer(row)
-        chosen[outcome], counted[outcome] = by_reason, counts
+        chosen[outcome], counted[outcome] = by_reason, rows
     found = tuple(sum(counted[outcome].values()) for outcome in (KEPT, REJECTED, FAILED))
     counts = manifest.counts
     said = (counts.kept, counts.rejected, counts.failed)
