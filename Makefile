@@ -13,13 +13,14 @@ venv:  ## make .venv with the tested set (nothing happens when it is current)
 demo: venv  ## the whole loop on this machine: data, training, serving, a report page
 	@.venv/bin/dim demo
 
-test: check  ## lint, types and every test
+test: check  ## lint, types, layout and every test
 	$(PY) -m pytest
 
-check: venv  ## lint, format and types only
+check: venv  ## lint, format, types and layout only
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+	.venv/bin/lint-imports --no-cache
 
 format: venv  ## rewrite the code in the house format
 	$(PY) -m ruff check --fix .

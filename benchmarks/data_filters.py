@@ -47,7 +47,8 @@ from pipelines.cluster import connect
 from pipelines.filter import FilterPairsConfig
 from pipelines.filter import run as run_filter
 from pipelines.filters import FilterPairs, PairRules
-from pipelines.filters.duplicates import VERDICT, DuplicateRules, Judge, drop_duplicates
+from pipelines.filters.duplicates import SIGNATURE, DuplicateRules, drop_duplicates
+from pipelines.filters.verdicts import GiveVerdicts
 from pipelines.outcome import travelling
 from pipelines.outputs import manifest
 from pipelines.outputs.manifest import Counts, FileEntry, Manifest
@@ -61,9 +62,9 @@ STORE = 300 << 20  # bytes of Ray's object store
 MIB = 1 << 20
 SAMPLE_S = 0.2
 
-JUDGE = Judge.of(FilterPairs(RULES), DUPLICATES)
+GIVE_VERDICTS = GiveVerdicts.of(FilterPairs(RULES), DUPLICATES)
 """The functions that all three do: from encoded pairs to outcomes, measures and hashes."""
-COLUMNS = travelling(VERDICT).names
+COLUMNS = travelling(SIGNATURE).names
 
 
 def main() -> int:
@@ -139,7 +140,7 @@ def compare(
         ways: dict[str, Callable[[Path], int]] = {
             "job": lambda data: run_job(data, folder / "job").counts.kept,
             "map": lambda data: run_map(data, folder / "map", options.processes),
-            "pool": lambda data: sum(pool.imap_unordered(_judge_file, _files(data))),
+            "pool": lambda data: sum(pool.imap_unordered(_count_kept, _files(data))),
         }
         warm = folder / "warm"
         make_pairs(warm, 2 * BATCH, 64)
@@ -192,7 +193,7 @@ def run_map(raw: Path, out: Path, processes: int) -> int:
 
 
 def _add_verdicts(table: pa.Table) -> pa.Table:
-    verdicts = JUDGE(table)
+    verdicts = GIVE_VERDICTS(table)
     for name in [name for name in COLUMNS if name not in table.schema.names]:
         table = table.append_column(verdicts.schema.field(name), verdicts[name])
     return table
@@ -203,9 +204,11 @@ def _find(matcher: Callable[..., pa.Table], tasks: list[Any], signatures: pa.Tab
     return matcher(pa.Table.from_pylist(tasks), signatures)
 
 
-def _judge_file(path: str) -> int:
+def _count_kept(path: str) -> int:
     """How many records of a file the functions keep; runs in a process of the pool."""
-    return sum(outcome == "kept" for outcome in JUDGE(pq.read_table(path))["outcome"].to_pylist())
+    return sum(
+        outcome == "kept" for outcome in GIVE_VERDICTS(pq.read_table(path))["outcome"].to_pylist()
+    )
 
 
 def _files(raw: Path) -> list[str]:

@@ -218,6 +218,11 @@ def sha256_hex(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+def short_hash(text: str) -> bytes:
+    """8 bytes that stand for a text in a large index."""
+    return hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest()
+
+
 def content_hash(*parts: str | None) -> str:
     """One hash over what makes a record what it is: its image hashes and its instruction."""
     return sha256_hex("\0".join(part or "" for part in parts).encode())

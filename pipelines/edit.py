@@ -1,4 +1,4 @@
-"""DIM-Edit: raw pairs → filter → triage → blueprint → edit shards."""
+"""DIM-Edit: raw pairs → filter → duplicates → triage → blueprint → edit shards."""
 
 from __future__ import annotations
 
@@ -11,27 +11,24 @@ from pydantic import Field
 
 from dim import designers
 from dim.config import load_config
-from dim.designers import CallOptions
 from dim.records import EDIT, RAW_PAIR
 from infra.storage import Store
-from pipelines.calls.answers import set_unusable_aside
-from pipelines.calls.ask import batches_at_once
-from pipelines.calls.bill import biller
-from pipelines.calls.engine import EngineOptions, answer_beforehand
-from pipelines.calls.exchange import share_meter
-from pipelines.command import ConfigFile, Out, Overrides, Overwrite, RetryFailed, settings, summary
+from pipelines.calls.engine import answer_beforehand
+from pipelines.calls.worker import AskInTurn, CalledModel, batches_at_once
+from pipelines.command import ConfigFile, Out, Overrides, Overwrite, RetryFailed, settings
 from pipelines.filters import FilterPairs, PairRules
 from pipelines.filters.duplicates import DuplicateRules
-from pipelines.filters.passes import filtered
-from pipelines.job import Job, JobConfig
+from pipelines.filters.verdicts import without_duplicates
+from pipelines.job import AskingConfig, Job
 from pipelines.outputs.manifest import Manifest
 from pipelines.outputs.shards import Shards
-from pipelines.stages.blueprint import TriageBy, WriteBlueprints
+from pipelines.outputs.summary import summary
+from pipelines.ranges import scan
+from pipelines.stages.blueprint import WriteBlueprints
+from pipelines.stages.triage import TriageBy, TriageInstructions
 
-_QUESTIONS_PER_PAIR = 2  # triage and blueprint
 
-
-class EditConfig(JobConfig):
+class EditConfig(AskingConfig):
     """How raw pairs become DIM-Edit."""
 
     raw: str
@@ -47,55 +44,45 @@ class EditConfig(JobConfig):
     """How often a designer is asked again, told what was wrong, before the pair fails."""
     filters: PairRules = PairRules()
     duplicates: DuplicateRules = DuplicateRules()
-    calls: CallOptions = CallOptions()
-    engine: EngineOptions = EngineOptions()
-    """How a local model (``vllm:MODEL``) runs."""
-    workers: int = Field(1, ge=1)
-    """Processes that each hold a designer."""
-    cpus_per_worker: float = Field(0.5, gt=0)
-    """What each is reckoned to need: one that calls a server mostly waits."""
-    batch_size: int = Field(64, ge=1)
-    """Records that a stage works on at a time."""
 
 
 def run(config: EditConfig, *, overwrite: bool = False, retry_failed: bool = False) -> Manifest:
     """Make DIM-Edit. See :meth:`pipelines.job.Job.run` for reruns and errors."""
     designers.check(config.designer)
     raw = Shards.open(config.raw, RAW_PAIR)
-    job = Job("edit", config, EDIT, identity=raw.identity, rows=raw.rows)
-    if retry_failed:
-        set_unusable_aside(job.store)
+    asks = config.designer
+    job = Job("edit", config, EDIT, identity=raw.identity, rows=raw.rows, asks=asks)
     return job.run(
-        lambda: edit(raw, config, job.store),
-        overwrite=overwrite,
-        retry_failed=retry_failed,
-        cost=biller(config.designer, job.store),
+        lambda: edit(raw, config, job.store), overwrite=overwrite, retry_failed=retry_failed
     )
 
 
 def edit(raw: Shards, config: EditConfig, store: Store) -> ray.data.Dataset:
-    """Raw pairs → filter → triage → blueprint."""
-    batches = {"batch_format": "pyarrow", "batch_size": config.batch_size}
-    checked = filtered(raw, FilterPairs(config.filters), config.duplicates, config.batch_size)
-    checked = checked.repartition(target_num_rows_per_block=config.batch_size)
-    settings = {
-        "calls": config.calls,
-        "with_target": config.with_target,
-        "store": store,
-        "triage": config.triage,
-        "reasks": config.reasks,
-    }
-    rounds = _QUESTIONS_PER_PAIR * (config.reasks + 1)
-    stage = partial(WriteBlueprints, **settings)
-    answer_beforehand(checked, stage, config.designer, config, store, rounds)
-    exchange = share_meter(config.designer, config.calls, store)
-    return checked.map_batches(
-        WriteBlueprints,
-        fn_constructor_args=(config.designer,),
-        fn_constructor_kwargs={**settings, "exchange": exchange},
-        compute=raw.pool(config.workers, config.batch_size, batches_at_once(config.designer)),
+    """Raw pairs → filter → duplicates → triage → blueprint."""
+    rows = config.batch_size
+    good = FilterPairs(config.filters)
+    unique = without_duplicates(raw, good, config.duplicates, rows, num_cpus=1)
+    pairs = scan(raw, unique, rows, num_cpus=1).repartition(target_num_rows_per_block=rows)
+
+    triage = partial(TriageInstructions, reasks=config.reasks)
+    blueprint = partial(WriteBlueprints, with_target=config.with_target, reasks=config.reasks)
+    own_call = config.with_target and config.triage == "own_call"
+    steps = (triage, blueprint) if own_call else (blueprint,)
+    model = CalledModel.metered(config.designer, designers.create, config.calls, store)
+    answer_beforehand(
+        pairs, steps, model, config.engine, workers=config.workers, reasks=config.reasks
+    )
+    return pairs.map_batches(
+        AskInTurn,  # both steps in one process: they share the designer and its limits
+        fn_constructor_args=(steps, model.open),
         num_cpus=config.cpus_per_worker,
-        **batches,
+        compute=ray.data.ActorPoolStrategy(
+            size=config.workers_for(raw.rows),
+            max_concurrent_calls_per_actor=batches_at_once(config.designer),
+            enable_true_multi_threading=True,
+        ),
+        batch_format="pyarrow",
+        batch_size=rows,
     )
 
 

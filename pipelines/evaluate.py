@@ -21,6 +21,7 @@ from infra.storage import join, open_store
 from pipelines.cluster import connect
 from pipelines.command import ConfigFile, Overrides, settings
 from pipelines.outputs.shards import Shards
+from pipelines.ranges import read
 from pipelines.stages.paint import BLUEPRINT, INSTRUCTION, SELF, WAYS, PaintEdits
 
 NAMES = {BLUEPRINT: "with blueprints", SELF: "with its own blueprints", INSTRUCTION: "without"}
@@ -123,7 +124,7 @@ def run(config: EvaluateConfig) -> Evaluation:
     shards = Shards.open(config.data, EDIT)
     _check_tabletop(shards)
     connect()
-    painted = shards.read().map_batches(
+    painted = read(shards).map_batches(
         PaintEdits,
         fn_constructor_args=(config.model, config.ways, config.steps, config.guidance_scale),
         batch_format="pyarrow",

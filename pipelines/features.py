@@ -21,10 +21,11 @@ from dim.features.preparation import Preparation, preparation_of
 from dim.records import EDIT, T2I
 from infra.models import load_frozen
 from infra.storage import Store, open_store
-from pipelines.command import ConfigFile, Out, Overrides, Overwrite, RetryFailed, settings, summary
+from pipelines.command import ConfigFile, Out, Overrides, Overwrite, RetryFailed, settings
 from pipelines.job import Job, JobConfig
 from pipelines.outputs.manifest import Manifest
 from pipelines.outputs.shards import Shards
+from pipelines.outputs.summary import summary
 from pipelines.stages.encode import ENCODED, UNIT, EncodeFeatures, EncodeOptions, schema_of
 from training.stage import StageConfig, TextName
 

@@ -10,13 +10,14 @@ from pydantic import Field
 
 from dim.config import load_config
 from dim.records import FILTERED_IMAGE, FILTERED_PAIR, RAW_IMAGE, RAW_PAIR, kind_of
-from pipelines.command import ConfigFile, Out, Overrides, Overwrite, RetryFailed, settings, summary
+from pipelines.command import ConfigFile, Out, Overrides, Overwrite, RetryFailed, settings
 from pipelines.filters import FilterImages, FilterPairs, ImageRules, PairRules
 from pipelines.filters.duplicates import DuplicateRules
-from pipelines.filters.passes import judged
+from pipelines.filters.verdicts import InPlace, verdict_pieces
 from pipelines.job import Job, JobConfig
 from pipelines.outputs.manifest import Manifest
 from pipelines.outputs.shards import Shards
+from pipelines.outputs.summary import summary
 
 
 class FilterConfig(JobConfig):
@@ -60,11 +61,12 @@ def run(
     """Filter raw records. See :meth:`pipelines.job.Job.run` for reruns and errors."""
     raw = Shards.open(config.raw, config.kept)
     job = Job("filter", config, config.kept, identity=raw.identity, rows=raw.rows)
-    return job.run(
-        lambda: judged(raw, config.stage(), config.duplicates, config.batch_size),
-        overwrite=overwrite,
-        retry_failed=retry_failed,
-    )
+    return job.run(lambda: keep(raw, config), overwrite=overwrite, retry_failed=retry_failed)
+
+
+def keep(raw: Shards, config: FilterPairsConfig | FilterImagesConfig) -> list[InPlace]:
+    """Raw records → filter → duplicates."""
+    return verdict_pieces(raw, config.stage(), config.duplicates, config.batch_size, num_cpus=1)
 
 
 def config_for(raw: str) -> type[FilterPairsConfig] | type[FilterImagesConfig]:

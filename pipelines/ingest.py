@@ -11,9 +11,10 @@ from ray.data import TaskPoolStrategy
 
 from dim.config import load_config
 from infra import storage
-from pipelines.command import ConfigFile, Out, Overrides, Overwrite, RetryFailed, settings, summary
+from pipelines.command import ConfigFile, Out, Overrides, Overwrite, RetryFailed, settings
 from pipelines.job import Job, JobConfig
 from pipelines.outputs.manifest import Manifest
+from pipelines.outputs.summary import summary
 from pipelines.readers import containers, sources
 from pipelines.readers.fetch import FetchConfig
 from pipelines.readers.join import MediaConfig

@@ -16,10 +16,14 @@ from ray.data import Dataset
 
 from dim import records
 from dim.config import StrictModel, dump_config
+from dim.designers import CallOptions
 from dim.errors import DimError, InputError
 from dim.failures import find_dim_error
 from infra.storage import open_store
 from infra.tracking import Run, Tracking, code_version, default_uri
+from pipelines.calls.answers import set_unusable_aside
+from pipelines.calls.bill import is_billed, write_bill
+from pipelines.calls.engine import EngineOptions
 from pipelines.cluster import connect
 from pipelines.outcome import FAILED, KEPT, REJECTED
 from pipelines.outputs import card
@@ -29,7 +33,6 @@ from pipelines.outputs.manifest import Counts, FileEntry, Manifest
 from pipelines.outputs.shards import Shards
 from pipelines.outputs.sink import ROWS_PER_RANGE, STAGING, OutcomeSink
 
-MARKER = "unfinished.json"
 REPORT = "report.html"
 """A page that a job may leave in its output, for MLflow to keep."""
 
@@ -94,6 +97,24 @@ class JobConfig(StrictModel):
         return min(self.rows_per_file, ROWS_PER_RANGE)
 
 
+class AskingConfig(JobConfig):
+    """What a job is told that asks a model about every record."""
+
+    calls: CallOptions = CallOptions()
+    engine: EngineOptions = EngineOptions()
+    """How a local model (``vllm:MODEL``) runs."""
+    workers: int = Field(1, ge=1)
+    """Processes that each hold the model; fewer for a few records."""
+    cpus_per_worker: float = Field(0.5, gt=0)
+    """What each is reckoned to need: one that calls a server mostly waits."""
+    batch_size: int = Field(64, ge=1)
+    """Records that a step works on at a time."""
+
+    def workers_for(self, rows: int) -> int:
+        """How many workers so many records keep busy."""
+        return max(1, min(self.workers, rows // self.batch_size))
+
+
 class Job:
     """One run of a data job.
 
@@ -105,6 +126,7 @@ class Job:
         rows: how many records it reads.
         group_bytes: size of a row group of its output, as ``Limits`` takes it.
         rows_per_write: records that are written together at least, as ``OutcomeSink`` takes it.
+        asks: the designer or captioner whose answers it keeps and pays, if there is one.
     """
 
     def __init__(
@@ -117,6 +139,7 @@ class Job:
         rows: int,
         group_bytes: int | None = None,
         rows_per_write: int | None = ROWS_PER_RANGE,
+        asks: str | None = None,
     ) -> None:
         self.name = name
         self.store = open_store(config.out)
@@ -127,6 +150,7 @@ class Job:
         self._rows = rows
         self._group_bytes = group_bytes
         self._rows_per_write = rows_per_write
+        self._asks = asks
 
     def run(
         self,
@@ -134,7 +158,6 @@ class Job:
         *,
         overwrite: bool = False,
         retry_failed: bool = False,
-        cost: Callable[[], Mapping[str, float]] | None = None,
     ) -> Manifest:
         """Bring the output folder to hold the records of ``build()``, and say what is in it.
 
@@ -145,15 +168,16 @@ class Job:
             build: makes the data set of records with outcomes, or says where they lie already;
                 only called when there is work.
             overwrite: replace a finished output, whatever made it.
-            retry_failed: make a finished output again if records failed in it.
-            cost: says what the records cost, as numbers by name; asked when all are written. The
-                same records must cost the same, or a rerun has another manifest.
+            retry_failed: make a finished output again if records failed in it, and ask again
+                what was answered with nothing.
 
         Raises:
             InputError: the folder holds something else, and ``overwrite`` is not set.
             StorageError: it cannot be written.
             DimError: whatever stopped the job, in one sentence.
         """
+        if retry_failed and self._asks is not None:
+            set_unusable_aside(self.store)
         done = manifests.read(self.store)
         if done is not None and not overwrite:
             self._check_same(done)
@@ -164,7 +188,7 @@ class Job:
         with _one_sentence(), self._tracked() as tracked:
             connect()
             started = time.monotonic()
-            manifest = self._write(build(), cost)
+            manifest = self._write(build())
             tracked(manifest, time.monotonic() - started)
         return manifest
 
@@ -186,30 +210,29 @@ class Job:
 
     def _begin(self, *, overwrite: bool) -> None:
         """Claim the folder, and clear what an earlier attempt left, but for its answers."""
-        ours = self.store.is_file(MARKER) or self.store.is_file(manifests.NAME)
+        ours = self.store.is_file(manifests.MARKER) or self.store.is_file(manifests.NAME)
         if not ours and not self.store.is_empty():
             raise InputError(
                 f"{self.store.uri} is not empty and holds no output of a data job; choose "
                 "another --out"
             )
-        self.store.write(MARKER, f'{{"job": "{self.name}"}}\n'.encode())
+        self.store.write(manifests.MARKER, f'{{"job": "{self.name}"}}\n'.encode())
         for name in (manifests.NAME, card.NAME, REPORT, STAGING, *FOLDERS.values()):
             self.store.delete(name)
 
-    def _write(
-        self, made: Dataset | Sequence[Piece], cost: Callable[[], Mapping[str, float]] | None
-    ) -> Manifest:
+    def _write(self, made: Dataset | Sequence[Piece]) -> Manifest:
         config = self._config
         pieces = self._stage(made) if isinstance(made, Dataset) else made
         limits = Limits(config.rows_per_file, int(config.target_file_mb * 2**20), self._group_bytes)
         files = commit(self.store, self._schema, pieces, limits)
+        billed = self._asks is not None and is_billed(self._asks)
         manifest = Manifest(
             job=self.name,
             config=self._settings,
             input=self._identity,
             counts=self._count(pieces, files),
             files=tuple(files),
-            cost=dict(cost()) if cost else None,
+            cost=write_bill(self.store) if billed else None,
         )
         if records.kind_of(self._schema) in _WITH_CARD:
             card.write(Shards(self.store, manifest))
@@ -226,9 +249,9 @@ class Job:
 
     def _tidy(self) -> None:
         """Clear what is only there until the manifest is written; a kill may come in between."""
-        if self.store.is_file(MARKER):
+        if self.store.is_file(manifests.MARKER):
             self.store.delete(STAGING)
-            self.store.delete(MARKER)
+            self.store.delete(manifests.MARKER)
 
     def _count(self, pieces: Sequence[Piece], files: list[FileEntry]) -> Counts:
         rows: Counter[str] = Counter()

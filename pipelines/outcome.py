@@ -7,7 +7,7 @@ Marked records lose their images on the spot: only what is needed to account for
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 
@@ -17,11 +17,12 @@ KEPT, REJECTED, FAILED = "kept", "rejected", "failed"
 OUTCOMES = (KEPT, REJECTED, FAILED)
 
 Row = dict[str, Any]
+ResultT = TypeVar("ResultT")
 
 IMAGES = ("image", "image_target")
 """The columns that hold pictures."""
 
-_MARKS = pa.schema(
+_VERDICT = pa.schema(
     [
         pa.field("outcome", pa.string()),
         *(records.REJECT.field(name) for name in ("detail", "value", "threshold")),
@@ -56,7 +57,7 @@ class Rejection(Exception):
 def travelling(schema: pa.Schema) -> pa.Schema:
     """``schema`` with the columns that carry a record's outcome, none of them required."""
     fields = [field.with_nullable(True) for field in schema]
-    return pa.schema([*fields, *(mark for mark in _MARKS if mark.name not in schema.names)])
+    return pa.schema([*fields, *(field for field in _VERDICT if field.name not in schema.names)])
 
 
 def to_table(rows: Iterable[Row], schema: pa.Schema) -> pa.Table:
@@ -105,6 +106,28 @@ def work_on(rows: Iterable[Row], stage: str, work: Callable[[Row], Row | None]) 
             reject(row, rejection)
         except Exception as error:  # one record must not end a job of millions
             fail(row, stage, error)
+
+
+def settle(
+    rows: Iterable[Row],
+    stage: str,
+    results: Iterable[ResultT | Exception],
+    take: Callable[[Row, ResultT], Row | None],
+) -> None:
+    """The same with a result for every kept row, in order; one that is an error is raised.
+
+    Args:
+        take: what to add to a row, from the row and its result.
+    """
+    waiting = iter(results)
+
+    def work(row: Row) -> Row | None:
+        result = next(waiting)
+        if isinstance(result, Exception):
+            raise result
+        return take(row, result)
+
+    work_on(rows, stage, work)
 
 
 def _take_out(row: Row, outcome: str) -> None:

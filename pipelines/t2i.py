@@ -1,4 +1,4 @@
-"""DIM-T2I: raw images → filter → long caption → T2I shards."""
+"""DIM-T2I: raw images → filter → duplicates → long caption → T2I shards."""
 
 from __future__ import annotations
 
@@ -7,29 +7,26 @@ from typing import Annotated
 
 import ray.data
 import typer
-from pydantic import Field
 
 from dim import designers
 from dim.config import load_config
-from dim.designers import CallOptions
 from dim.records import RAW_IMAGE, T2I
 from infra.storage import Store
-from pipelines.calls.answers import set_unusable_aside
-from pipelines.calls.ask import batches_at_once
-from pipelines.calls.bill import biller
-from pipelines.calls.engine import EngineOptions, answer_beforehand
-from pipelines.calls.exchange import share_meter
-from pipelines.command import ConfigFile, Out, Overrides, Overwrite, RetryFailed, settings, summary
+from pipelines.calls.engine import answer_beforehand
+from pipelines.calls.worker import AskInTurn, CalledModel, batches_at_once
+from pipelines.command import ConfigFile, Out, Overrides, Overwrite, RetryFailed, settings
 from pipelines.filters import FilterImages, ImageRules
 from pipelines.filters.duplicates import DuplicateRules
-from pipelines.filters.passes import filtered
-from pipelines.job import Job, JobConfig
+from pipelines.filters.verdicts import without_duplicates
+from pipelines.job import AskingConfig, Job
 from pipelines.outputs.manifest import Manifest
 from pipelines.outputs.shards import Shards
+from pipelines.outputs.summary import summary
+from pipelines.ranges import scan
 from pipelines.stages.caption import CaptionRules, WriteCaptions
 
 
-class T2IConfig(JobConfig):
+class T2IConfig(AskingConfig):
     """How raw images become DIM-T2I."""
 
     raw: str
@@ -39,49 +36,41 @@ class T2IConfig(JobConfig):
     filters: ImageRules = ImageRules()
     duplicates: DuplicateRules = DuplicateRules()
     captions: CaptionRules = CaptionRules()
-    calls: CallOptions = CallOptions()
-    engine: EngineOptions = EngineOptions()
-    """How a local model (``vllm:MODEL``) runs."""
-    workers: int = Field(1, ge=1)
-    """Processes that each hold a captioner."""
-    cpus_per_worker: float = Field(0.5, gt=0)
-    """What each is reckoned to need: one that calls a server mostly waits."""
-    batch_size: int = Field(64, ge=1)
-    """Records that a stage works on at a time."""
 
 
 def run(config: T2IConfig, *, overwrite: bool = False, retry_failed: bool = False) -> Manifest:
     """Make DIM-T2I. See :meth:`pipelines.job.Job.run` for reruns and errors."""
     designers.check(config.captioner, captioner=True)
     raw = Shards.open(config.raw, RAW_IMAGE)
-    job = Job("t2i", config, T2I, identity=raw.identity, rows=raw.rows)
-    if retry_failed:
-        set_unusable_aside(job.store)
+    asks = config.captioner
+    job = Job("t2i", config, T2I, identity=raw.identity, rows=raw.rows, asks=asks)
     return job.run(
-        lambda: caption(raw, config, job.store),
-        overwrite=overwrite,
-        retry_failed=retry_failed,
-        cost=biller(config.captioner, job.store),
+        lambda: caption(raw, config, job.store), overwrite=overwrite, retry_failed=retry_failed
     )
 
 
 def caption(raw: Shards, config: T2IConfig, store: Store) -> ray.data.Dataset:
-    """Raw images → filter → long caption."""
-    batches = {"batch_format": "pyarrow", "batch_size": config.batch_size}
-    checked = filtered(raw, FilterImages(config.filters), config.duplicates, config.batch_size)
-    checked = checked.repartition(target_num_rows_per_block=config.batch_size)
-    settings = {"calls": config.calls, "rules": config.captions, "store": store}
-    stage = partial(WriteCaptions, **settings)
-    rounds = config.captions.reasks + 1
-    answer_beforehand(checked, stage, config.captioner, config, store, rounds)
-    exchange = share_meter(config.captioner, config.calls, store)
-    return checked.map_batches(
-        WriteCaptions,
-        fn_constructor_args=(config.captioner,),
-        fn_constructor_kwargs={**settings, "exchange": exchange},
-        compute=raw.pool(config.workers, config.batch_size, batches_at_once(config.captioner)),
+    """Raw images → filter → duplicates → long caption."""
+    rows = config.batch_size
+    good = FilterImages(config.filters)
+    unique = without_duplicates(raw, good, config.duplicates, rows, num_cpus=1)
+    images = scan(raw, unique, rows, num_cpus=1).repartition(target_num_rows_per_block=rows)
+
+    steps = (partial(WriteCaptions, rules=config.captions),)
+    model = CalledModel.metered(config.captioner, designers.create_captioner, config.calls, store)
+    reasks = config.captions.reasks
+    answer_beforehand(images, steps, model, config.engine, workers=config.workers, reasks=reasks)
+    return images.map_batches(
+        AskInTurn,
+        fn_constructor_args=(steps, model.open),
         num_cpus=config.cpus_per_worker,
-        **batches,
+        compute=ray.data.ActorPoolStrategy(
+            size=config.workers_for(raw.rows),
+            max_concurrent_calls_per_actor=batches_at_once(config.captioner),
+            enable_true_multi_threading=True,
+        ),
+        batch_format="pyarrow",
+        batch_size=rows,
     )
 
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow.compute as pc
-from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from pipelines.evaluate import NAMES, Evaluation, summary
 from pipelines.outputs.manifest import Counts
+from pipelines.outputs.pages import render
 from pipelines.stages.paint import BLUEPRINT, SELF
 
 _METRICS = ("loss", "samples_per_second", "validation_loss", "validation_exact")
@@ -33,10 +33,9 @@ class Report:
 
     def render(self) -> str:
         """The page as HTML, with nothing that it would have to fetch."""
-        environment = Environment(
-            loader=PackageLoader("workflows"), autoescape=True, undefined=StrictUndefined
-        )
-        return environment.get_template("report.html.j2").render(
+        return render(
+            "workflows",
+            "report.html.j2",
             title=self.title,
             intro=self.intro,
             headline=self._headline(),

@@ -65,9 +65,9 @@ def create(
     """
     kind, argument = _split(spec, DESIGNERS, "designer")
     if kind == "openai":
-        from dim.designers.openai import OpenAIDesigner
+        from dim.designers.openai import OpenAIModel
 
-        return OpenAIDesigner(*_model_and_url(argument, spec), calls, exchange)
+        return OpenAIModel(*_model_and_url(argument, spec), calls, exchange)
     if kind == "replay":
         from dim.designers.replay import ReplayDesigner
 
@@ -87,9 +87,9 @@ def create_captioner(
     """The captioner that ``spec`` names; arguments and errors as of :func:`create`."""
     kind, argument = _split(spec, CAPTIONERS, "captioner")
     if kind == "openai":
-        from dim.designers.openai import OpenAICaptioner
+        from dim.designers.openai import OpenAIModel
 
-        return OpenAICaptioner(*_model_and_url(argument, spec), calls, exchange)
+        return OpenAIModel(*_model_and_url(argument, spec), calls, exchange)
     if kind == "replay":
         from dim.designers.replay import ReplayCaptioner
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from dim import blueprint, caption
+from dim.designers import questions
 from dim.designers.base import (
     SOMEBODY_WAITS,
     CallOptions,
@@ -17,8 +17,8 @@ from dim.designers.calls.chat import ChatEndpoint
 from dim.designers.calls.gate import Exchange
 
 
-class OpenAIDesigner:
-    """Asks a vision-language model for blueprints.
+class OpenAIModel:
+    """Asks a vision-language model for blueprints, for captions, or anything.
 
     Args:
         model: the server's name of the model.
@@ -45,50 +45,17 @@ class OpenAIDesigner:
         self, requests: Sequence[DesignRequest], *, on_answer: OnAnswer | None = None
     ) -> list[Reply]:
         """See :meth:`dim.designers.Designer.design`. All requests are in flight together."""
-        return self._endpoint.ask([_question(request) for request in requests], on_answer)
-
-    def ask(
-        self, questions: Sequence[Question], *, on_answer: OnAnswer | None = None
-    ) -> list[Reply]:
-        """One answer or error per question of any kind; see :class:`ChatEndpoint`."""
-        return self._endpoint.ask(questions, on_answer)
-
-
-class OpenAICaptioner:
-    """Asks a vision-language model for long captions; arguments as of :class:`OpenAIDesigner`."""
-
-    costly = True
-
-    def __init__(
-        self,
-        model: str,
-        url: str | None = None,
-        options: CallOptions | None = None,
-        exchange: Exchange | None = None,
-    ) -> None:
-        options = options or SOMEBODY_WAITS
-        self.name = f"openai:{model}"
-        self.fingerprint = fingerprint(model, options)
-        self._endpoint = ChatEndpoint(model, url, options, exchange)
+        return self.ask([questions.for_blueprint(each) for each in requests], on_answer=on_answer)
 
     def caption(self, images: Sequence[bytes], *, on_answer: OnAnswer | None = None) -> list[Reply]:
         """See :meth:`dim.designers.Captioner.caption`."""
-        prompt = caption.request_prompt()
-        return self.ask([Question(prompt, (image,)) for image in images], on_answer=on_answer)
+        return self.ask([questions.for_caption(image) for image in images], on_answer=on_answer)
 
-    def ask(
-        self, questions: Sequence[Question], *, on_answer: OnAnswer | None = None
-    ) -> list[Reply]:
+    def ask(self, asked: Sequence[Question], *, on_answer: OnAnswer | None = None) -> list[Reply]:
         """One answer or error per question of any kind; see :class:`ChatEndpoint`."""
-        return self._endpoint.ask(questions, on_answer)
+        return self._endpoint.ask(asked, on_answer)
 
 
 def fingerprint(model: str, options: CallOptions) -> str:
     """What changes an answer: the model and its sampling; not the server it runs on."""
     return f"openai:{model} temperature={options.temperature} max_tokens={options.max_tokens}"
-
-
-def _question(request: DesignRequest) -> Question:
-    has_target = request.target is not None
-    images = (request.image, request.target) if request.target is not None else (request.image,)
-    return Question(blueprint.request_prompt(request.instruction, has_target), images)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 
-from dim import blueprint, caption
+from dim.designers import questions
 from dim.designers.base import CallOptions, DesignRequest, OnAnswer, Question, Reply
 from dim.errors import DesignerError
 from dim.records import sha256_hex
@@ -42,24 +42,16 @@ class PreparedModel:
         self, requests: Sequence[DesignRequest], *, on_answer: OnAnswer | None = None
     ) -> list[Reply]:
         """See :meth:`dim.designers.Designer.design`."""
-        questions = []
-        for request in requests:
-            text = blueprint.request_prompt(request.instruction, request.target is not None)
-            images = (request.image, request.target)
-            questions.append(Question(text, tuple(image for image in images if image is not None)))
-        return self.ask(questions, on_answer=on_answer)
+        return self.ask([questions.for_blueprint(each) for each in requests], on_answer=on_answer)
 
     def caption(self, images: Sequence[bytes], *, on_answer: OnAnswer | None = None) -> list[Reply]:
         """See :meth:`dim.designers.Captioner.caption`."""
-        text = caption.request_prompt()
-        return self.ask([Question(text, (image,)) for image in images], on_answer=on_answer)
+        return self.ask([questions.for_caption(image) for image in images], on_answer=on_answer)
 
-    def ask(
-        self, questions: Sequence[Question], *, on_answer: OnAnswer | None = None
-    ) -> list[Reply]:
+    def ask(self, asked: Sequence[Question], *, on_answer: OnAnswer | None = None) -> list[Reply]:
         """The answer to each question; one that is not there is an error, and is remembered."""
         replies: list[Reply] = []
-        for place, question in enumerate(questions):
+        for place, question in enumerate(asked):
             key = self.key(question)
             reply = self._find(key)
             if reply is None:

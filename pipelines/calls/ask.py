@@ -1,50 +1,25 @@
-"""Asking once: what is stored is not asked again, and equal requests are one request."""
+"""Asking: what is stored is not asked again, equal questions are one, useless answers go back."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, Generic, Protocol, TypeGuard, TypeVar
 
-from dim import designers
-from dim.designers import CallOptions, OnAnswer, Reply
+from dim.designers import OnAnswer, Question, Reply
 from dim.designers.calls.usage import Unusable
-from dim.designers.prepared import PreparedModel
-from infra.storage import Store
-from pipelines.calls.answers import Answers
+from dim.errors import DimError
+from pipelines.calls.answers import Answers, answer_key
+from pipelines.outcome import Rejection
 
 RequestT = TypeVar("RequestT", contravariant=True)
+ReadT = TypeVar("ReadT")
 
+_AGAIN = """\
+{text}
 
-_BATCHES_AT_ONCE = 3
-
-
-def batches_at_once(spec: str) -> int:
-    """How many batches a worker that asks ``spec`` works on: while one waits for its last answer,
-    the next ones keep the server busy. Calls in flight are counted over all of them."""
-    return _BATCHES_AT_ONCE if designers.calls_a_server(spec) else 1
-
-
-DesignerT = TypeVar("DesignerT")
-
-
-def prepared_or_made(
-    designer: str | PreparedModel,
-    make: Callable[[str], DesignerT],
-    calls: CallOptions,
-    store: Store,
-) -> DesignerT | PreparedModel:
-    """What a stage asks.
-
-    Args:
-        designer: its spec, or the model itself.
-        make: makes those that answer at once.
-        calls: the sampling.
-        store: where the answers of a local model lie.
-    """
-    if not isinstance(designer, str):
-        return designer
-    model = designers.engine_model(designer)
-    return make(designer) if model is None else PreparedModel(model, calls, Answers(store).get)
+You were asked this before, and your answer could not be used: {fault}. Answer again, completely \
+and in the form that is asked for."""
 
 
 class Ask(Protocol[RequestT]):
@@ -53,6 +28,34 @@ class Ask(Protocol[RequestT]):
     def __call__(
         self, requests: Sequence[RequestT], /, *, on_answer: OnAnswer | None = None
     ) -> list[Reply]: ...
+
+
+class Answering(Protocol):
+    """A designer or captioner that answers any question put to it."""
+
+    def ask(
+        self, questions: Sequence[Question], /, *, on_answer: OnAnswer | None = None
+    ) -> list[Reply]: ...
+
+
+def answers_questions(designer: Any) -> TypeGuard[Answering]:
+    """Whether a designer is a model that can be asked anything; others only do their one task."""
+    return hasattr(designer, "ask")
+
+
+@dataclass(frozen=True)
+class Asked(Generic[ReadT]):
+    """A question on its way: how it was first put, under which key, how its answer is read, and
+    the id of the record it is for.
+
+    ``read`` raises a :class:`dim.errors.DimError` or a :class:`Rejection` for an answer that
+    cannot be used; its text tells the model what to do better.
+    """
+
+    question: Question
+    key: str
+    read: Callable[[str], ReadT]
+    record: str = ""
 
 
 def ask_once(
@@ -90,3 +93,58 @@ def ask_once(
         fresh = ask(list(open_requests.values()), on_answer=store)
         replies.update(zip(open_keys, fresh, strict=True))
     return [replies[key] for key in keys]
+
+
+def ask_until_read(
+    ask: Ask[Question], asked: Sequence[Asked[ReadT]], answers: Answers | None, reasks: int
+) -> list[ReadT | Exception]:
+    """What was read from each answer, or why there is nothing, in order.
+
+    Every answer is kept under a key of its own, the useless ones too: a rerun goes the same way
+    through the answers it has, and pays only for what is missing.
+
+    Args:
+        ask: answers questions.
+        asked: what to ask.
+        answers: where answers are kept the moment they arrive; ``None`` keeps none.
+        reasks: how often a question is asked again because its answer could not be used. One
+            that got no answer at all is not: whoever calls has tried that often enough.
+    """
+    results: dict[int, ReadT | Exception] = {}
+    current = {place: (one.question, one.key) for place, one in enumerate(asked)}
+    for attempt in range(reasks + 1):
+        places = list(current)
+        questions, keys = [current[p][0] for p in places], [current[p][1] for p in places]
+        records = [asked[place].record for place in places]
+        replies = ask_once(ask, questions, keys, answers, records) if places else []
+        current = {}
+        for place, reply in zip(places, replies, strict=True):
+            one = asked[place]
+            results[place] = result = read_reply(one.read, reply)
+            if isinstance(reply, str) and isinstance(result, Exception) and attempt < reasks:
+                current[place] = _again(one, result, attempt)
+    return [results[place] for place in range(len(asked))]
+
+
+def read_reply(read: Callable[[str], ReadT], reply: Reply) -> ReadT | Exception:
+    """What ``read`` makes of an answer, or why there is nothing."""
+    if not isinstance(reply, str):
+        return reply
+    try:
+        return read(reply)
+    except (DimError, Rejection) as fault:
+        return fault
+
+
+def _again(one: Asked[ReadT], fault: Exception, attempt: int) -> tuple[Question, str]:
+    said = _in_words(fault)
+    text = _AGAIN.format(text=one.question.text, fault=said.rstrip("."))
+    return replace(one.question, text=text), answer_key(one.key, str(attempt + 1), said)
+
+
+def _in_words(fault: Exception) -> str:
+    if not isinstance(fault, Rejection):
+        return str(fault)
+    if fault.value is None or fault.threshold is None:
+        return fault.detail
+    return f"{fault.detail} ({fault.value:.3g}, and the limit is {fault.threshold:.3g})"

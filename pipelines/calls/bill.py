@@ -9,9 +9,7 @@ from __future__ import annotations
 import csv
 import io
 from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 from dim import designers
 from infra.storage import Store
@@ -81,8 +79,6 @@ def write_bill(store: Store) -> dict[str, float]:
     }
 
 
-def biller(spec: str, store: Store) -> Callable[[], dict[str, float]] | None:
-    """What writes the bill of a job that asks ``spec``; ``None`` where answers cost nothing."""
-    if designers.calls_a_server(spec) or designers.engine_model(spec):
-        return partial(write_bill, store)
-    return None
+def is_billed(spec: str) -> bool:
+    """Whether answers of ``spec`` cost something, so that a job that asks it has a bill."""
+    return designers.calls_a_server(spec) or designers.engine_model(spec) is not None

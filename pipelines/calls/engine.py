@@ -1,17 +1,17 @@
 """A local model in vLLM, by ``ray.data.llm``: everything that is open is asked in one heap.
 
-A stage that asks several times (triage, then blueprint; or again, with what was wrong) runs in
-rounds. A round lets the stage run until it comes to questions without an answer, and has the engine
-answer all of them. When nothing is open any more, the stage runs once for good, and finds every
-answer in the job's store. A killed job goes on with the answers it has.
+Steps that ask one after another (triage, then blueprint; or again, with what was wrong) run in
+rounds. A round lets them run until they come to questions without an answer, and has the engine
+answer all of them. When nothing is open any more, they run once for good, and find every answer in
+the job's store. A killed job goes on with the answers it has.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import pyarrow as pa
 import ray.data
@@ -27,6 +27,7 @@ from dim.errors import DimError, InputError
 from dim.records import clean_text
 from infra.storage import Store
 from pipelines.calls.answers import Answers
+from pipelines.calls.worker import AskInTurn, CalledModel, Step
 
 _QUESTIONS = pa.schema(
     [
@@ -53,29 +54,19 @@ class EngineOptions(StrictModel):
     accelerator_type: str | None = None
 
 
-class Stage(Protocol):
-    """A stage that is given its designer."""
-
-    def __call__(self, batch: pa.Table) -> pa.Table: ...
-
-
-MakeStage = Callable[[PreparedModel], Stage]
-
-
 class CollectQuestions:
-    """Lets a stage run, and returns what it asked in vain instead of what it made.
+    """Lets steps run, and returns what they asked in vain instead of what they made.
 
     Args:
-        make: the stage that asks a given model.
-        spec: ``vllm:MODEL``.
-        calls: the sampling.
-        store: the job's output folder.
+        steps: as of :class:`AskInTurn`.
+        model: ``vllm:MODEL``.
     """
 
-    def __init__(self, make: MakeStage, spec: str, calls: CallOptions, store: Store) -> None:
-        self._answers = Answers(store)
-        self._model = PreparedModel(designers.engine_model(spec) or spec, calls, self._answers.get)
-        self._stage = make(self._model)
+    def __init__(self, steps: Sequence[Step], model: CalledModel) -> None:
+        self._answers = Answers(model.store)
+        name = designers.engine_model(model.spec) or model.spec
+        self._model = PreparedModel(name, model.calls, self._answers.get)
+        self._stage = AskInTurn(steps, lambda: (self._model, None))
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Records with outcomes in, questions out; each record is worked on by itself."""
@@ -119,8 +110,9 @@ class StoreAnswers:
         return pa.table({"key": list(rows)})
 
     def _read(self, row: Mapping[str, Any]) -> Answer | Unusable:
-        tokens = [row.get(name) or 0 for name in ("input_tokens", "output_tokens")]
-        usage = Usage(*tokens, self._prices.of(*tokens), row.get("seconds") or 0.0)
+        read, written = (row.get(name) or 0 for name in ("input_tokens", "output_tokens"))
+        price = self._prices.of(read, written)
+        usage = Usage(read, written, price, row.get("seconds") or 0.0)
         if row.get(_ERROR):
             return Unusable(f"{self._who}: {' '.join(str(row[_ERROR]).split())}", usage)
         text = row.get("answer") or ""
@@ -133,58 +125,54 @@ class StoreAnswers:
         return Answer(clean_text(text), usage)
 
 
-class EngineJob(Protocol):
-    """The settings of a job that may use a local model."""
-
-    calls: CallOptions
-    engine: EngineOptions
-    workers: int
-
-
 def answer_beforehand(
-    records: ray.data.Dataset, make: MakeStage, spec: str, job: EngineJob, store: Store, rounds: int
+    records: ray.data.Dataset,
+    steps: Sequence[Step],
+    model: CalledModel,
+    engine: EngineOptions,
+    *,
+    workers: int,
+    reasks: int,
 ) -> None:
-    """Have everything answered that a stage will ask, if it asks a local model; else do nothing.
+    """Have everything answered that steps will ask, if they ask a local model; else do nothing.
 
     Args:
-        records: what the stage reads; it is read once or twice a round.
-        make: the stage that asks a given model.
-        spec: of the designer or captioner.
-        job: how the model runs.
-        store: the job's output folder.
-        rounds: how many times the stage may ask one after another for the same record.
+        records: what the first step reads; it is read once or twice a round.
+        steps: as of :class:`AskInTurn`.
+        model: which the steps ask.
+        engine: how it runs.
+        workers: processes that collect questions.
+        reasks: how often a step asks again.
 
     Raises:
         DimError: vLLM is not there, or questions are still open after so many rounds.
     """
-    if designers.engine_model(spec) is None:
+    if designers.engine_model(model.spec) is None:
         return
-    questions = partial(_open_questions, records, make, spec, job, store)
-    process = vllm(spec, job.calls, job.engine)
+
+    def questions() -> ray.data.Dataset:
+        return records.map_batches(
+            CollectQuestions,
+            fn_constructor_args=(steps, model),
+            compute=ray.data.ActorPoolStrategy(size=workers),
+            batch_format="pyarrow",
+        )
+
+    rounds = len(steps) * (reasks + 1)  # so often a record may ask, one after another
+    process = vllm(model.spec, model.calls, engine)
     for _ in range(rounds):
         if not questions().count():  # an engine takes minutes to start: not for nothing
             return
         answered = process(questions()).map_batches(
             StoreAnswers,
-            fn_constructor_args=(spec, job.calls, store),
+            fn_constructor_args=(model.spec, model.calls, model.store),
             compute=ray.data.ActorPoolStrategy(size=1),
             batch_format="pyarrow",
         )
         answered.count()
     left = questions().count()
     if left:
-        raise DimError(f"{spec} left {left} questions open after {rounds} rounds")
-
-
-def _open_questions(
-    records: ray.data.Dataset, make: MakeStage, spec: str, job: EngineJob, store: Store
-) -> ray.data.Dataset:
-    return records.map_batches(
-        CollectQuestions,
-        fn_constructor_args=(make, spec, job.calls, store),
-        compute=ray.data.ActorPoolStrategy(size=job.workers),
-        batch_format="pyarrow",
-    )
+        raise DimError(f"{model.spec} left {left} questions open after {rounds} rounds")
 
 
 def vllm(spec: str, calls: CallOptions, options: EngineOptions) -> Process:

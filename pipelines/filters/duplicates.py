@@ -19,24 +19,13 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from dim.config import StrictModel
-from dim.errors import InputError
-from pipelines.filters import FilterImages, FilterPairs
 from pipelines.filters.measures import HASH_BITS
-from pipelines.filters.signatures import Signer
-from pipelines.outcome import (
-    IMAGES,
-    KEPT,
-    Rejection,
-    Row,
-    reject,
-    to_table,
-    travelling,
-)
+from pipelines.outcome import KEPT, Rejection, Row, reject, travelling
 from pipelines.outputs.commit import by_place
 
 EXACT, NEAR, EMBEDDING = "duplicate.exact", "duplicate.near", "duplicate.embedding"
 
-VERDICT = pa.schema(
+SIGNATURE = pa.schema(
     [
         pa.field("index", pa.int64()),
         pa.field("id", pa.string()),
@@ -46,7 +35,7 @@ VERDICT = pa.schema(
         pa.field("embeddings", pa.binary()),
     ]
 )
-"""A record without its pictures. ``hashes`` holds the pHash of each of its images,
+"""What a record is known by without its pictures. ``hashes`` holds the pHash of each of its images,
 ``embeddings`` one unit-length float16 vector per image, end to end; ``text_key`` is the same
 where the words are."""
 
@@ -79,66 +68,6 @@ class DuplicateRules(StrictModel):
     def wanted(self) -> bool:
         """Whether anything is looked for."""
         return self.exact or self.max_distance is not None or self.embedding_model is not None
-
-
-@dataclass(frozen=True)
-class Judge:
-    """Filters records into verdicts, which have no pictures."""
-
-    filter: FilterImages | FilterPairs
-
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        """Raw records in, verdicts out."""
-        return to_table(self.filter.judge(batch), VERDICT)
-
-    @classmethod
-    def of(cls, chosen: FilterImages | FilterPairs, rules: DuplicateRules) -> Judge:
-        """A judge by ``chosen`` that notes what ``rules`` look at."""
-        signer = Signer(rules.embedding_model)
-        return cls(type(chosen)(chosen.rules, signer))  # type: ignore[arg-type]
-
-
-@dataclass(frozen=True)
-class ApplyVerdicts:
-    """Gives raw records the outcomes that were found without them.
-
-    Args:
-        schema: what the records are.
-    """
-
-    schema: pa.Schema
-
-    def __call__(self, batch: pa.Table, verdicts: pa.Table) -> pa.Table:
-        """Raw records in, the same with outcomes out; ``verdicts`` are sorted by index.
-
-        Raises:
-            InputError: a record has no verdict.
-        """
-        wanted = batch["index"].to_numpy()
-        places = np.searchsorted(verdicts["index"].to_numpy(), wanted)
-        chosen = verdicts.take(pa.array(np.minimum(places, max(verdicts.num_rows - 1, 0))))
-        strangers = np.flatnonzero(chosen["index"].to_numpy() != wanted)
-        if len(strangers):
-            name = batch["id"][int(strangers[0])].as_py()
-            raise InputError(f"the input changed while it was read: record {name}")
-        kept = pc.equal(chosen["outcome"], KEPT)
-        # By columns, for a picture that only passes need not become a Python object.
-        columns = [
-            chosen[field.name]
-            if field.name in chosen.schema.names and field.name not in self.schema.names
-            else _only(kept, batch[field.name])
-            if field.name in IMAGES
-            else batch[field.name]
-            for field in travelling(self.schema)
-        ]
-        return pa.table(columns, schema=travelling(self.schema))
-
-
-def _only(kept: pa.ChunkedArray, images: pa.ChunkedArray) -> pa.ChunkedArray:
-    """The pictures of kept records; a record that is out travels on without."""
-    if pc.all(kept).as_py():
-        return images
-    return pc.if_else(kept, images, pa.scalar(None, images.type))
 
 
 @dataclass(frozen=True)
@@ -247,16 +176,16 @@ def drop_duplicates(verdicts: pa.Table, rules: DuplicateRules, find: Find) -> pa
     """The verdicts in order of index, with duplicates among the kept ones rejected.
 
     Args:
-        verdicts: of every record, as a :class:`Judge` makes them.
+        verdicts: of every record, with :data:`SIGNATURE`.
         rules: what a duplicate is.
         find: runs a matcher over its tasks, ``(matcher, tasks, signatures) -> TWINS``.
 
     Returns:
-        What :class:`ApplyVerdicts` needs.
+        Index and outcome of every record.
     """
     verdicts = by_place(verdicts)
     dropped: dict[int, Rejection] = {}
-    left = verdicts.select(VERDICT.names).filter(pc.equal(verdicts["outcome"], KEPT))
+    left = verdicts.select(SIGNATURE.names).filter(pc.equal(verdicts["outcome"], KEPT))
     for steps in (_exact, _near, _embedded):
         found = steps(left, rules, find)
         dropped |= found

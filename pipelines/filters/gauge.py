@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from pipelines.filters.rules import ImageRules, Limit, limits_of
+from pipelines.filters.rules import ImageRules
+from pipelines.limits import Limit, limits_of
 from pipelines.outcome import Rejection, Row
 
 

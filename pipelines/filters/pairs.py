@@ -33,9 +33,9 @@ class FilterPairs:
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Raw pairs in, the same with outcomes out."""
-        return to_table(self.judge(batch), self.schema)
+        return to_table(self.verdicts(batch), self.schema)
 
-    def judge(self, batch: pa.Table) -> list[Row]:
+    def verdicts(self, batch: pa.Table) -> list[Row]:
         """The rows of a batch with their outcomes, measures and signatures."""
         rows = to_rows(batch)
         work_on(rows, STAGE, self._check)

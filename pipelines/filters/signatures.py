@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
 
+from dim.records import short_hash
 from pipelines.filters import measures, scorers
 from pipelines.outcome import Row
 
 
 @dataclass(frozen=True)
 class Signer:
-    """Adds to a record the columns of :data:`pipelines.filters.duplicates.VERDICT` that match it.
+    """Adds to a record the columns of :data:`pipelines.filters.duplicates.SIGNATURE` that match it.
 
     Args:
         embedding_model: folder of a CLIP or DINO model; its embeddings are noted too.
@@ -29,8 +29,7 @@ class Signer:
     def sign_pair(self, row: Row, source: Image.Image, target: Image.Image) -> Row:
         """The signature of a pair: both images, and the instruction but for case and spaces."""
         words = " ".join(row["instruction"].casefold().split())
-        digest = hashlib.blake2b(words.encode("utf-8", "replace"), digest_size=8).digest()
-        return self._sign(int.from_bytes(digest, "big"), source, target)
+        return self._sign(int.from_bytes(short_hash(words), "big"), source, target)
 
     def _sign(self, text: int, *images: Image.Image) -> Row:
         signature: Row = {

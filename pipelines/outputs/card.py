@@ -12,7 +12,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import typer
 import yaml
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from numpy.typing import NDArray
 from pydantic import Field
 
@@ -22,6 +21,7 @@ from dim.records import EDIT, RAW_IMAGE, RAW_PAIR, T2I, kind_of, version_of
 from infra.storage import Store
 from infra.tracking import flatten
 from pipelines.command import Overrides
+from pipelines.outputs import pages
 from pipelines.outputs.commit import FOLDERS
 from pipelines.outputs.manifest import Manifest
 from pipelines.outputs.shards import Shards
@@ -88,14 +88,9 @@ def render(shards: Shards, licences: Mapping[str, str] | None = None) -> str:
             f"licences: there is no source {unknown[0]!r} in {store.uri}; "
             f"there are {', '.join(sorted(sources)) or 'none'}"
         )
-    environment = Environment(
-        loader=PackageLoader("pipelines.outputs"),
-        undefined=StrictUndefined,
-        keep_trailing_newline=True,
-        trim_blocks=True,
-    )
-    data = [file for file in manifest.files if file.path.startswith("data/")]
-    return environment.get_template("card.md.j2").render(
+    return pages.render(
+        "pipelines.outputs",
+        "card.md.j2",
         front=_front_matter(title, task, kind, schema, manifest, _licence(declared, sources)),
         title=title,
         intro=intro,
@@ -108,8 +103,8 @@ def render(shards: Shards, licences: Mapping[str, str] | None = None) -> str:
         words=count_words(shards, _PROMPTS[kind]) if kind in _PROMPTS else None,
         settings=_settings(manifest.config),
         cost=manifest.cost,
-        files=len(data),
-        bytes=sum(file.bytes for file in data),
+        files=len(shards.files),
+        bytes=sum(file.bytes for file in shards.files),
         columns=[(field.name, _cell(str(field.type))) for field in schema],
     )
 

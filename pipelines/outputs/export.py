@@ -16,12 +16,12 @@ from dim.images import suffix
 from dim.records import EDIT, RAW_IMAGE, RAW_PAIR, T2I, sha256_hex
 from infra import storage
 from infra.storage import Store
-from pipelines.command import Out, Overrides, Overwrite, settings, summary
-from pipelines.job import MARKER
+from pipelines.command import Out, Overrides, Overwrite, settings
 from pipelines.outputs import manifest as manifests
 from pipelines.outputs import webdataset
 from pipelines.outputs.manifest import Counts, FileEntry, Manifest
 from pipelines.outputs.shards import Shards
+from pipelines.outputs.summary import summary
 
 LINES = "tos_dataset_edit.jsonl"
 IMAGES = "image"
@@ -68,7 +68,7 @@ def run(config: ExportConfig, *, overwrite: bool = False) -> Manifest:
         files=tuple(files),
     )
     manifests.write(store, manifest)
-    store.delete(MARKER)
+    store.delete(manifests.MARKER)
     return manifest
 
 
@@ -83,9 +83,9 @@ def _same(done: Manifest, shards: Shards, config: ExportConfig) -> bool:
 def _claim(store: Store, done: Manifest | None, *, overwrite: bool) -> None:
     if done and not (overwrite and done.job == "export"):
         raise InputError(f"{store.uri} holds another output; choose another --out")
-    if not done and not store.is_file(MARKER) and not store.is_empty():
+    if not done and not store.is_file(manifests.MARKER) and not store.is_empty():
         raise InputError(f"{store.uri} is not empty; choose another --out")
-    store.write(MARKER, b'{"job": "export"}\n')
+    store.write(manifests.MARKER, b'{"job": "export"}\n')
     for name in (manifests.NAME, LINES, IMAGES, webdataset.FOLDER):
         store.delete(name)
 

@@ -7,7 +7,6 @@ the samples and the bars.
 from __future__ import annotations
 
 import base64
-import hashlib
 import heapq
 import io
 import math
@@ -22,19 +21,20 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
 import typer
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from numpy.typing import NDArray
 from rich.console import Console
 
 from dim.errors import DimError, InputError
 from dim.images import decode_image
+from dim.records import short_hash
 from infra import storage
 from infra.storage import Store
-from pipelines.filters.rules import LIMITS, Limit
+from pipelines.limits import LIMITS, Limit
 from pipelines.outcome import FAILED, KEPT, REJECTED, Row
 from pipelines.outputs import manifest as manifests
 from pipelines.outputs.commit import FOLDERS
 from pipelines.outputs.manifest import Manifest
+from pipelines.outputs.pages import render
 
 BINS = 40
 
@@ -109,8 +109,7 @@ class _Sample:
     _heap: list[tuple[int, int, Row]] = field(default_factory=list)
 
     def offer(self, row: Row) -> None:
-        digest = hashlib.blake2b(row["id"].encode("utf-8", "replace"), digest_size=8).digest()
-        entry = (-int.from_bytes(digest, "big"), -row["index"], row)
+        entry = (-int.from_bytes(short_hash(row["id"]), "big"), -row["index"], row)
         if len(self._heap) < self.size:
             heapq.heappush(self._heap, entry)
         elif self.size and entry[:2] > self._heap[0][:2]:
@@ -136,11 +135,13 @@ class Inspection:
 
     def render(self) -> str:
         """The page as HTML, with nothing that it would have to fetch."""
-        environment = Environment(
-            loader=PackageLoader("pipelines.outputs"), autoescape=True, undefined=StrictUndefined
-        )
-        return environment.get_template("inspect.html.j2").render(
-            page=self, counts=self.manifest.counts, width=_WIDTH, height=_HEIGHT
+        return render(
+            "pipelines.outputs",
+            "inspect.html.j2",
+            page=self,
+            counts=self.manifest.counts,
+            width=_WIDTH,
+            height=_HEIGHT,
         )
 
 
@@ -156,11 +157,7 @@ def inspect(uri: str, samples: int = 12) -> Inspection:
         DimError: its files do not hold what its manifest says.
         StorageError: it cannot be read.
     """
-    store = storage.open_store(uri)
-    manifest = manifests.read(store)
-    if manifest is None:
-        state = "is not finished" if store.exists() else "does not exist"
-        raise InputError(f"the output {uri} {state} (no {manifests.NAME})")
+    store, manifest = manifests.open_finished(uri)
     kept, rejected, failed = _choose(store, manifest, samples)
     rejected_rows = [row for rows in rejected.values() for row in rows]
     _add_pictures(store, _paths(manifest, KEPT), kept)
@@ -183,12 +180,12 @@ def _choose(
     counted: dict[str, Counter[str]] = {}
     for outcome in (KEPT, REJECTED, FAILED):
         by_reason: dict[str, _Sample] = defaultdict(lambda: _Sample(samples))
-        counts: Counter[str] = Counter()
+        rows: Counter[str] = Counter()
         for row in _rows(store, _paths(manifest, outcome)):
             reason = row.get("reason") or ""
-            counts[reason] += 1
+            rows[reason] += 1
             by_reason[reason].offer(row)
-        chosen[outcome], counted[outcome] = by_reason, counts
+        chosen[outcome], counted[outcome] = by_reason, rows
     found = tuple(sum(counted[outcome].values()) for outcome in (KEPT, REJECTED, FAILED))
     counts = manifest.counts
     said = (counts.kept, counts.rejected, counts.failed)
@@ -391,12 +388,8 @@ def main(
     inspection = inspect(data, samples)
     page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text(inspection.render(), encoding="utf-8")
-    counts = inspection.manifest.counts
     console = Console(soft_wrap=True, highlight=False)
-    console.print(
-        f"{counts.input:,} records: {counts.kept:,} kept, {counts.rejected:,} rejected, "
-        f"{counts.failed:,} failed"
-    )
+    console.print(inspection.manifest.counts.in_words())
     console.print(f"page: {page}", markup=False)
 
 

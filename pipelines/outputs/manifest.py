@@ -9,10 +9,12 @@ from typing import Any
 from pydantic import ValidationError
 
 from dim.config import StrictModel
-from dim.errors import StorageError
-from infra.storage import Store
+from dim.errors import InputError, StorageError
+from infra.storage import Store, open_store
 
 NAME = "manifest.json"
+MARKER = "unfinished.json"
+"""Says whose an output is while it has no manifest."""
 VERSION = 1
 """Raised whenever an older program would read a manifest wrongly."""
 
@@ -34,6 +36,13 @@ class Counts(StrictModel):
     rejected: int
     failed: int
     by_reason: dict[str, int]
+
+    def in_words(self) -> str:
+        """What became of the records, in one line."""
+        return (
+            f"{self.input:,} records: {self.kept:,} kept, {self.rejected:,} rejected, "
+            f"{self.failed:,} failed"
+        )
 
     def add_up(self) -> bool:
         """Whether every record that went in came out exactly once."""
@@ -85,6 +94,25 @@ def read(store: Store) -> Manifest | None:
         raise StorageError(
             f"{store.address(NAME)} is no manifest: {where} {first['msg']}"
         ) from None
+
+
+def open_finished(uri: str, what: str = "output") -> tuple[Store, Manifest]:
+    """The folder of a finished output, and its manifest.
+
+    Args:
+        uri: its address.
+        what: it is to the caller, for the error.
+
+    Raises:
+        InputError: it does not exist, or is not finished.
+        StorageError: its manifest cannot be read.
+    """
+    store = open_store(uri)
+    manifest = read(store)
+    if manifest is None:
+        state = "is not finished" if store.exists() else "does not exist"
+        raise InputError(f"the {what} {uri} {state} (no {NAME})")
+    return store, manifest
 
 
 def _version(text: bytes) -> int:

@@ -102,8 +102,8 @@ class OutcomeSink(Datasink[list[Staged]]):
         size = ROWS_PER_RANGE if outcome == KEPT else LEFT_OUT_PER_FILE
         table = fit(_where(table, pc.equal(table["outcome"], outcome)), schema)
         places = table["index"].to_numpy()
-        for unit in np.unique(places // size):
-            yield by_place(_where(table, pa.array(places // size == unit)))
+        for number in np.unique(places // size):
+            yield by_place(_where(table, pa.array(places // size == number)))
 
     def _stage_piece(self, outcome: str, table: pa.Table) -> Staged:
         name = f"{STAGING}/{uuid.uuid4().hex}.arrow"

@@ -14,9 +14,9 @@ import typer
 from rich.console import Console
 
 from dim import records
-from dim.errors import DimError, InputError, StorageError
+from dim.errors import DimError, StorageError
 from dim.images import decode_image
-from infra.storage import Store, open_store
+from infra.storage import Store
 from pipelines.outcome import FAILED, KEPT, REJECTED
 from pipelines.outputs import manifest as manifests
 from pipelines.outputs.commit import FOLDERS
@@ -64,11 +64,7 @@ def verify(uri: str, *, images: bool = False) -> Verification:
         InputError: there is no finished output.
         StorageError: its manifest cannot be read.
     """
-    store = open_store(uri)
-    manifest = manifests.read(store)
-    if manifest is None:
-        state = "is not finished" if store.exists() else "does not exist"
-        raise InputError(f"the output {uri} {state} (no {manifests.NAME})")
+    store, manifest = manifests.open_finished(uri)
     result = Verification(files=len(manifest.files))
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         checked = list(pool.map(lambda entry: _check(store, entry, images), manifest.files))
@@ -128,7 +124,9 @@ def _read(store: Store, entry: FileEntry, found: _Checked, images: bool) -> None
             table = file.read_row_group(group, columns=columns)
             found.rows += table.num_rows
             if "id" in columns:
-                found.ids += [_short(record_id) for record_id in table["id"].to_pylist()]
+                found.ids += [
+                    records.short_hash(str(record_id)) for record_id in table["id"].to_pylist()
+                ]
             if "reason" in columns:
                 found.reasons.update(table["reason"].to_pylist())
             for name in pictures:
@@ -220,10 +218,6 @@ def _counts(manifest: Manifest, checked: list[_Checked]) -> Iterator[str]:
                     f"{manifests.NAME}: {counts.by_reason.get(reason, 0)} rejected for {reason}, "
                     f"and {reasons[reason]} are there"
                 )
-
-
-def _short(record_id: str) -> bytes:
-    return hashlib.blake2b(str(record_id).encode(), digest_size=8).digest()
 
 
 def main(

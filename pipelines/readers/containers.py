@@ -6,7 +6,6 @@ that fails, so that the rest of the input goes on.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import tarfile
@@ -18,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dim.errors import InputError, StorageError
+from dim.records import short_hash
 from infra import storage
 from infra.storage import Store
 from pipelines.readers import entries
@@ -192,11 +192,6 @@ class Cutter:
         repeated = short in self._seen
         self._seen.add(short)
         return repeated
-
-
-def short_hash(text: str) -> bytes:
-    """8 bytes that stand for a text in a large index."""
-    return hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest()
 
 
 def cut(

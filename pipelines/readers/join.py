@@ -13,9 +13,9 @@ import pyarrow.parquet as pq
 
 from dim.config import StrictModel
 from dim.errors import InputError
+from dim.records import short_hash
 from infra.storage import Store
 from pipelines.readers import containers, entries
-from pipelines.readers.containers import short_hash
 from pipelines.readers.entries import Entries
 from pipelines.readers.layout import Layout
 from pipelines.readers.media import Media

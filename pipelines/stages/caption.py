@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 import pyarrow as pa
 from pydantic import Field, model_validator
 
-from dim import designers, records
+from dim import records
 from dim.caption import (
     DIMENSIONS,
     PROMPT_VERSION,
@@ -20,15 +19,11 @@ from dim.caption import (
     request_prompt,
 )
 from dim.config import StrictModel
-from dim.designers import CallOptions
-from dim.designers.calls.gate import Exchange
-from dim.designers.prepared import PreparedModel
+from dim.designers import Captioner, Question
 from dim.errors import DesignerError
-from infra.storage import Store
 from pipelines.calls.answers import Answers, answer_key
-from pipelines.calls.ask import ask_once, prepared_or_made
-from pipelines.calls.reask import Asked, answers_questions, ask_until_read, question, read_reply
-from pipelines.outcome import Rejection, Row, kept, to_rows, to_table, work_on
+from pipelines.calls.ask import Asked, answers_questions, ask_once, ask_until_read, read_reply
+from pipelines.outcome import Rejection, Row, kept, settle, to_rows, to_table
 
 STAGE = "caption"
 
@@ -61,34 +56,26 @@ class WriteCaptions:
     """Ask a captioner for each image's long caption.
 
     Args:
-        captioner: its spec, or a model whose answers are there.
-        calls: how it is called, if over HTTP.
+        captioner: who is asked.
+        answers: where answers are kept; ``None`` keeps none.
         rules: which captions are kept.
-        store: the job's output folder, where paid answers are kept.
-        exchange: the meter of all workers, where calls have a limit.
     """
 
     def __init__(
         self,
-        captioner: str | PreparedModel,
-        calls: CallOptions,
+        captioner: Captioner,
+        answers: Answers | None,
         rules: CaptionRules,
-        store: Store,
-        exchange: Exchange | None = None,
     ) -> None:
-        create = partial(designers.create_captioner, calls=calls, exchange=exchange)
-        self._captioner = prepared_or_made(captioner, create, calls, store)
+        self._captioner = captioner
+        self._answers = answers
         self._rules = rules
         self._limits = rules.model_dump(exclude={"reasks"})
-        self._answers = Answers(store) if self._captioner.costly else None
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Filtered images with outcomes in, T2I records with outcomes out."""
         rows = to_rows(batch)
-        waiting = kept(rows)
-        for row, result in zip(waiting, self._ask(waiting), strict=True):
-            row["result"] = result
-        work_on(rows, STAGE, self._take)
+        settle(rows, STAGE, self._ask(kept(rows)), self._take)
         return to_table(rows, records.T2I)
 
     def _ask(self, rows: Sequence[Row]) -> list[Caption | Exception]:
@@ -102,8 +89,8 @@ class WriteCaptions:
 
     def _asked(self, row: Row) -> Asked[Caption]:
         text = request_prompt(self._rules.language)
-        asked = question(text, [row["image"]], SCHEMA)
-        return Asked(asked, self._key(row), self._read, row["id"])
+        question = Question(text, (row["image"],), SCHEMA)
+        return Asked(question, self._key(row), self._read, row["id"])
 
     def _key(self, row: Row) -> str:
         version = f"{PROMPT_VERSION} {self._rules.language}"
@@ -119,8 +106,5 @@ class WriteCaptions:
             raise Rejection(fault.reason, fault.detail, fault.value, fault.threshold)
         return caption
 
-    def _take(self, row: Row) -> Row:
-        result = row.pop("result")
-        if isinstance(result, Exception):
-            raise result
-        return {"caption": result.text, "captioner": self._captioner.name}
+    def _take(self, row: Row, caption: Caption) -> Row:
+        return {"caption": caption.text, "captioner": self._captioner.name}

@@ -50,7 +50,7 @@ def test_its_pairs_are_what_ingest_makes_and_all_differ(tmp_path: Path) -> None:
     assert shards.rows == 70 and len(shards.names) == 2
     tables = [pq.read_table(tmp_path / name) for name in shards.names]
     assert all(table.schema.equals(records.RAW_PAIR, check_metadata=True) for table in tables)
-    judged = [data_filters._judge_file(str(tmp_path / name)) for name in shards.names]
+    judged = [data_filters._count_kept(str(tmp_path / name)) for name in shards.names]
     assert judged == [64, 6]  # all are good, so no way to lose one goes unseen
     sources = {value for table in tables for value in table["image"].to_pylist()}
     assert len(sources) == 70

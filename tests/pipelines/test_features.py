@@ -25,8 +25,7 @@ from dim.features.shards import FeatureShards
 from infra.storage import Store, open_store
 from pipelines import features
 from pipelines.features import FeaturesConfig
-from pipelines.job import MARKER
-from pipelines.outputs.manifest import Manifest
+from pipelines.outputs.manifest import MARKER, Manifest
 from pipelines.outputs.verify import verify
 from pipelines.stages.encode import ENCODED
 from tests.pipelines.finished import finish

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,15 +16,16 @@ from dim.errors import InputError
 from infra.storage import open_store
 from pipelines import ingest
 from pipelines.filter import FilterImagesConfig, FilterPairsConfig, run
-from pipelines.filters import FilterPairs, PairRules, passes
+from pipelines.filters import FilterPairs, PairRules
 from pipelines.filters.duplicates import DuplicateRules
-from pipelines.filters.passes import Judged, filtered
+from pipelines.filters.verdicts import InPlace, verdict_pieces, without_duplicates
 from pipelines.ingest import IngestConfig
 from pipelines.job import Job, JobConfig
 from pipelines.outputs.inspect import inspect
 from pipelines.outputs.manifest import Manifest
-from pipelines.outputs.shards import Part, Shards
+from pipelines.outputs.shards import Shards
 from pipelines.outputs.verify import verify
+from pipelines.ranges import Range, scan
 from tests.pipelines.samples import write_pairs
 from tests.pipelines.test_jobs import PLAN, check_output, rows_in
 
@@ -93,7 +95,8 @@ def test_how_the_input_is_cut_changes_nothing(
     shards = Shards.open(str(raw), records.RAW_PAIR)
     config = JobConfig(out=str(tmp_path / "staged"), rows_per_file=8)
     job = Job("x", config, records.FILTERED_PAIR, identity=shards.identity, rows=shards.rows)
-    staged = job.run(lambda: filtered(shards, FilterPairs(RULES), DuplicateRules(), 4))
+    keep = without_duplicates(shards, FilterPairs(RULES), DuplicateRules(), 4)
+    staged = job.run(lambda: scan(shards, keep, 4))
     assert staged.files == manifest.files
 
 
@@ -162,15 +165,14 @@ def test_an_input_that_changes_meanwhile_stops_the_job(
     (copy / "data").mkdir(parents=True)
     for path in [raw / "manifest.json", *(raw / "data").iterdir()]:
         (copy / path.relative_to(raw)).write_bytes(path.read_bytes())
-    judged = passes.judged
 
-    def then_changed(*args: object) -> list[Judged]:
-        pieces = judged(*args)  # type: ignore[arg-type]
+    def then_changed(*args: Any, **kwargs: Any) -> list[InPlace]:
+        pieces = verdict_pieces(*args, **kwargs)
         victim = copy / "data/part-00001.parquet"
         pq.write_table(pq.read_table(victim).slice(1), victim)
         return pieces
 
-    monkeypatch.setattr("pipelines.filter.judged", then_changed)
+    monkeypatch.setattr("pipelines.filter.verdict_pieces", then_changed)
     with pytest.raises(InputError, match=r"data/part-00001\.parquet changed while it was read"):
         filter_pairs(copy, tmp_path / "out")
     assert not (tmp_path / "out/manifest.json").exists()
@@ -183,7 +185,7 @@ def test_records_are_found_in_any_order(tmp_path: Path) -> None:
     verdicts = pa.table({"index": [1, 5, 7], "outcome": ["kept"] * 3})
     places = verdicts["index"].to_numpy()
     store = open_store(str(tmp_path))
-    piece = Judged("kept", places, places, {}, store, Part("file.parquet", 0, 1), verdicts)
+    piece = InPlace("kept", places, places, {}, store, Range("file.parquet", 0, 1), verdicts)
     schema = pa.schema([("index", pa.int64()), ("id", pa.string()), ("caption", pa.string())])
     found = piece.read(store, schema)
     assert found.to_pydict() == {

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dim import designers
-from dim.designers.openai import OpenAIDesigner
+from dim.designers.openai import OpenAIModel
 from dim.errors import DesignerError
 
 
@@ -43,7 +43,7 @@ def test_model_names_may_hold_slashes_colons_and_at_signs() -> None:
     spec = "openai:org/model@v1:tag@http://127.0.0.1:9/v1"
     designers.check(spec)
     designer = designers.create(spec)
-    assert isinstance(designer, OpenAIDesigner)
+    assert isinstance(designer, OpenAIModel)
     assert designer.name == "openai:org/model@v1:tag"
     assert designer.costly
 

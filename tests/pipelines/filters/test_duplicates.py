@@ -11,15 +11,14 @@ from dim import records
 from dim.errors import InputError
 from pipelines.filters import FilterImages, FilterPairs, ImageRules, PairRules
 from pipelines.filters.duplicates import (
+    SIGNATURE,
     TWINS,
-    VERDICT,
-    ApplyVerdicts,
     DuplicateRules,
-    Judge,
     MatchBands,
     MatchEmbeddings,
     drop_duplicates,
 )
+from pipelines.filters.verdicts import ApplyVerdicts, GiveVerdicts
 from pipelines.outcome import Row, to_table
 from pipelines.readers.records import pair_columns
 from tests.pipelines.models import save_clip
@@ -46,7 +45,7 @@ def verdicts(*hashes: int | tuple[int, int], **columns: list[Any]) -> pa.Table:
             "hashes": list(value) if isinstance(value, tuple) else [value],
         }
         rows.append(row | {name: values[place] for name, values in columns.items()})
-    return to_table(rows, VERDICT)
+    return to_table(rows, SIGNATURE)
 
 
 def dropped(table: pa.Table, rules: DuplicateRules = NEAR) -> dict[int, Row]:
@@ -195,10 +194,9 @@ def test_pictures_are_judged_without_travelling() -> None:
         (encoded(other), encoded(other, "BMP"), "Add."),
         (good[0], good[1][:200], "Add a red box."),
     )
-    judge = Judge.of(FilterPairs(RULES), NEAR)
-    judged = judge(batch)
-    assert "image" not in judged.schema.names and judged.nbytes < 3000
-    verdict = drop_duplicates(judged, NEAR, find)
+    given = GiveVerdicts.of(FilterPairs(RULES), NEAR)(batch)
+    assert "image" not in given.schema.names and given.nbytes < 3000
+    verdict = drop_duplicates(given, NEAR, find)
     result = ApplyVerdicts(records.RAW_PAIR)(batch, verdict)
     assert [row["reason"] or row["outcome"] for row in result.to_pylist()] == [
         "kept",
@@ -221,8 +219,8 @@ def test_a_failure_of_the_filter_stays_a_failure(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("pipelines.filters.pairs.check_pair", broken)
     source = photo(1, (96, 96))
     batch = raw_pairs((encoded(source), encoded(edited(source)), "Add."))
-    judged = Judge.of(FilterPairs(RULES), NEAR)(batch)
-    result = ApplyVerdicts(records.RAW_PAIR)(batch, drop_duplicates(judged, NEAR, find))
+    given = GiveVerdicts.of(FilterPairs(RULES), NEAR)(batch)
+    result = ApplyVerdicts(records.RAW_PAIR)(batch, drop_duplicates(given, NEAR, find))
     (row,) = result.to_pylist()
     assert (row["outcome"], row["stage"], row["error"]) == ("failed", "filter", "no such luck")
 
@@ -230,9 +228,9 @@ def test_a_failure_of_the_filter_stays_a_failure(monkeypatch: pytest.MonkeyPatch
 def test_embeddings_are_noted_when_a_model_is_given(tmp_path: Any) -> None:
     save_clip(tmp_path)
     rules = DuplicateRules(embedding_model=str(tmp_path))
-    judge = Judge.of(FilterImages(ImageRules(min_side=32, min_sharpness=None)), rules)
+    give = GiveVerdicts.of(FilterImages(ImageRules(min_side=32, min_sharpness=None)), rules)
     row = {"id": "a", "index": 0, "source": "t", "image": encoded(photo(1, (96, 96)))}
-    (verdict,) = judge(pa.Table.from_pylist([row], schema=records.RAW_IMAGE)).to_pylist()
+    (verdict,) = give(pa.Table.from_pylist([row], schema=records.RAW_IMAGE)).to_pylist()
     assert len(verdict["hashes"]) == 1
     assert np.linalg.norm(np.frombuffer(verdict["embeddings"], np.float16)) == pytest.approx(
         1, abs=0.01

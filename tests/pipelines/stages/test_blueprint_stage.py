@@ -2,19 +2,22 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pytest
 
-from dim import records
+from dim import designers, records
 from dim.blueprint import SCHEMA, Blueprint
 from dim.designers import CallOptions
 from infra.storage import open_store
+from pipelines.calls.worker import AskInTurn, CalledModel
 from pipelines.readers import sources
 from pipelines.readers.layout import load_layout
-from pipelines.stages.blueprint import TriageBy, WriteBlueprints
+from pipelines.stages.blueprint import WriteBlueprints
+from pipelines.stages.triage import TriageBy, TriageInstructions
 from tests.chat_server import ChatServer, Response, completion, images_of, text_of
 from tests.pipelines.samples import write_pairs
 
@@ -30,8 +33,17 @@ def raw_pairs(folder: Path, count: int) -> pa.Table:
     return table.select(records.RAW_PAIR.names)
 
 
-def stage(server: ChatServer, out: Path, with_target: bool = True) -> WriteBlueprints:
-    return WriteBlueprints(f"openai:m@{server.url}", QUICK, with_target, open_store(str(out)))
+def model(spec: str, out: Path) -> CalledModel:
+    return CalledModel(spec, designers.create, QUICK, open_store(str(out)))
+
+
+def stage(
+    server: ChatServer, out: Path, with_target: bool = True, triage: TriageBy = "own_call"
+) -> AskInTurn:
+    """Triage and blueprint as `dim data edit` has them."""
+    write = partial(WriteBlueprints, with_target=with_target)
+    steps = (TriageInstructions, write) if with_target and triage == "own_call" else (write,)
+    return AskInTurn(steps, model(f"openai:m@{server.url}", out).open)
 
 
 def test_every_kind_of_answer_has_its_outcome(tmp_path: Path, chat_server: ChatServer) -> None:
@@ -188,8 +200,7 @@ def test_one_call_can_do_both(
         if is_triage(request)
         else PLAN.render()
     )
-    store = open_store(str(tmp_path / "out"))
-    write = WriteBlueprints(f"openai:m@{chat_server.url}", QUICK, True, store, how)
+    write = stage(chat_server, tmp_path / "out", triage=how)
     (row,) = write(raw_pairs(tmp_path, 1)).to_pylist()
     assert (row["alignment"], row["blueprint"]) == ("aligned", PLAN.render())
     assert len(chat_server.requests) == calls
@@ -250,4 +261,4 @@ def test_a_stage_cannot_be_made_with_a_wrong_designer(tmp_path: Path, spec: str)
     from dim.errors import DesignerError
 
     with pytest.raises(DesignerError):
-        WriteBlueprints(spec, QUICK, True, open_store(str(tmp_path)))
+        AskInTurn([WriteBlueprints], model(spec, tmp_path).open)

@@ -7,12 +7,13 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from dim import records
+from dim import designers, records
 from dim.caption import SCHEMA
 from dim.config import validate_config
 from dim.designers import CallOptions
 from dim.errors import ConfigError
 from infra.storage import open_store
+from pipelines.calls.worker import CalledModel
 from pipelines.readers import sources
 from pipelines.stages.caption import CaptionRules, WriteCaptions
 from tests.chat_server import ChatServer, Response, completion, text_of
@@ -37,9 +38,14 @@ def raw_images(folder: Path, count: int) -> pa.Table:
     return batch.select(records.RAW_IMAGE.names)
 
 
-def stage(server: ChatServer, out: Path, rules: CaptionRules = RULES) -> WriteCaptions:
+def captions(spec: str, out: Path, rules: CaptionRules) -> WriteCaptions:
     calls = CallOptions(retries=0, in_flight=1)
-    return WriteCaptions(f"openai:m@{server.url}", calls, rules, open_store(str(out)))
+    model = CalledModel(spec, designers.create_captioner, calls, open_store(str(out)))
+    return WriteCaptions(*model.open(), rules)
+
+
+def stage(server: ChatServer, out: Path, rules: CaptionRules = RULES) -> WriteCaptions:
+    return captions(f"openai:m@{server.url}", out, rules)
 
 
 def test_every_kind_of_answer_has_its_outcome(tmp_path: Path, chat_server: ChatServer) -> None:
@@ -108,8 +114,7 @@ def test_recorded_captions_are_read_by_the_same_rules(tmp_path: Path) -> None:
         {"image_hash": hashes[1], "caption": "no"},
     ]
     recording.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    store = open_store(str(tmp_path / "out"))
-    rows = WriteCaptions(f"replay:{recording}", CallOptions(), RULES, store)(batch).to_pylist()
+    rows = captions(f"replay:{recording}", tmp_path / "out", RULES)(batch).to_pylist()
     assert [row["reason"] or row["outcome"] for row in rows] == ["kept", "caption.too_short"]
 
 

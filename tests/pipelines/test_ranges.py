@@ -1,4 +1,4 @@
-"""One job's output as the next one's input, read by tasks on a real local Ray."""
+"""Ranges of one job's output as the next one's input, read by tasks on a real local Ray."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from infra.storage import open_store
 from pipelines import ingest
 from pipelines.ingest import IngestConfig
 from pipelines.outputs.manifest import FileEntry
-from pipelines.outputs.shards import Part, Shards
+from pipelines.outputs.shards import Shards
+from pipelines.ranges import Range, gather, ranges_of, scan
 from tests.pipelines.finished import finish
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -57,12 +58,12 @@ class Seen:
 
 
 def collected(shards: Shards, rows: int) -> pa.Table:
-    return pa.concat_tables(ray.get(shards.scan(by_whom, rows).to_arrow_refs()))
+    return pa.concat_tables(ray.get(scan(shards, by_whom, rows).to_arrow_refs()))
 
 
 def gathered(shards: Shards, rows: int) -> pa.Table:
-    found = shards.gather(by_whom, rows)
-    assert list(found) == shards.parts
+    found = gather(shards, by_whom, rows)
+    assert list(found) == ranges_of(shards)
     return pa.concat_tables(found.values())
 
 
@@ -109,26 +110,26 @@ def test_a_scan_of_nothing_has_columns(tmp_path: Path) -> None:
     assert seen.num_rows == 0 and seen.column_names == ["id", "task", "at_once"]
 
 
-@pytest.mark.parametrize("shares", [1, 3, 11])
-def test_shares_of_a_part_are_the_part(tmp_path: Path, shares: int) -> None:
-    """Also of row groups that a batch does not fill, and where there are more shares than rows."""
+@pytest.mark.parametrize("cuts", [1, 3, 11])
+def test_the_cuts_of_a_range_are_the_range(tmp_path: Path, cuts: int) -> None:
+    """Also of row groups that a batch does not fill, and where there are more cuts than rows."""
     table = pa.table({"id": list(range(10))})
     pq.write_table(table, tmp_path / "file.parquet", row_group_size=4)
     store = open_store(str(tmp_path))
-    for parts, wanted in ((2, [0, 1, 2, 3]), (1, list(range(10)))):
-        part = Part("file.parquet", 0, parts)
-        found = [list(part.batches(store, 3, (number, shares))) for number in range(shares)]
+    for of, wanted in ((2, [0, 1, 2, 3]), (1, list(range(10)))):
+        whole = Range("file.parquet", 0, of)
+        found = [list(each.batches(store, 3)) for each in whole.split(cuts)]
         assert all(found)
         tables = [table for batches in found for table in batches]
         assert all(each.num_rows <= 3 and each.schema == table.schema for each in tables)
         assert pa.concat_tables(tables)["id"].to_pylist() == wanted
 
 
-def test_the_last_parts_are_shared_out(tmp_path: Path) -> None:
+def test_the_last_ranges_are_cut_into_small_ones(tmp_path: Path) -> None:
     ingest.run(IngestConfig(tabletop_images=80, size=32, rows_per_file=8, out=str(tmp_path)))
     shards = Shards.open(str(tmp_path), RAW_IMAGE)
     cores = int(ray.cluster_resources()["CPU"])
-    tasks = [len(set(table["task"].to_pylist())) for table in shards.gather(by_whom).values()]
+    tasks = [len(set(table["task"].to_pylist())) for table in gather(shards, by_whom).values()]
     assert len(tasks) == 10 > cores
     assert tasks == [1] * (10 - cores) + [4] * cores
 
@@ -136,7 +137,7 @@ def test_the_last_parts_are_shared_out(tmp_path: Path) -> None:
 def test_a_stage_that_fails_stops_what_gathers_it(tmp_path: Path) -> None:
     ingest.run(IngestConfig(tabletop_images=4, size=32, out=str(tmp_path)))
     with pytest.raises(InputError, match="no such stage"):
-        Shards.open(str(tmp_path), RAW_IMAGE).gather(broken)
+        gather(Shards.open(str(tmp_path), RAW_IMAGE), broken)
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ class KilledOnce:
 def test_a_worker_that_is_killed_loses_nothing_that_is_gathered(tmp_path: Path) -> None:
     raw, sign = str(tmp_path / "raw"), tmp_path / "sign"
     ingest.run(IngestConfig(tabletop_images=12, size=32, rows_per_file=2, out=raw))
-    found = Shards.open(raw, RAW_IMAGE).gather(KilledOnce(sign), 1)
+    found = gather(Shards.open(raw, RAW_IMAGE), KilledOnce(sign), 1)
     assert sign.exists() and int(sign.read_text()) != os.getpid()
     seen = pa.concat_tables(found.values())["index"].to_pylist()
     assert seen == list(range(12))

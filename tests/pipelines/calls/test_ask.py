@@ -10,7 +10,7 @@ from dim.designers.calls.chat import Question
 from dim.errors import DesignerError, DimError
 from infra.storage import open_store
 from pipelines.calls.answers import Answers
-from pipelines.calls.reask import Asked, answers_questions, ask_until_read, question
+from pipelines.calls.ask import Asked, answers_questions, ask_until_read
 from pipelines.outcome import Rejection
 
 
@@ -42,7 +42,7 @@ def number(text: str) -> int:
 
 
 def asked(*texts: str) -> list[Asked[int]]:
-    return [Asked(question(text, [b"i"], {"type": "integer"}), text, number) for text in texts]
+    return [Asked(Question(text, (b"i",), {"type": "integer"}), text, number) for text in texts]
 
 
 def test_a_useless_answer_is_asked_for_again_with_what_was_wrong() -> None:

@@ -12,12 +12,14 @@ from PIL import Image
 from dim.errors import InputError
 from dim.records import RAW_IMAGE
 from pipelines import ingest
-from pipelines.filters import FilterImages, ImageRules, passes
+from pipelines.filters import FilterImages, ImageRules
 from pipelines.filters.duplicates import DuplicateRules
+from pipelines.filters.verdicts import without_duplicates
 from pipelines.ingest import IngestConfig
 from pipelines.job import Job, JobConfig
 from pipelines.outputs.manifest import Manifest
 from pipelines.outputs.shards import Shards
+from pipelines.ranges import scan
 from tests.pipelines.models import save_clip
 from tests.pipelines.samples import encoded
 from tests.pipelines.test_jobs import check_output, rows_in
@@ -58,7 +60,9 @@ def run(raw: Shards, out: Path, batch_size: int, duplicates: DuplicateRules) -> 
     config = JobConfig(out=str(out), rows_per_file=8)
     job = Job("filter", config, RAW_IMAGE, identity=raw.identity, rows=raw.rows)
     return job.run(
-        lambda: passes.filtered(raw, FilterImages(RULES), duplicates, batch_size),
+        lambda: scan(
+            raw, without_duplicates(raw, FilterImages(RULES), duplicates, batch_size), batch_size
+        ),
         overwrite=True,
     )
 

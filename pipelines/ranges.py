@@ -1,0 +1,200 @@
+"""A range of the input: what one task reads of a finished output, and works on where it lies.
+
+No picture goes through Ray's object store on the way: this is for stages that need no process of
+their own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+import ray.data
+from rich.console import Console
+from rich.progress import track
+
+from infra.storage import Store
+from pipelines.cluster import keep_freed_memory
+from pipelines.outputs.commit import GROUP_BYTES, GROUP_PLACES
+from pipelines.outputs.manifest import FileEntry
+from pipelines.outputs.shards import Shards
+
+_TASKS_PER_CORE = 4
+_RANGES_PER_TASK = 4
+_CUT_AT_END = 4
+_MOST_TASKS = 10_000  # each costs the driver a few ms
+
+Stage = Callable[[pa.Table], pa.Table]
+
+
+@dataclass(frozen=True)
+class Range:
+    """Records of a file that lie together: one of about equal runs of its row groups.
+
+    Attributes:
+        file: its name in the output.
+        number: which run it is.
+        of: how many there are; one may be empty.
+        cut: which one of about equal cuts of the run's records, where it was cut further.
+        cuts: how many there are.
+    """
+
+    file: str
+    number: int
+    of: int
+    cut: int = 0
+    cuts: int = 1
+
+    def split(self, cuts: int) -> list[Range]:
+        """The same records as so many ranges; each reads the row groups of all of them."""
+        return [replace(self, cut=cut, cuts=cuts) for cut in range(cuts)]
+
+    def batches(self, store: Store, rows: int) -> Iterator[pa.Table]:
+        """Its records, at most ``rows`` at a time; if there are none, a table without rows."""
+        with self._open(store) as (file, groups):
+            count = sum(file.metadata.row_group(group).num_rows for group in groups)
+            first, end = (count * cut // self.cuts for cut in (self.cut, self.cut + 1))
+            if first == end:
+                yield file.schema_arrow.empty_table()
+                return
+            for batch in file.iter_batches(rows, row_groups=groups):
+                low, high = max(first, 0), min(end, batch.num_rows)
+                if low < high:
+                    yield pa.Table.from_batches([batch.slice(low, high - low)])
+                first, end = first - batch.num_rows, end - batch.num_rows
+
+    def read(self, store: Store, columns: Sequence[str]) -> pa.Table:
+        """Those of the named columns that the file has, of all records of the uncut range."""
+        with self._open(store) as (file, groups):
+            return file.read_row_groups(groups, columns=list(columns))
+
+    @contextmanager
+    def _open(self, store: Store) -> Iterator[tuple[pq.ParquetFile, list[int]]]:
+        with store.open_parquet(self.file, pre_buffer=True) as file:
+            first, end = (
+                file.num_row_groups * number // self.of for number in (self.number, self.number + 1)
+            )
+            yield file, list(range(first, end))
+
+
+def ranges_of(shards: Shards) -> list[Range]:
+    """All kept records, in order, in ranges of about a row group."""
+    return [
+        Range(file.path, number, of)
+        for file in shards.files
+        for of in [_groups(file)]
+        for number in range(of)
+    ]
+
+
+def scan(shards: Shards, stage: Stage, rows: int = 64, *, num_cpus: float = 1) -> ray.data.Dataset:
+    """What ``stage`` makes of the kept records, in order, as a Ray data set.
+
+    Args:
+        shards: the records.
+        stage: from a batch of at most ``rows`` records to what becomes of them.
+        num_cpus: of a task, which reads and works on a range or several.
+    """
+    ranges = [asdict(each) for each in ranges_of(shards)]
+    tasks = ray.data.from_items(ranges, override_num_blocks=_tasks(len(ranges)))
+    work = _Work(shards.store, stage, rows)
+    return tasks.map_batches(work, batch_format="pyarrow", batch_size=1, num_cpus=num_cpus)
+
+
+def gather(
+    shards: Shards, stage: Stage, rows: int = 64, *, num_cpus: float = 1
+) -> dict[Range, pa.Table]:
+    """The same here, by range: for stages that leave a few hundred bytes of a record.
+
+    Raises:
+        RayTaskError: the stage failed; its error is the cause.
+    """
+    # Tasks of Ray's own wait in its queue. Ray Data starts one when it has seen another end,
+    # and for the first second only one; that costs the filters a twentieth of their time.
+    run = ray.remote(_Work.table).options(scheduling_strategy="SPREAD", num_cpus=num_cpus)
+    work = ray.put(_Work(shards.store, stage, rows))
+    ranges = ranges_of(shards)
+    cut = list(_cut_at_end(ranges))
+    tasks = [run.remote(work, each) for each in cut]
+    shown = Console(stderr=True)
+    waiting = track(tasks, "reading", console=shown, disable=not shown.is_terminal)
+    found: dict[Range, list[pa.Table]] = {each: [] for each in ranges}
+    try:
+        for each, task in zip(cut, waiting, strict=True):
+            found[replace(each, cut=0, cuts=1)].append(ray.get(task))
+    except BaseException:
+        for task in tasks:
+            ray.cancel(task)
+        raise
+    return {each: pa.concat_tables(tables) for each, tables in found.items()}
+
+
+def read(shards: Shards, rows: int = 64) -> ray.data.Dataset:
+    """The kept records as a Ray data set, for stages that hold something; images stay encoded.
+
+    ``rows`` is what one worker gets at a time, so that a few hundred records keep more than one
+    worker busy.
+    """
+    return scan(shards, _as_they_are, rows).repartition(target_num_rows_per_block=rows)
+
+
+def _as_they_are(batch: pa.Table) -> pa.Table:
+    return batch
+
+
+@dataclass(frozen=True)
+class _Work:
+    """A stage with the reading of its records before it."""
+
+    store: Store
+    stage: Stage
+    rows: int
+
+    def __call__(self, ranges: pa.Table) -> Iterator[pa.Table]:
+        """Ranges in, what the stage makes of their records out."""
+        for each in ranges.to_pylist():
+            yield from self._tables(Range(**each))
+
+    def table(self, each: Range) -> pa.Table:
+        """The same for one range."""
+        return pa.concat_tables(self._tables(each))
+
+    def _tables(self, each: Range) -> Iterator[pa.Table]:
+        keep_freed_memory()
+        return (self.stage(batch) for batch in each.batches(self.store, self.rows))
+
+
+def _cut_at_end(ranges: list[Range]) -> Iterator[Range]:
+    """Whole ranges, but for the last one of each core: those are cut into small ones.
+
+    So the cores end together. What it costs is that the row groups of these ranges are read once
+    for every cut.
+    """
+    whole = max(0, len(ranges) - _cores())
+    yield from ranges[:whole]
+    for each in ranges[whole:]:
+        yield from each.split(_CUT_AT_END)
+
+
+def _cores() -> int:
+    return int(ray.cluster_resources().get("CPU", 1))
+
+
+def _tasks(ranges: int) -> int:
+    """How many tasks read so many ranges: a few for every core, or one for every few ranges.
+
+    Ray Data starts a task a tenth of a second after it saw another end, so longer ones are better.
+    """
+    return min(
+        ranges, max(_TASKS_PER_CORE * _cores(), math.ceil(ranges / _RANGES_PER_TASK)), _MOST_TASKS
+    )
+
+
+def _groups(file: FileEntry) -> int:
+    """About how many row groups a file of a job has; its footer is read where it is needed."""
+    return max(1, math.ceil(file.bytes / GROUP_BYTES), math.ceil(file.rows / GROUP_PLACES))
