@@ -97,6 +97,16 @@ def test_files_agree_on_the_versions_and_the_image() -> None:
     assert f"ARG TORCH=torch=={pinned['torch']}" in dockerfile
 
 
+def test_the_image_holds_every_package() -> None:
+    import tomllib
+
+    tools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]
+    found = tools["setuptools"]["packages"]["find"]["include"]
+    copied = (ROOT / "infra/cluster/Dockerfile").read_text().splitlines()
+    names = {name.partition(".")[0] for name in found}
+    assert [n for n in sorted(names) if f"COPY --chown=ray {n} {n}" not in copied] == []
+
+
 def test_constraints_pin_every_direct_dependency() -> None:
     import re
     import tomllib
