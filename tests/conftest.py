@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # Before anything imports torch, Ray or a hub client: one thread per process, nothing from outside.
@@ -104,3 +104,39 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny") / "model"
     model.build(config, seed=0).save(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def edit_data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Twenty edits, as a data job leaves them."""
+    from dim import records
+    from tests.datasets import edit_rows, write_dataset
+
+    return write_dataset(tmp_path_factory.mktemp("edit") / "out", edit_rows(20), records.EDIT)
+
+
+@pytest.fixture(scope="session")
+def held_out_data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Five edits of other scenes."""
+    from dim import records
+    from tests.datasets import edit_rows, write_dataset
+
+    rows = edit_rows(5, seed=9)
+    return write_dataset(tmp_path_factory.mktemp("held-out") / "out", rows, records.EDIT)
+
+
+@pytest.fixture(scope="session")
+def t2i_data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Twelve images and their captions."""
+    from dim import records
+    from tests.datasets import t2i_rows, write_dataset
+
+    return write_dataset(tmp_path_factory.mktemp("t2i") / "out", t2i_rows(12), records.T2I)
+
+
+@pytest.fixture
+def make_dataset(tmp_path: Path) -> Callable[..., str]:
+    """``make_dataset(name, rows, schema)``: a data set of one's own."""
+    from tests.datasets import write_dataset
+
+    return lambda name, rows, schema: write_dataset(tmp_path / name, rows, schema)

@@ -8,8 +8,8 @@ import pytest
 from benchmarks import features
 from benchmarks.features import Result
 from dim import records
+from tests.datasets import edit_rows, write_dataset
 from tests.feature_shards import write_features
-from tests.training.conftest import edit_rows, write_dataset
 
 
 @pytest.mark.parametrize(

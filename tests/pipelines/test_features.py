@@ -28,8 +28,8 @@ from pipelines.features import FeaturesConfig
 from pipelines.outputs.manifest import MARKER, Manifest
 from pipelines.outputs.verify import verify
 from pipelines.stages.encode import ENCODED
+from tests.datasets import edit_rows, t2i_rows
 from tests.pipelines.finished import finish
-from tests.training.conftest import edit_rows, t2i_rows
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 

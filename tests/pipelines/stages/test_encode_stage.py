@@ -15,9 +15,9 @@ from dim.features.encoder import FrozenEncoder
 from dim.features.packing import unpack_bf16, unpack_int8
 from infra.storage import open_store
 from pipelines.stages.encode import ENCODED, EncodeFeatures, EncodeOptions
+from tests.datasets import edit_rows, t2i_rows
 from tests.feature_shards import encoder, prepare, units_in
 from tests.pipelines.finished import finish
-from tests.training.conftest import edit_rows, t2i_rows
 
 Made = tuple[EncodeFeatures, pa.Table]
 
