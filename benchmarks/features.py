@@ -24,11 +24,10 @@ import torch
 
 from dim.config import load_config
 from dim.features.encoder import FeatureSource, FrozenEncoder, LiveFeatures, ShardFeatures
-from dim.features.samples import open_samples, read_rows
-from dim.features.shards import FeatureShards
 from dim.learning.order import SampleOrder, WorkerOrder
 from dim.learning.step import Trainable
 from infra.models import load_initial
+from infra.samples import open_features, open_images
 from infra.storage import join, open_store
 from pipelines import edit, features, ingest
 from pipelines.edit import EditConfig
@@ -87,12 +86,12 @@ def _compare(options: argparse.Namespace, plain: str, made: str) -> Result:
         batch_size=options.batch,
         learning_rate=1e-4,
     )
-    dataset, rows = open_samples([plain], config.columns)
-    order = WorkerOrder(SampleOrder(rows, options.batch, seed=0), 0, 1)
+    images = open_images([plain], config.columns)
+    order = WorkerOrder(SampleOrder(images.rows, options.batch, seed=0), 0, 1)
     model = load_initial(options.model, edits=True)
     encoder = FrozenEncoder(model, edits=True, resolution=model.config.sampling.resolution)
-    shards = FeatureShards.open([made], config.texts, edits=True)
-    table = read_rows(dataset, config.columns, order.rows)
+    shards = open_features([made], config.texts, edits=True)
+    table = images.read(order.rows)
     sources: dict[str, FeatureSource] = {
         LIVE: LiveFeatures(encoder, table, config.texts),
         "read": ShardFeatures(shards, order.rows, config.texts, in_memory=False),

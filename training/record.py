@@ -14,8 +14,8 @@ from typing import Any
 
 from dim.config import dump_config
 from dim.errors import ConfigError
-from dim.features.samples import fingerprint
 from infra import storage
+from infra.samples import fingerprint
 from training.stage import OPERATIONAL_KEYS, StageConfig
 
 STAGE_FILE = "stage.json"

@@ -27,10 +27,9 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from dim.config import dump_config, load_config
 from dim.errors import CheckpointError, DimError
 from dim.failures import explain, find_dim_error
-from dim.features.samples import open_samples
-from dim.features.shards import FeatureShards, holds_features
 from dim.learning.order import SampleOrder
 from infra import storage
+from infra.samples import holds_features, open_features, open_images
 from infra.tracking import Run, Tracking, TrackingError, default_uri
 from training.export import MODEL_FOLDER
 from training.log import SAID
@@ -138,8 +137,8 @@ def count_samples(config: StageConfig) -> int:
         InputError, StorageError: the data are not what the stage needs; the message says where.
     """
     if holds_features(config.data):
-        return FeatureShards.open(config.data, config.texts, edits=config.edits).rows
-    return open_samples(config.data, config.columns)[1]
+        return open_features(config.data, config.texts, edits=config.edits).rows
+    return open_images(config.data, config.columns).rows
 
 
 def main(
@@ -312,7 +311,7 @@ def _check(config: StageConfig) -> tuple[int, int]:
         raise CheckpointError(f"init: there is no model folder or model YAML at {config.init}")
     rows = count_samples(config)
     if config.validation is not None:
-        open_samples(config.validation.data, config.columns)
+        open_images(config.validation.data, config.columns)
     if config.steps is not None:
         return config.steps, rows
     assert config.epochs is not None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -24,14 +23,14 @@ from dim.features.encoder import (
     LiveFeatures,
     ShardFeatures,
 )
-from dim.features.preparation import preparation_of
-from dim.features.samples import open_samples, read_rows
-from dim.features.shards import FeatureShards, holds_features
+from dim.features.format import preparation_of
+from dim.features.shards import FeatureShards
 from dim.learning.ema import Ema
 from dim.learning.order import SampleOrder, WorkerOrder
 from dim.learning.step import Trainable
 from dim.model import DIM
 from infra.models import load_initial
+from infra.samples import holds_features, open_features, open_images
 from infra.tracking import Run, Tracking
 from training.data import Feed
 from training.log import RunLog
@@ -177,7 +176,7 @@ def _shards(plan: Plan, model: DIM, rank: int) -> FeatureShards | None:
     config = plan.config
     if not holds_features(config.data):
         return None
-    shards = FeatureShards.open(config.data, config.texts, edits=config.edits)
+    shards = open_features(config.data, config.texts, edits=config.edits)
     _check_rows(plan, shards.rows)
     if rank == 0:
         resolution = model.config.sampling.resolution
@@ -195,9 +194,9 @@ def _features(
     config = plan.config
     if shards is not None:
         return ShardFeatures(shards, rows, config.texts, in_memory=config.cache_features)
-    dataset, count = open_samples(config.data, config.columns)
-    _check_rows(plan, count)
-    table = read_rows(dataset, config.columns, rows)
+    images = open_images(config.data, config.columns)
+    _check_rows(plan, images.rows)
+    table = images.read(rows)
     encoder = FrozenEncoder(model, edits=config.edits, resolution=model.config.sampling.resolution)
     if not config.cache_features:
         return LiveFeatures(encoder, table, config.texts)
@@ -229,14 +228,10 @@ def read_validation(config: StageConfig) -> pa.Table:
         InputError: there are none, or a column is missing.
     """
     assert config.validation is not None
-    dataset, count = open_samples(config.validation.data, config.columns)
-    rows = np.arange(min(count, config.validation.samples))
-    columns: Sequence[str] = config.columns
-    table = read_rows(dataset, columns, rows)
-    if "provenance" not in dataset.schema.names:
-        return table
-    origin = dataset.head(len(rows), columns=["provenance"])
-    return table.append_column("provenance", origin.column("provenance"))
+    images = open_images(config.validation.data, config.columns)
+    count = min(images.rows, config.validation.samples)
+    table, origin = images.read(np.arange(count)), images.head(count, "provenance")
+    return table if origin is None else table.append_column("provenance", origin)
 
 
 def _announcement(plan: Plan, worker: Worker, resumed: bool) -> str:

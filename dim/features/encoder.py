@@ -21,8 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dim.errors import InputError
-from dim.features.packing import unpack_bf16, unpack_int8
-from dim.features.preparation import FrozenParts
+from dim.features.format import FrozenParts, unpack_bf16, unpack_int8
 from dim.features.shards import FeatureShards, Row
 from dim.images import decode_image
 from dim.model.conditioner import Seen
