@@ -295,12 +295,6 @@ def _of_sample(row: Row, name: str) -> Iterator[None]:
         raise InputError(f"the {name} of sample {row['id']!r} are damaged: {error}") from None
 
 
-def choose_texts(choice: NDArray[np.float64], shares: Sequence[float]) -> NDArray[np.int64]:
-    """Text numbers (B,) for draws ``choice`` (B,) in [0, 1), according to ``shares``."""
-    edges = np.cumsum(shares)[:-1]
-    return np.searchsorted(edges, choice, side="right").astype(np.int64)
-
-
 def by_length(table: pa.Table, texts: Sequence[str], size: int) -> list[NDArray[np.int64]]:
     """Row numbers in groups of ``size`` of similar text length, so that little is padding."""
     lengths = sum(pc.utf8_length(table.column(name)).to_numpy() for name in texts)

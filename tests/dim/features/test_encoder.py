@@ -17,7 +17,6 @@ from dim.features.encoder import (
     FrozenEncoder,
     LiveFeatures,
     ShardFeatures,
-    choose_texts,
 )
 from dim.features.format import relative_error, unpack_bf16
 from dim.features.shards import FeatureShards
@@ -93,12 +92,6 @@ def test_progress_counts_rows(tiny: DIM, table: pa.Table) -> None:
 def test_memory_and_cut_texts_are_counted(cached: CachedFeatures) -> None:
     assert cached.nbytes > 6 * 2 * 32 * 16 * 2  # more than the latents alone
     assert cached.count_cut(1) == 12 and cached.count_cut(10_000) == 0
-
-
-def test_texts_are_chosen_by_their_shares() -> None:
-    draws = np.linspace(0, 1, 1000, endpoint=False)
-    assert np.bincount(choose_texts(draws, (0.9, 0.1))).tolist() == [900, 100]
-    assert choose_texts(draws, (1.0,)).max() == 0
 
 
 def test_a_broken_image_is_named(tiny: DIM, make_dataset: Callable[..., str]) -> None:
