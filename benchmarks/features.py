@@ -4,7 +4,7 @@
     python benchmarks/features.py --samples 16 --steps 2 --repeats 1   # to see that it runs
 
 Makes DIM-Edit of the tabletop and its features with the jobs themselves, then takes the same
-training steps (forward, backward, AdamW) with the features computed live, read from their shards
+training steps (``training.loop.update``) with the features computed live, read from their shards
 as needed, and held in memory, in turns. Leaves with status 1 when reading or holding features is
 less than ``--target`` times as fast as computing them, or when the losses are not the same.
 """
@@ -12,6 +12,7 @@ less than ``--target`` times as fast as computing them, or when the losses are n
 from __future__ import annotations
 
 import argparse
+import copy
 import sys
 import tempfile
 import time
@@ -19,23 +20,26 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from dim.config import load_config
 from dim.features.encoder import FeatureSource, FrozenEncoder, LiveFeatures, ShardFeatures
-from dim.features.samples import open_samples, read_rows
-from dim.features.shards import FeatureShards
-from dim.learning.order import SampleOrder, WorkerOrder
-from dim.learning.step import Trainable
+from dim.learning.batch import SampleOrder, WorkerOrder
+from dim.model import DIM
+from dim.model.flow import FlowSchedule
 from infra.models import load_initial
+from infra.samples import open_features, open_images
 from infra.storage import join, open_store
 from pipelines import edit, features, ingest
 from pipelines.edit import EditConfig
 from pipelines.features import FeaturesConfig
 from pipelines.ingest import IngestConfig
-from training.data import Feed
+from training.data import Feed, make_feed
+from training.log import RunLog
+from training.loop import Worker, update
+from training.plan import Plan
 from training.stage import StageConfig
+from training.state import new_state
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 LIVE = "live"
@@ -87,54 +91,47 @@ def _compare(options: argparse.Namespace, plain: str, made: str) -> Result:
         batch_size=options.batch,
         learning_rate=1e-4,
     )
-    dataset, rows = open_samples([plain], config.columns)
-    order = WorkerOrder(SampleOrder(rows, options.batch, seed=0), 0, 1)
+    images = open_images([plain], config.columns)
+    plan = Plan(config=config, steps=options.steps, rows=images.rows, tracking_uri="", run_id="")
+    order = WorkerOrder(SampleOrder(images.rows, options.batch, seed=0), 0, 1)
     model = load_initial(options.model, edits=True)
     encoder = FrozenEncoder(model, edits=True, resolution=model.config.sampling.resolution)
-    shards = FeatureShards.open([made], config.texts, edits=True)
-    table = read_rows(dataset, config.columns, order.rows)
+    shards = open_features([made], config.texts, edits=True)
     sources: dict[str, FeatureSource] = {
-        LIVE: LiveFeatures(encoder, table, config.texts),
+        LIVE: LiveFeatures(encoder, images.read(order.rows), config.texts),
         "read": ShardFeatures(shards, order.rows, config.texts, in_memory=False),
         "held": ShardFeatures(shards, order.rows, config.texts, in_memory=True),
     }
-    one = sources["held"].batch(np.zeros(1, np.int64), np.zeros(1, np.int64)).latent
-    shape = (one.shape[1], one.shape[2], one.shape[3])
     seconds = dict.fromkeys(sources, float("inf"))
     losses: dict[str, list[float]] = {}
-    begun = {name: value.clone() for name, value in Trainable(model).state_dict().items()}
+    begun = copy.deepcopy(new_state(model, config).module.state_dict())
     for _ in range(options.repeats + 1):  # the first round is for allocators and page cache
         for name, source in sources.items():
-            module = Trainable(model)
-            module.load_state_dict(begun)
-            feed = Feed(config, order, source, shape, ahead=name == "read")
+            worker = _worker(plan, model, make_feed(config, order, source))
+            worker.state.module.load_state_dict(begun)
             start = time.perf_counter()
-            taken = _train(module, feed, options.steps)
+            taken = [update(worker, step)[0].item() for step in range(options.steps)]
             if name in losses:
                 seconds[name] = min(seconds[name], time.perf_counter() - start)
             losses.setdefault(name, taken)
     return Result(seconds, losses, options.steps * options.batch)
 
 
-def _train(module: Trainable, feed: Feed, steps: int) -> list[float]:
-    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4, fused=True)
-    losses = []
-    for step in range(steps):
-        draws, batch = feed.get(step)
-        loss = module(
-            batch.hidden_states,
-            batch.mask,
-            batch.latent,
-            batch.source_latent,
-            draws.noise,
-            draws.index,
-            draws.dropped,
-        ).mean()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses
+def _worker(plan: Plan, model: DIM, feed: Feed) -> Worker:
+    """The only worker of a stage, before its first step."""
+    state = new_state(model, plan.config)
+    return Worker(
+        plan=plan,
+        rank=0,
+        device=torch.device("cpu"),
+        model=model,
+        schedule=FlowSchedule(model.config.sampling.shift),
+        state=state,
+        trainable=state.module,
+        feed=feed,
+        validation=None,
+        log=RunLog(None),
+    )
 
 
 def _report(result: Result, target: float) -> int:

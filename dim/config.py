@@ -21,6 +21,8 @@ class StrictModel(BaseModel):
 
 ConfigT = TypeVar("ConfigT", bound=StrictModel)
 
+_NEARLY = 0.8  # of its letters: text_mixx is text_mix, steps is not stage
+
 
 def load_config(
     cls: type[ConfigT], path: str | Path | None, overrides: Sequence[str] = ()
@@ -37,6 +39,21 @@ def load_config(
     for override in overrides:
         _apply_override(values, override)
     return validate_config(cls, values, where=str(path or "command line"))
+
+
+def load_part(cls: type[ConfigT], path: str | Path) -> ConfigT:
+    """Read from a YAML file what it has for ``cls``; its other keys are for another program.
+
+    Raises:
+        ConfigError: as for ``load_config``. A key that is nearly one of ``cls`` is a mistake.
+    """
+    values = _read_yaml(Path(path))
+    near = {
+        key: value
+        for key, value in values.items()
+        if difflib.get_close_matches(str(key), list(cls.model_fields), n=1, cutoff=_NEARLY)
+    }
+    return validate_config(cls, near, where=str(path))
 
 
 def validate_config(cls: type[ConfigT], values: dict[str, Any], *, where: str) -> ConfigT:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from typing import Literal
 
 import pyarrow as pa
 
@@ -18,6 +19,9 @@ SCHEMA_VERSION = 1
 
 KIND_KEY = b"dim.kind"
 VERSION_KEY = b"dim.schema_version"
+
+TextName = Literal["caption", "instruction", "blueprint"]
+"""A text column of ``edit`` or ``t2i`` records, which a painter can be trained on."""
 
 _IDENTITY = (
     pa.field("id", pa.string(), nullable=False),
@@ -134,7 +138,7 @@ def features_schema(
     ``encoding`` ``bf16`` these are bfloat16; with ``int8`` one byte a number, ``T_scales`` one
     float32 a token to multiply it with, and ``T_error`` the relative error that this makes.
     ``latent`` and, for edits, ``source_latent`` are bfloat16 of ``latent_shape`` (C, h, w). All
-    little-endian, the last axis fastest; ``dim.features.packing`` reads them.
+    little-endian, the last axis fastest; ``dim.features.format`` reads them.
 
     Args:
         kind: what the features were made of.

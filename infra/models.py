@@ -1,4 +1,4 @@
-"""The model that a stage starts from."""
+"""A model at an address: a DIM folder, or the YAML that one is built from."""
 
 from __future__ import annotations
 
@@ -55,6 +55,20 @@ def load_frozen(init: str) -> FrozenModel:
             config = load_config(ModelConfig, path)
         conditioner = parts.conditioner(config.understanding)
         return FrozenModel(conditioner, parts.autoencoder(config.autoencoder), config)
+
+
+def save_model(model: DIM, address: str) -> None:
+    """Write a complete model folder, which ``load_initial`` and ``dim.model.load`` read.
+
+    Raises:
+        StorageError: it cannot be uploaded.
+    """
+    if storage.is_local(address):
+        model.save(storage.local_path(address))
+        return
+    with tempfile.TemporaryDirectory() as copy:
+        model.save(copy)
+        storage.upload_folder(copy, address)
 
 
 def _load(init: str) -> DIM:

@@ -14,11 +14,11 @@ from pydantic import Field
 from rich.console import Console
 
 from dim import records
-from dim.config import load_config
+from dim.config import load_config, load_part
 from dim.errors import ConfigError, InputError
-from dim.features.packing import Encoding
-from dim.features.preparation import Preparation, preparation_of
-from dim.records import EDIT, T2I
+from dim.features.format import Encoding, Preparation, preparation_of
+from dim.learning.config import StageInputs
+from dim.records import EDIT, T2I, TextName
 from infra.models import load_frozen
 from infra.storage import Store, open_store
 from pipelines.command import ConfigFile, Out, Overrides, Overwrite, RetryFailed, settings
@@ -27,7 +27,6 @@ from pipelines.outputs.manifest import Manifest
 from pipelines.outputs.shards import Shards
 from pipelines.outputs.summary import summary
 from pipelines.stages.encode import ENCODED, UNIT, EncodeFeatures, EncodeOptions, schema_of
-from training.stage import StageConfig, TextName
 
 _DEFAULT_TEXTS: dict[str, tuple[TextName, ...]] = {"edit": ("blueprint",), "t2i": ("caption",)}
 _FOOTERS_AT_ONCE = 16
@@ -162,7 +161,7 @@ def _preparation(model: str, *, edits: bool) -> Preparation:
 
 def _stage_settings(file: Path, data: str | None) -> dict[str, Any]:
     """What a training stage says about its features."""
-    stage = load_config(StageConfig, file)
+    stage = load_part(StageInputs, file)
     if data is None and len(stage.data) > 1:
         raise ConfigError(
             f"{file} trains on {len(stage.data)} data sets: give one of them as --data at a time"

@@ -10,7 +10,7 @@ import pyarrow as pa
 from ray.data.datasource import WriteResult
 
 from dim import records
-from dim.features.preparation import Preparation, preparation_of
+from dim.features.format import Preparation, preparation_of
 from infra import storage
 from infra.models import load_frozen
 from infra.storage import Store

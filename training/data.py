@@ -1,12 +1,27 @@
-"""What each step of a worker is fed: its random draws, and the features they ask for."""
+"""What a worker is fed: its share of the samples as features, and the draws of each step."""
 
 from __future__ import annotations
 
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from dim.features.encoder import Features, FeatureSource, choose_texts
-from dim.learning.draws import Draws, draw
-from dim.learning.order import WorkerOrder
+import numpy as np
+
+from dim.errors import InputError
+from dim.features.encoder import (
+    CachedFeatures,
+    Features,
+    FeatureSource,
+    FrozenEncoder,
+    LiveFeatures,
+    ShardFeatures,
+)
+from dim.features.format import preparation_of
+from dim.features.shards import FeatureShards
+from dim.learning.batch import Draws, WorkerOrder, choose_texts, draw
+from dim.model import DIM
+from infra.samples import holds_features, open_features, open_images
+from training.log import RunLog
+from training.plan import Plan
 from training.stage import StageConfig
 
 
@@ -64,3 +79,63 @@ class Feed:
         )
         texts = choose_texts(draws.choice, self._config.text_shares)
         return draws, self._features.batch(self._order.batch(step), texts)
+
+
+def make_feed(config: StageConfig, order: WorkerOrder, features: FeatureSource) -> Feed:
+    """The feed of one worker, whose features are those of ``order.rows``.
+
+    Raises:
+        DimError: the first sample cannot be read.
+    """
+    one = features.batch(np.zeros(1, np.int64), np.zeros(1, np.int64)).latent
+    ahead = isinstance(features, ShardFeatures) and not features.in_memory
+    shape = (one.shape[1], one.shape[2], one.shape[3])
+    return Feed(config, order, features, shape, ahead=ahead)
+
+
+def open_shards(plan: Plan, model: DIM, rank: int) -> FeatureShards | None:
+    """The stage's feature shards, if its data are features; the first worker checks their key.
+
+    Raises:
+        DimError: they cannot be read, or are not what this stage and ``model`` need.
+    """
+    config = plan.config
+    if not holds_features(config.data):
+        return None
+    shards = open_features(config.data, config.texts, edits=config.edits)
+    _check_rows(plan, shards.rows)
+    if rank == 0:
+        resolution = model.config.sampling.resolution
+        shards.check_preparation(preparation_of(model, edits=config.edits, resolution=resolution))
+    return shards
+
+
+def choose_source(
+    plan: Plan, model: DIM, shards: FeatureShards | None, order: WorkerOrder, log: RunLog
+) -> FeatureSource:
+    """Where the features of a worker's samples come from: shards, memory, or the frozen parts.
+
+    Raises:
+        DimError: a sample cannot be read.
+    """
+    config = plan.config
+    if shards is not None:
+        return ShardFeatures(shards, order.rows, config.texts, in_memory=config.cache_features)
+    images = open_images(config.data, config.columns)
+    _check_rows(plan, images.rows)
+    table = images.read(order.rows)
+    encoder = FrozenEncoder(model, edits=config.edits, resolution=model.config.sampling.resolution)
+    if not config.cache_features:
+        return LiveFeatures(encoder, table, config.texts)
+    return CachedFeatures(
+        encoder,
+        table,
+        config.texts,
+        encode_batch=config.encode_batch,
+        progress=lambda done, total: log.add(0, {"features_done": done / total}),
+    )
+
+
+def _check_rows(plan: Plan, count: int) -> None:
+    if count != plan.rows:
+        raise InputError(f"the training data changed: {plan.rows} samples became {count}")

@@ -1,20 +1,31 @@
-"""What a worker tells the world while it trains."""
+"""What a stage says of itself: a worker to MLflow, and the driver, from there, to the console."""
 
 from __future__ import annotations
 
+import logging
 import sys
+import threading
 import time
-from collections.abc import Mapping
-from contextlib import suppress
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 
 import torch
-import torch.distributed as dist
 from PIL import Image
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from infra.tracking import Run, TrackingError
+from infra.tracking import Run, Tracking, TrackingError
+from training import parallel
+from training.plan import Plan
+from training.stage import learning_rate_at
+
+OnProgress = Callable[[Sequence[str], Mapping[str, float]], None]
+"""Is told the lines that rank 0 has said since the last call, and the latest metrics."""
 
 SAID = "said"  # the tag that holds what was said last
 _SAID_LINES = 20
+_SAY_SECONDS = 15.0
 _FLUSH_SECONDS = 2.0
 
 
@@ -77,6 +88,13 @@ class RunLog:
         except TrackingError as error:
             self.say(f"warning: {error}; training goes on without this picture")
 
+    def validation(self, step: int, metrics: Mapping[str, float], sheet: Image.Image) -> None:
+        """Note, show and say what validation after ``step`` found."""
+        self.add(step, metrics)
+        self.picture(sheet, f"validation/step-{step:08d}.png")
+        named = (f"{name.removeprefix('validation_')} {v:.3f}" for name, v in metrics.items())
+        self.say(f"validation after step {step}: {', '.join(named)}")
+
     def close(self) -> None:
         """Send the rest.
 
@@ -88,36 +106,147 @@ class RunLog:
             self._rows.clear()
 
 
-class LossMeter:
-    """Mean loss over all workers and throughput since the last reading."""
+class StepLog:
+    """The metrics of the steps, and now and then a line with the time that is left.
 
-    def __init__(self, device: torch.device, global_batch: int) -> None:
+    Args:
+        log: Where they go.
+        plan: What the worker was told.
+        device: Of the losses.
+    """
+
+    def __init__(self, log: RunLog, plan: Plan, device: torch.device) -> None:
+        self._log = log
+        self._plan = plan
         self._sum = torch.zeros((), device=device)
-        self._steps = 0
-        self._global_batch = global_batch
-        self._started = time.perf_counter()
-
-    def add(self, loss: torch.Tensor) -> None:
-        """Count the loss of one step (this worker's mean)."""
-        self._sum += loss
-        self._steps += 1
-
-    def read(self) -> dict[str, float]:
-        """``loss`` and ``samples_per_second`` (over all workers), then start anew.
-
-        Every worker calls this at the same step: the losses are averaged across them.
-        """
-        mean = self._sum / max(1, self._steps)
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            dist.all_reduce(mean)
-            mean /= dist.get_world_size()
-        seconds = time.perf_counter() - self._started
-        rate = self._steps * self._global_batch / max(seconds, 1e-9)
+        self._norm = torch.zeros((), device=device)
+        self._said = time.monotonic()
         self.restart()
-        return {"loss": mean.item(), "samples_per_second": rate}
 
     def restart(self) -> None:
         """Forget, so that time spent on something else does not count."""
         self._sum.zero_()
         self._steps = 0
         self._started = time.perf_counter()
+
+    def add(self, loss: torch.Tensor, norm: torch.Tensor) -> None:
+        """Count one step: this worker's mean loss, and the norm of the gradient over all."""
+        self._sum += loss
+        self._steps += 1
+        self._norm = norm
+
+    def read(self, done: int) -> dict[str, float]:
+        """Metrics of the steps since the last reading, ``done`` in all; then start anew.
+
+        Every worker calls this at the same step: losses are averaged across them. ``grad_norm`` is
+        that of the last step, ``samples_per_second`` counts all workers.
+        """
+        plan = self._plan
+        loss = parallel.mean(self._sum / max(1, self._steps))
+        seconds = time.perf_counter() - self._started
+        samples = self._steps * plan.config.batch_size
+        self.restart()
+        return {
+            "loss": loss.item(),
+            "samples_per_second": samples / max(seconds, 1e-9),
+            "learning_rate": learning_rate_at(plan.config, done - 1, plan.steps),
+            "grad_norm": self._norm.item(),
+            "epoch": done / plan.steps_per_epoch,
+            "progress": done / plan.steps,
+        }
+
+    def write(self, done: int, metrics: Mapping[str, float]) -> None:
+        """Log ``metrics`` of step ``done``; say them every 15 seconds, and at the end."""
+        self._log.add(done, metrics)
+        now, plan = time.monotonic(), self._plan
+        if now - self._said <= _SAY_SECONDS and done != plan.steps:
+            return
+        self._said = now
+        rate = metrics["samples_per_second"]
+        left = (plan.steps - done) / (rate / plan.config.batch_size) / 60
+        self._log.say(
+            f"{plan.config.stage} step {done}/{plan.steps}: loss {metrics['loss']:.4f}, "
+            f"{rate:.0f} samples/s, {left:.1f} minutes left"
+        )
+
+
+def open_log(plan: Plan, rank: int) -> RunLog:
+    """The log of one worker.
+
+    Raises:
+        TrackingError: the tracker cannot be reached.
+    """
+    if rank != 0:
+        return RunLog(None)
+    tracking = Tracking(plan.tracking_uri, plan.config.tracking.experiment)
+    return RunLog(tracking.attach(plan.run_id))
+
+
+def silence_repeats() -> None:
+    """Quieten what comes with every batch or report, and is said elsewhere or needs no act."""
+    logging.getLogger().setLevel(logging.WARNING)
+    for message in ("a prompt of .* tokens is longer", "Grad strides do not match bucket view"):
+        warnings.filterwarnings("ignore", message=message)
+
+
+@contextmanager
+def watch(mlflow_run: Run, on_progress: OnProgress | None) -> Iterator[None]:
+    """Tell ``on_progress`` what rank 0 logs, while the trainer blocks this thread."""
+    if on_progress is None:
+        yield
+        return
+    stopped = threading.Event()
+    seen = set(_said(mlflow_run.latest()[1]))  # by an earlier part of the run
+
+    def show() -> None:
+        with suppress(TrackingError):
+            metrics, tags = mlflow_run.latest()
+            new = [line for line in _said(tags) if line not in seen]
+            seen.update(new)
+            on_progress(new, metrics)
+
+    def poll() -> None:
+        while not stopped.wait(1.0):
+            show()
+
+    thread = threading.Thread(target=poll, name="progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stopped.set()
+        thread.join()
+        show()
+
+
+@contextmanager
+def progress_bar(console: Console, name: str) -> Iterator[OnProgress]:
+    """A bar on ``console``; yields what ``training.train.run`` takes as ``on_progress``.
+
+    It shows the share of features computed and, from the first step on, the share of steps.
+    """
+    columns = (
+        TextColumn("[bold]{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TextColumn("{task.fields[now]}"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task(name, total=1.0, now="starting the workers")
+
+        def show(said: Sequence[str], metrics: Mapping[str, float]) -> None:
+            for line in said:
+                progress.console.print(line, highlight=False, markup=False, soft_wrap=True)
+            if "progress" in metrics:
+                now = f"loss {metrics['loss']:.4f} · {metrics['samples_per_second']:.0f} samples/s"
+                progress.update(task, completed=metrics["progress"], now=now)
+            elif "features_done" in metrics:
+                share = metrics["features_done"]
+                progress.update(task, completed=share, now="computing features")
+
+        yield show
+
+
+def _said(tags: Mapping[str, str]) -> list[str]:
+    return tags.get(SAID, "").splitlines()

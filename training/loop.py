@@ -1,28 +1,55 @@
-"""The training loop that Ray Train runs on every worker."""
+"""The training loop that Ray Train runs on every worker: prepare, then step after step, export."""
 
 from __future__ import annotations
 
-import logging
 import math
-import time
-import warnings
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from dim.errors import DimError
+from dim.learning.batch import SampleOrder, WorkerOrder
 from dim.learning.ema import averaged
-from training.export import export
-from training.log import LossMeter
-from training.stage import learning_rate_at
-from training.state import report
-from training.worker import Plan, Worker, agree, join, prepare
-
-_SAY_SECONDS = 15.0
+from dim.learning.step import changed_cells
+from dim.model import DIM
+from dim.model.flow import FlowSchedule, squared_error
+from infra import storage
+from infra.models import load_initial, save_model
+from training import parallel
+from training.data import Feed, choose_source, make_feed, open_shards
+from training.log import RunLog, StepLog, open_log, silence_repeats
+from training.plan import Plan, announcement
+from training.record import MODEL_FOLDER
+from training.stage import StageConfig, learning_rate_at
+from training.state import TrainState, check_updates, new_state, restore, save
+from training.validation import Validation, open_validation
 
 
 class DivergedError(DimError):
     """Loss or gradients are no longer finite numbers. Every worker sees it at the same step."""
+
+
+@dataclass
+class Worker:
+    """What one worker holds. ``trainable`` is what a step calls: the state's module, or its DDP."""
+
+    plan: Plan
+    rank: int
+    device: torch.device
+    model: DIM
+    schedule: FlowSchedule
+    state: TrainState
+    trainable: nn.Module
+    feed: Feed
+    validation: Validation | None
+    log: RunLog
+
+    @property
+    def config(self) -> StageConfig:
+        """The stage."""
+        return self.plan.config
 
 
 def train_loop_per_worker(config: dict[str, Any]) -> dict[str, Any]:
@@ -33,43 +60,84 @@ def train_loop_per_worker(config: dict[str, Any]) -> dict[str, Any]:
     """
     plan = Plan.model_validate(config)
     torch.set_num_threads(plan.config.cpus_per_worker)
-    _silence_repeats()
+    silence_repeats()
     worker, error = None, None
     try:
         worker = prepare(plan)
     except DimError as problem:
         error = problem
-    if (problem := agree(error)) is not None or worker is None:
+    if (problem := parallel.agree(error)) is not None or worker is None:
         return {"error": problem}
-    join(worker)
+    worker.trainable = parallel.wrap(worker.state.module)
     try:
         metrics = train(worker)
     except DivergedError as problem:
         return {"error": problem}
     if worker.rank == 0:
-        export(worker)
+        with averaged(worker.state.ema):
+            save_model(worker.model, storage.join(plan.config.out, MODEL_FOLDER))
         worker.log.close()
     return {"error": None, "metrics": metrics}
 
 
+def prepare(plan: Plan) -> Worker:
+    """Load the model, compute features, pick up the latest checkpoint. No collective is used.
+
+    Raises:
+        DimError: something is wrong with model, data, checkpoint or tracker.
+    """
+    config = plan.config
+    rank, world_size, device = parallel.this_worker()
+    log = open_log(plan, rank)
+    model = load_initial(config.init, edits=config.edits)
+    shards = open_shards(plan, model, rank)
+    frozen_are_used = shards is None or config.validation is not None
+    parallel.place(model, device, config.precision, frozen=frozen_are_used)
+    model.painter.checkpoint_gradients(config.gradient_checkpointing)
+    state = new_state(model, config)
+    resumed = restore(state, device)
+    order = WorkerOrder(SampleOrder(plan.rows, config.batch_size, config.seed), rank, world_size)
+    features = choose_source(plan, model, shards, order, log)
+    validation = open_validation(config, model, rank, world_size)
+    feed = make_feed(config, order, features)
+    limit = model.config.understanding.max_condition_tokens
+    log.say(announcement(plan, state, features, token_limit=limit, resumed=resumed))
+    return Worker(
+        plan=plan,
+        rank=rank,
+        device=device,
+        model=model,
+        schedule=FlowSchedule(model.config.sampling.shift),
+        state=state,
+        trainable=state.module,
+        feed=feed,
+        validation=validation,
+        log=log,
+    )
+
+
 def update(worker: Worker, step: int) -> tuple[torch.Tensor, torch.Tensor]:
     """One step of flow matching: this worker's mean loss and the gradient norm over all."""
-    config, state = worker.config, worker.state
+    config, state, schedule = worker.config, worker.state, worker.schedule
     draws, batch = worker.feed.get(step)
-    batch = batch.to(worker.device)
-    with worker.autocast():
-        rows = worker.trainable(
+    batch, index = batch.to(worker.device), draws.index
+    noise, dropped = draws.noise.to(worker.device), draws.dropped.to(worker.device)
+
+    noisy = schedule.add_noise(batch.latent, noise, index)
+    with parallel.autocast(worker.device, config.precision):
+        velocity = worker.trainable(
+            noisy,
+            schedule.timesteps[index],
             batch.hidden_states,
             batch.mask,
-            batch.latent,
             batch.source_latent,
-            draws.noise.to(worker.device),
-            draws.index,
-            draws.dropped.to(worker.device),
+            dropped,
         )
-    loss = rows.mean()
+    weight = changed_cells(batch.latent, batch.source_latent, config.changed_cell_weight)
+    loss = squared_error(velocity, noise - batch.latent, weight).mean()
     loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(state.module.parameters(), config.grad_clip)
+
+    norm = nn.utils.clip_grad_norm_(state.module.parameters(), config.grad_clip)
     if not math.isfinite(norm.item()):
         raise DivergedError(
             f"the gradient is {norm.item()} at step {step + 1} (loss {loss.item():.4g}): lower "
@@ -87,32 +155,27 @@ def update(worker: Worker, step: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def train(worker: Worker) -> dict[str, float]:
     """Every step from where the state stands to the end; the last metrics of each kind."""
-    plan, config, state = worker.plan, worker.config, worker.state
-    meter = LossMeter(worker.device, config.batch_size)
-    saved, said = state.step, time.monotonic()
+    config, state, steps = worker.config, worker.state, worker.plan.steps
+    validate_every = config.validation.every if config.validation else None
+    log = StepLog(worker.log, worker.plan, worker.device)
     metrics: dict[str, float] = {}
-    validation = config.validation
-    for step in range(state.step, plan.steps):
-        loss, norm = update(worker, step)
-        meter.add(loss)
-        done, last = state.step, state.step == plan.steps
-        if done % config.log_every == 0 or last:
-            metrics |= meter.read() | _step_metrics(worker, norm)
-            worker.log.add(done, metrics)
-            if time.monotonic() - said > _SAY_SECONDS or last:
-                said = time.monotonic()
-                worker.log.say(_progress_line(plan, done, metrics))
-        if validation and validation.every and done % validation.every == 0 and not last:
+    begun = state.step
+    for step in range(begun, steps):
+        log.add(*update(worker, step))
+        done, last = state.step, state.step == steps
+        if last or due(done, config.log_every):
+            metrics |= log.read(done)
+            log.write(done, metrics)
+        if not last and due(done, validate_every):
             metrics |= validate(worker)
-            meter.restart()
-        if config.checkpoint_every and done % config.checkpoint_every == 0 and not last:
-            _save(worker, metrics)
-            saved = done
-            meter.restart()
+            log.restart()
+        if not last and due(done, config.checkpoint_every):
+            checkpoint(worker, metrics)
+            log.restart()
     metrics |= validate(worker)
-    if saved != plan.steps:
-        _save(worker, metrics)
-    check_updates(worker)
+    if begun != steps:
+        checkpoint(worker, metrics)
+    check_updates(state, steps)
     return metrics
 
 
@@ -121,59 +184,23 @@ def validate(worker: Worker) -> dict[str, float]:
     if worker.validation is None:
         return {}
     worker.model.painter.eval()
-    with worker.autocast(), averaged(worker.state.ema):
+    autocast = parallel.autocast(worker.device, worker.config.precision)
+    with autocast, averaged(worker.state.ema):
         outcome = worker.validation.run()
     worker.model.painter.train()
     if outcome is None:
         return {}
     metrics, sheet = outcome
-    worker.log.add(worker.state.step, metrics)
-    worker.log.picture(sheet, f"validation/step-{worker.state.step:08d}.png")
-    worker.log.say(
-        f"validation after step {worker.state.step}: "
-        + ", ".join(f"{name.removeprefix('validation_')} {v:.3f}" for name, v in metrics.items())
-    )
+    worker.log.validation(worker.state.step, metrics, sheet)
     return metrics
 
 
-def check_updates(worker: Worker) -> None:
-    """Whether the optimizer has made exactly the updates that were asked for.
-
-    Raises:
-        RuntimeError: it has not; the weights are not what the configuration says.
-    """
-    optimizer = worker.state.optimizer
-    made = {int(state["step"]) for state in optimizer.state.values()}
-    if made != {worker.plan.steps}:
-        raise RuntimeError(f"{worker.plan.steps} updates were asked for but {sorted(made)} made")
-
-
-def _silence_repeats() -> None:
-    """Quieten what comes with every batch or report, and is said elsewhere or needs no act."""
-    logging.getLogger().setLevel(logging.WARNING)
-    for message in ("a prompt of .* tokens is longer", "Grad strides do not match bucket view"):
-        warnings.filterwarnings("ignore", message=message)
-
-
-def _save(worker: Worker, metrics: dict[str, float]) -> None:
+def checkpoint(worker: Worker, metrics: dict[str, float]) -> None:
+    """Save the state; all workers take part."""
     worker.log.flush()
-    report(worker.state, {**metrics, "step": worker.state.step}, rank=worker.rank)
+    save(worker.state, metrics, rank=worker.rank)
 
 
-def _step_metrics(worker: Worker, norm: torch.Tensor) -> dict[str, float]:
-    done = worker.state.step
-    return {
-        "learning_rate": learning_rate_at(worker.config, done - 1, worker.plan.steps),
-        "grad_norm": norm.item(),
-        "epoch": done / worker.epochs.steps_per_epoch,
-        "progress": done / worker.plan.steps,
-    }
-
-
-def _progress_line(plan: Plan, done: int, metrics: dict[str, float]) -> str:
-    rate = metrics["samples_per_second"] / plan.config.batch_size
-    left = (plan.steps - done) / rate / 60
-    return (
-        f"{plan.config.stage} step {done}/{plan.steps}: loss {metrics['loss']:.4f}, "
-        f"{metrics['samples_per_second']:.0f} samples/s, {left:.1f} minutes left"
-    )
+def due(step: int, every: int | None) -> bool:
+    """Whether what happens every so many steps happens after ``step``; ``None``: never."""
+    return every is not None and step % every == 0

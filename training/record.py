@@ -1,7 +1,7 @@
-"""``stage.json`` in a stage's output: what was trained there, how far, and what came out.
+"""A stage's output: its parts, and ``stage.json``: what was trained there, how far, what came out.
 
-It is written before the first step and again at the end. From it a second call knows whether to
-go on, to hand back what is there, or to refuse because something else was trained there.
+The record is written before the first step and again at the end. From it a second call knows
+whether to go on, to hand back what is there, or to refuse because something else was trained there.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ from typing import Any
 
 from dim.config import dump_config
 from dim.errors import ConfigError
-from dim.features.samples import fingerprint
 from infra import storage
+from infra.samples import fingerprint
 from training.stage import OPERATIONAL_KEYS, StageConfig
 
 STAGE_FILE = "stage.json"
+MODEL_FOLDER = "model"  # what ``dim.model.load`` reads
+CHECKPOINTS_FOLDER = "checkpoints"  # Ray Train's
 _VERSION = 1
 _EDGE = 1 << 20  # bytes hashed at each end of a weights file
 
@@ -73,6 +75,13 @@ def read_record(out: str) -> StageRecord | None:
     if record.version != _VERSION:
         raise ConfigError(f"{path} was written by another version; --fresh discards that run")
     return record
+
+
+def discard(out: str) -> None:
+    """Remove all that a stage has left in ``out``."""
+    store = storage.open_store(out)
+    for name in (CHECKPOINTS_FOLDER, MODEL_FOLDER, STAGE_FILE):
+        store.delete(name)
 
 
 def identify(config: StageConfig, steps: int) -> dict[str, Any]:

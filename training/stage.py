@@ -8,15 +8,9 @@ from typing import Literal
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from dim.config import StrictModel
+from dim.learning.config import StageInputs
+from dim.records import TextName
 
-StageName = Literal["t2i", "edit1", "edit2"]
-TextName = Literal["caption", "instruction", "blueprint"]
-
-_DEFAULT_TEXT: dict[StageName, TextName] = {
-    "t2i": "caption",
-    "edit1": "instruction",
-    "edit2": "blueprint",
-}
 # What may change between an interrupted run and its continuation: nothing that moves a weight.
 OPERATIONAL_KEYS = frozenset(
     {
@@ -56,21 +50,10 @@ class TrackingConfig(StrictModel):
     experiment: str = "dim-training"
 
 
-class StageConfig(StrictModel):
-    """One training stage, as its YAML file says it.
+class StageConfig(StageInputs):
+    """One training stage, as its YAML file says it. Exactly one of ``steps`` and ``epochs``."""
 
-    ``init`` is a DIM folder (of an earlier stage or a download) or a model YAML to build from.
-    ``data`` are output folders of data jobs: of images and texts, or of their features as
-    ``dim data features`` makes them. Exactly one of ``steps`` and ``epochs`` is given.
-    """
-
-    stage: StageName
-    init: str
-    data: list[str] = Field(min_length=1)
     out: str
-
-    text: TextName | None = None  # None = caption for t2i, instruction for edit1, else blueprint
-    text_mix: dict[TextName, PositiveFloat] | None = None  # instead: shares, drawn at each use
 
     steps: PositiveInt | None = None
     epochs: PositiveInt | None = None
@@ -90,7 +73,6 @@ class StageConfig(StrictModel):
     workers: PositiveInt = 1
     cpus_per_worker: PositiveInt = 1
     use_gpu: bool = False
-    precision: Literal["fp32", "bf16"] = "fp32"
     cache_features: bool = True  # in memory; else computed, or read from their shards, as needed
     gradient_checkpointing: bool = False  # less memory for a second forward pass; the same weights
     encode_batch: PositiveInt = 64
@@ -111,41 +93,12 @@ class StageConfig(StrictModel):
             raise ValueError(
                 f"batch_size {self.batch_size} cannot be shared equally by {self.workers} workers"
             )
-        wrong = [text for text in self.texts if (text == "caption") != (self.stage == "t2i")]
-        if wrong:
-            raise ValueError(f"stage {self.stage} cannot train on the text {wrong[0]!r}")
         return self
-
-    @property
-    def edits(self) -> bool:
-        """Whether a source image is part of every sample."""
-        return self.stage != "t2i"
-
-    @property
-    def texts(self) -> tuple[TextName, ...]:
-        """Every text a sample may be trained on, in a fixed order."""
-        if self.text_mix:
-            return tuple(sorted(self.text_mix))
-        return (self.text or _DEFAULT_TEXT[self.stage],)
-
-    @property
-    def text_shares(self) -> tuple[float, ...]:
-        """The probability of each of ``texts``."""
-        if not self.text_mix:
-            return (1.0,)
-        total = sum(self.text_mix.values())
-        return tuple(self.text_mix[text] / total for text in self.texts)
 
     @property
     def validation_text(self) -> TextName:
         """The text validation paints from: the most frequent one of training."""
         return max(zip(self.text_shares, self.texts, strict=True))[1]
-
-    @property
-    def columns(self) -> list[str]:
-        """The columns that the stage reads of its data."""
-        images = ["image", "image_target"] if self.edits else ["image"]
-        return ["id", *images, *self.texts]
 
 
 def learning_rate_at(config: StageConfig, step: int, steps: int) -> float:

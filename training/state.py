@@ -1,7 +1,7 @@
 """What is saved so that a run goes on as if nothing had happened.
 
 Weights, optimizer, EMA and the number of updates done. The step stands for the rest: epoch, place
-in the data and random numbers are functions of seed and step (see ``order`` and ``draws``).
+in the data and random numbers are functions of seed and step (see ``dim.learning.batch``).
 """
 
 from __future__ import annotations
@@ -18,6 +18,10 @@ from torch import nn
 
 from dim.errors import CheckpointError
 from dim.learning.ema import Ema
+from dim.learning.optimizer import adamw, updates_made
+from dim.learning.step import Trainable
+from dim.model import DIM
+from training.stage import StageConfig
 
 _FILE = "state.pt"
 _VERSION = 1
@@ -33,7 +37,20 @@ class TrainState:
     step: int = 0
 
 
-def report(state: TrainState, metrics: Mapping[str, Any], *, rank: int) -> None:
+def new_state(model: DIM, config: StageConfig) -> TrainState:
+    """The state before the first update."""
+    module = Trainable(model)
+    optimizer = adamw(
+        module,
+        learning_rate=config.learning_rate,
+        betas=config.betas,
+        weight_decay=config.weight_decay,
+    )
+    ema = None if config.ema_decay is None else Ema(module, config.ema_decay)
+    return TrainState(module, optimizer, ema)
+
+
+def save(state: TrainState, metrics: Mapping[str, Any], *, rank: int) -> None:
     """Hand the state to Ray Train as a checkpoint, written by rank 0.
 
     Every worker calls this: Ray Train waits for all of them.
@@ -44,7 +61,8 @@ def report(state: TrainState, metrics: Mapping[str, Any], *, rank: int) -> None:
         if rank == 0:
             torch.save(_pack(state), Path(folder, _FILE))
             checkpoint = ray.train.Checkpoint.from_directory(folder)
-        ray.train.report(dict(metrics), checkpoint=checkpoint, checkpoint_dir_name=name)
+        told = {**metrics, "step": state.step}
+        ray.train.report(told, checkpoint=checkpoint, checkpoint_dir_name=name)
 
 
 def restore(state: TrainState, device: torch.device) -> bool:
@@ -59,6 +77,17 @@ def restore(state: TrainState, device: torch.device) -> bool:
     with checkpoint.as_directory() as folder:
         _unpack(state, Path(folder, _FILE), device, where=checkpoint.path)
     return True
+
+
+def check_updates(state: TrainState, steps: int) -> None:
+    """Whether the optimizer has made exactly the updates that were asked for.
+
+    Raises:
+        RuntimeError: it has not; the weights are not what the configuration says.
+    """
+    made = updates_made(state.optimizer)
+    if made != {steps}:
+        raise RuntimeError(f"{steps} updates were asked for but {sorted(made)} made")
 
 
 def _pack(state: TrainState) -> dict[str, Any]:

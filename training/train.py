@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import ray
 import typer
@@ -23,24 +23,25 @@ from ray.train import (
     TrainingFailedError,
 )
 from ray.train.torch import TorchConfig, TorchTrainer
+from rich.console import Console
 
 from dim.config import dump_config, load_config
-from dim.errors import CheckpointError, DimError
+from dim.errors import DimError
 from dim.failures import explain, find_dim_error
-from dim.features.samples import open_samples
-from dim.features.shards import FeatureShards, holds_features
-from dim.learning.order import SampleOrder
 from infra import storage
-from infra.tracking import Run, Tracking, TrackingError, default_uri
-from training.export import MODEL_FOLDER
-from training.log import SAID
+from infra.tracking import Tracking, default_uri
+from training.log import OnProgress, progress_bar, watch
 from training.loop import train_loop_per_worker
-from training.record import STAGE_FILE, StageRecord, identify, read_record
+from training.plan import Plan, absolute, measure
+from training.record import (
+    CHECKPOINTS_FOLDER,
+    MODEL_FOLDER,
+    StageRecord,
+    discard,
+    identify,
+    read_record,
+)
 from training.stage import StageConfig
-from training.worker import Plan
-
-_RAY_FOLDER = "checkpoints"
-OnProgress = Callable[[Sequence[str], Mapping[str, float]], None]
 
 
 @dataclass(frozen=True)
@@ -73,10 +74,10 @@ def run(
         DimError: configuration, data, model, tracker or storage are not as they must be (before
             the first step), the training diverged, or workers failed too often.
     """
-    config = _absolute(config)
-    steps, rows = _check(config)
+    config = absolute(config)
+    steps, rows = measure(config)
     if fresh:
-        _discard(config.out)
+        discard(config.out)
     identity, earlier = identify(config, steps), read_record(config.out)
     if earlier is not None:
         earlier.check_same(identity, config.out)
@@ -98,7 +99,7 @@ def run(
         record.write(config.out)
         mlflow_run.log_dict(settings, "stage.json")  # also proves that artifacts can be stored
         plan = Plan(config=config, steps=steps, rows=rows, tracking_uri=uri, run_id=mlflow_run.id)
-        with _watch(mlflow_run, on_progress):
+        with watch(mlflow_run, on_progress):
             record = _fit(plan, record)
     record.write(config.out)
     return _result(config, record)
@@ -121,7 +122,7 @@ def make_trainer(plan: Plan) -> TorchTrainer:
             },
         ),
         run_config=RunConfig(
-            name=_RAY_FOLDER,
+            name=CHECKPOINTS_FOLDER,
             storage_path=store.root,
             storage_filesystem=store.filesystem,
             checkpoint_config=CheckpointConfig(num_to_keep=config.keep_checkpoints),
@@ -129,17 +130,6 @@ def make_trainer(plan: Plan) -> TorchTrainer:
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
-
-
-def count_samples(config: StageConfig) -> int:
-    """Samples in the data of a stage, of either kind, after the checks that need no worker.
-
-    Raises:
-        InputError, StorageError: the data are not what the stage needs; the message says where.
-    """
-    if holds_features(config.data):
-        return FeatureShards.open(config.data, config.texts, edits=config.edits).rows
-    return open_samples(config.data, config.columns)[1]
 
 
 def main(
@@ -155,10 +145,6 @@ def main(
 
     An interrupted run goes on where its last checkpoint stands; a finished one is not run again.
     """
-    from rich.console import Console
-
-    from training.progress import progress_bar
-
     config = load_config(StageConfig, stage, overrides or [])
     console = Console()
     with progress_bar(console, config.stage) as on_progress:
@@ -231,7 +217,9 @@ def _fit(plan: Plan, record: StageRecord) -> StageRecord:
         record.run_id,
         finished=True,
         metrics=outcome["metrics"],
-        checkpoint=storage.join(plan.config.out, _RAY_FOLDER, Path(result.checkpoint.path).name),
+        checkpoint=storage.join(
+            plan.config.out, CHECKPOINTS_FOLDER, Path(result.checkpoint.path).name
+        ),
     )
 
 
@@ -251,79 +239,6 @@ def _restored_sigint() -> Iterator[None]:
         raise KeyboardInterrupt from error
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-@contextmanager
-def _watch(mlflow_run: Run, on_progress: OnProgress | None) -> Iterator[None]:
-    """Tell ``on_progress`` what rank 0 logs, while the trainer blocks this thread."""
-    if on_progress is None:
-        yield
-        return
-    stopped = threading.Event()
-
-    seen = set(_said(mlflow_run.latest()[1]))  # by an earlier part of the run
-
-    def show() -> None:
-        with suppress(TrackingError):
-            metrics, tags = mlflow_run.latest()
-            new = [line for line in _said(tags) if line not in seen]
-            seen.update(new)
-            on_progress(new, metrics)
-
-    def watch() -> None:
-        while not stopped.wait(1.0):
-            show()
-
-    thread = threading.Thread(target=watch, name="progress", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stopped.set()
-        thread.join()
-        show()
-
-
-def _said(tags: Mapping[str, str]) -> list[str]:
-    return tags.get(SAID, "").splitlines()
-
-
-def _absolute(config: StageConfig) -> StageConfig:
-    """Local paths made absolute: Ray Train gives its workers another working directory."""
-    changes: dict[str, Any] = {
-        "init": _absolute_uri(config.init),
-        "out": _absolute_uri(config.out),
-        "data": [_absolute_uri(uri) for uri in config.data],
-    }
-    if config.validation is not None:
-        held_out = [_absolute_uri(uri) for uri in config.validation.data]
-        changes["validation"] = config.validation.model_copy(update={"data": held_out})
-    return config.model_copy(update=changes)
-
-
-def _absolute_uri(uri: str) -> str:
-    store = storage.open_store(uri)
-    return store.root if store.is_local else uri
-
-
-def _check(config: StageConfig) -> tuple[int, int]:
-    """Steps and rows of the stage, after everything that can be known to be wrong was checked."""
-    if not storage.exists(config.init):
-        raise CheckpointError(f"init: there is no model folder or model YAML at {config.init}")
-    rows = count_samples(config)
-    if config.validation is not None:
-        open_samples(config.validation.data, config.columns)
-    if config.steps is not None:
-        return config.steps, rows
-    assert config.epochs is not None
-    order = SampleOrder(rows, config.batch_size, config.seed)
-    return config.epochs * order.steps_per_epoch, rows
-
-
-def _discard(out: str) -> None:
-    store = storage.open_store(out)
-    for name in (_RAY_FOLDER, MODEL_FOLDER, STAGE_FILE):
-        store.delete(name)
 
 
 def _result(config: StageConfig, record: StageRecord) -> StageResult:

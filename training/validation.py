@@ -14,16 +14,17 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 import torch
-import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFont
 
 from dim import tabletop
 from dim.errors import InputError
 from dim.features.encoder import CachedFeatures, Features, FrozenEncoder
 from dim.images import decode_image
-from dim.learning.draws import Draws, draw
+from dim.learning.batch import Draws, draw
 from dim.model import DIM, flow, sampler
 from dim.model.pixels import to_images
+from infra.samples import open_images
+from training import parallel
 from training.stage import StageConfig, ValidationConfig
 
 _CELL = 192  # pixels of an image in the picture
@@ -85,7 +86,7 @@ class Validation:
         painted: list[Painted] = []
         for first in range(0, len(self._numbers), self._config.batch_size):
             painted += self._paint(first, min(first + self._config.batch_size, len(self._numbers)))
-        everything = _gather(painted)
+        everything = parallel.gather(painted)
         if everything is None:
             return None
         everything.sort(key=lambda sample: sample.number)
@@ -156,6 +157,33 @@ class Validation:
         return to_images(self._model.autoencoder.prepare(image, resolution)[None])[0]
 
 
+def open_validation(
+    config: StageConfig, model: DIM, rank: int, world_size: int
+) -> Validation | None:
+    """This worker's share of the stage's held-out samples, if it has any.
+
+    Raises:
+        DimError: a sample cannot be read.
+    """
+    if config.validation is None:
+        return None
+    table = read_validation(config)
+    return Validation(config, model, table, rank=rank, world_size=world_size)
+
+
+def read_validation(config: StageConfig) -> pa.Table:
+    """The first ``validation.samples`` held-out rows, with their provenance where they have one.
+
+    Raises:
+        InputError: there are none, or a column is missing.
+    """
+    assert config.validation is not None
+    images = open_images(config.validation.data, config.columns)
+    count = min(images.rows, config.validation.samples)
+    table, origin = images.read(np.arange(count)), images.head(count, "provenance")
+    return table if origin is None else table.append_column("provenance", origin)
+
+
 def picture(samples: Sequence[Painted]) -> Image.Image:
     """One row per sample: source | painted | target, and the text it was painted from."""
     columns = len(samples[0].images)
@@ -176,17 +204,6 @@ def picture(samples: Sequence[Painted]) -> Image.Image:
             fill="white",
         )
     return sheet
-
-
-def _gather(painted: list[Painted]) -> list[Painted] | None:
-    """Every worker's samples, on rank 0."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return painted
-    parts: list[list[Painted]] | None = None
-    if dist.get_rank() == 0:
-        parts = [[] for _ in range(dist.get_world_size())]
-    dist.gather_object(painted, parts)
-    return None if parts is None else [sample for part in parts for sample in part]
 
 
 def _summarise(samples: Sequence[Painted]) -> dict[str, float]:

@@ -21,8 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dim.errors import InputError
-from dim.features.packing import unpack_bf16, unpack_int8
-from dim.features.preparation import FrozenParts
+from dim.features.format import FrozenParts, unpack_bf16, unpack_int8
 from dim.features.shards import FeatureShards, Row
 from dim.images import decode_image
 from dim.model.conditioner import ImageFeatures
@@ -296,12 +295,6 @@ def _of_sample(row: Row, name: str) -> Iterator[None]:
         yield
     except ValueError as error:
         raise InputError(f"the {name} of sample {row['id']!r} are damaged: {error}") from None
-
-
-def choose_texts(choice: NDArray[np.float64], shares: Sequence[float]) -> NDArray[np.int64]:
-    """Text numbers (B,) for draws ``choice`` (B,) in [0, 1), according to ``shares``."""
-    edges = np.cumsum(shares)[:-1]
-    return np.searchsorted(edges, choice, side="right").astype(np.int64)
 
 
 def by_length(table: pa.Table, texts: Sequence[str], size: int) -> list[NDArray[np.int64]]:

@@ -1,26 +1,28 @@
-"""Feature shards: what ``dim data features`` wrote, checked and read row by row."""
+"""Rows of shards by number: of features, as ``dim data features`` wrote them, or of images.
+
+Files come opened. Where they lie and how they are reached is not known here.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from dim import records
 from dim.config import validate_config
 from dim.errors import InputError
-from dim.features.packing import Encoding
-from dim.features.preparation import Preparation
-from infra import storage
-from infra.storage import Store
+from dim.features.format import Encoding, Preparation
 
 Row = dict[str, Any]
 
@@ -28,14 +30,25 @@ _AT_ONCE = 8  # reads in flight: an object store answers each in tens of millise
 
 
 @dataclass(frozen=True)
-class _File:
-    store: Store
-    name: str
-    metadata: pq.FileMetaData
+class ShardFile:
+    """A Parquet file of kept records, wherever it lies.
 
-    @property
-    def address(self) -> str:
-        return self.store.address(self.name)
+    ``folder`` and ``address`` are what to call its output and itself in a message. ``open`` gives
+    the file for a while, with options as pyarrow's ``ParquetFile`` takes them. It raises
+    ``StorageError`` where the file cannot be opened, or not be read inside.
+    """
+
+    folder: str
+    address: str
+    open: Callable[..., AbstractContextManager[pq.ParquetFile]]
+
+
+@dataclass(frozen=True)
+class _Known:
+    """A file and its footer."""
+
+    file: ShardFile
+    metadata: pq.FileMetaData
 
     @cached_property
     def schema(self) -> pa.Schema:
@@ -43,39 +56,37 @@ class _File:
 
 
 class FeatureShards:
-    """The features of one or more output folders, in order; nothing but their footers is held.
+    """The features of one or more outputs, in order; nothing but their footers is held.
 
     A row is fetched with the row group that it lies in, which the features job makes small, so
     rows can be read in any order from a disk or an object store, and need neither memory nor disk
     of this machine. Footers stay in memory: about 2 kB a row group.
+
+    Args:
+        files: The files, in order.
+        texts: The texts that the stage trains on.
+        edits: Whether the stage needs features of edits.
+        where: What to call the whole in a message.
+
+    Raises:
+        InputError: they are of another kind of record, lack a text, were not all made alike, or
+            there are none.
+        StorageError: a file cannot be read.
     """
 
-    def __init__(self, files: Sequence[_File]) -> None:
-        self._files = files
+    def __init__(
+        self, files: Sequence[ShardFile], texts: Sequence[str], *, edits: bool, where: str
+    ) -> None:
+        self._pool = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="features")
+        self._files = list(self._pool.map(_footer, files))
         groups = [
-            (number, group, file.metadata.row_group(group).num_rows)
-            for number, file in enumerate(files)
-            for group in range(file.metadata.num_row_groups)
+            (number, group, known.metadata.row_group(group).num_rows)
+            for number, known in enumerate(self._files)
+            for group in range(known.metadata.num_row_groups)
         ]
         self._groups = np.array(groups, np.int64).reshape(-1, 3)
         self._ends = np.cumsum(self._groups[:, 2])
-        self._pool = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="features")
-
-    @classmethod
-    def open(cls, uris: Sequence[str], texts: Sequence[str], *, edits: bool) -> FeatureShards:
-        """Open feature shards for a stage, and check that they are whole and what it needs.
-
-        Raises:
-            InputError: they are of another kind of record, lack a text, were not all made alike,
-                or there are none; or a file is not as long as its manifest says.
-            StorageError: a folder or file cannot be read.
-        """
-        with ThreadPoolExecutor(_AT_ONCE) as pool:
-            entries = [entry for uri in uris for entry in _entries(uri)]
-            files = list(pool.map(lambda entry: _open(*entry), entries))
-        shards = cls(files)
-        shards._check(uris, texts, edits)
-        return shards
+        self._check(texts, edits, where)
 
     @property
     def rows(self) -> int:
@@ -105,7 +116,7 @@ class FeatureShards:
         """
         if differing := self.preparation.differences(needed):
             raise InputError(
-                f"the features in {self._files[0].store.uri} are stale, for they were made with "
+                f"the features in {self._files[0].file.folder} are stale, for they were made with "
                 f"another preparation: {'; '.join(differing)}. Make them again with "
                 "`dim data features`"
             )
@@ -135,85 +146,118 @@ class FeatureShards:
         columns: Sequence[str],
     ) -> list[Row]:
         """Ascending rows of one file, each of which lies in the group named beside it."""
-        file = self._files[number]
+        known = self._files[number]
         needed, at = np.unique(groups, return_inverse=True)
         sizes = self._groups[needed, 2]
         before = self._ends[needed] - sizes  # rows of the data before each group
         start = np.cumsum(sizes) - sizes  # rows read before each group
-        with file.store.open_parquet(file.name, metadata=file.metadata, pre_buffer=True) as parquet:
+        with known.file.open(metadata=known.metadata, pre_buffer=True) as parquet:
             table = parquet.read_row_groups(
                 self._groups[needed, 1].tolist(), columns=["id", *columns], use_threads=False
             )
             found = table.take(pa.array(rows - before[at] + start[at])).to_pylist()
         for row in found:
             if missing := [name for name in columns if row[name] is None]:
-                raise InputError(f"sample {row['id']!r} in {file.address} has no {missing[0]}")
+                raise InputError(
+                    f"sample {row['id']!r} in {known.file.address} has no {missing[0]}"
+                )
         return found
 
-    def _check(self, uris: Sequence[str], texts: Sequence[str], edits: bool) -> None:
-        where = ", ".join(uris)
+    def _check(self, texts: Sequence[str], edits: bool, where: str) -> None:
         if not self.rows:
             raise InputError(f"the training data in {where} is empty")
         wanted = records.FEATURES_OF["edit" if edits else "t2i"]
         first = self._files[0]
-        for file in self._files:
-            records.check_version(file.schema, file.address)
-            kind = records.kind_of(file.schema)
+        for known in self._files:
+            file, schema = known.file, known.schema
+            records.check_version(schema, file.address)
+            kind = records.kind_of(schema)
             if kind != wanted:
                 raise InputError(f"{file.address} holds {kind} and this stage needs {wanted}")
-            lacking = [text for text in texts if f"{text}_states" not in file.schema.names]
+            lacking = [text for text in texts if f"{text}_states" not in schema.names]
             if lacking:
-                held = [name[:-7] for name in file.schema.names if name.endswith("_states")]
+                held = [name[:-7] for name in schema.names if name.endswith("_states")]
                 raise InputError(
-                    f"the features in {file.store.uri} are of the texts {', '.join(held)}, and "
+                    f"the features in {file.folder} are of the texts {', '.join(held)}, and "
                     f"this stage also trains on {lacking[0]!r}: make them again with "
                     f"texts=[{','.join(texts)}]"
                 )
-            if file.schema.metadata != first.schema.metadata:
-                differing = _preparation(first).differences(_preparation(file)) or ["the encoding"]
+            if schema.metadata != first.schema.metadata:
+                differing = _preparation(first).differences(_preparation(known))
                 raise InputError(
-                    f"{first.store.uri} and {file.store.uri} hold features that were made "
-                    f"differently: {differing[0]}"
+                    f"{first.file.folder} and {file.folder} hold features that were made "
+                    f"differently: {(differing or ['the encoding'])[0]}"
                 )
 
 
-def holds_features(uris: Sequence[str]) -> bool:
-    """Whether the data folders of a stage hold features (or images and texts, as is usual).
+class ImageShards:
+    """The images and texts of one or more outputs, in order. Images stay encoded.
+
+    Args:
+        dataset: Their files, in order.
+        columns: What the stage reads of them.
+        where: What to call the whole in a message.
 
     Raises:
-        InputError: some do and some do not.
-        StorageError: a folder cannot be read.
+        InputError: there is no sample, a column is missing, or these are features.
     """
-    kinds = [records.kind_of(storage.open_dataset([uri]).schema) for uri in uris]
-    features = [kind in records.FEATURES_OF.values() for kind in kinds]
-    if any(features) and not all(features):
-        yes, no = uris[features.index(True)], uris[features.index(False)]
-        raise InputError(f"{yes} holds features and {no} does not: a stage takes one kind of data")
-    return all(features)
 
-
-def _entries(uri: str) -> list[tuple[Store, str]]:
-    """The files of kept records that the manifest at ``uri`` names, all of them whole."""
-    store = storage.open_store(uri)
-    manifest = json.loads(store.read("manifest.json"))
-    files = [file for file in manifest["files"] if file["path"].startswith("data/")]
-    there = dict(store.list("data"))
-    for file in files:
-        size = there.get(file["path"])
-        if size != file["bytes"]:
-            state = "is missing" if size is None else f"has {size} bytes"
+    def __init__(self, dataset: ds.Dataset, columns: Sequence[str], *, where: str) -> None:
+        if are_features(dataset.schema):
+            raise InputError(f"{where} holds features, and images are needed here")
+        missing = [name for name in columns if name not in dataset.schema.names]
+        if missing:
             raise InputError(
-                f"{store.address(file['path'])} {state}, and its manifest says "
-                f"{file['bytes']} bytes: the copy is not complete"
+                f"the training data in {where} lacks the column {missing[0]!r}; "
+                f"it has {', '.join(dataset.schema.names)}"
             )
-    return [(store, file["path"]) for file in files]
+        self._dataset = dataset
+        self._columns = list(columns)
+        self.rows: int = dataset.count_rows()
+        if self.rows == 0:
+            raise InputError(f"the training data in {where} is empty")
+
+    def read(self, rows: NDArray[np.int64]) -> pa.Table:
+        """Rows by number, in the order asked for (a row may be asked for twice).
+
+        The data are streamed once and only the rows asked for are kept.
+
+        Raises:
+            InputError: a value is missing (null) in one of the rows.
+        """
+        wanted, inverse = np.unique(rows, return_inverse=True)
+        kept: list[pa.RecordBatch] = []
+        first = 0
+        for batch in self._dataset.to_batches(columns=self._columns):
+            low, high = np.searchsorted(wanted, [first, first + batch.num_rows])
+            if high > low:
+                kept.append(batch.take(pa.array(wanted[low:high] - first)))
+            first += batch.num_rows
+        table = pa.Table.from_batches(kept)
+        for name in self._columns:
+            if table.column(name).null_count:
+                at = table.column(name).is_null().to_pylist().index(True)
+                sample = table.column("id")[at].as_py()
+                raise InputError(f"sample {sample!r} has no {name}, which this stage trains on")
+        return table.take(pa.array(inverse))
+
+    def head(self, count: int, column: str) -> pa.ChunkedArray | None:
+        """The first ``count`` values of a column that not all data have; ``None`` without it."""
+        if column not in self._dataset.schema.names:
+            return None
+        return self._dataset.head(count, columns=[column]).column(column)
 
 
-def _open(store: Store, name: str) -> _File:
-    with store.open_parquet(name) as parquet:
-        return _File(store, name, parquet.metadata)
+def are_features(schema: pa.Schema) -> bool:
+    """Whether records of ``schema`` are features (or images and texts, as is usual)."""
+    return records.kind_of(schema) in records.FEATURES_OF.values()
 
 
-def _preparation(file: _File) -> Preparation:
-    stored = json.loads(file.schema.metadata[records.PREPARATION_KEY])
-    return validate_config(Preparation, stored, where=file.address)
+def _footer(file: ShardFile) -> _Known:
+    with file.open() as parquet:
+        return _Known(file, parquet.metadata)
+
+
+def _preparation(known: _Known) -> Preparation:
+    stored = json.loads(known.schema.metadata[records.PREPARATION_KEY])
+    return validate_config(Preparation, stored, where=known.file.address)

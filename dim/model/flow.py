@@ -28,16 +28,19 @@ class FlowSchedule:
         self.sigmas = torch.from_numpy(sigmas)
         self.timesteps = torch.from_numpy(sigmas * LEVELS)
 
-    def draw(self, count: int, generator: torch.Generator | None = None) -> Tensor:
-        """``count`` table indices to train on, floor(1000·sigmoid(N(0, 1))), int64 on the CPU."""
-        uniform = torch.sigmoid(torch.randn(count, generator=generator))
-        return (uniform * LEVELS).long().clamp(max=LEVELS - 1)
-
     def add_noise(self, x0: Tensor, noise: Tensor, index: Tensor) -> Tensor:
         """x_t = (1 − σ)·x0 + σ·noise with σ of each row's ``index`` (B,); shape and type of x0."""
         sigma = self.sigmas[_checked(index, len(x0))].view(-1, *[1] * (x0.ndim - 1))
         keep, add = (1 - sigma).to(x0), sigma.to(x0)
         return keep * x0 + add * noise
+
+
+def noise_levels(normal: Tensor) -> Tensor:
+    """Places (B,) int64 in the table to train on, of numbers (B,) drawn from N(0, 1).
+
+    The paper's logit-normal sampling: floor(1000 · sigmoid(z)).
+    """
+    return (torch.sigmoid(normal) * LEVELS).long().clamp(max=LEVELS - 1)
 
 
 def loss(
@@ -58,7 +61,7 @@ def loss(
         painter: called as ``painter(x_t, timestep, condition, mask, source_latent)``; a wrapped
             painter (DDP, FSDP) will do.
         x0: target latents (B, C, h, w); ``noise`` alike.
-        index: table indices (B,), see ``FlowSchedule.draw``.
+        index: places in the table (B,), see ``noise_levels``.
         condition, mask, source_latent: as ``Painter`` takes them.
         weight: (B, 1, h, w) importance of each cell; the row's loss is then the weighted mean.
         schedule: default shift 3, as published.
@@ -75,7 +78,12 @@ def loss(
         mask,
         source_latent,
     )
-    error = (velocity.float() - (noise - x0).float()).square()
+    return squared_error(velocity, noise - x0, weight)
+
+
+def squared_error(velocity: Tensor, target: Tensor, weight: Tensor | None = None) -> Tensor:
+    """The mean over each row (B, C, h, w), float32 (B,); ``weight`` as for ``loss``."""
+    error = (velocity.float() - target.float()).square()
     if weight is None:
         return error.mean(dim=(1, 2, 3))
     weight = weight.to(error).expand_as(error)

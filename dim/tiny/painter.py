@@ -19,7 +19,7 @@ from dim.model.autoencoder import Autoencoder
 from dim.model.conditioner import Conditioner
 from dim.model.config import ModelConfig
 from dim.model.connector import Connector
-from dim.model.flow import FlowSchedule, loss
+from dim.model.flow import FlowSchedule, loss, noise_levels
 from dim.model.painter import Painter
 from dim.model.pixels import to_images, to_pixels
 from dim.tabletop import Scene
@@ -152,7 +152,7 @@ def _loss(
     condition = painter.drop_condition(trained.connector(states), drop)
     x0 = features.latents[rows]
     noise = torch.randn(x0.shape, generator=generator)
-    index = schedule.draw(len(rows), generator)
+    index = noise_levels(torch.randn(len(rows), generator=generator))
     return loss(painter, x0, noise, index, condition, mask, schedule=schedule).mean()
 
 

@@ -20,12 +20,19 @@ from dim import records
 from dim.config import StrictModel, dump_config
 from dim.errors import InputError
 from dim.features.encoder import FrozenEncoder, by_length
-from dim.features.packing import Encoding, pack_bf16, pack_int8, relative_error, unpack_int8
-from dim.features.preparation import Preparation, preparation_of
+from dim.features.format import (
+    Encoding,
+    Preparation,
+    pack_bf16,
+    pack_int8,
+    preparation_of,
+    relative_error,
+    unpack_int8,
+)
+from dim.records import TextName
 from infra.models import FrozenModel, load_frozen
 from infra.storage import Store
 from pipelines.outcome import Rejection, Row, fail, reject, to_table, travelling
-from training.stage import TextName
 
 ENCODED = "encoded"
 """Folder in the output with the units that are done while the job is not."""

@@ -21,7 +21,7 @@ from dim import cli, records
 from dim import model as models
 from dim.config import dump_config
 from dim.errors import CheckpointError, InputError
-from dim.features.shards import FeatureShards
+from infra.samples import open_features
 from infra.storage import Store, open_store
 from pipelines import features
 from pipelines.features import FeaturesConfig
@@ -101,7 +101,7 @@ def test_the_same_whatever_the_parallelism(
 ) -> None:
     other = features.run(FeaturesConfig(out=f"{s3}/features", workers=3, **settings))
     assert other.files == made[1].files
-    shards = FeatureShards.open([f"{s3}/features"], ["blueprint"], edits=True)
+    shards = open_features([f"{s3}/features"], ["blueprint"], edits=True)
     assert shards.rows == 18
 
 
@@ -186,7 +186,7 @@ def test_images_and_captions(settings: dict[str, Any], tmp_path: Path) -> None:
     chosen = {**settings, "data": str(tmp_path / "plain"), "texts": None, "encoding": "int8"}
     config = FeaturesConfig(out=str(tmp_path / "out"), **chosen)
     assert features.run(config).counts.kept == 5
-    shards = FeatureShards.open([config.out], ["caption"], edits=False)
+    shards = open_features([config.out], ["caption"], edits=False)
     assert shards.rows == 5 and shards.encoding == "int8" and not shards.edits
 
 
@@ -235,7 +235,7 @@ def test_the_command_line_takes_a_stage(
     code, said, _ = dim(*arguments)
     assert code == 0 and "20 records: 18 kept, 1 rejected, 1 failed" in said
     assert "blueprint_error: 0." in said and "instruction_error: 0." in said
-    assert FeatureShards.open([out], ["blueprint", "instruction"], edits=True).rows == 18
+    assert open_features([out], ["blueprint", "instruction"], edits=True).rows == 18
 
     code, _, error = dim("--out", out)
     assert code == 2 and "missing key 'data'" in error

@@ -9,8 +9,7 @@ import torch
 
 from dim.errors import InputError
 from dim.features.encoder import Features
-from dim.learning.draws import draw
-from dim.learning.order import SampleOrder, WorkerOrder
+from dim.learning.batch import SampleOrder, WorkerOrder, draw
 from training.data import Feed
 from training.stage import StageConfig
 

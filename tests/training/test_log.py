@@ -9,8 +9,10 @@ from PIL import Image
 from rich.console import Console
 
 from infra.tracking import TrackingError
-from training.log import SAID, LossMeter, RunLog
-from training.progress import progress_bar
+from training import log as training_log
+from training.log import SAID, RunLog, StepLog, progress_bar
+from training.plan import Plan
+from training.stage import StageConfig
 
 
 class Store:
@@ -20,6 +22,7 @@ class Store:
         self.away = False
         self.rows: list[tuple[int, Mapping[str, float]]] = []
         self.tags: dict[str, str] = {}
+        self.figures: list[str] = []
 
     def log_metric_rows(self, rows: Sequence[tuple[int, Mapping[str, float]]]) -> None:
         self._check()
@@ -31,6 +34,7 @@ class Store:
 
     def log_figure(self, image: Image.Image, name: str) -> None:
         self._check()
+        self.figures.append(name)
 
     def _check(self) -> None:
         if self.away:
@@ -85,14 +89,68 @@ def test_other_ranks_say_nothing(capfd: pytest.CaptureFixture[str]) -> None:
     assert capfd.readouterr().out == ""
 
 
-def test_the_meter_averages_and_starts_anew() -> None:
-    meter = LossMeter(torch.device("cpu"), global_batch=8)
-    meter.add(torch.tensor(1.0))
-    meter.add(torch.tensor(2.0))
-    first = meter.read()
-    assert first["loss"] == 1.5 and first["samples_per_second"] > 0
-    meter.add(torch.tensor(5.0))
-    assert meter.read()["loss"] == 5.0
+def steps_of(log: RunLog) -> StepLog:
+    config = StageConfig(
+        stage="edit1", init="m", data=["d"], out="o", steps=40, batch_size=8, learning_rate=2
+    )
+    plan = Plan(config=config, steps=40, rows=80, tracking_uri="", run_id="")
+    return StepLog(log, plan, torch.device("cpu"))
+
+
+def test_losses_are_averaged_and_start_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(training_log.time, "perf_counter", lambda: now)
+    steps = steps_of(RunLog(None))
+    steps.add(torch.tensor(1.0), torch.tensor(0.1))
+    steps.add(torch.tensor(2.0), torch.tensor(0.25))
+    now = 104.0
+    assert steps.read(20) == {
+        "loss": 1.5,
+        "samples_per_second": 2 * 8 / 4.0,
+        "learning_rate": 2.0,
+        "grad_norm": 0.25,
+        "epoch": 2.0,
+        "progress": 0.5,
+    }
+    steps.add(torch.tensor(5.0), torch.tensor(0.5))
+    assert steps.read(21)["loss"] == 5.0
+    steps.add(torch.tensor(7.0), torch.tensor(0.5))
+    now = 1000.0
+    steps.restart()  # time that went into something else
+    steps.add(torch.tensor(9.0), torch.tensor(0.5))
+    now = 1001.0
+    read = steps.read(22)
+    assert read["loss"] == 9.0 and read["samples_per_second"] == 8.0
+
+
+def test_steps_are_said_now_and_then_and_in_the_end(
+    store: Any, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+    monkeypatch.setattr(training_log.time, "monotonic", lambda: now)
+    log = RunLog(store)
+    steps = steps_of(log)
+    metrics = {"loss": 0.5, "samples_per_second": 4.0}
+    for done, seconds in ((10, 1.0), (11, 15.5), (12, 16.0), (40, 17.0)):
+        now = seconds
+        steps.write(done, metrics)
+    assert capfd.readouterr().out.splitlines() == [
+        "edit1 step 11/40: loss 0.5000, 4 samples/s, 1.0 minutes left",
+        "edit1 step 40/40: loss 0.5000, 4 samples/s, 0.0 minutes left",
+    ]
+    log.flush()
+    assert [step for step, _ in store.rows] == [10, 11, 12, 40]
+
+
+def test_what_validation_found_is_noted_and_said(
+    store: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    log = RunLog(store)
+    found = {"validation_loss": 0.25, "validation_exact": 1.0}
+    log.validation(7, found, Image.new("RGB", (2, 2)))
+    log.close()
+    assert store.rows == [(7, found)] and store.figures == ["validation/step-00000007.png"]
+    assert capfd.readouterr().out == "validation after step 7: loss 0.250, exact 1.000\n"
 
 
 def test_the_bar_shows_lines_and_shares() -> None:

@@ -14,6 +14,8 @@ import torch
 from dim import model, records
 from dim.config import dump_config
 from dim.errors import CheckpointError, DimError, InputError
+from dim.learning.step import changed_cells
+from dim.model import flow
 from dim.model.autoencoder import Autoencoder
 from dim.model.conditioner import Conditioner
 from dim.model.painter import Painter
@@ -21,9 +23,8 @@ from infra.tracking import Tracking
 from tests.feature_shards import write_features
 from training import loop
 from training.loop import DivergedError, train_loop_per_worker
+from training.plan import Plan, count_samples
 from training.stage import StageConfig
-from training.train import count_samples
-from training.worker import Plan
 
 
 @pytest.fixture
@@ -104,6 +105,40 @@ def test_cached_and_live_features_train_alike(
     one, other = losses_of(tracking_uri, cached), losses_of(tracking_uri, live)
     assert list(one) == [1, 2, 3]
     assert one == pytest.approx(other, rel=2e-2)
+
+
+def test_a_step_has_the_loss_of_flow_matching(
+    start: Callable[..., Any], edit_data: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    update, dropped = loop.update, []
+
+    def checked(worker: Any, step: int) -> Any:
+        draws, batch = worker.feed.get(step)
+        parts = worker.model
+        condition = parts.painter.drop_condition(
+            parts.connector(batch.hidden_states), draws.dropped
+        )
+        wanted = flow.loss(
+            parts.painter,
+            batch.latent,
+            draws.noise,
+            draws.index,
+            condition,
+            batch.mask,
+            source_latent=batch.source_latent,
+            weight=changed_cells(batch.latent, batch.source_latent, 5.0),
+            schedule=flow.FlowSchedule(parts.config.sampling.shift),
+        )
+        loss, norm = update(worker, step)
+        assert torch.equal(loss, wanted.mean())
+        dropped.extend(draws.dropped.tolist())
+        return loss, norm
+
+    monkeypatch.setattr(loop, "update", checked)
+    settings = {"condition_dropout": 0.5, "changed_cell_weight": 5.0, "batch_size": 4}
+    answer, _ = start(data=[edit_data], **settings)
+    assert answer["error"] is None
+    assert len(dropped) == 12 and any(dropped) and not all(dropped)
 
 
 def test_checkpointed_gradients_train_alike(

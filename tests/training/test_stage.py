@@ -3,9 +3,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
-from dim.config import load_config, validate_config
+from dim.config import dump_config, load_config, load_part, validate_config
 from dim.errors import ConfigError
+from dim.learning.config import StageInputs
 from training.stage import StageConfig, learning_rate_at
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -74,6 +76,41 @@ def test_mistakes_are_named(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
         stage(**changes)
     assert "\n" not in str(caught.value) and "test.yaml" in str(caught.value)
+
+
+@pytest.mark.parametrize("size", ["tiny", "dim-4.6b"])
+@pytest.mark.parametrize("name", ["t2i", "edit1", "edit2"])
+def test_the_inputs_of_a_stage_can_be_read_without_the_rest(size: str, name: str) -> None:
+    file = CONFIGS / f"{size}-{name}.yaml"
+    inputs, whole = load_part(StageInputs, file), load_config(StageConfig, file)
+    assert dump_config(inputs).items() <= dump_config(whole).items()
+    assert inputs.texts == whole.texts and inputs.columns == whole.columns
+
+
+def test_no_other_key_of_a_stage_is_taken_for_an_input(tmp_path: Path) -> None:
+    file = tmp_path / "stage.yaml"
+    every = {key: None for key in StageConfig.model_fields} | SMALL | {"precision": "bf16"}
+    file.write_text(yaml.safe_dump(every))
+    assert load_part(StageInputs, file).precision == "bf16"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"text_mixx": {}}, r"unknown key 'text_mixx' \(did you mean 'text_mix'\?\)"),
+        ({"texts": "blueprint"}, r"unknown key 'texts' \(did you mean 'text'\?\)"),
+        ({"init": None}, "key 'init'"),
+        ({"text": "caption"}, "stage edit1 cannot train on the text 'caption'"),
+    ],
+)
+def test_mistakes_in_the_inputs_alone_are_named(
+    tmp_path: Path, changes: dict[str, object], message: str
+) -> None:
+    file = tmp_path / "stage.yaml"
+    file.write_text(yaml.safe_dump(SMALL | changes))
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_part(StageInputs, file)
+    assert "\n" not in str(caught.value) and str(file) in str(caught.value)
 
 
 def test_learning_rate_schedules() -> None:

@@ -12,8 +12,14 @@ from dim import model, tabletop
 from dim.errors import InputError
 from dim.model import DIM
 from training.stage import StageConfig
-from training.validation import Painted, Validation, _summarise, picture, target_scene
-from training.worker import read_validation
+from training.validation import (
+    Painted,
+    Validation,
+    _summarise,
+    picture,
+    read_validation,
+    target_scene,
+)
 
 SCENE = tabletop.sample_scene(np.random.default_rng(0))
 

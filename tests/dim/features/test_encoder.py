@@ -17,12 +17,11 @@ from dim.features.encoder import (
     FrozenEncoder,
     LiveFeatures,
     ShardFeatures,
-    choose_texts,
 )
-from dim.features.packing import relative_error, unpack_bf16
-from dim.features.samples import open_samples, read_rows
+from dim.features.format import relative_error, unpack_bf16
 from dim.features.shards import FeatureShards
 from dim.model import DIM
+from infra.samples import open_features, open_images
 from tests.feature_shards import write_features
 
 TEXTS = ["blueprint", "instruction"]
@@ -38,8 +37,7 @@ def tiny(tiny_model_dir: Path) -> DIM:
 
 @pytest.fixture(scope="module")
 def table(edit_data: str) -> pa.Table:
-    dataset, _ = open_samples([edit_data], COLUMNS)
-    return read_rows(dataset, COLUMNS, np.arange(6))
+    return open_images([edit_data], COLUMNS).read(np.arange(6))
 
 
 @pytest.fixture(scope="module")
@@ -96,17 +94,11 @@ def test_memory_and_cut_texts_are_counted(cached: CachedFeatures) -> None:
     assert cached.count_cut(1) == 12 and cached.count_cut(10_000) == 0
 
 
-def test_texts_are_chosen_by_their_shares() -> None:
-    draws = np.linspace(0, 1, 1000, endpoint=False)
-    assert np.bincount(choose_texts(draws, (0.9, 0.1))).tolist() == [900, 100]
-    assert choose_texts(draws, (1.0,)).max() == 0
-
-
 def test_a_broken_image_is_named(tiny: DIM, make_dataset: Callable[..., str]) -> None:
     row = {"id": "bad", "index": 0, "source": "s", "image": b"no image", "image_target": b"?"}
     row |= {"blueprint": "b", "instruction": "i"}
-    dataset, _ = open_samples([make_dataset("broken", [row], records.EDIT)], COLUMNS)
-    rows = read_rows(dataset, COLUMNS, np.arange(1))
+    images = open_images([make_dataset("broken", [row], records.EDIT)], COLUMNS)
+    rows = images.read(np.arange(1))
     with pytest.raises(InputError, match="the image of sample bad"):
         CachedFeatures(encoder_of(tiny), rows, TEXTS)
 
@@ -120,7 +112,7 @@ def shards(
     found = {}
     for encoding in ("bf16", "int8"):
         uri = write_features(edit_data, folder / encoding, tiny_model_dir, encoding=encoding)
-        found[encoding] = FeatureShards.open([uri], TEXTS, edits=True)
+        found[encoding] = open_features([uri], TEXTS, edits=True)
     return found
 
 

@@ -1,20 +1,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
 
 from dim import model as models
 from dim import records
 from dim.errors import InputError, StorageError
-from dim.features.preparation import preparation_of
-from dim.features.samples import open_samples
-from dim.features.shards import FeatureShards, holds_features
+from dim.features.format import preparation_of
+from dim.features.shards import FeatureShards, ImageShards, ShardFile
+from infra.samples import open_features
 from tests.feature_shards import prepare, write_features
 
 BOTH = ("blueprint", "instruction")
@@ -27,7 +29,7 @@ def features(edit_data: str, tiny_model_dir: Path, tmp_path_factory: pytest.Temp
 
 
 def opened(*uris: str, texts: tuple[str, ...] = BOTH, edits: bool = True) -> FeatureShards:
-    return FeatureShards.open(uris, texts, edits=edits)
+    return open_features(uris, texts, edits=edits)
 
 
 def copy_of(uri: str, folder: Path) -> Path:
@@ -71,17 +73,6 @@ def test_only_the_row_groups_asked_for_are_read(
     assert sorted(read) == [(1, ["id", "instruction_states"])] * 2
 
 
-def test_features_are_told_from_images_and_texts(
-    features: str, edit_data: str, t2i_data: str
-) -> None:
-    assert holds_features([features]) and holds_features([features, features])
-    assert not holds_features([edit_data, t2i_data])
-    with pytest.raises(InputError, match=f"{features} holds features and {edit_data} does not"):
-        holds_features([edit_data, features])
-    with pytest.raises(InputError, match="holds features, and images are needed here"):
-        open_samples([features], ["id", "image"])
-
-
 def test_a_text_that_was_not_made_is_named(
     edit_data: str, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
@@ -94,21 +85,6 @@ def test_a_text_that_was_not_made_is_named(
 def test_features_of_another_kind_of_record_are_refused(features: str) -> None:
     with pytest.raises(InputError, match="holds edit_features and this stage needs t2i_features"):
         opened(features, texts=("caption",), edits=False)
-
-
-def test_a_file_that_is_cut_short_or_gone_is_named(features: str, tmp_path: Path) -> None:
-    copy = copy_of(features, tmp_path / "copy")
-    file = copy / "data" / "part-00001.parquet"
-    data = file.read_bytes()
-    file.write_bytes(data[:-100])
-    with pytest.raises(InputError, match=rf"part-00001.parquet has {len(data) - 100} bytes, and"):
-        opened(str(copy))
-    file.unlink()
-    with pytest.raises(InputError, match=r"part-00001.parquet is missing, and its manifest says"):
-        opened(str(copy))
-    file.write_bytes(b"\0" * len(data))
-    with pytest.raises(StorageError, match=r"cannot read .*part-00001.parquet"):
-        opened(str(copy))
 
 
 def test_a_file_that_vanishes_later_is_named(features: str, tmp_path: Path) -> None:
@@ -174,3 +150,37 @@ def test_folders_that_were_made_differently_do_not_mix(
     short = write_features(held_out_data, tmp_path / "short", tiny_model_dir, encoding="int8")
     with pytest.raises(InputError, match="made differently: the encoding"):
         opened(features, short)
+
+
+def test_any_opened_file_will_do_and_messages_call_it_by_its_name(features: str) -> None:
+    paths = sorted(Path(features, "data").glob("*.parquet"))
+    files = [
+        ShardFile("the folder", f"the file {path.name}", partial(pq.ParquetFile, path))
+        for path in paths
+    ]
+    shards = FeatureShards(files, BOTH, edits=True, where="here")
+    assert shards.rows == 20
+    assert [row["id"] for row in shards.read(np.array([19, 3]), [])] == ["edit-19", "edit-3"]
+    with pytest.raises(InputError, match=r"^the file part-00000.parquet holds edit_features and"):
+        FeatureShards(files, BOTH, edits=False, where="here")
+    with pytest.raises(InputError, match=r"^the features in the folder are of the texts"):
+        FeatureShards(files, ["caption"], edits=True, where="here")
+    with pytest.raises(InputError, match=r"^the training data in here is empty"):
+        FeatureShards([], BOTH, edits=True, where="here")
+
+
+def test_images_are_rows_by_number_too() -> None:
+    table = pa.table({"id": ["a", "b", "c"], "image": [b"1", b"2", None], "more": [1, 2, 3]})
+    shards = ImageShards(ds.dataset(table), ["id", "image"], where="here")
+    assert shards.rows == 3
+    assert shards.read(np.array([1, 0, 1])).to_pydict() == {
+        "id": ["b", "a", "b"],
+        "image": [b"2", b"1", b"2"],
+    }
+    with pytest.raises(InputError, match="sample 'c' has no image, which this stage trains on"):
+        shards.read(np.array([2]))
+    head = shards.head(2, "more")
+    assert head is not None and head.to_pylist() == [1, 2]
+    assert shards.head(2, "provenance") is None
+    with pytest.raises(InputError, match="the training data in here lacks the column 'text'"):
+        ImageShards(ds.dataset(table), ["id", "text"], where="here")

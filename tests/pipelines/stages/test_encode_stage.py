@@ -12,7 +12,7 @@ from dim import model as models
 from dim import records
 from dim.errors import InputError
 from dim.features.encoder import FrozenEncoder
-from dim.features.packing import unpack_bf16, unpack_int8
+from dim.features.format import unpack_bf16, unpack_int8
 from infra.storage import open_store
 from pipelines.stages.encode import ENCODED, EncodeFeatures, EncodeOptions
 from tests.datasets import edit_rows, t2i_rows

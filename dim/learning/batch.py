@@ -1,4 +1,8 @@
-"""Which samples make up which batch: a pure function of seed and step.
+"""A batch: which samples, texts, noise levels and noise make up a step.
+
+All of it is a pure function of seed, step and slot. Nothing is drawn from a running generator, so
+there is no generator state to save: an interrupted run, a run with another number of workers and
+the undisturbed run have the same batches.
 
 A global batch has ``batch_size`` slots. Each slot owns a fixed share of the samples and walks
 through it in a new order every epoch. So a worker that owns a set of slots sees only its own
@@ -9,15 +13,19 @@ neither on the number of workers nor on where the run was interrupted.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+
+from dim.model.flow import noise_levels
 
 
 class SampleOrder:
     """The order of ``rows`` samples in global batches of ``batch_size``.
 
-    An epoch is ``rows // batch_size`` batches; the remainder rests, another one each epoch. With
+    An epoch is ``steps_per_epoch`` batches; the remainder rests, another one each epoch. With
     fewer rows than slots, rows repeat so that every slot has one.
     """
 
@@ -25,15 +33,11 @@ class SampleOrder:
         if rows < 1:
             raise ValueError("there is no sample to order")
         self.batch_size = batch_size
-        self.steps_per_epoch = max(1, rows // batch_size)
+        self.steps_per_epoch = steps_per_epoch(rows, batch_size)
         self._seed = seed
         shuffled = np.random.default_rng([seed, rows]).permutation(rows)
         # Slots must not be residues of the row number: neighbouring rows may be of one kind.
         self._base = np.resize(shuffled, max(rows, batch_size))
-
-    def epoch(self, step: int) -> int:
-        """The epoch (from 0) that ``step`` (from 0) belongs to."""
-        return step // self.steps_per_epoch
 
     def slot_rows(self, slot: int) -> NDArray[np.int64]:
         """The row numbers that ``slot`` owns."""
@@ -63,7 +67,7 @@ class WorkerOrder:
 
     def batch(self, step: int) -> NDArray[np.int64]:
         """Positions into ``rows`` of this worker's part of the global batch of ``step``."""
-        epoch = self._order.epoch(step)
+        epoch, place = divmod(step, self._order.steps_per_epoch)
         if epoch != self._epoch:
             self._walk = np.stack(
                 [
@@ -72,4 +76,52 @@ class WorkerOrder:
                 ]
             )
             self._epoch = epoch
-        return self._walk[:, step - epoch * self._order.steps_per_epoch]
+        return self._walk[:, place]
+
+
+def steps_per_epoch(rows: int, batch_size: int) -> int:
+    """Batches in which every one of ``rows`` samples is seen once, a remainder left out."""
+    return max(1, rows // batch_size)
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What one step draws for ``B`` rows.
+
+    ``noise`` (B, C, h, w) float32 from N(0, 1); ``index`` (B,) int64, the place in the table of
+    sigmas; ``dropped`` (B,) bool, rows whose condition is replaced by the null condition;
+    ``choice`` (B,) float64 in [0, 1), which of the mixed texts.
+    """
+
+    noise: torch.Tensor
+    index: torch.Tensor
+    dropped: torch.Tensor
+    choice: NDArray[np.float64]
+
+
+def draw(
+    seed: int,
+    step: int,
+    slots: Sequence[int],
+    shape: tuple[int, int, int],
+    *,
+    dropout: float,
+) -> Draws:
+    """Draw for the rows of one worker; ``shape`` (C, h, w) is that of a row's noise."""
+    generator = torch.Generator()
+    noise, scalars = [], []
+    for slot in slots:
+        entropy = np.random.SeedSequence([seed, step, slot]).generate_state(1, np.uint64)[0]
+        generator.manual_seed(int(entropy >> np.uint64(1)))
+        noise.append(torch.randn(shape, generator=generator))
+        scalars.append(
+            torch.cat([torch.randn(1, generator=generator), torch.rand(2, generator=generator)])
+        )
+    level, drop, choice = torch.stack(scalars).unbind(1)
+    return Draws(torch.stack(noise), noise_levels(level), drop < dropout, choice.double().numpy())
+
+
+def choose_texts(choice: NDArray[np.float64], shares: Sequence[float]) -> NDArray[np.int64]:
+    """Text numbers (B,) for draws ``choice`` (B,) in [0, 1), according to ``shares``."""
+    edges = np.cumsum(shares)[:-1]
+    return np.searchsorted(edges, choice, side="right").astype(np.int64)

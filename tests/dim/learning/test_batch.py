@@ -4,8 +4,11 @@ from itertools import chain
 
 import numpy as np
 import pytest
+import torch
 
-from dim.learning.order import SampleOrder, WorkerOrder
+from dim.learning.batch import SampleOrder, WorkerOrder, choose_texts, draw, steps_per_epoch
+
+SHAPE = (4, 2, 2)
 
 
 def global_batches(rows: int, batch: int, world_size: int, steps: int) -> list[list[int]]:
@@ -52,7 +55,7 @@ def test_each_worker_reads_its_own_share_only() -> None:
 
 def test_fewer_rows_than_a_batch_repeat() -> None:
     order = SampleOrder(5, 8, seed=1)
-    assert order.steps_per_epoch == 1
+    assert order.steps_per_epoch == steps_per_epoch(5, 8) == 1
     assert set(global_batches(5, 8, 2, 1)[0]) == set(range(5))
 
 
@@ -64,3 +67,47 @@ def test_the_seed_matters() -> None:
 def test_nothing_to_order() -> None:
     with pytest.raises(ValueError, match="no sample"):
         SampleOrder(0, 8, seed=1)
+
+
+def test_a_row_is_drawn_alike_whoever_draws_it() -> None:
+    whole = draw(3, 7, range(6), SHAPE, dropout=0.5)
+    part = draw(3, 7, range(1, 6, 2), SHAPE, dropout=0.5)
+    assert torch.equal(whole.noise[1::2], part.noise)
+    assert torch.equal(whole.index[1::2], part.index)
+    assert torch.equal(whole.dropped[1::2], part.dropped)
+    assert (whole.choice[1::2] == part.choice).all()
+
+
+def test_seed_step_and_slot_each_change_the_noise() -> None:
+    one = draw(3, 7, [0], SHAPE, dropout=0.1).noise
+    for seed, step, slot in ((4, 7, 0), (3, 8, 0), (3, 7, 1)):
+        assert not torch.equal(one, draw(seed, step, [slot], SHAPE, dropout=0.1).noise)
+
+
+def test_the_distributions_are_the_papers() -> None:
+    draws = draw(0, 0, range(4000), SHAPE, dropout=0.1)
+    assert abs(draws.noise.mean()) < 0.02 and abs(draws.noise.std() - 1) < 0.02
+    assert int(draws.index.min()) >= 0 and int(draws.index.max()) <= 999
+    logits = torch.logit((draws.index + 0.5) / 1000)  # back to N(0, 1)
+    assert abs(logits.mean()) < 0.05 and abs(logits.std() - 1) < 0.05
+    assert abs(draws.dropped.float().mean() - 0.1) < 0.02
+    assert abs(draws.choice.mean() - 0.5) < 0.02
+
+
+def test_dropout_of_zero_and_one() -> None:
+    assert not draw(0, 0, range(50), SHAPE, dropout=0.0).dropped.any()
+    assert draw(0, 0, range(50), SHAPE, dropout=1.0).dropped.all()
+
+
+def test_texts_are_chosen_by_their_shares() -> None:
+    draws = np.linspace(0, 1, 1000, endpoint=False)
+    assert np.bincount(choose_texts(draws, (0.9, 0.1))).tolist() == [900, 100]
+    assert choose_texts(draws, (1.0,)).max() == 0
+
+
+def test_a_run_that_began_before_has_the_same_batches() -> None:
+    draws = draw(5, 7, range(6), SHAPE, dropout=0.4)
+    assert draws.index.tolist() == [209, 552, 190, 495, 810, 302]
+    assert draws.dropped.tolist() == [False, False, False, True, True, True]
+    assert choose_texts(draws.choice, (0.5, 0.4, 0.1)).tolist() == [2, 1, 2, 1, 0, 0]
+    assert global_batches(11, 4, 1, 4) == [[0, 1, 2, 8], [3, 4, 6, 9], [1, 2, 8, 10], [0, 5, 6, 7]]

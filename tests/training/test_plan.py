@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+import torch
+from torch import nn
+
+from dim import model
+from dim.errors import CheckpointError, InputError
+from dim.features.encoder import CachedFeatures, FrozenEncoder, LiveFeatures
+from infra.samples import open_images
+from training.plan import Plan, absolute, announcement, measure
+from training.stage import StageConfig
+from training.state import TrainState
+
+
+def stage(data: str, init: str | Path, **changes: Any) -> StageConfig:
+    values = {"stage": "edit1", "init": str(init), "data": [data], "out": "o", "batch_size": 6}
+    return StageConfig.model_validate(values | {"learning_rate": 1, "epochs": 4} | changes)
+
+
+def said(config: StageConfig, features: Any, step: int = 0, **options: Any) -> list[str]:
+    plan = Plan(config=config, steps=12, rows=20, tracking_uri="", run_id="")
+    module = nn.Linear(1000, 1000)
+    module.bias.requires_grad_(False)
+    state = TrainState(module, torch.optim.SGD(module.parameters()), None, step)
+    options = {"token_limit": 512, "resumed": False} | options
+    return announcement(plan, state, features, **options).splitlines()
+
+
+def test_epochs_are_steps_and_the_data_are_counted(edit_data: str, tiny_model_dir: Path) -> None:
+    assert measure(stage(edit_data, tiny_model_dir)) == (4 * 3, 20)
+    assert measure(stage(edit_data, tiny_model_dir, batch_size=64)) == (4, 20)
+    assert measure(stage(edit_data, tiny_model_dir, epochs=None, steps=7)) == (7, 20)
+
+
+def test_what_is_not_there_is_named(edit_data: str, tiny_model_dir: Path, t2i_data: str) -> None:
+    with pytest.raises(CheckpointError, match="no model folder or model YAML at /nowhere"):
+        measure(stage(edit_data, "/nowhere"))
+    with pytest.raises(InputError, match=f"the training data in {t2i_data} lacks"):
+        measure(stage(edit_data, tiny_model_dir, validation={"data": [t2i_data]}))
+
+
+def test_local_paths_are_made_absolute_and_others_stay() -> None:
+    held_out = {"data": ["held", "s3://b/held?endpoint_override=http://127.0.0.1:1&region=x"]}
+    config = absolute(stage("some/data", "model", validation=held_out))
+    here = os.getcwd()
+    assert config.init == f"{here}/model" and config.out == f"{here}/o"
+    assert config.data == [f"{here}/some/data"]
+    assert config.validation is not None
+    assert config.validation.data == [f"{here}/held", held_out["data"][1]]
+
+
+@pytest.fixture(scope="module")
+def table(edit_data: str) -> pa.Table:
+    images = open_images([edit_data], ["id", "image", "image_target", "instruction"])
+    return images.read(torch.arange(6).numpy())
+
+
+def test_memory_and_what_was_cut_are_announced(
+    edit_data: str, tiny_model_dir: Path, table: pa.Table
+) -> None:
+    encoder = FrozenEncoder(model.load(tiny_model_dir), edits=True, resolution=64)
+    cached = CachedFeatures(encoder, table, ["instruction"])
+    config = stage(edit_data, tiny_model_dir)
+    lines = said(config, cached, token_limit=1)
+    assert lines == [
+        "edit1: 20 samples, 3 steps an epoch, 12 steps; per worker 1,000,000 trained parameters "
+        f"(16 MB with optimizer) and {cached.nbytes / 1e6:.0f} MB of cached features",
+        "6 texts fill all 1 condition tokens; longer ones were cut",
+    ]
+    live = LiveFeatures(encoder, table, ["instruction"])
+    (line,) = said(config, live)
+    assert line.endswith("and 0 MB of cached features")
+
+
+def test_few_samples_and_a_run_that_goes_on_are_announced(
+    edit_data: str, tiny_model_dir: Path, table: pa.Table
+) -> None:
+    live = LiveFeatures(
+        FrozenEncoder(model.load(tiny_model_dir), edits=True, resolution=64), table, ["instruction"]
+    )
+    config = stage(edit_data, tiny_model_dir)
+    lines = said(config, live, step=7, resumed=True)
+    assert lines[1:] == ["resumed after step 7 of 12 (epoch 2, batch 1 of 3)"]
+    lines = said(config.model_copy(update={"batch_size": 32}), live)
+    assert lines[1:] == ["20 samples are fewer than a batch of 32: they repeat in it"]
