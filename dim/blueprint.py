@@ -10,15 +10,35 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 from dim import headings
 from dim.errors import BlueprintError
+from dim.fields import (
+    as_text,
+    find_fields,
+    find_mark,
+    json_values,
+    known_fields,
+    letters,
+    texts_in,
+    without_escapes,
+)
 from dim.headings import TITLES
-from dim.reading import TAG, answer_text, as_text, is_refusal, json_object, strip_ending, unify
-from dim.triage import Alignment, find_alignment
+from dim.loose_json import decode
+from dim.reading import (
+    TAG,
+    answer_text,
+    as_reasoning,
+    is_reasoning,
+    is_refusal,
+    strip_ending,
+    telling_reasoning,
+    unify,
+)
+from dim.triage import Alignment, find_alignment, states_alignment
 
 _KEYS = tuple("_".join(title.lower().split()) for title in TITLES)
 SCHEMA: dict[str, Any] = {
@@ -39,17 +59,29 @@ _ORDER = re.compile(
 )
 _BULLET = re.compile(r"\s*(?:[-*•]|\d+[.)])\s")
 
+_BEGINS_JSON = re.compile(r"[{\[]\s*[\"'“{\[\\]")
+_MOST_OF_IT = 4  # headings that make a text a plan: the first section may be missing
+_SHORT_KEYS = {
+    **{
+        letters(name): name for name in ("instruction", "global_layout", "edit_area", "imagination")
+    },
+    **dict.fromkeys(("localobjects", "localobject"), "local_objects"),
+}
+_KNOWN = known_fields(rf"{headings.KEYS}|global_?layout|local_?objects?|edit_?area|imagination")
+
 
 @dataclass(frozen=True)
 class Blueprint:
     """An edit, thought through in text. Every field is non-empty text without its heading.
 
     On construction, line ends are normalised and what is no content is removed: white space and
-    horizontal rules around a section, special tokens of a model, and its closing courtesy ("Let me
-    know …"). So ``Blueprint.parse(b.render()) == b`` holds for every blueprint that exists.
+    horizontal rules around a section, quotation marks around each of them, special tokens of a
+    model, and its closing courtesy ("Let me know …"). So ``Blueprint.parse(b.render()) == b`` holds
+    for every blueprint that exists.
 
     Raises:
-        BlueprintError: a field is empty, or holds a line that would read as another heading.
+        BlueprintError: a field is empty, or holds a line that would read as another heading, or
+            marks of JSON, which no one writes about a picture.
     """
 
     instruction: str
@@ -59,8 +91,8 @@ class Blueprint:
     imagination: str
 
     def __post_init__(self) -> None:
-        for number, field in enumerate(fields(self), start=1):
-            text = _tidy(getattr(self, field.name), last=number == len(TITLES))
+        texts = _tidy_all([getattr(self, field.name) for field in fields(self)])
+        for number, (field, text) in enumerate(zip(fields(self), texts, strict=True), start=1):
             _check_section(number, text)
             object.__setattr__(self, field.name, text)
 
@@ -73,14 +105,18 @@ class Blueprint:
         Args:
             text: the answer; reasoning in ``<think>``, ``<answer>`` tags, a code fence and any
                 text before the first heading are skipped. Where a line such as ``Final version:``
-                parts a draft from what follows, the latter is read.
+                parts a draft from what follows, the latter is read. JSON may begin anywhere, under
+                any key and within a text, and has to be whole; of several objects one after the
+                other the last is read.
             instruction: used as section 1 when the answer starts with section 2. Without it a
                 missing first section is an error like any other.
 
         Raises:
-            BlueprintError: names the section that is missing, doubled, out of order or empty.
+            BlueprintError: names the section that is missing, doubled, out of order or empty, or
+                holds JSON; or says that the JSON is cut off or malformed.
         """
-        return _read(cls, answer_text(text), instruction)[0]
+        with telling_reasoning(text):
+            return _read(cls, *_open(text), instruction)[0]
 
     def render(self) -> str:
         """The five numbered sections, one blank line apart: the text a painter is trained on."""
@@ -116,12 +152,13 @@ def parse_answer(text: str, *, instruction: str) -> Answer:
         BlueprintError: not misaligned, and not a whole blueprint either: see
             :meth:`Blueprint.parse`; a section stops in mid-sentence, or declines the work.
     """
-    body = answer_text(text)
-    alignment = find_alignment(body, end=headings.first_heading(body))
-    if alignment == "misaligned":
-        return Answer(alignment, None, None)
-    blueprint, words = _read(Blueprint, body, instruction)
-    _check_meant(blueprint)
+    with telling_reasoning(text):
+        body, found = _open(text)
+        alignment = _alignment(body, found)
+        if alignment == "misaligned":
+            return Answer(alignment, None, None)
+        blueprint, words = _read(Blueprint, body, found, instruction)
+        _check_meant(blueprint)
     return Answer(alignment, blueprint, words or blueprint.render())
 
 
@@ -221,16 +258,64 @@ def plan_prompt(instruction: str, with_target: bool) -> str:
     return request.format(instruction=instruction.strip(), sections=sections)
 
 
-def _read(cls: type[Blueprint], body: str, instruction: str | None) -> tuple[Blueprint, str | None]:
-    """The blueprint in ``body``, and the designer's own words where they are all five sections."""
-    fields_found = json_object(body)
-    if fields_found is not None:
-        return cls(*_from_json(fields_found, instruction)), None
+def _open(text: str) -> tuple[str, dict[str, Any]]:
+    """What an answer says, and its fields if it says it in JSON."""
+    body = answer_text(text)
+    values = json_values(body, _KNOWN)
+    found = find_fields(values, _key_of, _KNOWN, _is_plan)
+    if not _is_plan(found):
+        inner = _plan_within(values)
+        if inner is not None:
+            return _open(as_reasoning(inner) if is_reasoning(text) else inner)
+        if headings.count(body) >= _MOST_OF_IT:
+            found = {}
+    if is_reasoning(text):
+        _check_nothing_else(body, found)
+    return (body if found else without_escapes(body)), found
+
+
+def _plan_within(values: Sequence[Any]) -> str | None:
+    """The text within JSON that is a plan, or says that there can be none."""
+    texts = {text for value in values for text in texts_in(value)}
+    plans = [t for t in texts if headings.count(without_escapes(t)) >= _MOST_OF_IT]
+    plans = plans or [text for text in texts if states_alignment(text)]
+    # Texts side by side count as one too, which then holds the one that matters.
+    shortest = [t for t in plans if not any(other != t and other in t for other in plans)]
+    if len(shortest) > 1:
+        raise BlueprintError("the answer holds several texts and does not say which is meant")
+    return shortest[0] if shortest else None
+
+
+def _check_nothing_else(body: str, found: Mapping[str, Any]) -> None:
+    """Thoughts about a plan are no plan: where reasoning belongs, the plan has to stand alone."""
+    alone = (
+        body[0] in "{[" and body[-1] in "}]"
+        if found
+        else headings.first_heading(body) == 0 or states_alignment(body.partition("\n")[0])
+    )
+    if not alone:
+        raise BlueprintError("it is no plan, or not that alone")
+
+
+def _alignment(body: str, found: Mapping[str, Any]) -> Alignment:
+    if not found:
+        return find_alignment(body, end=headings.first_heading(body))
+    front = _BEGINS_JSON.split(body, maxsplit=1)[0]
+    return find_alignment(f"{front}\nAlignment: {as_text(found.get('alignment'))}")
+
+
+def _read(
+    cls: type[Blueprint], body: str, found: Mapping[str, Any], instruction: str | None
+) -> tuple[Blueprint, str | None]:
+    """The blueprint, and the designer's own words where they are all five sections."""
+    if found:
+        return cls(*_from_fields(found, instruction)), None
     instruction = instruction or _unlabelled_instruction(body)
-    found = headings.split(body, may_lack_first=instruction is not None)
-    if len(found.texts) < len(TITLES):
-        return cls(str(instruction), *found.texts), None
-    return cls(*found.texts), found.words
+    cut = headings.split(body, may_lack_first=instruction is not None)
+    texts = [_from_value(text) for text in cut.texts]
+    if len(texts) < len(TITLES):
+        return cls(str(instruction), *texts), None
+    return cls(*texts), cut.words if texts == list(cut.texts) else None
 
 
 def _unlabelled_instruction(body: str) -> str | None:
@@ -240,27 +325,63 @@ def _unlabelled_instruction(body: str) -> str | None:
     return front if is_order else None
 
 
-def _from_json(answer: Mapping[str, Any], instruction: str | None) -> list[str]:
-    values = list(answer.values())
-    if len(values) == 1 and isinstance(values[0], dict):
-        return _from_json(values[0], instruction)
-    known = {_letters(key): as_text(value) for key, value in answer.items()}
+def _key_of(key: str) -> str | None:
+    section = headings.section_of(key)
+    if section is not None:
+        return _KEYS[section - 1]
+    name = letters(key)
+    return "alignment" if name.startswith("alignment") else _SHORT_KEYS.get(name)
+
+
+def _is_plan(found: Mapping[str, Any]) -> bool:
+    """Whether there are two of the sections that a triage does not have."""
+    return sum(text is not None for text in _sections(found)[1:]) > 1
+
+
+def _sections(found: Mapping[str, Any]) -> list[Any]:
+    """The five sections, by title or else by the name of the blueprint's field."""
     names = [field.name for field in fields(Blueprint)]
-    texts = [
-        known.get(_letters(title), known.get(_letters(name)))
-        for title, name in zip(TITLES, names, strict=True)
-    ]
+    return [found.get(key, found.get(name)) for key, name in zip(_KEYS, names, strict=True)]
+
+
+def _from_fields(found: Mapping[str, Any], instruction: str | None) -> list[str]:
+    texts = _sections(found)
     if texts.count(None) == len(TITLES):
         raise BlueprintError("none of the five section headings is there")
     texts[0] = texts[0] or instruction
     for number, text in enumerate(texts, 1):
         if text is None:
             raise BlueprintError(f"{headings.name(number)} is missing")
-    return [str(text) for text in texts]
+    return [_from_field(number, text) for number, text in enumerate(texts, 1)]
 
 
-def _letters(key: str) -> str:
-    return "".join(letter for letter in key.lower() if letter.isalpha())
+def _from_field(number: int, value: Any) -> str:
+    """A section from its value, which may repeat its heading and number."""
+    if isinstance(value, bool | int | float):
+        raise BlueprintError(f"{headings.name(number)} is no text: {value!r:.20}")
+    if isinstance(value, dict):
+        value = {key: v for key, v in value.items() if not _is_label(number, key, v)}
+    return headings.without_own(number, without_escapes(as_text(value)).strip())
+
+
+def _is_label(number: int, key: str, value: Any) -> bool:
+    if letters(key) == "type":
+        return value in ("string", "text")
+    return str(value) == str(number) or (
+        isinstance(value, str) and headings.section_of(value) == number
+    )
+
+
+def _from_value(text: str) -> str:
+    """A section in text, which may be JSON itself."""
+    whole = text.strip()
+    if not (whole.startswith(("{", "[")) and whole.endswith(("}", "]"))):
+        return text
+    try:
+        value, end = decode(whole)
+    except ValueError:
+        return text
+    return as_text(value) if end == len(whole) else text
 
 
 def _check_section(number: int, text: str) -> None:
@@ -271,6 +392,12 @@ def _check_section(number: int, text: str) -> None:
         raise BlueprintError(f"{headings.name(number)} holds the heading of {headings.name(other)}")
     if tag := TAG.search(text):
         raise BlueprintError(f"{headings.name(number)} holds the tag {tag[0]!r}")
+    if headings.has_own_element(text):
+        raise BlueprintError(f"{headings.name(number)} holds an element named after a section")
+    if mark := find_mark(text):
+        raise BlueprintError(f"{headings.name(number)} holds {mark}")
+    if _KNOWN.search(text) or find_fields(json_values(text, _KNOWN), _key_of, _KNOWN, _is_plan):
+        raise BlueprintError(f"{headings.name(number)} holds another plan in JSON")
 
 
 def _check_meant(blueprint: Blueprint) -> None:
@@ -296,6 +423,21 @@ def _stops_short(blueprint: Blueprint) -> bool:
     return punctuated and is_sentence and not _FINISHED.search(line) and not in_open_list
 
 
+def _tidy_all(texts: Sequence[str]) -> list[str]:
+    while True:
+        texts = [_tidy(text, last=number == len(TITLES)) for number, text in enumerate(texts, 1)]
+        if not all(len(text) > 2 and text.startswith('"') for text in texts):
+            return texts
+        for number, text in enumerate(texts, 1):
+            if not text.endswith('"'):
+                raise BlueprintError(
+                    f"{headings.name(number)} has a quotation mark that stays open"
+                )
+        texts = [text[1:-1] for text in texts]
+
+
 def _tidy(text: str, *, last: bool) -> str:
     text = "\n".join(line.rstrip() for line in unify(text).split("\n")).strip()
+    while (shorter := headings.without_block(text).strip()) != text:
+        text = shorter
     return strip_ending(text, courtesy=last)

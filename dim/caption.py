@@ -10,13 +10,23 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from dim.cues import spoken_of
 from dim.errors import BlueprintError, DesignerError
-from dim.reading import answer_text, as_text, is_refusal, json_object
+from dim.fields import (
+    as_text,
+    find_fields,
+    find_mark,
+    json_values,
+    known_fields,
+    letters,
+    text_under,
+    without_escapes,
+)
+from dim.reading import answer_text, is_reasoning, is_refusal, telling_reasoning
 
 DIMENSIONS = (
     "spatial relations",
@@ -93,7 +103,19 @@ _LABEL = re.compile(
     re.IGNORECASE | re.MULTILINE,
 )
 _FEWEST_LABELS = 3  # fewer are prose that happens to begin a line so
-_WHOLE = ("caption", "description", "prompt", "text")
+_BY_LETTERS = {
+    spelling: field
+    for field in _FIELDS
+    for spelling in (letters(field), letters(field).replace("colour", "color"))
+}
+_WHOLE = re.compile(
+    r"\w{0,30}(?:caption|description|prompt|text|answer|response|output|result|content)s?"
+)
+_TAG = re.compile(r"<(\w{0,20}(?:caption|description))>", re.IGNORECASE)
+_KNOWN = known_fields(
+    "|".join(field.replace("_", r"[\s_-]*") for field in _FIELDS)
+    + r"|colors|(?:\w{1,30}[\s_])?(?:caption|description)"
+)
 _QUOTED = re.compile(r"\"[^\"\n]*\"|“[^”\n]*”|「[^」\n]*」|‘[^’\n]*’(?!\w)")
 _SENTENCE = re.compile(r"[^.!?。！？]+(?:[.!?](?!\s|$)[^.!?。！？]*)*[.!?。！？]*[\"”’)]*\s*")
 _HAN = "\u3400-\u4dbf\u4e00-\u9fff"
@@ -162,28 +184,60 @@ def read(text: str) -> Caption:
         DesignerError: there is no text left, or it is JSON of another kind or cut off.
     """
     try:
-        body = answer_text(text)
-        answer = json_object(body)
+        with telling_reasoning(text):
+            caption = _read(text)
+            if mark := find_mark(caption.text):
+                raise BlueprintError(f"the caption holds {mark}")
     except BlueprintError as error:
         raise DesignerError(str(error)) from None
-    if answer is not None:
-        return _from_json(answer)
+    return caption
+
+
+def _read(text: str) -> Caption:
+    body = answer_text(text)
+    values = json_values(body, _KNOWN)
+    found = find_fields(values, _key_of, _KNOWN, lambda fields: len(fields) >= _FEWEST_LABELS)
+    if found:
+        return _assemble({field: _sentences_of(value) for field, value in found.items()})
+    if values and body[0] in "{[":
+        return _prose(_whole(values))
+    body = without_escapes(_tagged(body))
     labels = list(_LABEL.finditer(body))
     if len(labels) >= _FEWEST_LABELS:
         ends = [label.start() for label in labels[1:]] + [len(body)]
-        found = zip(labels, ends, strict=True)
-        return _assemble({_field(m["name"]): body[m.end() : end] for m, end in found})
+        spans = zip(labels, ends, strict=True)
+        return _assemble({_field(m["name"]): body[m.end() : end] for m, end in spans})
+    if is_reasoning(text):
+        raise BlueprintError("it is no list of aspects")
     return _prose(body)
 
 
-def _from_json(answer: dict[str, Any]) -> Caption:
-    known = {_field(name): as_text(value) for name, value in answer.items()}
-    if set(known) & set(_FIELDS):
-        return _assemble(known)
-    whole = next((known[name] for name in _WHOLE if known.get(name, "").strip()), None)
-    if whole is None:
-        raise DesignerError("the answer is JSON without any of the fields that were asked for")
-    return _prose(whole)
+def _tagged(body: str) -> str:
+    """What stands between ``<caption>`` and its end, or all of it."""
+    tag = _TAG.search(body)
+    end = body.rfind(f"</{tag[1]}>") if tag else -1
+    return body[tag.end() : end] if tag and end > tag.end() else body
+
+
+def _key_of(key: str) -> str | None:
+    return _BY_LETTERS.get(letters(key))
+
+
+def _whole(values: Sequence[Any]) -> str:
+    """The one text of an answer in JSON that is not by dimension."""
+    found = [text for value in values if (text := text_under(value, _WHOLE))]
+    if not found:
+        raise BlueprintError("the answer is JSON without any of the fields that were asked for")
+    return without_escapes(found[-1])
+
+
+def _sentences_of(value: Any) -> str:
+    """A field's value; what it lists is said one after the other."""
+    parts = value.values() if isinstance(value, dict) else value
+    if not isinstance(value, dict | list):
+        return without_escapes(as_text(value))
+    said = [text for part in parts if (text := _sentences_of(part).strip())]
+    return " ".join(_as_sentence(text) for text in said)
 
 
 def _field(name: str) -> str:

@@ -28,19 +28,18 @@ TITLES = (
 """Headings of sections 1 to 5, in the order of the fields of :class:`dim.blueprint.Blueprint`."""
 
 _GAP = r"(?:[^\S\n]|[_-])+"
-_TITLE = "|".join(
-    f"(?P<section{number}>{forms.replace(' ', _GAP)})"
-    for number, forms in enumerate(
-        (
-            "edit(?:ing|ed)? instructions?|编辑指令",
-            "global layouts? perceptions?|全局布局感知",
-            "local objects? perceptions?|局部(?:对象|物体|目标)感知",
-            "edit(?:ing|ed)? areas? locali[sz]ations?|编辑区域定位",
-            "edit(?:ing|ed)? images? imaginations?|编辑后?(?:的)?图[像片]想象",
-        ),
-        1,
-    )
+_FORMS = (
+    "edit(?:ing|ed)? instructions?|编辑指令",
+    "global layouts? perceptions?|全局布局感知",
+    "local objects? perceptions?|局部(?:对象|物体|目标)感知",
+    "edit(?:ing|ed)? areas? locali[sz]ations?|编辑区域定位",
+    "edit(?:ing|ed)? images? imaginations?|编辑后?(?:的)?图[像片]想象",
 )
+_TITLE = "|".join(
+    f"(?P<section{number}>{forms.replace(' ', _GAP)})" for number, forms in enumerate(_FORMS, 1)
+)
+KEYS = "|".join(_FORMS).replace(" ", r"[\s_-]*")
+"""A regular expression for the titles as the keys of an object, which may run together."""
 _NUMBER = r"[1-9]|iv|v|i{1,3}|[①-⑤]|[一二三四五]"
 _NUMBERS = {
     form: number
@@ -87,6 +86,12 @@ _FINAL = re.compile(
     r"(?:edit\s+)?(?:version|plan|answer|blueprint|output|response)[^\w\n]*$",
     re.IGNORECASE | re.MULTILINE,
 )
+_CAMEL = re.compile(r"(?<=[a-z])(?=[A-Z])")
+_OWN_ELEMENT = re.compile(
+    rf"<(?P<close>/?)[^\S\n]*(?:\d[ ._-]*)?(?P<title>{KEYS})[^\S\n]*>", re.IGNORECASE
+)
+_OPENING_TAG = re.compile(r"<(\w[\w:-]{0,40})(?:\s[^<>]{0,100})?>")
+_BLOCK = re.compile(r"[^\S\n]*[|>][+-]?[^\S\n]*(?=\n)")
 _LINE_ELEMENT = re.compile(r"<br\s*/?>|</(?:p|div|li|h[1-6])>", re.IGNORECASE)
 _ELEMENT = re.compile(r"</?(?:p|div|span|ul|ol|li|b|strong|i|em|u|h[1-6])\b[^<>]*>", re.IGNORECASE)
 
@@ -131,7 +136,7 @@ def split(body: str, *, may_lack_first: bool) -> Sections:
         BlueprintError: names the sections that are missing, doubled or out of order.
     """
     first_error = None
-    for version in _versions(body):
+    for version in _versions(_without_own_elements(body)):
         try:
             return _cut(version, _find(version, may_lack_first))
         except BlueprintError as error:
@@ -150,9 +155,60 @@ def first_heading(body: str) -> int:
     return found.start() if found else len(body)
 
 
+def section_of(key: str) -> int | None:
+    """The section that a key of an object names with its title, however that is written."""
+    words = " ".join(re.sub(r"[_./-]+", " ", _CAMEL.sub(" ", key)).split())
+    found = _HEADING.match(words)
+    if found and not words[found.end() :].strip(" :：*"):
+        return _heading(found).section
+    run_together = re.fullmatch(rf"[\W\d_]*(?P<title>{KEYS})[\W\d_]*", key, re.IGNORECASE)
+    if run_together is None:
+        return None
+    return next(n for n, form in enumerate(_FORMS, 1) if _matches(form, run_together["title"]))
+
+
+def count(body: str) -> int:
+    """How many of the five sections have a line that looks like their heading."""
+    return len({heading.section for heading in _lines(body)})
+
+
+def without_own(number: int, text: str) -> str:
+    """``text`` of a section without the section's own heading in front."""
+    found = _HEADING.match(text)
+    own = _heading(found) if found else None
+    if own is None or own.section != number or not (own.colon or own.number == number):
+        return text
+    return _text(text, own, len(text)).strip()
+
+
+def without_block(text: str) -> str:
+    """``text`` without the mark by which YAML says that a text of several lines follows."""
+    block = _BLOCK.match(text)
+    return text[block.end() :] if block else text
+
+
+def has_own_element(text: str) -> bool:
+    """Whether ``text`` has a tag such as ``<edit_instruction>``, which would read as a heading."""
+    return _OWN_ELEMENT.search(text) is not None
+
+
 def name(number: int) -> str:
     """How errors call a section."""
     return f"section {number} ({TITLES[number - 1]})"
+
+
+def _matches(forms: str, title: str) -> bool:
+    return re.fullmatch(forms.replace(" ", r"[\s_-]*"), title, re.IGNORECASE) is not None
+
+
+def _without_own_elements(body: str) -> str:
+    """Sections that are elements named after their titles, as sections with headings."""
+    tags = [bool(tag["close"]) for tag in _OWN_ELEMENT.finditer(body)]
+    if not any(tags):
+        return body
+    if tags != [False, True] * (len(tags) // 2):
+        raise BlueprintError("an element named after a section does not end")
+    return _OWN_ELEMENT.sub(lambda tag: "\n" if tag["close"] else f"\n\n{tag['title']}:\n", body)
 
 
 def _versions(body: str) -> Iterator[str]:
@@ -239,14 +295,25 @@ def _stands_out(body: str, heading: Heading) -> bool:
 def _cut(body: str, headings: Sequence[Heading]) -> Sections:
     first, last = headings[0], headings[-1]
     _, stop = fenced(body, first.start, last.end)
+    stop = _wrapper_end(body, first.start, last.end, stop)
     body = body[: last.end] + strip_ending(f"x{body[last.end : stop]}", courtesy=True)[1:]
     ends = [heading.start for heading in headings[1:]] + [len(body)]
     texts = (_text(body, heading, end) for heading, end in zip(headings, ends, strict=True))
     return Sections(tuple(texts), body[first.start :].strip())
 
 
+def _wrapper_end(body: str, start: int, last: int, stop: int) -> int:
+    """Where the element ends that opens before ``start``, if one is wrapped around all sections."""
+    for tag in reversed(list(_OPENING_TAG.finditer(body, 0, start))):
+        closing = f"</{tag[1]}>"
+        end = body.rfind(closing, last, stop)
+        if end >= 0 and closing not in body[tag.end() : start]:
+            stop = end
+    return stop
+
+
 def _text(body: str, heading: Heading, end: int) -> str:
-    text = body[heading.end : end]
+    text = without_block(body[heading.end : end])
     if heading.marker:
         text = _close_emphasis(text, closed=heading.closed, marker=heading.marker)
     if not text.partition("\n")[0].strip():

@@ -2,23 +2,48 @@
 
 from __future__ import annotations
 
-import json
 import re
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from dim.errors import BlueprintError
+from dim.loose_json import decode
 
 _THINK = r"(?:think|thinking|thought|reasoning|reflection)"
 _ANSWER = r"(?:answer|final_answer|output|response)"
-_THINK_TAG = re.compile(rf"<(?P<close>/?){_THINK}\b[^<>]{{0,100}}>", re.IGNORECASE)
+_THINK_TAG = re.compile(
+    rf"[<◁](?P<close>/?){_THINK}\b[^<>◁▷]{{0,100}}[>▷]|(?-i:\[(?P<close_too>/?)THINK\])",
+    re.IGNORECASE,
+)
 _ANSWER_OPEN = re.compile(rf"<{_ANSWER}\b[^<>]{{0,100}}>", re.IGNORECASE)
 _ANSWER_CLOSE = re.compile(rf"</{_ANSWER}\b[^<>]{{0,100}}>", re.IGNORECASE)
-TAG = re.compile(rf"</?(?:{_THINK}|{_ANSWER})\b[^<>]{{0,100}}>", re.IGNORECASE)
+REASONING_FIELDS = ("reasoning_content", "reasoning")
+"""What the reasoning of a chat completion is called beside its ``content``."""
+_ASIDE = REASONING_FIELDS[0]
+_ASIDE_ONLY = re.compile(rf"\s*<{_ASIDE}>(?P<text>.*)</{_ASIDE}>\s*", re.DOTALL)
+TAG = re.compile(
+    rf"</?(?:{_THINK}|{_ANSWER}|{_ASIDE})\b[^<>]{{0,100}}>|◁/?{_THINK}\b[^<>◁▷]{{0,100}}▷"
+    r"|(?-i:\[/?THINK\])",
+    re.IGNORECASE,
+)
 """Any tag that :func:`answer_text` acts on."""
 
+# Where a model that writes to channels begins to answer.
+_FINAL_CHANNEL = re.compile(
+    r"<\|channel\|>\s*final\b[^<]{0,60}(?:<\|\w{1,30}\|>[^<]{0,60})??<\|message\|>"
+)
 # End-of-text tokens that a server left in; byte order marks and other invisible characters.
-_LEFTOVERS = re.compile(r"<\|\w{1,30}\|>|[\ufeff\u200b\u2060]")
-_FENCE = re.compile(r"^[^\S\n]*(?:```|~~~)[^\S\n]*[\w-]*[^\S\n]*$", re.MULTILINE)
+_LEFTOVERS = re.compile(
+    r"<[|｜][\w▁]{1,30}[|｜]>|</s>|<(?:eos|bos|end_of_turn)>|[\ufeff\u200b\u2060]"
+)
+_ELEMENT = re.compile(
+    r"<(?P<tag>\w[\w:-]{0,40})(?:\s[^<>]{0,100})?>(?P<text>.*)</(?P=tag)>", re.DOTALL
+)
+_MOST_LAYERS = 8  # of quotes and elements around an answer
+_FENCE_MARK = r"(?:`{3,}|~{3,})"
+_FENCE = re.compile(rf"^[^\S\n]*{_FENCE_MARK}[^\S\n]*[\w+.-]*[^\S\n]*$", re.MULTILINE)
+_FENCE_OPENS = re.compile(rf"{_FENCE_MARK}(?:[^\S\n]*[\w+.-]*[^\S\n]*(?:\n|(?=[{{\[])))?")
+_FENCE_CLOSES = re.compile(rf"{_FENCE_MARK}\Z")
 
 _REFUSAL = re.compile(
     r"""^\W*(?:
@@ -42,7 +67,7 @@ _COURTESY = re.compile(
 
 
 def answer_text(text: str) -> str:
-    """The part of an answer that is meant: no reasoning, no tags, no code fence around it.
+    """The part of an answer that is meant: no reasoning, tag, code fence or quotes around it.
 
     Closed reasoning is dropped. Reasoning that never closes ends what counts, unless an
     ``<answer>`` follows it. Of several ``<answer>`` parts the last that holds something counts.
@@ -50,18 +75,89 @@ def answer_text(text: str) -> str:
     Raises:
         BlueprintError: the answer is empty, or is nothing but reasoning that never closes.
     """
-    spoken, unclosed = _without_reasoning(unify(text))
+    if aside := _ASIDE_ONLY.fullmatch(text):
+        text = aside["text"]
+    for _ in range(_MOST_LAYERS):
+        body = _spoken(text)
+        inner = _unquote(body) or _unwrap(body)
+        if inner is None:
+            break
+        text = inner
+    return body
+
+
+def _spoken(text: str) -> str:
+    spoken, unclosed = _without_reasoning(unify(_after_channels(text)))
     parts = [_ANSWER_CLOSE.split(part)[0] for part in _answers(spoken) or _answers(unclosed or "")]
     text = next((part for part in reversed(parts) if part.strip()), "" if parts else spoken)
     text = _ANSWER_CLOSE.split(text)[0]
     if unclosed is not None and not text.strip():
         raise BlueprintError("the answer ends within its reasoning (<think> is never closed)")
     text = text.strip()
-    if text.startswith("```"):
+    if text.startswith(("```", "~~~")):
         text = _unfence(text)
     if not text:
         raise BlueprintError("the answer is empty")
     return text
+
+
+def says_something(text: str) -> bool:
+    """Whether ``text`` has more than white space, tags and special tokens."""
+    return bool(TAG.sub("", unify(text)).strip())
+
+
+def as_reasoning(text: str) -> str:
+    """An answer that a server put where a model's reasoning belongs, marked as such.
+
+    A text there may be thoughts about an answer, so the mark goes where the text goes. The answer
+    is read if it is nothing else.
+    """
+    return f"<{_ASIDE}>{text}</{_ASIDE}>"
+
+
+@contextmanager
+def telling_reasoning(text: str) -> Iterator[None]:
+    """Have errors about an answer say that it lies where reasoning belongs, if it does."""
+    try:
+        yield
+    except BlueprintError as error:
+        if not is_reasoning(text):
+            raise
+        raise BlueprintError(f"the answer lies in the model's reasoning alone: {error}") from None
+
+
+def is_reasoning(text: str) -> bool:
+    """Whether an answer has the mark of :func:`as_reasoning`."""
+    return _ASIDE_ONLY.fullmatch(text) is not None
+
+
+def _after_channels(text: str) -> str:
+    """What a model wrote to its last channel ``final``, if it writes to channels."""
+    if "<|channel|>" not in text:
+        return text
+    final = list(_FINAL_CHANNEL.finditer(text))
+    if not final:
+        raise BlueprintError("the answer ends within its reasoning (no channel 'final')")
+    return text[final[-1].end() :]
+
+
+def _unquote(text: str) -> str | None:
+    """What a text says that is one string of JSON as a whole."""
+    if not text.startswith('"'):
+        return None
+    try:
+        value, end = decode(text)
+    except ValueError:
+        return None
+    return value if isinstance(value, str) and end == len(text) else None
+
+
+def _unwrap(text: str) -> str | None:
+    """What is within the one element that ``text`` is."""
+    element = _ELEMENT.fullmatch(text)
+    if element is None or f"</{element['tag']}>" in element["text"]:
+        return None
+    return element["text"]
 
 
 def _without_reasoning(text: str) -> tuple[str, str | None]:
@@ -70,7 +166,7 @@ def _without_reasoning(text: str) -> tuple[str, str | None]:
     opened = False
     start = 0
     for tag in _THINK_TAG.finditer(text):
-        if tag["close"]:
+        if tag["close"] or tag["close_too"]:
             if not opened:  # the tag that opened it was part of the prompt
                 spoken.clear()
             opened, start = False, tag.end()
@@ -88,9 +184,9 @@ def _answers(text: str) -> list[str]:
 
 def _unfence(text: str) -> str:
     """What stands between the fence that ``text`` begins with and the last one after it."""
-    text = text.partition("\n")[2].removesuffix("```")
+    text = _FENCE_CLOSES.sub("", _FENCE_OPENS.sub("", text, count=1))
     closed = list(_FENCE.finditer(text))
-    return text[: closed[-1].start() if closed else None].rstrip()
+    return text[: closed[-1].start() if closed else None].strip()
 
 
 def unify(text: str) -> str:
@@ -130,40 +226,6 @@ def strip_ending(text: str, *, courtesy: bool) -> str:
         if shorter == text:
             return text
         text = shorter
-
-
-def json_object(text: str) -> dict[str, Any] | None:
-    """The JSON object that ``text`` is, alone or in a code fence; ``None`` where it is not JSON.
-
-    Raises:
-        BlueprintError: it begins as a JSON object and cannot be read as one.
-    """
-    fence = _FENCE.search(text)
-    start = text[fence.end() :] if fence else text
-    for candidate in (text, start):
-        if candidate.lstrip().startswith("{"):
-            return _decode(candidate.lstrip())
-    return None
-
-
-def _decode(text: str) -> dict[str, Any]:
-    try:
-        # Not strict: models write line ends into strings as they are.
-        value, _ = json.JSONDecoder(strict=False).raw_decode(text)
-    except (ValueError, RecursionError):
-        raise BlueprintError("the answer is JSON that is cut off or malformed") from None
-    return dict(value)
-
-
-def as_text(value: Any) -> str:
-    """A value of a JSON answer as text: a list becomes bullets, an object named bullets."""
-    if value is None:
-        return ""
-    if isinstance(value, dict):
-        return "\n".join(f"- {name}: {as_text(item)}" for name, item in value.items())
-    if isinstance(value, list):
-        return "\n".join(f"- {as_text(item)}" for item in value)
-    return str(value)
 
 
 def is_refusal(text: str) -> bool:

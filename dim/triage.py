@@ -9,11 +9,22 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from dim.errors import BlueprintError
-from dim.reading import answer_text, as_text, is_refusal, json_object
+from dim.fields import (
+    as_text,
+    find_fields,
+    find_mark,
+    json_values,
+    known_fields,
+    letters,
+    texts_in,
+    without_escapes,
+)
+from dim.reading import answer_text, as_reasoning, is_reasoning, is_refusal, telling_reasoning
 
 Alignment = Literal["aligned", "partially aligned", "misaligned", "unstated"]
 """How an instruction fits its image pair; ``unstated`` when the designer was not asked."""
@@ -62,6 +73,19 @@ _INSTRUCTION = re.compile(
     re.IGNORECASE | re.MULTILINE,
 )
 _AROUND = " \t\n*_\"'“”‘’`"
+_BEGINNING = re.compile(
+    r"\W{0,9}(?:\d\W{1,3})?(?:differences|alignment|instruction)\b", re.IGNORECASE
+)
+_NAMES = {
+    "alignment": "alignment",
+    "alignmentverdict": "alignment",
+    "alignmentstatus": "alignment",
+    "instruction": "instruction",
+    "editinstruction": "instruction",
+    "refinedinstruction": "refined instruction",
+    "revisedinstruction": "refined instruction",
+}
+_KNOWN = known_fields(r"alignment|(?:refined|revised|edit)?[\s_-]*instruction|differences")
 
 
 @dataclass(frozen=True)
@@ -83,10 +107,29 @@ def parse(text: str) -> Triage:
     Raises:
         BlueprintError: the verdict or the refined instruction is not there, or is not clear.
     """
+    with telling_reasoning(text):
+        return _read(text)
+
+
+def _read(text: str) -> Triage:
     body = answer_text(text)
     if is_refusal(body):
         raise BlueprintError(f"the designer declines to judge: {body[:60]!r}")
-    alignment, instruction = _from_json(body) or (find_alignment(body), _instruction(body))
+    values = json_values(body, _KNOWN)
+    found = find_fields(values, _key_of, _KNOWN, lambda fields: "alignment" in fields)
+    if "alignment" not in found:
+        inner = next((t for v in values for t in texts_in(v) if states_alignment(t)), None)
+        if inner is not None:
+            return _read(as_reasoning(inner) if is_reasoning(text) else inner)
+    if is_reasoning(text) and not (found or _BEGINNING.match(body)):
+        raise BlueprintError("it is no verdict, or not that alone")
+    if "alignment" in found:
+        return _checked(*_from_fields(found))
+    body = without_escapes(body)
+    return _checked(find_alignment(body), _instruction(body))
+
+
+def _checked(alignment: Alignment, instruction: str) -> Triage:
     if alignment == "unstated":
         raise BlueprintError("there is no line 'Alignment: …' with one of the three values")
     if alignment == "misaligned":
@@ -95,7 +138,14 @@ def parse(text: str) -> Triage:
         raise BlueprintError(f"it says {alignment}, and the refined instruction is missing")
     if is_refusal(instruction):
         raise BlueprintError(f"the refined instruction declines the work: {instruction[:60]!r}")
+    if mark := find_mark(instruction):
+        raise BlueprintError(f"the refined instruction holds {mark}")
     return Triage(alignment, instruction)
+
+
+def states_alignment(text: str) -> bool:
+    """Whether ``text`` has a line with a verdict."""
+    return _ALIGNMENT.search(text) is not None
 
 
 def find_alignment(body: str, *, end: int | None = None) -> Alignment:
@@ -127,10 +177,11 @@ def _instruction(body: str) -> str:
     return first or found[-1]["next"].strip(_AROUND)
 
 
-def _from_json(body: str) -> tuple[Alignment, str] | None:
-    answer = json_object(body)
-    if answer is None:
-        return None
-    known = {key.lower(): as_text(value).strip() for key, value in answer.items()}
-    verdict = find_alignment(f"Alignment: {known.get('alignment', '')}")
-    return verdict, known.get("refined_instruction") or known.get("instruction", "")
+def _key_of(key: str) -> str | None:
+    return _NAMES.get(letters(key))
+
+
+def _from_fields(found: Mapping[str, Any]) -> tuple[Alignment, str]:
+    verdict = find_alignment(f"Alignment: {as_text(found['alignment'])}")
+    refined = found.get("refined instruction") or found.get("instruction")
+    return verdict, without_escapes(as_text(refined)).strip(_AROUND)

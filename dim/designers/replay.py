@@ -11,18 +11,20 @@ from dim.blueprint import Blueprint
 from dim.designers.base import DesignRequest, OnAnswer, Reply, answer_each
 from dim.errors import BlueprintError, DesignerError, InputError
 from dim.images import decode_image
+from dim.reading import REASONING_FIELDS, as_reasoning
 from dim.records import clean_text, sha256_hex
 
 
 class ReplayDesigner:
     """Answers from a JSONL file.
 
-    A line has ``blueprint`` (or ``prompt``, as in the public ``tos_dataset_edit.jsonl``) and may
-    have ``instruction`` (else it is section 1 of the blueprint) and the image it was written for:
-    ``image_hash`` (SHA-256 of the file), or ``image_path`` or ``image`` beside the JSONL file. A
-    line with an image answers for that image and instruction only (the same file or, where the file
-    is there, the same pixels), one without for its instruction on any image. Lines that contradict
-    each other answer nothing.
+    A line has ``blueprint`` (or ``prompt``, as in the public ``tos_dataset_edit.jsonl``), a text or
+    the object that was asked for; where it is empty, an answer in ``reasoning_content`` counts as
+    one that a server put there. It may have ``instruction`` (else it is section 1 of the blueprint)
+    and the image it was written for: ``image_hash`` (SHA-256 of the file), or ``image_path`` or
+    ``image`` beside the JSONL file. A line with an image answers for that image and instruction
+    only (the same file or, where the file is there, the same pixels), one without for its
+    instruction on any image. Lines that contradict each other answer nothing.
 
     Raises:
         DesignerError: the file is missing or a line is not of this form.
@@ -154,8 +156,13 @@ def _parse(text: str, where: str) -> dict[str, Any]:
 def _text(line: dict[str, Any], where: str, *names: str) -> str:
     for name in names:
         value = line.get(name)
+        if value and isinstance(value, dict | list):
+            return clean_text(json.dumps(value))
         if isinstance(value, str) and value.strip():
             return clean_text(value)
+    for name in REASONING_FIELDS:
+        if isinstance(thoughts := line.get(name), str) and thoughts.strip():
+            return clean_text(as_reasoning(thoughts))
     raise DesignerError(f"{where} has no text under {' or '.join(map(repr, names))}")
 
 

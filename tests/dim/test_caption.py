@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 from dim.caption import DIMENSIONS, SCHEMA, find_fault, parse, read, request_prompt
 from dim.cues import spoken_of
 from dim.errors import DesignerError
+from dim.reading import as_reasoning
 
 FIELDS: dict[str, str] = {
     "main_subject": "A brown dog sits on a wooden bench.",
@@ -126,6 +128,55 @@ def test_prose_is_taken_as_it_is() -> None:
     assert {"colours", "materials", "lighting", "mood", "perspective"} < set(caption.covered)
 
 
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda fields: f"Here is it:\n\n{json.dumps(fields, indent=2)}\n\nIs that enough?",
+        lambda fields: json.dumps({"caption": fields}),
+        lambda fields: json.dumps([fields]),
+        lambda fields: json.dumps(json.dumps(fields)),
+        lambda fields: json.dumps({"arguments": json.dumps(fields)}),
+        lambda fields: json.dumps(
+            [{"aspect": name, "text": text} for name, text in fields.items()]
+        ),
+        lambda fields: json.dumps(
+            {f"{n}. {k.title()}": v for n, (k, v) in enumerate(fields.items())}
+        ),
+        lambda fields: json.dumps(fields).replace("colours", "Colors"),
+        lambda fields: repr(fields),
+        lambda fields: f"{json.dumps(fields, indent=2)[:-2]},\n}}",
+        lambda fields: as_reasoning(json.dumps(fields)),
+    ],
+)
+def test_the_fields_are_read_in_every_wrapping(form: Callable[[dict[str, str]], str]) -> None:
+    fields = json.loads(answer(written_text_and_signs='A sign says "{SALE}".'))
+    caption = read(form(fields))
+    assert caption == read(json.dumps(fields)) and caption.by_field
+    assert 'A sign says "{SALE}".' in caption.text
+
+
+def test_what_a_field_lists_is_said_one_after_the_other() -> None:
+    fields = json.loads(answer()) | {"counts": ["one dog", {"balls": "one ball"}]}
+    assert "One dog. One ball." in read(json.dumps(fields)).text
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda text: json.dumps(text),
+        lambda text: json.dumps({"image": "a.png", "long_caption": text}),
+        lambda text: json.dumps({"choices": [{"message": {"role": "x", "content": text}}]}),
+        lambda text: json.dumps([{"type": "text", "text": text}]),
+        lambda text: f"Sure: <caption>{text}</caption>",
+        lambda text: f"<description>\n{text}\n</description>",
+    ],
+)
+def test_prose_is_read_in_every_wrapping(form: Callable[[str], str]) -> None:
+    text = f'{DOG} A sign says "{{SALE}}", "GO".'
+    assert read(form(text)) == read(text)
+    assert read(text).text == text
+
+
 def test_cues_are_named_as_the_dimensions_are() -> None:
     text = "two small red wooden round smooth smiling standing resting outdoors sky light night"
     assert set(spoken_of(text)) < set(DIMENSIONS) and len(spoken_of(text)) >= 12
@@ -138,6 +189,13 @@ def test_cues_are_named_as_the_dimensions_are() -> None:
         ("<think>hm</think>  ", "empty"),
         ("<think>hm", "reasoning"),
         (answer()[:-30], "JSON that is cut off"),
+        (f"Here: {answer()[:-1]}", "JSON that is cut off"),
+        (answer()[1:-1].replace('", "', '",\n"'), "JSON that is cut off"),
+        (json.dumps(answer())[:-9], "JSON that is cut off"),
+        ('{"caption": "A dog si', "JSON that is cut off"),
+        ('A dog. {"box": [1, 2], "label": "dog"} sits.', "holds a field of JSON"),
+        ("A dog sits.\nIt is brown \\neq black.", "holds an escape of JSON"),
+        (as_reasoning(f"Okay, let me describe it. {DOG}"), "reasoning alone: it is no list"),
         ('{"error": "overloaded"}', "without any of the fields"),
         (json.dumps({name: "not present" for name in SCHEMA["required"]}), "every aspect"),
     ],

@@ -13,12 +13,24 @@ from PIL import Image
 
 from dim.designers.base import CallOptions, Question
 from dim.images import decode_image, encode_png
+from dim.reading import REASONING_FIELDS, as_reasoning, says_something
 
 SCHEMA, MAX_TOKENS, TEMPERATURE = "response_format", "max_tokens", "temperature"
 """What some servers refuse to be sent."""
 
 EMPTY = "answered nothing"
 _CUT_OFF = "the answer was cut off (calls.max_tokens is too small)"
+_CUT_OFF_THINKING = (
+    "the answer was cut off within the model's reasoning (calls.max_tokens is too small)"
+)
+_WITHHELD = "the answer was withheld by the server's content filter"
+
+# Why an answer ended, as servers and the gateways in front of them call it.
+_BY_LENGTH = ("length", "max_tokens", "model_length")
+_BY_FILTER = ("content_filter", "safety", "recitation")
+_BY_ACCIDENT = ("abort", "error", "cancelled")
+_REASONING = (*REASONING_FIELDS, "reasoning_details")
+_THOUGHTS = ("thinking", "reasoning", "thought")
 
 _REQUEST = b'{"messages": [{"role": "user", "content": [%b]}], %b'
 _IMAGE = b'{"type": "image_url", "image_url": {"url": "%b"}}'
@@ -47,7 +59,8 @@ class ServerSays(Exception):
 class Completion:
     """What a server answered: the text, or what is wrong with it, and the tokens it counted.
 
-    The counts are ``None`` where the server does not say.
+    A text that stood where reasoning belongs, and nothing elsewhere, has the mark of
+    :func:`dim.reading.as_reasoning`. The counts are ``None`` where the server does not say.
     """
 
     text: str
@@ -145,28 +158,78 @@ def shorten(value: object) -> str:
 
 def _read_choice(choice: dict[str, Any]) -> tuple[str, str | None]:
     message = choice.get("message")
-    message = message if isinstance(message, dict) else {}
-    text, finished = _text(message.get("content")), choice.get("finish_reason")
-    if not text.strip():
-        refusal = message.get("refusal")
-        if refusal:
-            return text, f"refused: {shorten(refusal)}"
+    message = message if isinstance(message, dict) else {"content": choice.get("text")}
+    text, finished = _said(message), str(choice.get("finish_reason")).lower()
+    if finished in _BY_ACCIDENT:
+        raise NotACompletion(f"broke the answer off ({finished})")
+    if finished in _BY_FILTER:
+        return text, _WITHHELD
+    if text:
+        return text, _CUT_OFF if finished in _BY_LENGTH else None
+    refusal = _refusal(message)
+    if refusal:
+        return text, f"refused: {shorten(refusal)}"
+    thoughts = _reasoning(message)
+    if finished in _BY_LENGTH:
         # A model that thinks may use up all its tokens before it says anything.
-        return text, _CUT_OFF if finished == "length" else EMPTY
-    if finished == "length":
-        return text, _CUT_OFF
-    if finished == "content_filter":
-        return text, "the answer was withheld by the server's content filter"
-    return text, None
+        return text, _CUT_OFF_THINKING if thoughts else _CUT_OFF
+    # A server with a reasoning parser takes an answer for reasoning where it finds no end of that.
+    return (as_reasoning(thoughts), None) if thoughts else (text, EMPTY)
 
 
-def _text(content: object) -> str:
-    """The text of a message, which some servers send in parts."""
+def _said(message: dict[str, Any]) -> str:
+    """What a message says, or calls a function with; empty if nothing but marks is left."""
+    text = _text(message.get("content"))
+    if says_something(text):
+        return text
+    calls = message.get("tool_calls")
+    calls = [call.get("function") for call in _objects(calls)] + [message.get("function_call")]
+    return "\n".join(filter(None, (_text(call.get("arguments")) for call in _objects(calls))))
+
+
+def _reasoning(message: dict[str, Any]) -> str:
+    """What a server puts where a model's reasoning belongs."""
+    thoughts = [part for part in _objects(message.get("content")) if _is_thought(part)]
+    found = [_text(message.get(name), thoughts=True) for name in _REASONING]
+    found.append(_text(thoughts, thoughts=True))
+    return next((text for text in found if says_something(text)), "")
+
+
+def _refusal(message: dict[str, Any]) -> object:
+    parts = [part.get("refusal") for part in _objects(message.get("content"))]
+    return message.get("refusal") or next(filter(None, parts), None)
+
+
+def _text(content: object, *, thoughts: bool = False) -> str:
+    """The text of a message, which some servers send in parts or as the object that was asked for.
+
+    Args:
+        content: what stands there.
+        thoughts: take parts that are reasoning too.
+    """
     if isinstance(content, str):
         return content
-    parts = content if isinstance(content, list) else []
-    texts = [part.get("text") for part in parts if isinstance(part, dict)]
+    if isinstance(content, dict):
+        return json.dumps(content)
+    if not isinstance(content, list):
+        return ""
+    texts: list[object] = []
+    for part in content:
+        if isinstance(part, str):
+            texts.append(part)
+        elif isinstance(part, dict) and (thoughts or not _is_thought(part)):
+            texts += [part.get("text") or part.get("summary"), _text(part.get("thinking"))]
     return "".join(text for text in texts if isinstance(text, str))
+
+
+def _is_thought(part: dict[str, Any]) -> bool:
+    return part.get("thought") is True or str(part.get("type")).startswith(_THOUGHTS)
+
+
+def _objects(values: object) -> list[dict[str, Any]]:
+    return (
+        [value for value in values if isinstance(value, dict)] if isinstance(values, list) else []
+    )
 
 
 def _error_in(error: object) -> ServerSays:

@@ -113,6 +113,8 @@ def test_answers_are_reported_as_they_arrive(server: ChatServer) -> None:
         (completion("  \n"), "answered nothing"),
         (completion(None, refusal="I cannot do that"), "refused: I cannot do that"),
         (completion("1. Edit Instr", "length"), "cut off"),
+        (completion(None, "length", reasoning="1. Edit Instr"), "cut off within the .* reasoning"),
+        (completion("1. Edit Instr", "abort"), "broke the answer off"),
         (completion("x", "content_filter"), "content filter"),
     ],
 )

@@ -2,15 +2,16 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
-from dim.blueprint import Blueprint
+from dim.blueprint import SCHEMA, Blueprint
 from dim.designers import DesignRequest, create, create_captioner
-from dim.errors import DesignerError
+from dim.errors import BlueprintError, DesignerError
 from dim.records import sha256_hex
 
 PLAN = Blueprint("Add a hat.", "b", "c", "d", "e").render()
@@ -108,3 +109,22 @@ def test_replays_every_real_blueprint_that_is_told_apart(shared_real: Path) -> N
     assert all(line["blueprint"] == reply for line, reply in answered)
     others = [reply for reply in replies if not isinstance(reply, str)]
     assert all("different answers" in str(error) for error in others)
+
+
+def test_an_answer_may_be_the_object_that_was_asked_for(tmp_path: Path) -> None:
+    plan = dict(zip(SCHEMA["required"], astuple(Blueprint.parse(PLAN)), strict=True))
+    designer = create(record(tmp_path / "a.jsonl", {"blueprint": plan}))
+    (found,) = designer.design([DesignRequest("Add a hat.", encoded("red"))])
+    assert Blueprint.parse(found).render() == PLAN
+
+
+def test_an_answer_may_lie_where_reasoning_belongs(tmp_path: Path) -> None:
+    line = {"instruction": "Add a hat.", "blueprint": None, "reasoning_content": PLAN}
+    thoughts = {"instruction": "Other", "blueprint": "", "reasoning": f"Let me see.\n\n{PLAN}"}
+    both = {"instruction": "Both", "blueprint": PLAN, "reasoning_content": "Let me see."}
+    designer = create(record(tmp_path / "a.jsonl", line, thoughts, both))
+    requests = [DesignRequest(text, encoded("red")) for text in ("Add a hat.", "Other", "Both")]
+    alone, thought, beside = designer.design(requests)
+    assert Blueprint.parse(alone).render() == PLAN == beside
+    with pytest.raises(BlueprintError, match="reasoning alone"):
+        Blueprint.parse(thought)

@@ -177,6 +177,48 @@ def test_structured_answers_are_read(tmp_path: Path, chat_server: ChatServer) ->
     assert row["blueprint"] == row["answer"] == PLAN.render()
 
 
+def test_answers_in_json_behind_words_are_read(tmp_path: Path, chat_server: ChatServer) -> None:
+    verdict, plan = (json.dumps(json.loads(t), indent=2) for t in (JSON_VERDICT, JSON_PLAN))
+    chat_server.respond = lambda request: completion(
+        f"Here is what you asked for:\n\n{verdict if is_triage(request) else plan}"
+    )
+    (row,) = stage(chat_server, tmp_path / "out")(raw_pairs(tmp_path, 1)).to_pylist()
+    assert row["outcome"] == "kept" and row["alignment"] == "partially aligned"
+    assert row["blueprint"] == row["answer"] == PLAN.render()
+    assert len(chat_server.requests) == 2
+
+
+def test_json_that_is_cut_off_is_asked_for_again(tmp_path: Path, chat_server: ChatServer) -> None:
+    plan = json.dumps(json.loads(JSON_PLAN), indent=2)
+    plans = iter([f"Here it is:\n\n{plan[:-4]}", plan])
+    chat_server.respond = lambda request: completion(
+        JSON_VERDICT if is_triage(request) else next(plans)
+    )
+    (row,) = stage(chat_server, tmp_path / "out")(raw_pairs(tmp_path, 1)).to_pylist()
+    assert row["blueprint"] == PLAN.render()
+    assert "JSON that is cut off or malformed" in chat_server.texts()[-1]
+
+
+def test_answers_where_reasoning_belongs_are_read_or_named(
+    tmp_path: Path, chat_server: ChatServer
+) -> None:
+    def respond(request: dict[str, Any]) -> Response:
+        text = VERDICT.format("aligned") if is_triage(request) else PLAN.render()
+        thinks = "number 1" in text_of(request)
+        return completion(None, reasoning_content=f"Let me see. {text}" if thinks else text)
+
+    chat_server.respond = respond
+    write, pairs = stage(chat_server, tmp_path / "out"), raw_pairs(tmp_path, 2)
+    read, thought = write(pairs).to_pylist()
+    assert (read["outcome"], read["blueprint"]) == ("kept", PLAN.render())
+    assert read["alignment"] == "aligned"
+    assert thought["outcome"] == "failed"
+    assert "the answer lies in the model's reasoning alone" in thought["error"]
+    chat_server.requests.clear()
+    again = stage(chat_server, tmp_path / "out")(pairs).to_pylist()
+    assert again == [read, thought] and chat_server.requests == []  # kept answers say it too
+
+
 def test_a_missing_first_section_is_the_refined_instruction(
     tmp_path: Path, chat_server: ChatServer
 ) -> None:

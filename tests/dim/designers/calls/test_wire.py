@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from dim.designers.calls.wire import (
     read_completion,
     request_body,
 )
+from dim.reading import as_reasoning
 from tests.pipelines.samples import encoded, photo
 
 ASKED = Question("What?", (encoded(photo(1, (280, 280))),), {"type": "object"})
@@ -74,6 +76,68 @@ def test_completions_are_read_in_every_shape(answer: bytes, text: str, fault: st
     completion = read_completion(answer)
     assert completion.text == text
     assert completion.fault is None if fault is None else fault in str(completion.fault)
+
+
+CALL = {"name": "plan", "arguments": '{"a": 1}'}
+
+
+@pytest.mark.parametrize(
+    ("message", "text"),
+    [
+        ({"content": {"a": 1}}, '{"a": 1}'),
+        ({"content": ["a", {"type": "output_text", "text": "b"}]}, "ab"),
+        ({"content": [{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": "a"}]}, "a"),
+        ({"content": [{"type": "reasoning", "text": "hm"}, {"text": "a"}]}, "a"),
+        ({"content": [{"text": "hm", "thought": True}, {"text": "a"}]}, "a"),
+        ({"content": "a", "reasoning_content": "hm", "tool_calls": [{"function": CALL}]}, "a"),
+        ({"content": None, "tool_calls": [{"type": "function", "function": CALL}]}, '{"a": 1}'),
+        ({"content": "", "tool_calls": [{"function": {"arguments": {"a": 1}}}]}, '{"a": 1}'),
+        ({"content": "", "function_call": CALL}, '{"a": 1}'),
+        ({"content": None, "reasoning_content": "a"}, as_reasoning("a")),
+        ({"content": "", "reasoning": "a", "reasoning_content": None}, as_reasoning("a")),
+        ({"content": " \n", "reasoning": [{"type": "text", "text": "a"}]}, as_reasoning("a")),
+        ({"content": "<think></think>\n", "reasoning_content": "a"}, as_reasoning("a")),
+        ({"reasoning_details": [{"type": "reasoning.text", "text": "a"}]}, as_reasoning("a")),
+        (
+            {"content": [{"type": "thinking", "thinking": [{"type": "text", "text": "a"}]}]},
+            as_reasoning("a"),
+        ),
+    ],
+)
+def test_an_answer_is_read_where_the_server_put_it(message: dict[str, Any], text: str) -> None:
+    completion = read_completion(body(message=message, finish_reason="stop"))
+    assert (completion.text, completion.fault) == (text, None)
+
+
+def test_an_older_completion_has_its_text_beside_no_message() -> None:
+    assert read_completion(body(text="hi", finish_reason="stop")).text == "hi"
+
+
+@pytest.mark.parametrize(
+    ("message", "finished", "fault"),
+    [
+        ({"content": None, "reasoning_content": "a"}, "length", "cut off within the .* reasoning"),
+        ({"content": None, "tool_calls": [{"function": CALL}]}, "length", "cut off"),
+        ({"content": "a"}, "MAX_TOKENS", "cut off"),
+        ({"content": None, "reasoning_content": "a"}, "content_filter", "content filter"),
+        ({"content": None}, "content_filter", "content filter"),
+        ({"content": "a"}, "SAFETY", "content filter"),
+        ({"content": None, "refusal": "no", "reasoning": "a"}, "stop", "refused: no"),
+        ({"content": [{"type": "refusal", "refusal": "no"}]}, "stop", "refused: no"),
+        ({"content": "<think></think>", "reasoning": " "}, "stop", "answered nothing"),
+    ],
+)
+def test_an_answer_that_is_none_says_why(
+    message: dict[str, Any], finished: str, fault: str
+) -> None:
+    completion = read_completion(body(message=message, finish_reason=finished))
+    assert re.search(fault, str(completion.fault))
+
+
+@pytest.mark.parametrize("finished", ["abort", "error"])
+def test_an_answer_that_the_server_broke_off_is_no_completion(finished: str) -> None:
+    with pytest.raises(NotACompletion, match=finished):
+        read_completion(body(message={"content": "1. Edit"}, finish_reason=finished))
 
 
 @pytest.mark.parametrize(
