@@ -2,8 +2,9 @@
 
 An address is a local path, ``file://…`` or ``s3://bucket/key``. The S3 endpoint comes from
 ``?endpoint_override=http://host:port`` in the address, or from ``AWS_ENDPOINT_URL``; credentials
-come from where AWS's own tools look for them. A :class:`Store` is opened once in the driver and
-travels to workers with its connection, so that they need no environment variable of their own.
+come from where AWS's own tools look for them (see :mod:`infra.s3`). A :class:`Store` is opened once
+in the driver and travels to workers with its connection, so that they need no environment variable
+of their own.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import IO, Any, TextIO
@@ -28,55 +29,31 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
-from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
 from dim import records
 from dim.errors import StorageError
+from infra.s3 import ATTEMPTS, Connection, Files, PatientFile, squeezed
 
-_ATTEMPTS = 8  # a busy store (503, SlowDown) is asked again with growing pauses: about a minute
-_CONNECT_TIMEOUT_S = 10.0
-_REQUEST_TIMEOUT_S = 60.0
-_UPLOAD_PART = 16 << 20
+_PART = 16 << 20
 
+_EXPIRED = (
+    "the session token has expired; run it again with fresh credentials, or use a profile or a "
+    "role, which renew theirs"
+)
 _MEANINGS = (
     ("NO_SUCH_BUCKET", "the bucket does not exist"),
     ("ACCESS_DENIED", "access denied"),
     ("INVALID_ACCESS_KEY_ID", "the access key is not known there"),
     ("SIGNATURE_DOES_NOT_MATCH", "the secret key is wrong"),
-    ("SLOW_DOWN", f"the store is too busy, also after {_ATTEMPTS} attempts"),
-    ("SERVICE_UNAVAILABLE", f"the store is unavailable, also after {_ATTEMPTS} attempts"),
-    ("HTTP STATUS 503", f"the store is unavailable, also after {_ATTEMPTS} attempts"),
+    ("SLOW_DOWN", f"the store is too busy, also after {ATTEMPTS} attempts"),
+    ("SERVICE_UNAVAILABLE", f"the store is unavailable, also after {ATTEMPTS} attempts"),
+    ("HTTP STATUS 503", f"the store is unavailable, also after {ATTEMPTS} attempts"),
+    ("EXPIRED_TOKEN", _EXPIRED),
+    ("TOKEN_REFRESH_REQUIRED", _EXPIRED),
+    ("HTTP STATUS 400) DURING HEAD", f"refused, as a store does where {_EXPIRED}"),
     ("NETWORK_CONNECTION", "the store cannot be reached"),
     ("CURLCODE", "the store cannot be reached"),
 )
-
-
-@dataclass(frozen=True)
-class Connection:
-    """How to reach an S3 store; ``None`` leaves the choice to the AWS library."""
-
-    endpoint: str | None = None
-    region: str | None = None
-    access_key: str | None = field(default=None, repr=False)
-    secret_key: str | None = field(default=None, repr=False)
-    session_token: str | None = field(default=None, repr=False)
-
-    def open(self) -> pafs.S3FileSystem:
-        """The file system. Must run in the process that uses it: the library reads its
-        environment when a client is made."""
-        if self.endpoint:
-            # Many S3-compatible stores refuse the chunked uploads that newer clients default to.
-            os.environ.setdefault("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
-        return pafs.S3FileSystem(
-            endpoint_override=self.endpoint,
-            region=self.region,
-            access_key=self.access_key,
-            secret_key=self.secret_key,
-            session_token=self.session_token,
-            connect_timeout=_CONNECT_TIMEOUT_S,
-            request_timeout=_REQUEST_TIMEOUT_S,
-            retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=_ATTEMPTS),
-        )
 
 
 class Output(io.RawIOBase):
@@ -108,57 +85,6 @@ class Output(io.RawIOBase):
         return self._digest.hexdigest()
 
 
-def _is_busy(error: BaseException) -> bool:
-    return isinstance(error, OSError) and "INTERNAL_FAILURE" in str(error)
-
-
-class _PatientFile(io.RawIOBase):
-    """A file in an object store whose reads are tried again when the store is busy.
-
-    The library does that too, except where the body of the refusal is longer than the part of the
-    file that was asked for: it has no room for it, and reports an internal failure at once.
-    """
-
-    def __init__(self, file: pa.NativeFile) -> None:
-        self._file = file
-
-    def readable(self) -> bool:
-        """Always."""
-        return True
-
-    def seekable(self) -> bool:
-        """Always."""
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Go to a position; returns it."""
-        return int(self._file.seek(offset, whence))
-
-    def tell(self) -> int:
-        """The position."""
-        return int(self._file.tell())
-
-    def read(self, size: int = -1) -> bytes:
-        """The next ``size`` bytes, or all that are left."""
-        start = self._file.tell()
-        patiently = Retrying(
-            retry=retry_if_exception(_is_busy),
-            stop=stop_after_attempt(_ATTEMPTS),
-            wait=wait_random_exponential(0.2, max=20),
-            reraise=True,
-        )
-        return patiently(self._read_from, start, None if size is None or size < 0 else size)
-
-    def _read_from(self, start: int, size: int | None) -> bytes:
-        self._file.seek(start)
-        return bytes(self._file.read(size))
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
-        super().close()
-
-
 @dataclass(frozen=True)
 class Store:
     """A folder in a store. Names are relative to it, with ``/`` between parts.
@@ -174,7 +100,9 @@ class Store:
     @cached_property
     def filesystem(self) -> pafs.FileSystem:
         """The pyarrow file system that :attr:`root` lies in."""
-        return self.connection.open() if self.connection else pafs.LocalFileSystem()
+        if self.connection is None:
+            return pafs.LocalFileSystem()
+        return pafs.PyFileSystem(Files(self.connection))
 
     def __getstate__(self) -> dict[str, object]:
         """Leave the open file system behind: a worker opens its own."""
@@ -233,7 +161,8 @@ class Store:
                 with _replacing(Path(self.path(name))) as file:
                     file.write(data)
             else:
-                with self.filesystem.open_output_stream(self.path(name)) as stream:
+                path = self.path(name)  # of which pyarrow would compress one that ends in .gz
+                with self.filesystem.open_output_stream(path, compression=None) as stream:
                     stream.write(data)
 
     @contextmanager
@@ -247,11 +176,10 @@ class Store:
                 with _replacing(Path(self.path(name))) as file:
                     yield Output(file)
             else:
-                with tempfile.TemporaryFile() as file:
+                with tempfile.NamedTemporaryFile() as file:
                     yield Output(file)
-                    file.seek(0)
-                    with self.filesystem.open_output_stream(self.path(name)) as stream:
-                        shutil.copyfileobj(file, stream, _UPLOAD_PART)
+                    file.flush()
+                    _copy(open_store(file.name), replace(self, root=self.path(name)))
 
     @contextmanager
     def open_passing(self, name: str) -> Iterator[IO[bytes] | Output]:
@@ -322,7 +250,7 @@ class Store:
 
     def _open(self, name: str) -> pa.NativeFile:
         file = self.filesystem.open_input_file(self.path(name))
-        return file if self.is_local else pa.PythonFile(_PatientFile(file), mode="r")
+        return file if self.is_local else pa.PythonFile(PatientFile(file), mode="r")
 
     def _type(self, name: str) -> pafs.FileType:
         return self.filesystem.get_file_info(self.path(name)).type
@@ -417,25 +345,68 @@ def upload_folder(folder: str | Path, uri: str) -> None:
     """Copy all files of a local folder to an address, below the same relative names.
 
     Raises:
-        StorageError: a file cannot be read or written.
+        StorageError: there is no such folder, or a file cannot be read or written.
     """
-    source, target = open_store(str(folder)), open_store(uri)
-    for name, _ in source.list():
-        target.write(name, source.read(name))
+    _copy_folder(open_store(str(folder)), open_store(uri))
 
 
 def download_folder(uri: str, folder: str | Path) -> None:
     """Copy all files at an address to a local folder, below the same relative names.
 
+    They appear there when all of them have arrived.
+
     Raises:
         StorageError: there is nothing at the address, or a file cannot be read or written.
     """
-    source, target = open_store(uri), open_store(str(folder))
+    source = open_store(uri)
     files = source.list()
     if not files:
         raise StorageError(f"there is nothing at {uri}")
     for name, _ in files:
-        target.write(name, source.read(name))
+        if ".." in name.split("/"):  # an object may be called so
+            raise StorageError(f"{source.address(name)} would lie outside of {folder}")
+    _copy_folder(source, open_store(str(folder)))
+
+
+def _copy_folder(source: Store, target: Store) -> None:
+    with _errors("copy", f"{source.uri} to {target.uri}"):
+        if not target.is_local:
+            _copy(source, target)
+            return
+        place = Path(target.root)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{place.name}.", dir=place.parent) as folder:
+            arrived = open_store(folder)
+            _copy(source, arrived)
+            for name, _ in arrived.list():
+                final = place / name
+                final.parent.mkdir(parents=True, exist_ok=True)
+                Path(folder, name).replace(final)
+
+
+def _copy(source: Store, target: Store) -> None:
+    """A file or all in a folder: several files at a time, a few parts of each in memory."""
+    try:
+        pafs.copy_files(
+            source.root,
+            target.root,
+            source_filesystem=source.filesystem,
+            destination_filesystem=target.filesystem,
+            chunk_size=_PART,
+        )
+    except Exception:
+        with suppress(Exception):  # it is the first error that matters
+            _delete_short(source, target)
+        raise
+
+
+def _delete_short(source: Store, target: Store) -> None:
+    """pyarrow completes an upload also when reading ends in an error (apache/arrow#40502)."""
+    alone = [("", os.path.getsize(source.root))]
+    for name, size in alone if source.is_file() else source.list():
+        found = target.filesystem.get_file_info(target.path(name))
+        if found.type == pafs.FileType.File and found.size != size:
+            target.delete(name)
 
 
 def open_dataset(uris: str | Sequence[str]) -> ds.Dataset:
@@ -488,13 +459,7 @@ def _connection(options: dict[str, str], bucket: str) -> Connection:
     region = options.get("region") or env("AWS_REGION") or env("AWS_DEFAULT_REGION")
     if region is None and endpoint:
         region = "us-east-1"  # what S3-compatible stores go by
-    return Connection(
-        endpoint,
-        region or _find_region(bucket),
-        env("AWS_ACCESS_KEY_ID"),
-        env("AWS_SECRET_ACCESS_KEY"),
-        env("AWS_SESSION_TOKEN"),
-    )
+    return Connection(endpoint, region or _find_region(bucket))
 
 
 def _find_region(bucket: str) -> str | None:
@@ -540,8 +505,8 @@ def _errors(action: str, address: str) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError as error:
-        if action == "write":
-            raise StorageError(f"cannot write {address}: {_explain(error)}") from None
+        if action in ("write", "copy"):
+            raise StorageError(f"cannot {action} {address}: {_explain(error)}") from None
         raise StorageError(f"not found: {address}") from None
     except (OSError, pa.ArrowException, shutil.Error) as error:
         raise StorageError(f"cannot {action} {address}: {_explain(error)}") from None
@@ -552,8 +517,8 @@ def _explain(error: Exception) -> str:
     if number == errno.ENOSPC:
         return "no space left on the disk"
     text = " ".join(str(error).split())
-    upper = text.upper()
+    said = squeezed(text)
     for code, meaning in _MEANINGS:
-        if code in upper:
+        if squeezed(code) in said:
             return meaning
     return os.strerror(number) if number else text

@@ -74,6 +74,30 @@ def s3(s3_endpoint: str) -> str:
 
 
 @pytest.fixture(scope="session")
+def rclone_endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """rclone's S3 server, which checks signatures and takes no folder markers."""
+    from tests import rclone_server
+
+    folder = tmp_path_factory.mktemp("rclone") / "buckets"
+    folder.mkdir()
+    with rclone_server.running(folder) as url:
+        yield url
+
+
+@pytest.fixture
+def rclone_s3(rclone_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The URI of a new, empty bucket there; the environment of this process points at it."""
+    import boto3
+
+    from tests import rclone_server
+
+    rclone_server.point_at(rclone_endpoint, monkeypatch)
+    bucket = f"dim-test-{next(BUCKET_NUMBERS)}"
+    boto3.Session().client("s3", endpoint_url=rclone_endpoint).create_bucket(Bucket=bucket)
+    return f"s3://{bucket}"
+
+
+@pytest.fixture(scope="session")
 def ray_cluster(s3_endpoint: str) -> Iterator[None]:
     """A Ray of this test session's own; its workers see the S3 server."""
     import ray

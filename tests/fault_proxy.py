@@ -6,7 +6,7 @@ import http.client
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -16,6 +16,10 @@ BUSY = (
     b'<?xml version="1.0" encoding="UTF-8"?>\n'
     b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
 )
+EXPIRED = (
+    b'<?xml version="1.0" encoding="UTF-8"?>\n'
+    b"<Error><Code>ExpiredToken</Code><Message>The provided token has expired.</Message></Error>"
+)
 
 
 @dataclass
@@ -23,12 +27,14 @@ class FaultProxy:
     """A running proxy.
 
     ``busy(number)`` says of the request with that number (from 1) whether it is answered 503;
-    ``delay(number)`` how many seconds later than it could be.
+    ``delay(number)`` how many seconds later than it could be; ``expired(headers)`` whether it comes
+    with credentials whose time is over.
     """
 
     url: str = ""
     busy: Callable[[int], bool] = lambda number: False
     delay: Callable[[int], float] = lambda number: 0.0
+    expired: Callable[[Mapping[str, str]], bool] = lambda headers: False
     requests: int = 0
     statuses: Counter[int] = field(default_factory=Counter)
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -51,6 +57,9 @@ def running(target: str) -> Iterator[FaultProxy]:
             time.sleep(proxy.delay(number))
             if proxy.busy(number):
                 self._send(503, {"Content-Type": "application/xml"}, BUSY)
+                return
+            if proxy.expired(self.headers):
+                self._send(400, {"Content-Type": "application/xml"}, EXPIRED)
                 return
             upstream = http.client.HTTPConnection(host, timeout=60)
             upstream.request(self.command, self.path, body, dict(self.headers))

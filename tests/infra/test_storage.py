@@ -21,9 +21,10 @@ from infra.storage import Store, open_store
 from tests.fault_proxy import running
 
 
-@pytest.fixture(params=["local", "s3"])
+@pytest.fixture(params=["local", "s3", "rclone_s3"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
-    uri = str(tmp_path / "out") if request.param == "local" else request.getfixturevalue("s3")
+    local = request.param == "local"
+    uri = str(tmp_path / "out") if local else request.getfixturevalue(request.param)
     return open_store(storage.join(uri, "deep", "er"))
 
 

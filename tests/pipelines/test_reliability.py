@@ -257,7 +257,7 @@ def test_a_store_that_is_gone_is_one_sentence_and_the_job_can_be_run_again(
     drawn: Manifest, busy_store: tuple[str, FaultProxy], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bucket, proxy = busy_store
-    monkeypatch.setattr(storage, "_ATTEMPTS", 2)
+    monkeypatch.setattr("infra.s3.ATTEMPTS", 2)
     proxy.busy = lambda number: number > 4
     with pytest.raises(
         StorageError, match=r"s3://.*: the store is (too busy|unavailable)"

@@ -1,0 +1,345 @@
+"""S3 and the stores that speak like it, as a pyarrow file system that leaves no folder markers.
+
+pyarrow's own S3 file system writes an empty object whose key ends in ``/`` whenever it makes a
+folder, deletes something or moves it, to imitate folders. Many stores refuse such keys, and none
+needs them: a folder is there as long as there is an object in it. :class:`Files` does the same
+work without markers. Reading, writing and listing are pyarrow's; deleting is boto3's.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, NamedTuple, TypeVar
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
+
+ResultT = TypeVar("ResultT")
+
+ATTEMPTS = 8  # a busy store (503, SlowDown) is asked again with growing pauses: about a minute
+_CONNECT_TIMEOUT_S = 10.0
+_REQUEST_TIMEOUT_S = 60.0
+_DELETES = 16  # requests at a time
+
+# What a store says to credentials that it does not, or no longer, take. A question that is answered
+# without a body (HEAD) says 400 for an expired token and 403 for the rest.
+_REFUSALS = (
+    "ACCESSDENIED",
+    "EXPIREDTOKEN",
+    "INVALIDACCESSKEYID",
+    "INVALIDCLIENTTOKENID",
+    "INVALIDTOKEN",
+    "SIGNATUREDOESNOTMATCH",
+    "TOKENREFRESHREQUIRED",
+    "HTTPSTATUS400",
+    "HTTPSTATUS403",
+)
+
+
+class Keys(NamedTuple):
+    """An access key as AWS's variables hold it; with a session token it is one that expires."""
+
+    access_key: str
+    secret_key: str
+    session_token: str | None
+
+
+@dataclass(frozen=True)
+class Connection:
+    """How to reach a store.
+
+    Credentials are not part of it where it was opened: both libraries look them up where AWS's
+    tools do (variables, profiles, web identity, the role of the machine) and do so again when they
+    expire. Only what lies in the environment of this process, which another process may not have,
+    is packed when a connection is sent there: as it is at that moment.
+    """
+
+    endpoint: str | None = None
+    region: str | None = None
+    carried: Keys | None = field(default=None, repr=False, compare=False)
+
+    def __getstate__(self) -> dict[str, object]:
+        """Pack the credentials of the environment."""
+        return {**self.__dict__, "carried": self.carried or _keys_in_environment()}
+
+    def open_files(self) -> pafs.S3FileSystem:
+        """pyarrow's client.
+
+        Uploads go part after part and not in the background: pyarrow would hold all of a file that
+        is read faster than it is sent, and wait for ever when many files go up at once
+        (apache/arrow#32372).
+        """
+        if self.endpoint:
+            # Many S3-compatible stores refuse the chunked uploads that newer clients default to.
+            # The library reads the variable when a client is made.
+            os.environ.setdefault("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
+        keys = self.carried or (None, None, None)
+        return pafs.S3FileSystem(
+            access_key=keys[0],
+            secret_key=keys[1],
+            session_token=keys[2],
+            endpoint_override=self.endpoint,
+            region=self.region,
+            connect_timeout=_CONNECT_TIMEOUT_S,
+            request_timeout=_REQUEST_TIMEOUT_S,
+            background_writes=False,
+            retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=ATTEMPTS),
+        )
+
+    def open_objects(self) -> Any:
+        """boto3's client."""
+        import boto3
+        from botocore import UNSIGNED
+        from botocore.config import Config
+
+        session = boto3.Session(*(self.carried or ()))
+        config = Config(
+            connect_timeout=_CONNECT_TIMEOUT_S,
+            read_timeout=_REQUEST_TIMEOUT_S,
+            retries={"mode": "standard", "total_max_attempts": ATTEMPTS},
+            max_pool_connections=_DELETES,
+            request_checksum_calculation="when_required",
+            s3={"addressing_style": "path" if self.endpoint else "auto"},
+            # As pyarrow does where there are no credentials.
+            signature_version=None if session.get_credentials() else UNSIGNED,
+        )
+        return session.client(
+            "s3", endpoint_url=self.endpoint, region_name=self.region, config=config
+        )
+
+
+class Clients:
+    """Both libraries' clients of one connection, made when they are first used."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+
+    @cached_property
+    def files(self) -> pafs.S3FileSystem:
+        """pyarrow's."""
+        return self._connection.open_files()
+
+    @cached_property
+    def objects(self) -> Any:
+        """boto3's."""
+        return self._connection.open_objects()
+
+
+class Files(pafs.FileSystemHandler):
+    """What ``pyarrow.fs.PyFileSystem`` calls. Paths are ``bucket/key``.
+
+    A refusal is asked about once more with credentials that are looked up anew, on the machine that
+    asks: carried ones may have expired where the machine has a role or a profile of its own.
+    """
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._clients = Clients(connection)
+
+    def __reduce__(self) -> tuple[type[Files], tuple[Connection]]:
+        """Leave the clients behind: another process makes its own."""
+        return Files, (self._connection,)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Files) and self._connection == other._connection
+
+    def __hash__(self) -> int:
+        return hash(self._connection)
+
+    def get_type_name(self) -> str:
+        """See pyarrow, here and below."""
+        return "s3"
+
+    def normalize_path(self, path: str) -> str:
+        return path
+
+    def get_file_info(self, paths: list[str]) -> list[pafs.FileInfo]:
+        return self._call(lambda clients: clients.files.get_file_info(paths))
+
+    def get_file_info_selector(self, selector: pafs.FileSelector) -> list[pafs.FileInfo]:
+        return self._call(lambda clients: clients.files.get_file_info(selector))
+
+    def open_input_stream(self, path: str) -> pa.NativeFile:
+        return pa.PythonFile(PatientFile(self.open_input_file(path)), mode="r")
+
+    def open_input_file(self, path: str) -> pa.NativeFile:
+        return self._call(lambda clients: clients.files.open_input_file(path))
+
+    def open_output_stream(self, path: str, metadata: Mapping[str, str]) -> pa.NativeFile:
+        return self._call(
+            lambda clients: clients.files.open_output_stream(
+                path, compression=None, metadata=metadata
+            )
+        )
+
+    def open_append_stream(self, path: str, metadata: Mapping[str, str]) -> pa.NativeFile:
+        raise NotImplementedError("an object cannot be added to")
+
+    def create_dir(self, path: str, recursive: bool) -> None:
+        """Nothing: a folder begins with its first file."""
+
+    def delete_file(self, path: str) -> None:
+        bucket, key = _split(path)
+        self._call(lambda clients: _delete(clients.objects, bucket, [[key]]))
+
+    def delete_dir(self, path: str) -> None:
+        """Delete every object below ``path``, and the marker that another program has left."""
+        bucket, key = _split(path)
+        self._call(
+            lambda clients: _delete(
+                clients.objects, bucket, _list(clients.objects, bucket, f"{key}/")
+            )
+        )
+
+    def delete_dir_contents(self, path: str, missing_dir_ok: bool = False) -> None:
+        self.delete_dir(path)
+
+    def delete_root_dir_contents(self) -> None:
+        raise ValueError("that would delete every bucket")
+
+    def copy_file(self, src: str, dest: str) -> None:
+        self._call(lambda clients: clients.files.copy_file(src, dest))
+
+    def move(self, src: str, dest: str) -> None:
+        self.copy_file(src, dest)
+        self.delete_file(src)
+
+    def _call(self, action: Callable[[Clients], ResultT]) -> ResultT:
+        try:
+            return action(self._clients)
+        except OSError as error:
+            if not _is_refusal(error):
+                raise
+            refusal = error
+        renewed = replace(self._connection, carried=None)
+        clients = Clients(renewed)
+        try:
+            result = action(clients)
+        except OSError:
+            raise refusal from None
+        self._connection, self._clients = renewed, clients
+        return result
+
+
+class PatientFile(io.RawIOBase):
+    """A file in an object store whose reads are tried again when the store is busy.
+
+    The library does that too, except where the body of the refusal is longer than the part of the
+    file that was asked for: it has no room for it, and reports an internal failure at once.
+    """
+
+    def __init__(self, file: pa.NativeFile) -> None:
+        self._file = file
+
+    def readable(self) -> bool:
+        """Always."""
+        return True
+
+    def seekable(self) -> bool:
+        """Always."""
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Go to a position; returns it."""
+        return int(self._file.seek(offset, whence))
+
+    def tell(self) -> int:
+        """The position."""
+        return int(self._file.tell())
+
+    def read(self, size: int = -1) -> bytes:
+        """The next ``size`` bytes, or all that are left."""
+        start = self._file.tell()
+        patiently = Retrying(
+            retry=retry_if_exception(_is_busy),
+            stop=stop_after_attempt(ATTEMPTS),
+            wait=wait_random_exponential(0.2, max=20),
+            reraise=True,
+        )
+        return patiently(self._read_from, start, None if size is None or size < 0 else size)
+
+    def _read_from(self, start: int, size: int | None) -> bytes:
+        self._file.seek(start)
+        return bytes(self._file.read(size))
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+        super().close()
+
+
+def _keys_in_environment() -> Keys | None:
+    env = os.environ.get
+    access_key, secret_key = env("AWS_ACCESS_KEY_ID"), env("AWS_SECRET_ACCESS_KEY")
+    if not access_key or not secret_key:
+        return None
+    return Keys(access_key, secret_key, env("AWS_SESSION_TOKEN") or None)
+
+
+def _split(path: str) -> tuple[str, str]:
+    """(bucket, key). What concerns a whole bucket is refused: it is never ours alone."""
+    bucket, _, key = path.strip("/").partition("/")
+    if not key:
+        raise ValueError(f"{path} is a bucket and no folder in one")
+    return bucket, key
+
+
+def _list(objects: Any, bucket: str, prefix: str) -> Iterator[list[str]]:
+    """The keys that begin with ``prefix``, a page at a time."""
+    with _told():
+        for page in objects.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
+            yield [found["Key"] for found in page.get("Contents", ())]
+
+
+def _delete(objects: Any, bucket: str, pages: Iterable[list[str]]) -> None:
+    """Delete objects one by one, many at a time.
+
+    The request that deletes a thousand at once wants a checksum, of a kind on which stores do not
+    agree.
+    """
+
+    def delete(key: str) -> None:
+        with _told():
+            objects.delete_object(Bucket=bucket, Key=key)
+
+    with ThreadPoolExecutor(_DELETES) as threads:
+        for keys in pages:
+            list(threads.map(delete, keys))
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """boto3's errors in the words of pyarrow's."""
+    from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError
+
+    try:
+        yield
+    except ClientError as error:
+        said = error.response.get("Error", {})
+        code = said.get("Code", "UNKNOWN")
+        raise OSError(f"AWS Error {code}: {said.get('Message') or error}") from None
+    except HTTPClientError as error:
+        raise OSError(f"AWS Error NETWORK_CONNECTION: {error}") from None
+    except BotoCoreError as error:
+        raise OSError(str(error)) from None
+
+
+def _is_busy(error: BaseException) -> bool:
+    return isinstance(error, OSError) and "INTERNAL_FAILURE" in str(error)
+
+
+def _is_refusal(error: OSError) -> bool:
+    said = squeezed(str(error))
+    return any(sign in said for sign in _REFUSALS)
+
+
+def squeezed(text: str) -> str:
+    """In capitals, without what pyarrow, boto3 and the stores write between the words of a code."""
+    return text.upper().replace("_", "").replace(" ", "")
