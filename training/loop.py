@@ -61,18 +61,19 @@ def train_loop_per_worker(config: dict[str, Any]) -> dict[str, Any]:
     plan = Plan.model_validate(config)
     torch.set_num_threads(plan.config.cpus_per_worker)
     silence_repeats()
-    worker, error = None, None
+    worker: Worker | None = None
+    error: Exception | None = None
     try:
         worker = prepare(plan)
     except DimError as problem:
         error = problem
-    if (problem := parallel.agree(error)) is not None or worker is None:
-        return {"error": problem}
+    if (error := parallel.agree(error)) is not None or worker is None:
+        return {"error": error}
     worker.trainable = parallel.wrap(worker.state.module)
     try:
         metrics = train(worker)
-    except DivergedError as problem:
-        return {"error": problem}
+    except DivergedError as diverged:
+        return {"error": diverged}
     if worker.rank == 0:
         with averaged(worker.state.ema):
             save_model(worker.model, storage.join(plan.config.out, MODEL_FOLDER))

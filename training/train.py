@@ -109,8 +109,9 @@ def make_trainer(plan: Plan) -> TorchTrainer:
     """The Ray Train job of a stage."""
     config = plan.config
     store = storage.open_store(config.out)
+    # Ray's type hints are those of its former Train; what runs is the one after it.
     return TorchTrainer(
-        train_loop_per_worker,
+        train_loop_per_worker,  # type: ignore[arg-type]
         train_loop_config=dump_config(plan),
         torch_config=TorchConfig(timeout_s=config.collective_timeout_s),
         scaling_config=ScalingConfig(
@@ -121,7 +122,7 @@ def make_trainer(plan: Plan) -> TorchTrainer:
                 **({"GPU": 1} if config.use_gpu else {}),
             },
         ),
-        run_config=RunConfig(
+        run_config=RunConfig(  # type: ignore[call-arg]
             name=CHECKPOINTS_FOLDER,
             storage_path=store.root,
             storage_filesystem=store.filesystem,
@@ -208,7 +209,8 @@ def _fit(plan: Plan, record: StageRecord) -> StageRecord:
         raise TrainingError(
             f"stage {plan.config.stage}: Ray Train's controller died: {explain(error).sentence}"
         ) from error
-    outcome = result.return_value
+    outcome = result.return_value  # type: ignore[attr-defined]
+    assert result.checkpoint is not None  # the last step always leaves one
     if outcome["error"] is not None:
         raise outcome["error"]
     return StageRecord(
