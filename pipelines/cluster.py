@@ -26,10 +26,9 @@ def connect() -> None:
     if not ray.is_initialized():
         address = os.environ.get("RAY_ADDRESS", "local")
         # A single core must still run a designer beside the reading and writing.
-        own = max(2, os.cpu_count() or 1) if address == "local" else None
         ray.init(
             address=address,
-            num_cpus=own,
+            num_cpus=max(2, os.cpu_count() or 1) if address == "local" else None,
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.ERROR,

@@ -67,3 +67,9 @@ def test_wrong_settings_are_named(given: list[str], complaint: str) -> None:
 def test_the_demo_draws_from_a_world_checked_like_any_other() -> None:
     with pytest.raises(ConfigError, match=r"between 2 and 6, not \[4, 3\]"):
         load_config(DemoConfig, CONFIGS / "demo.yaml", ["objects=[4,3]"])
+
+
+@pytest.mark.parametrize(("rows", "workers"), [(0, 1), (63, 1), (128, 2), (10_000, 3)])
+def test_no_worker_holds_a_model_without_records_for_it(rows: int, workers: int) -> None:
+    config = EditConfig(raw="r", out="o", designer="oracle", workers=3, batch_size=64)
+    assert config.workers_for(rows) == workers
