@@ -13,7 +13,6 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from email.utils import parsedate_to_datetime
 from urllib.parse import urljoin, urlsplit
 
 import aiohttp
@@ -24,6 +23,7 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, sto
 
 from dim.config import StrictModel
 from dim.errors import InputError
+from dim.retry_after import retry_after_s
 from pipelines.outcome import Rejection
 
 _OPT_OUTS = frozenset({"noai", "noimageai", "noindex", "noimageindex", "none"})
@@ -184,7 +184,7 @@ class _Job:
             return await self._body(url, answer)
 
     def _busy(self, answer: aiohttp.ClientResponse) -> Exception:
-        wait = retry_after(answer.headers.get("Retry-After"))
+        wait = retry_after_s(answer.headers)
         if wait is not None and wait > self.config.max_wait_s:
             return InputError(f"{answer.url} answers {answer.status}, to be asked in {wait:.0f} s")
         return _Busy(f"answers {answer.status}, also after {self.config.attempts} attempts", wait)
@@ -295,17 +295,3 @@ def check_opt_out(url: str, tags: Iterable[str], user_agent: str) -> None:
                 directive = rest
             if applies and directive.strip() in _OPT_OUTS:
                 raise Rejection("url.opted_out", f"{url} says {directive.strip()}")
-
-
-def retry_after(value: str | None) -> float | None:
-    """Seconds that a ``Retry-After`` asks for: a number, or a date of HTTP."""
-    if value is None:
-        return None
-    try:
-        return max(0.0, float(int(value)))
-    except ValueError:
-        pass
-    try:
-        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
-    except (ValueError, TypeError):
-        return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -10,7 +11,7 @@ from contextlib import asynccontextmanager
 from dim.designers.base import BreakerOptions
 from dim.errors import CallsStopped
 
-_LONGEST_PAUSE_S = 60.0
+LONGEST_PAUSE_S = 60.0
 _FIRST_HOLD_S = 1.0
 _SPREAD = 0.25  # of a pause: who waited together does not come back together
 
@@ -100,7 +101,7 @@ class CircuitBreaker:
             self._opened_at = now
             self._try_at = now + self._pause_s
         elif probe:
-            self._pause_s = min(2 * self._pause_s, max(_LONGEST_PAUSE_S, self._options.pause_s))
+            self._pause_s = min(2 * self._pause_s, max(LONGEST_PAUSE_S, self._options.pause_s))
             self._try_at = now + self._pause_s
 
     def _answered(self) -> None:
@@ -128,11 +129,18 @@ class CoolDown:
         self._from = self._until = 0.0
         self._next_s = _FIRST_HOLD_S
 
-    async def wait(self) -> None:
-        """Wait until the pause is over, and a little longer, each a different time."""
+    async def wait(self, longest_s: float = math.inf) -> float:
+        """Wait until the pause is over, and a little longer, each a different time.
+
+        Returns:
+            0, or how many seconds of the pause are left because they are more than ``longest_s``.
+        """
         while (left := self._until - self._clock()) > 0:
-            spread = random.uniform(0, _SPREAD * min(self._until - self._from, _LONGEST_PAUSE_S))
+            if left > longest_s:
+                return left
+            spread = random.uniform(0, _SPREAD * min(self._until - self._from, LONGEST_PAUSE_S))
             await asyncio.sleep(left + spread)
+        return 0.0
 
     def hold(self, sent_at: float, retry_after_s: float | None) -> float:
         """A request that was sent at ``sent_at`` was turned away.
@@ -145,7 +153,7 @@ class CoolDown:
         news = sent_at >= self._until or not self._until
         if retry_after_s is None and news:
             retry_after_s = self._next_s
-            self._next_s = min(2 * self._next_s, _LONGEST_PAUSE_S)
+            self._next_s = min(2 * self._next_s, LONGEST_PAUSE_S)
         if retry_after_s is not None and now + retry_after_s > self._until:
             self._from, self._until = now, now + retry_after_s
         return max(0.0, self._until - now)
@@ -158,7 +166,7 @@ class CoolDown:
 
 def backoff_s(failures: int) -> float:
     """A random pause before the next attempt, in seconds; about twice as long after each."""
-    return random.uniform(0.5, 1.0) * min(0.5 * 2 ** (failures - 1), _LONGEST_PAUSE_S)
+    return random.uniform(0.5, 1.0) * min(0.5 * 2 ** (failures - 1), LONGEST_PAUSE_S)
 
 
 def _loop_time() -> float:

@@ -16,7 +16,7 @@ from functools import cached_property
 from typing import Any, TypeVar
 
 from dim.designers.base import CallOptions, OnAnswer, Question, Reply
-from dim.designers.calls.breaker import CircuitBreaker, CoolDown, backoff_s
+from dim.designers.calls.breaker import LONGEST_PAUSE_S, CircuitBreaker, CoolDown, backoff_s
 from dim.designers.calls.gate import Exchange, Gate, LocalExchange
 from dim.designers.calls.meter import Limits
 from dim.designers.calls.transport import Barred, Broken, Busy, Failure, Refused, Transport
@@ -149,6 +149,7 @@ class _Calls:
         self._near = asyncio.Semaphore(2 * options.in_flight)
         self._breaker = CircuitBreaker(options.breaker, self._who)
         self._cool_down = CoolDown()
+        self._longest_pause_s = max(options.busy_s, LONGEST_PAUSE_S)
         self._gate = _gate(options, exchange)
         self._refused: set[str] = set()
         self._expected = _Expected(options.max_tokens)
@@ -271,7 +272,9 @@ class _Calls:
     async def _call_once(self, call: _Call, without: Set[str]) -> _Answered:
         body = await self._encode(call, without)
         async with self._breaker.call():
-            await self._cool_down.wait()
+            left_s = await self._cool_down.wait(self._longest_pause_s)
+            if left_s:
+                raise Busy(f"asks to be left alone for {left_s:,.0f} s", left_s)
             return await self._hedged(call, body)
 
     async def _encode(self, call: _Call, without: Set[str]) -> bytes:
@@ -342,7 +345,7 @@ class _Calls:
     def _hold(self, sent_at: float, busy: Busy) -> None:
         wait_s = self._cool_down.hold(sent_at, busy.retry_after_s)
         if self._gate:
-            self._gate.hold(wait_s)
+            self._gate.hold(min(wait_s, self._longest_pause_s))
 
     def _leave(self, lease: str | None, usage: Usage | None) -> None:
         if self._gate and lease:

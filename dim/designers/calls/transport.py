@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Mapping
-from email.utils import parsedate_to_datetime
 
 import aiohttp
 
@@ -17,6 +15,7 @@ from dim.designers.calls.wire import (
     read_completion,
     shorten,
 )
+from dim.retry_after import retry_after_s
 
 _CONNECT_TIMEOUT_S = 10.0
 _OPENAI_URL = "https://api.openai.com/v1"
@@ -111,30 +110,10 @@ class Transport:
             raise failure_of(error.status or 500, str(error).encode(), headers) from None
 
 
-def retry_after_s(headers: Mapping[str, str], now: float) -> float | None:
-    """Seconds until a server wants to be asked again, if it says so.
-
-    Args:
-        headers: of its answer: ``Retry-After`` in seconds or as a date, or ``Retry-After-Ms``.
-        now: seconds since 1970, what a date is compared with.
-    """
-    milliseconds = _number(headers.get("Retry-After-Ms"))
-    if milliseconds is not None:
-        return milliseconds / 1000
-    value = headers.get("Retry-After")
-    seconds = _number(value)
-    if seconds is not None or value is None:
-        return seconds
-    try:
-        return max(0.0, parsedate_to_datetime(value).timestamp() - now)
-    except ValueError:
-        return None
-
-
 def failure_of(status: int, said: bytes, headers: Mapping[str, str]) -> Failure:
     """The kind of failure that an answer of a status other than 200 is."""
     message = f"answered HTTP {status}: {shorten(said) or 'nothing'}"
-    wait_s = retry_after_s(headers, time.time())
+    wait_s = retry_after_s(headers)
     lower = said.lower()
     if status == 402 or (status == 429 and any(sign.encode() in lower for sign in _NO_MONEY)):
         return Barred(message, for_good=True)
@@ -154,11 +133,3 @@ def _headers(key: str | None) -> dict[str, str]:
     payers = {"OpenAI-Organization": "OPENAI_ORG_ID", "OpenAI-Project": "OPENAI_PROJECT_ID"}
     found = {name: os.environ.get(variable) for name, variable in payers.items()}
     return headers | {name: value for name, value in found.items() if value}
-
-
-def _number(text: str | None) -> float | None:
-    try:
-        value = float(text or "")
-    except ValueError:
-        return None
-    return value if 0 <= value < float("inf") else None

@@ -8,7 +8,7 @@ import json
 import pickle
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -19,6 +19,8 @@ from dim.blueprint import request_prompt
 from dim.caption import request_prompt as caption_prompt
 from dim.designers import CallOptions, DesignRequest, Question, create, create_captioner
 from dim.designers.base import BreakerOptions
+from dim.designers.calls.gate import LocalExchange
+from dim.designers.calls.meter import Grant, Limits, Settled, Want
 from dim.designers.calls.usage import Unusable
 from dim.designers.calls.wire import data_url
 from dim.errors import CallsStopped, DesignerError, InputError
@@ -172,6 +174,42 @@ def test_retry_after_is_honoured_by_every_request(server: ChatServer) -> None:
     gaps = [later - earlier for earlier, later in pairwise(ordered)]
     assert len(times) == 7 and max(gaps) >= 0.95
     assert gaps.index(max(gaps)) < 3  # what was out when the server said so, and no more
+
+
+@pytest.mark.parametrize("limits", [{}, {"requests_per_minute": 60_000}])
+def test_nobody_waits_for_a_pause_that_is_longer_than_the_job_s_patience(
+    server: ChatServer, limits: dict[str, Any]
+) -> None:
+    """A quota that is spent until tomorrow: what waits for its turn does not sleep until then."""
+    times = spread(server, [429] * 9, **{"Retry-After": "86400"})
+    options = CallOptions(retries=0, timeout_s=5, busy_s=1, in_flight=1, **limits)
+    began = time.monotonic()
+    with pytest.raises(CallsStopped, match="too busy for any answer in 1 s"):
+        ask(server, 4, options)
+    assert time.monotonic() - began < 10
+    assert len(times) == 1
+
+
+def test_other_processes_are_not_held_longer_than_the_job_has_patience(server: ChatServer) -> None:
+    held: list[float] = []
+
+    class Watched(LocalExchange):
+        async def __call__(
+            self, settled: Sequence[Settled], wants: Sequence[Want], hold_s: float
+        ) -> list[Grant]:
+            held.append(hold_s)
+            return await super().__call__(settled, wants, hold_s)
+
+    spread(server, [429] * 9, **{"Retry-After": "86400"})
+    options = CallOptions(retries=0, timeout_s=5, busy_s=90, requests_per_minute=60_000)
+    watched = Watched(Limits(requests_per_minute=60_000))
+    designer = create(f"openai:test@{server.url}", calls=options, exchange=watched)
+    (reply,) = designer.design([DesignRequest("do", encoded())])
+    assert "answered HTTP 429" in str(reply)
+    deadline = time.monotonic() + 5
+    while not any(held) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert max(held) == 90
 
 
 def test_a_server_that_is_busy_for_too_long_stops_the_job(server: ChatServer) -> None:

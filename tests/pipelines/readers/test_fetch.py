@@ -5,8 +5,6 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Iterator
-from datetime import UTC, datetime, timedelta
-from email.utils import format_datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,7 @@ from pipelines import ingest
 from pipelines.ingest import IngestConfig
 from pipelines.outcome import Rejection
 from pipelines.readers import fetch
-from pipelines.readers.fetch import FetchConfig, Fetcher, is_public, retry_after
+from pipelines.readers.fetch import FetchConfig, Fetcher, is_public
 from tests.image_server import (
     ImageServer,
     cut_short,
@@ -221,12 +219,6 @@ def test_the_connection_is_made_to_the_address_that_was_checked(
         assert answers == ["127.0.0.1"]
         assert reason(get(f"{url}/a", allow_private=False)) == "url.private_address"
         assert outside.asked["/a"] == 1
-
-
-def test_retry_after_in_both_its_forms() -> None:
-    soon = format_datetime(datetime.now(UTC) + timedelta(seconds=30), usegmt=True)
-    assert retry_after("7") == 7 and retry_after(None) is None and retry_after("soon") is None
-    assert 25 < (retry_after(soon) or 0) <= 30
 
 
 def test_records_with_urls(server: ImageServer, tmp_path: Path) -> None:

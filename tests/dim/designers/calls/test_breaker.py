@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from datetime import UTC, datetime
-from email.utils import format_datetime, formatdate
 from itertools import pairwise
 
 import pytest
 
 from dim.designers.base import BreakerOptions
 from dim.designers.calls.breaker import CircuitBreaker, CoolDown, Down, backoff_s
-from dim.designers.calls.transport import retry_after_s
 from dim.errors import CallsStopped
 
 QUICK = BreakerOptions(failures=3, pause_s=0.05, down_s=0.6)
@@ -170,24 +167,3 @@ def test_backoff_grows_and_differs() -> None:
     assert all(4.0 <= backoff_s(5) <= 8.0 for _ in range(50))
     assert max(backoff_s(40) for _ in range(50)) <= 60.0
     assert len({backoff_s(3) for _ in range(10)}) > 1
-
-
-@pytest.mark.parametrize(
-    ("headers", "seconds"),
-    [
-        ({}, None),
-        ({"Retry-After": "7"}, 7.0),
-        ({"Retry-After": "1.5"}, 1.5),
-        ({"Retry-After": "-3"}, None),
-        ({"Retry-After": "nan"}, None),
-        ({"Retry-After": "soon"}, None),
-        ({"Retry-After-Ms": "250", "Retry-After": "1"}, 0.25),
-        ({"Retry-After": formatdate(1_000_030, usegmt=True)}, 30.0),
-        ({"Retry-After": formatdate(999_000, usegmt=True)}, 0.0),
-        ({"Retry-After": format_datetime(datetime.fromtimestamp(1_000_005, UTC))}, 5.0),
-    ],
-)
-def test_retry_after_is_read_in_all_its_forms(
-    headers: dict[str, str], seconds: float | None
-) -> None:
-    assert retry_after_s(headers, now=1_000_000.0) == seconds
