@@ -23,6 +23,7 @@ from dim.fields import (
     json_values,
     known_fields,
     letters,
+    stands_alone,
     texts_in,
     without_escapes,
 )
@@ -289,7 +290,7 @@ def _plan_within(values: Sequence[Any]) -> str | None:
 def _check_nothing_else(body: str, found: Mapping[str, Any]) -> None:
     """Thoughts about a plan are no plan: where reasoning belongs, the plan has to stand alone."""
     alone = (
-        body[0] in "{[" and body[-1] in "}]"
+        stands_alone(body)
         if found
         else headings.first_heading(body) == 0 or states_alignment(body.partition("\n")[0])
     )
@@ -375,7 +376,7 @@ def _is_label(number: int, key: str, value: Any) -> bool:
 def _from_value(text: str) -> str:
     """A section in text, which may be JSON itself."""
     whole = text.strip()
-    if not (whole.startswith(("{", "[")) and whole.endswith(("}", "]"))):
+    if not stands_alone(whole):
         return text
     try:
         value, end = decode(whole)

@@ -23,6 +23,7 @@ from dim.fields import (
     json_values,
     known_fields,
     letters,
+    stands_alone,
     text_under,
     without_escapes,
 )
@@ -108,9 +109,8 @@ _BY_LETTERS = {
     for field in _FIELDS
     for spelling in (letters(field), letters(field).replace("colour", "color"))
 }
-_WHOLE = re.compile(
-    r"\w{0,30}(?:caption|description|prompt|text|answer|response|output|result|content)s?"
-)
+_NAMED = re.compile(r"\w{0,30}(?:caption|description)s?")
+_WHOLE = re.compile(r"\w{0,30}(?:prompt|text|answer|response|output|result|content)s?")
 _TAG = re.compile(r"<(\w{0,20}(?:caption|description))>", re.IGNORECASE)
 _KNOWN = known_fields(
     "|".join(field.replace("_", r"[\s_-]*") for field in _FIELDS)
@@ -197,9 +197,11 @@ def _read(text: str) -> Caption:
     body = answer_text(text)
     values = json_values(body, _KNOWN)
     found = find_fields(values, _key_of, _KNOWN, lambda fields: len(fields) >= _FEWEST_LABELS)
+    if is_reasoning(text) and not (stands_alone(body) if found else _LABEL.match(body)):
+        raise BlueprintError("it is no list of aspects, or not that alone")
     if found:
         return _assemble({field: _sentences_of(value) for field, value in found.items()})
-    if values and body[0] in "{[":
+    if values and (body[0] in "{[" or _text_under(values, _NAMED)):
         return _prose(_whole(values))
     body = without_escapes(_tagged(body))
     labels = list(_LABEL.finditer(body))
@@ -207,8 +209,6 @@ def _read(text: str) -> Caption:
         ends = [label.start() for label in labels[1:]] + [len(body)]
         spans = zip(labels, ends, strict=True)
         return _assemble({_field(m["name"]): body[m.end() : end] for m, end in spans})
-    if is_reasoning(text):
-        raise BlueprintError("it is no list of aspects")
     return _prose(body)
 
 
@@ -225,10 +225,14 @@ def _key_of(key: str) -> str | None:
 
 def _whole(values: Sequence[Any]) -> str:
     """The one text of an answer in JSON that is not by dimension."""
-    found = [text for value in values if (text := text_under(value, _WHOLE))]
-    if not found:
+    text = _text_under(values, _NAMED) or _text_under(values, _WHOLE)
+    if text is None:
         raise BlueprintError("the answer is JSON without any of the fields that were asked for")
-    return without_escapes(found[-1])
+    return without_escapes(text)
+
+
+def _text_under(values: Sequence[Any], wanted: re.Pattern[str]) -> str | None:
+    return next((text for value in reversed(values) if (text := text_under(value, wanted))), None)
 
 
 def _sentences_of(value: Any) -> str:

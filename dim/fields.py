@@ -201,9 +201,14 @@ def find_mark(text: str) -> str | None:
     for what, pattern in _MARKS.items():
         if found := pattern.search(text):
             return f"{what} of JSON ({found[0].strip()[:40]!r})"
-    if text[:1] in ("[", "{") and text[-1:] in ("]", "}") and _is_json(text):
+    if stands_alone(text) and _is_json(text):
         return f"JSON ({text[:40]!r})"
     return None
+
+
+def stands_alone(text: str) -> bool:
+    """Whether an answer in JSON has no words in front of it or behind."""
+    return text[:1] in ("{", "[") and text[-1:] in ("}", "]")
 
 
 def _is_json(text: str) -> bool:

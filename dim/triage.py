@@ -21,6 +21,7 @@ from dim.fields import (
     json_values,
     known_fields,
     letters,
+    stands_alone,
     texts_in,
     without_escapes,
 )
@@ -121,7 +122,7 @@ def _read(text: str) -> Triage:
         inner = next((t for v in values for t in texts_in(v) if states_alignment(t)), None)
         if inner is not None:
             return _read(as_reasoning(inner) if is_reasoning(text) else inner)
-    if is_reasoning(text) and not (found or _BEGINNING.match(body)):
+    if is_reasoning(text) and not (stands_alone(body) if found else _BEGINNING.match(body)):
         raise BlueprintError("it is no verdict, or not that alone")
     if "alignment" in found:
         return _checked(*_from_fields(found))

@@ -120,6 +120,11 @@ def test_a_line_per_dimension_is_the_same_answer(form: str) -> None:
     assert read(lines) == read(answer()) == read(f"<think>x</think>```json\n{answer()}\n```")
 
 
+def test_a_list_of_aspects_may_stand_where_reasoning_belongs() -> None:
+    lines = "Main subject: A dog.\nCounts: One dog.\nColours: Brown."
+    assert read(as_reasoning(lines)) == read(lines)
+
+
 def test_prose_is_taken_as_it_is() -> None:
     assert parse("<think>hm</think>\nA dog.\n\nIt  sits.\n") == "A dog. It sits."
     assert parse(json.dumps({"caption": DOG})) == DOG
@@ -165,6 +170,7 @@ def test_what_a_field_lists_is_said_one_after_the_other() -> None:
     [
         lambda text: json.dumps(text),
         lambda text: json.dumps({"image": "a.png", "long_caption": text}),
+        lambda text: f"Here it is:\n\n{json.dumps({'text': 'x', 'caption': text}, indent=2)}",
         lambda text: json.dumps({"choices": [{"message": {"role": "x", "content": text}}]}),
         lambda text: json.dumps([{"type": "text", "text": text}]),
         lambda text: f"Sure: <caption>{text}</caption>",
@@ -196,6 +202,8 @@ def test_cues_are_named_as_the_dimensions_are() -> None:
         ('A dog. {"box": [1, 2], "label": "dog"} sits.', "holds a field of JSON"),
         ("A dog sits.\nIt is brown \\neq black.", "holds an escape of JSON"),
         (as_reasoning(f"Okay, let me describe it. {DOG}"), "reasoning alone: it is no list"),
+        (as_reasoning(f"Okay.\n{answer()}"), "reasoning alone: it is no list"),
+        (as_reasoning("Hm.\nCounts: a.\nColours: b.\nMood: c."), "reasoning alone: it is no list"),
         ('{"error": "overloaded"}', "without any of the fields"),
         (json.dumps({name: "not present" for name in SCHEMA["required"]}), "every aspect"),
     ],

@@ -108,6 +108,7 @@ def test_a_misaligned_instruction_is_not_refined(form: object, value: str) -> No
         (text(instruction='Add a hat.",\n'), "refined instruction holds the end of a text"),
         (as_reasoning("Hm.\n" + text()), "reasoning alone: it is no verdict"),
         (as_reasoning("I wonder."), "reasoning alone: it is no verdict"),
+        (as_reasoning(f"Hm. {as_json()}"), "reasoning alone: it is no verdict"),
         (as_json("perhaps"), "no line 'Alignment"),
         (as_json(instruction=""), "refined instruction is missing"),
     ],
