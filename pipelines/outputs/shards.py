@@ -132,11 +132,10 @@ class Shards:
     def read(self, rows_per_block: int = 64) -> ray.data.Dataset:
         """The kept records as a Ray data set; images stay encoded.
 
-        Ray reads small files together into one block; ``rows_per_block`` is what one worker gets
-        at a time, so that a few hundred records keep more than one worker busy.
+        ``rows_per_block`` is what one worker gets at a time, so that a few hundred records keep
+        more than one worker busy.
         """
-        paths = [self.store.path(name) for name in self.names]
-        records_read = ray.data.read_parquet(paths, filesystem=self.store.filesystem)
+        records_read = self.scan(_as_it_is, rows_per_block)
         return records_read.repartition(target_num_rows_per_block=rows_per_block)
 
     def scan(self, stage: Callable[[pa.Table], pa.Table], rows: int = 64) -> ray.data.Dataset:
@@ -218,6 +217,10 @@ class Shards:
                 f"{self.store.uri} holds {found or 'unknown'} records, and "
                 f"{' or '.join(map(str, wanted))} records are needed"
             )
+
+
+def _as_it_is(batch: pa.Table) -> pa.Table:
+    return batch
 
 
 @dataclass(frozen=True)
