@@ -18,6 +18,7 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -30,11 +31,12 @@ import pyarrow.dataset as ds
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from dim import records
+from dim import records, tables
 from dim.errors import StorageError
 from infra.s3 import ATTEMPTS, Connection, Files, PatientFile, squeezed
 
 _PART = 16 << 20
+_FOOTERS_AT_ONCE = 16
 
 _EXPIRED = (
     "the session token has expired; run it again with fresh credentials, or use a profile or a "
@@ -54,6 +56,20 @@ _MEANINGS = (
     ("NETWORK_CONNECTION", "the store cannot be reached"),
     ("CURLCODE", "the store cannot be reached"),
 )
+
+
+class TooLargeError(StorageError):
+    """A file has more bytes than were allowed.
+
+    Attributes:
+        address: of the file.
+        size: its bytes, as far as they are known.
+        most: what was allowed.
+    """
+
+    def __init__(self, address: str, size: int, most: int) -> None:
+        super().__init__(f"{address} is over {most:,} bytes")
+        self.address, self.size, self.most = address, size, most
 
 
 class Output(io.RawIOBase):
@@ -121,9 +137,15 @@ class Store:
         """What to call ``name`` in a message or a manifest."""
         return join(self.uri, name) if name else self.uri
 
-    def read(self, name: str = "") -> bytes:
-        """The bytes of a file."""
+    def read(self, name: str = "", most: int | None = None) -> bytes:
+        """The bytes of a file, which has no more than ``most``.
+
+        Raises:
+            TooLargeError: it has more; no more than that was read.
+        """
         with _errors("read", self.address(name)):
+            if most is not None:
+                return self._read_some(name, most)
             if self.is_local:
                 return Path(self.path(name)).read_bytes()
             with self._open(name) as file:
@@ -146,13 +168,37 @@ class Store:
         """A Parquet file; what goes wrong while it is read inside the block says which file.
 
         ``options`` are those of pyarrow's ``ParquetFile``.
+
+        Raises:
+            InputError: a column is more than data, see :mod:`dim.tables`.
         """
+        where = self.address(name)
         with (
-            _errors("read", self.address(name)),
+            _errors("read", where),
             self._open(name) as file,
-            pq.ParquetFile(file, **options) as parquet,
+            tables.open_parquet(file, where, **options) as parquet,
         ):
             yield parquet
+
+    @contextmanager
+    def open_arrow(self, name: str) -> Iterator[tuple[pa.Schema, Iterator[pa.RecordBatch]]]:
+        """The schema and batches of an Arrow stream or file, with errors as of a Parquet file."""
+        where = self.address(name)
+        with _errors("read", where), pa.BufferReader(self.map(name)) as file:
+            yield tables.open_arrow(file, where)
+
+    def open_dataset(self, names: Sequence[str]) -> ds.Dataset:
+        """Parquet files as one data set, with the columns of the first.
+
+        Raises:
+            InputError: a column of one of them is more than data, see :mod:`dim.tables`.
+        """
+        with _errors("read", self.uri):
+            paths = [self.path(name) for name in names]
+            dataset = ds.dataset(paths, format="parquet", filesystem=self.filesystem)
+            with ThreadPoolExecutor(_FOOTERS_AT_ONCE) as pool:
+                list(pool.map(_check_fragment, dataset.get_fragments()))
+        return dataset
 
     def write(self, name: str, data: bytes | pa.Buffer) -> None:
         """Write a whole file; it replaces one that is there, at once and completely."""
@@ -247,6 +293,18 @@ class Store:
                 self.filesystem.delete_file(self.path(name))
             elif kind == pafs.FileType.Directory:
                 self.filesystem.delete_dir(self.path(name))
+
+    def _read_some(self, name: str, most: int) -> bytes:
+        if self.is_local and Path(self.path(name)).exists() and not self.is_file(name):
+            raise StorageError(f"{self.address(name)} is not a file")  # a pipe would never end
+        with self._open(name) as file:
+            size = file.size()
+            if size > most:
+                raise TooLargeError(self.address(name), size, most)
+            data = file.read(most + 1)  # a file can grow, or be a device that says 0
+        if len(data) > most:
+            raise TooLargeError(self.address(name), len(data), most)
+        return data
 
     def _open(self, name: str) -> pa.NativeFile:
         file = self.filesystem.open_input_file(self.path(name))
@@ -413,7 +471,8 @@ def open_dataset(uris: str | Sequence[str]) -> ds.Dataset:
     """The kept records (``data/*.parquet``) of one or more job outputs, files in order of name.
 
     Raises:
-        InputError: its records are of a schema newer than this program knows.
+        InputError: its records are of a schema newer than this program knows, or have a column
+            that is more than data.
         StorageError: an output does not exist or holds no finished shards.
     """
     parts = [_open_shards(uri) for uri in ([uris] if isinstance(uris, str) else uris)]
@@ -427,13 +486,16 @@ def _open_shards(uri: str) -> ds.Dataset:
     if not store.exists("manifest.json"):
         there = "is not finished (it has no manifest.json)" if store.exists() else "does not exist"
         raise StorageError(f"the dataset {uri} {there}")
-    paths = [store.path(name) for name, _ in store.list("data", suffix=".parquet")]
-    if not paths:
+    names = [name for name, _ in store.list("data", suffix=".parquet")]
+    if not names:
         raise StorageError(f"the dataset {uri} has no data/*.parquet")
-    with _errors("read", uri):
-        dataset = ds.dataset(paths, format="parquet", filesystem=store.filesystem)
+    dataset = store.open_dataset(names)
     records.check_version(dataset.schema, uri)
     return dataset
+
+
+def _check_fragment(fragment: ds.ParquetFileFragment) -> None:
+    tables.check_parquet(fragment.physical_schema, fragment.metadata.metadata, fragment.path)
 
 
 def _open_s3(uri: str) -> Store:

@@ -7,7 +7,6 @@ from typing import Annotated, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import typer
 from pydantic import Field, field_validator
 from ray.data import ActorPoolStrategy
@@ -177,8 +176,8 @@ def main(
 
 def _check_tabletop(shards: Shards) -> None:
     for name in shards.names[:1]:
-        with shards.store.open_input(name) as file:
-            first = next(pq.ParquetFile(file).iter_batches(1, columns=["provenance"]), None)
+        with shards.store.open_parquet(name) as file:
+            first = next(file.iter_batches(1, columns=["provenance"]), None)
         if first is None or "tabletop" not in str(first["provenance"][0]):
             raise InputError(
                 f"{join(shards.store.uri, name)} holds no tabletop edits; only those can be checked"

@@ -16,6 +16,7 @@ from pipelines.job import Job, JobConfig
 from pipelines.outputs.manifest import Manifest
 from pipelines.outputs.summary import summary
 from pipelines.readers import containers, sources
+from pipelines.readers.bounds import MAX_BYTES
 from pipelines.readers.fetch import FetchConfig
 from pipelines.readers.join import MediaConfig
 from pipelines.readers.layout import load_layout
@@ -40,6 +41,9 @@ class IngestConfig(TabletopConfig, JobConfig):
     """Where the images lie that the records name by a key."""
     fetch: FetchConfig | None = None
     """How images behind URLs are fetched; without it they are not."""
+    max_bytes: int | None = Field(None, ge=1)
+    """Size of an encoded image at most, whatever holds it; 50,000,000 unless given. A larger one is
+    not read. Behind a URL it may have no more than ``fetch.max_bytes`` either."""
     tabletop: int | None = Field(None, ge=1)
     """This many tabletop edit pairs."""
     tabletop_images: int | None = Field(None, ge=1)
@@ -85,21 +89,34 @@ def read(source: Source, *, workers: int | None = None) -> ray.data.Dataset:
 
 def open_source(config: IngestConfig) -> Source:
     """The source that a configuration names, cut into ranges."""
-    rows = config.rows_per_range
+    rows, max_bytes = config.rows_per_range, config.max_bytes or MAX_BYTES
     uri = config.pairs if config.pairs is not None else config.images
     if uri is not None:
         if config.images is not None and not (config.layout or config.media) and _is_folder(uri):
-            return sources.images_from_folder(uri, config.source, rows)
+            return sources.images_from_folder(uri, config.source, rows, max_bytes)
         pairs = config.pairs is not None
         layout = load_layout(config.layout or ("pairs" if pairs else "images"), pairs=pairs)
         return sources.from_records(
-            uri, layout, config.source, rows, media=config.media, fetch=config.fetch
+            uri,
+            layout,
+            config.source,
+            rows,
+            media=config.media,
+            fetch=_fetch(config),
+            max_bytes=max_bytes,
         )
     world = config.model_dump(include={"seed", "size", "objects", "outlines"})
     if config.tabletop_images is not None:
         return sources.tabletop_images(config.tabletop_images, rows, TabletopImages(**world))
     reader = TabletopPairs(**world, kinds=config.kinds, referential=config.referential)
     return sources.tabletop_pairs(config.tabletop or 0, rows, reader)
+
+
+def _fetch(config: IngestConfig) -> FetchConfig | None:
+    fetch, most = config.fetch, config.max_bytes
+    if fetch is None or most is None:
+        return fetch
+    return fetch.model_copy(update={"max_bytes": min(fetch.max_bytes, most)})
 
 
 def _is_folder(uri: str) -> bool:

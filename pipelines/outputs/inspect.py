@@ -19,7 +19,6 @@ from typing import Annotated, Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.dataset as ds
 import typer
 from numpy.typing import NDArray
 from rich.console import Console
@@ -215,9 +214,7 @@ def _batches(
 ) -> Iterator[pa.RecordBatch]:
     if not paths:
         return
-    dataset = ds.dataset(
-        [store.path(path) for path in paths], format="parquet", filesystem=store.filesystem
-    )
+    dataset = store.open_dataset(paths)
     columns = [name for name in dataset.schema.names if name not in set(without)]
     yield from dataset.to_batches(
         columns=columns, filter=chosen, batch_size=rows, fragment_readahead=1, batch_readahead=1

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import posixpath
 from collections.abc import Iterable
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import ValidationError, field_validator
 
 from dim.config import StrictModel
 from dim.errors import InputError, StorageError
@@ -26,6 +27,14 @@ class FileEntry(StrictModel):
     rows: int
     bytes: int
     sha256: str
+
+    @field_validator("path")
+    @classmethod
+    def _within(cls, path: str) -> str:
+        """A manifest of others must not name what lies elsewhere."""
+        if not path or path != posixpath.normpath(path) or path.startswith(("/", ".")):
+            raise ValueError(f"{path!r} is not the name of a file below the manifest")
+        return path
 
 
 class Counts(StrictModel):

@@ -43,8 +43,8 @@ class Staged(Piece):
 
     def read(self, store: Store, schema: pa.Schema) -> pa.Table:
         """On a local disk, a record is not in memory until it is looked at."""
-        with pa.ipc.open_stream(store.map(self.name)) as reader:
-            return reader.read_all()
+        with store.open_arrow(self.name) as (found, batches):
+            return pa.Table.from_batches(batches, found)
 
 
 class OutcomeSink(Datasink[list[Staged]]):

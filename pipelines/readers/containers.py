@@ -14,13 +14,12 @@ from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from dim.errors import InputError, StorageError
 from dim.records import short_hash
 from infra import storage
 from infra.storage import Store
-from pipelines.readers import entries
+from pipelines.readers import bounds, entries
 from pipelines.readers.layout import Layout
 
 SUFFIXES = (".parquet", ".arrow", ".tar")
@@ -74,14 +73,28 @@ def _saved(
     for name, _ in listed:
         path = PurePosixPath(name)
         if path.name == _STATE:
-            state = entries.parse_line(store.read(name))
             folders.add(str(path.parent))
-            named |= {str(path.parent / item["filename"]) for item in state.get("_data_files", [])}
+            named |= {str(path.parent / file) for file in _named_in(store, name)}
     return [
         item
         for item in files
         if str(PurePosixPath(item[0]).parent) not in folders or item[0] in named
     ]
+
+
+def _named_in(store: Store, name: str) -> list[str]:
+    """The files that a ``state.json`` names.
+
+    Raises:
+        InputError: it is none.
+        StorageError: it cannot be read.
+    """
+    try:
+        state = entries.parse_line(store.read(name, bounds.MAX_BYTES))
+        return [str(item["filename"]) for item in state.get("_data_files", [])]
+    except (InputError, TypeError, KeyError, AttributeError) as error:
+        said = " ".join(str(error).split())[:200]
+        raise InputError(f"{store.address(name)} names no files of a data set ({said})") from None
 
 
 def scan(store: Store, name: str, size: int, layout: Layout) -> Iterator[Found]:
@@ -95,7 +108,7 @@ def scan(store: Store, name: str, size: int, layout: Layout) -> Iterator[Found]:
         if name.endswith(".tar"):
             yield from _scan_tar(store, name, size)
         else:
-            yield from _scan_table(store, name, layout)
+            yield from _scan_table(store, name, size, layout)
     except (InputError, StorageError):
         raise
     except (pa.ArrowException, OSError, tarfile.TarError) as error:
@@ -103,24 +116,12 @@ def scan(store: Store, name: str, size: int, layout: Layout) -> Iterator[Found]:
         yield Found(0, None, f"{store.address(name)} is damaged: {text}")
 
 
-def _scan_table(store: Store, name: str, layout: Layout) -> Iterator[Found]:
-    with store.open_input(name) as file:
-        if name.endswith(".parquet"):
-            table = pq.ParquetFile(file)
-            check_columns(store.address(name), table.schema_arrow, layout)
-            if not set(layout.id) <= set(table.schema_arrow.names) or not layout.id:
-                yield from map(Found, range(table.metadata.num_rows))
-                return
-            found = table.iter_batches(columns=list(layout.id))
-        else:
-            found = entries.open_arrow(file)
+def _scan_table(store: Store, name: str, size: int, layout: Layout) -> Iterator[Found]:
+    with bounds.open_keys(store, name, size, layout.id) as (schema, found):
+        check_columns(store.address(name), schema, layout)
         row = 0
         for batch in found:
-            if not name.endswith(".parquet"):
-                check_columns(store.address(name), batch.schema, layout)
-            ids = [column for column in layout.id if column in batch.schema.names]
-            chosen = batch.select(ids).to_pylist() if ids else [{}] * batch.num_rows
-            for values in chosen:
+            for values in batch.to_pylist():
                 yield Found(row, entries.identity(values, layout))
                 row += 1
 
@@ -141,7 +142,7 @@ def check_columns(where: str, schema: pa.Schema, layout: Layout) -> None:
 
 def _scan_tar(store: Store, name: str, size: int) -> Iterator[Found]:
     with store.open_input(name) as file:
-        reader = io.BufferedReader(file, entries.READ_AHEAD)
+        reader = bounds.TarReader(file, bounds.MAX_BYTES)
         with tarfile.open(fileobj=reader, mode="r:") as tar:
             last, end = None, 0
             for member in entries.members(tar):

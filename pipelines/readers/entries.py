@@ -6,27 +6,29 @@ cannot be read is an entry with an error, so that a damaged file loses no record
 
 from __future__ import annotations
 
-import io
 import json
 import tarfile
 from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Any, Protocol
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from dim import records
 from dim.errors import InputError
 from infra.storage import Store
+from pipelines.outcome import Rejection
+from pipelines.readers.bounds import (
+    MAX_BYTES,
+    TarReader,
+    batches,
+    cells,
+    read_member,
+)
 from pipelines.readers.layout import Layout
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
-READ_AHEAD = 1 << 20
 
-_ROWS_AT_ONCE = 16  # of a Parquet file: encoded images are large
+_TEXTS = ("txt", "text", "caption")
 
 
 @dataclass
@@ -124,11 +126,13 @@ class Files:
         store: the folder that the files' names are relative to.
         source: what the records call where they come from.
         columns: the columns to read.
+        max_bytes: size of a cell or of a member of a tar at most; a larger one is not read.
     """
 
     store: Store
     source: str
     columns: frozenset[str]
+    max_bytes: int = MAX_BYTES
 
     def of(self, unit: dict[str, Any]) -> Iterator[Entry]:
         """The entries of each part of the range; a damaged rest of a file fails one by one."""
@@ -146,7 +150,7 @@ class Files:
         where = {"file": self.store.address(name)}
         done, error = 0, part["damage"]
         try:
-            rows = iter(()) if error else read_rows(self.store, name, part, self.columns)
+            rows = iter(()) if error else self._rows(name, part)
             for values in rows:
                 yield _entry(first + done, name, where, part["offset"] + done, values)
                 done += 1
@@ -156,6 +160,62 @@ class Files:
         for missing in range(done, count):
             label = f"record {part['offset'] + missing} of {name}" if not part["damage"] else name
             yield Entry(first + missing, label, where, error=error)
+
+    def _rows(self, name: str, part: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """The records of a part as dictionaries."""
+        skip, left = part["offset"], part["count"]
+        if name.endswith(".tar"):
+            yield from self._samples(name, skip, left)
+            return
+        stop = skip + left
+        for batch, first in batches(self.store, name, self.columns, skip, stop, self.max_bytes):
+            for row in range(max(0, skip - first), min(batch.num_rows, stop - first)):
+                yield cells(batch, row, self.max_bytes)
+
+    def _samples(self, name: str, offset: int, count: int) -> Iterator[dict[str, Any]]:
+        with self.store.open_input(name) as file:
+            file.seek(offset)
+            with tarfile.open(fileobj=TarReader(file, self.max_bytes), mode="r:") as tar:
+                sample: dict[str, Any] = {}
+                for member in members(tar):
+                    key, extension = split_key(member.name)
+                    if sample and sample["__key__"] != key:
+                        yield sample
+                        count -= 1
+                        sample = {}
+                        if not count:
+                            return
+                    sample.setdefault("__key__", key)
+                    self._add(sample, tar, member, extension)
+                if sample:
+                    yield sample
+
+    def _add(
+        self,
+        sample: dict[str, Any],
+        tar: tarfile.TarFile,
+        member: tarfile.TarInfo,
+        extension: str,
+    ) -> None:
+        """One file of a sample as columns: JSON as its own, an image by its name without suffix."""
+        image = extension.rpartition(".")[0] or "image" if is_image(f".{extension}") else None
+        column = image or ("txt" if extension in _TEXTS else None)
+        if extension != "json" and column not in self.columns:
+            return
+        try:
+            data = read_member(tar, member, self.max_bytes)
+            if extension == "json":
+                told = parse_line(data)
+                sample.update({k: told[k] for k in self.columns & told.keys() - sample.keys()})
+            else:
+                sample[column] = data if image else data.decode("utf-8", "replace").strip()
+        except (tarfile.TarError, InputError, OSError) as error:
+            sample["__damage__"] = f"{member.name} is damaged: {error}"
+        except Rejection as rejection:
+            if image:
+                sample[image] = rejection
+            else:
+                sample["__damage__"] = rejection.detail
 
 
 def _entry(index: int, name: str, where: dict[str, Any], row: int, values: dict[str, Any]) -> Entry:
@@ -168,97 +228,14 @@ def _entry(index: int, name: str, where: dict[str, Any], row: int, values: dict[
     return Entry(index, f"sample {key} of {name}", place, values, damage, f"{stem}/{key}")
 
 
-def read_rows(
-    store: Store, name: str, part: dict[str, Any], columns: frozenset[str]
-) -> Iterator[dict[str, Any]]:
-    """``part["count"]`` records of a file from ``part["offset"]`` on, as dictionaries."""
-    if name.endswith(".tar"):
-        yield from _tar_samples(store, name, part["offset"], part["count"])
-        return
-    skip, left = part["offset"], part["count"]
-    for batch, first in batches(store, name, columns, skip, skip + left):
-        begin = max(0, skip - first)
-        chosen = batch.slice(begin, left)
-        left -= chosen.num_rows
-        skip += chosen.num_rows
-        yield from chosen.to_pylist()
-        if not left:
-            return
-
-
-def batches(
-    store: Store, name: str, columns: frozenset[str] | None, start: int, stop: int
-) -> Iterator[tuple[pa.RecordBatch, int]]:
-    """The batches of a Parquet or Arrow file that touch rows ``start`` to ``stop``, with each
-    batch's first row."""
-    with ExitStack() as stack:
-        file = stack.enter_context(store.open_input(name))
-        if name.endswith(".parquet"):
-            yield from _parquet_batches(pq.ParquetFile(file), columns, start, stop)
-            return
-        if store.is_local:
-            file = stack.enter_context(pa.memory_map(store.path(name)))
-        first = 0
-        for batch in open_arrow(file):
-            if first >= stop:
-                return
-            if first + batch.num_rows > start:
-                known = [c for c in batch.schema.names if columns is None or c in columns]
-                yield batch.select(known), first
-            first += batch.num_rows
-
-
-def _parquet_batches(
-    file: pq.ParquetFile, columns: frozenset[str] | None, start: int, stop: int
-) -> Iterator[tuple[pa.RecordBatch, int]]:
-    known = [name for name in file.schema_arrow.names if columns is None or name in columns]
-    first = 0
-    for group in range(file.num_row_groups):
-        rows = file.metadata.row_group(group).num_rows
-        if first + rows > start and first < stop:
-            place = first
-            for batch in file.iter_batches(_ROWS_AT_ONCE, row_groups=[group], columns=known):
-                if place + batch.num_rows > start and place < stop:
-                    yield batch, place
-                place += batch.num_rows
-        first += rows
-
-
-def open_arrow(file: pa.NativeFile) -> Iterator[pa.RecordBatch]:
-    """The record batches of an Arrow file, stream (as ``save_to_disk`` writes it) or file."""
-    start = file.read(6)
-    file.seek(0)
-    if start == b"ARROW1":
-        reader = pa.ipc.open_file(file)
-        return (reader.get_batch(number) for number in range(reader.num_record_batches))
-    return iter(pa.ipc.open_stream(file))
-
-
-def _tar_samples(store: Store, name: str, offset: int, count: int) -> Iterator[dict[str, Any]]:
-    with store.open_input(name) as file:
-        file.seek(offset)
-        with tarfile.open(fileobj=io.BufferedReader(file, READ_AHEAD), mode="r:") as tar:
-            sample: dict[str, Any] = {}
-            for member in members(tar):
-                key, extension = split_key(member.name)
-                if sample and sample["__key__"] != key:
-                    yield sample
-                    count -= 1
-                    sample = {}
-                    if not count:
-                        return
-                sample.setdefault("__key__", key)
-                _add(sample, tar, member, extension)
-            if sample:
-                yield sample
-
-
 def members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
     """The files in a tar that are part of samples; ends early where the tar is damaged."""
     while True:
+        start = tar.offset
         try:
             member = tar.next()
-        except tarfile.TarError:
+        except (tarfile.TarError, ValueError):  # also where a header's numbers are none
+            tar.offset = start
             return
         if member is None:
             return
@@ -272,26 +249,6 @@ def split_key(name: str) -> tuple[str, str]:
     folder, slash, base = name.rpartition("/")
     stem, _, extension = base.partition(".")
     return records.clean_text(f"{folder}{slash}{stem}"), extension
-
-
-def _add(
-    sample: dict[str, Any], tar: tarfile.TarFile, member: tarfile.TarInfo, extension: str
-) -> None:
-    """One file of a sample as columns: JSON as its own, an image by its name without suffix."""
-    opened = tar.extractfile(member)
-    try:
-        data = opened.read() if opened else b""
-        if len(data) != member.size:
-            raise tarfile.ReadError("unexpected end of data")
-        if extension == "json":
-            sample.update({k: v for k, v in parse_line(data).items() if k not in sample})
-        elif is_image(f".{extension}"):
-            inner = extension.rpartition(".")[0]
-            sample[inner or "image"] = data
-        elif extension in ("txt", "text", "caption"):
-            sample["txt"] = data.decode("utf-8", "replace").strip()
-    except (tarfile.TarError, InputError, OSError) as error:
-        sample["__damage__"] = f"{member.name} is damaged: {error}"
 
 
 def is_image(name: str) -> bool:

@@ -1,30 +1,35 @@
 """Fetch: images by their URLs, politely and from public addresses only.
 
 Every host name is resolved by us and the connection is made to the very addresses that were
-checked, at every redirect anew, so that no name can point a worker at a private network.
+checked, at every redirect anew, so that no name can point a worker at a private network. An address
+is looked at once more when its socket is made, so that no way to write one can either.
 """
 
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import socket
 import time
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from urllib.parse import urljoin, urlsplit
+from functools import partial
+from ipaddress import ip_address
+from typing import Annotated
+from urllib.parse import urljoin
 
 import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
 from aiohttp.resolver import ThreadedResolver
 from pydantic import Field, model_validator
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_attempt
+from yarl import URL
 
 from dim.config import StrictModel
 from dim.errors import InputError
 from dim.retry_after import retry_after_s
 from pipelines.outcome import Rejection
+from pipelines.readers.public import is_public
 
 _OPT_OUTS = frozenset({"noai", "noimageai", "noindex", "noimageindex", "none"})
 _BUSY = frozenset({408, 425, 429, 500, 502, 503, 504})
@@ -56,7 +61,10 @@ class FetchConfig(StrictModel):
     respect_opt_out: bool = True
     """Reject images whose host says noai, noimageai, noindex, noimageindex or none."""
     allow_private: bool = False
-    """Also fetch from private, loopback and link-local addresses: for a network of one's own."""
+    """Also fetch from private, loopback and link-local addresses, at any port: for a network of
+    one's own."""
+    ports: tuple[Annotated[int, Field(ge=1, le=65535)], ...] | None = None
+    """Ports that may be asked besides 80 and 443."""
 
     @model_validator(mode="after")
     def _check(self) -> FetchConfig:
@@ -84,7 +92,10 @@ class Fetcher:
     async def _all(self, urls: list[str]) -> Fetched:
         config = self.config
         connector = aiohttp.TCPConnector(
-            limit=0, resolver=_PublicOnly(config.allow_private), use_dns_cache=False
+            limit=0,
+            resolver=_PublicOnly(config.allow_private),
+            use_dns_cache=False,
+            socket_factory=partial(_socket, config),
         )
         timeout = aiohttp.ClientTimeout(total=config.timeout_s)
         headers = {"User-Agent": config.user_agent, "Accept": "image/*"}
@@ -151,9 +162,9 @@ class _Job:
             except aiohttp.InvalidURL:
                 raise InputError(f"{url} is not a URL") from None
             except (aiohttp.ClientError, OSError) as error:
-                refused = _not_public(error)
+                refused = _refused(error)
                 if refused:
-                    raise Rejection("url.private_address", f"{url}: {refused}") from None
+                    raise Rejection(refused.reason, f"{url}: {refused}") from None
                 raise _Busy(f"{type(error).__name__}: {error}") from None
             if isinstance(answer, bytes):
                 return answer
@@ -211,47 +222,41 @@ def is_url(value: object) -> bool:
 def check_url(url: str, allow_private: bool) -> str:
     """The host of a URL, which must be of the web and, if it is a number, public.
 
+    The URL is read as the client reads it, to which some other letters are digits too.
+
     Raises:
         InputError: it is no http(s) URL.
         Rejection: ``url.private_address``.
     """
     try:
-        parts = urlsplit(url)
-        host, _ = parts.hostname, parts.port
-    except ValueError:
+        parts = URL(url)
+        host, _ = parts.host, parts.port
+    except (ValueError, TypeError):
         raise InputError(f"{url} is not a URL") from None
-    if parts.scheme.lower() not in ("http", "https") or not host:
+    if parts.scheme not in ("http", "https") or not host:
         raise InputError(f"{url} is not an http or https URL")
     try:
-        address = ipaddress.ip_address(host)
+        ip_address(host.partition("%")[0])
     except ValueError:
         return host  # a name: its addresses are checked when it is resolved
-    if not allow_private and not is_public(str(address)):
-        raise Rejection("url.private_address", f"{url}: {address} is not a public address")
+    if not allow_private and not is_public(host):
+        raise Rejection("url.private_address", f"{url}: {host} is not a public address")
     return host
 
 
-def is_public(address: str) -> bool:
-    """Whether an IP address is one of the public internet, also when it is wrapped in an IPv6."""
-    found = ipaddress.ip_address(address.partition("%")[0])
-    if isinstance(found, ipaddress.IPv6Address):
-        inner = found.ipv4_mapped or found.sixtofour or (found.teredo or (None, None))[1]
-        if inner is None and found in ipaddress.ip_network("64:ff9b::/96"):
-            inner = ipaddress.IPv4Address(int(found) & 0xFFFFFFFF)
-        if inner is not None:
-            return is_public(str(inner))
-    return found.is_global and not found.is_multicast
+class _Refused(OSError):
+    """A connection that is not made, and the reason code."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
-class _NotPublic(OSError):
-    """A name that resolves to an address that is not public."""
-
-
-def _not_public(error: BaseException) -> _NotPublic | None:
-    """The refusal of our resolver, however the client wrapped it."""
+def _refused(error: BaseException) -> _Refused | None:
+    """The refusal of ours, however the client wrapped it."""
     found: BaseException | None = error
     while found is not None:
-        if isinstance(found, _NotPublic):
+        if isinstance(found, _Refused):
             return found
         found = getattr(found, "os_error", None) or found.__cause__
     return None
@@ -270,11 +275,26 @@ class _PublicOnly(AbstractResolver):
         found = await self._inner.resolve(host, port, family)
         for item in found:
             if not self._allow_private and not is_public(item["host"]):
-                raise _NotPublic(f"{host} is at {item['host']}, which is not a public address")
+                raise _Refused(
+                    "url.private_address",
+                    f"{host} is at {item['host']}, which is not a public address",
+                )
         return found
 
     async def close(self) -> None:
         await self._inner.close()
+
+
+def _socket(config: FetchConfig, info: aiohttp.AddrInfoType) -> socket.socket:
+    """A socket for one address: the last look at where it goes, whatever led there."""
+    family, kind, protocol, _, place = info
+    address, port = str(place[0]), int(place[1])
+    if not config.allow_private:
+        if not is_public(address):
+            raise _Refused("url.private_address", f"{address} is not a public address")
+        if port not in (80, 443, *(config.ports or ())):
+            raise _Refused("url.port", f"port {port} is not 80 or 443 and not one of fetch.ports")
+    return socket.socket(family, kind, protocol)
 
 
 def check_opt_out(url: str, tags: Iterable[str], user_agent: str) -> None:

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import io
 import json
 import tarfile
 from collections.abc import Iterator
 from pathlib import PurePosixPath
 from typing import Any
 
-import pyarrow.parquet as pq
-
 from dim.config import StrictModel
 from dim.errors import InputError
 from dim.records import short_hash
 from infra.storage import Store
-from pipelines.readers import containers, entries
+from pipelines.readers import bounds, containers, entries
 from pipelines.readers.entries import Entries
 from pipelines.readers.layout import Layout
 from pipelines.readers.media import Media
@@ -38,19 +35,19 @@ class MediaConfig(StrictModel):
 class MediaIndex:
     """Every key of the media and its place. 8 bytes of a hash stand for a key."""
 
-    def __init__(self, config: MediaConfig) -> None:
+    def __init__(self, config: MediaConfig, max_bytes: int = bounds.MAX_BYTES) -> None:
         store, files = containers.find_files(config.uri)
         if not files:
             files = [item for item in store.list() if entries.is_image(item[0])]
         if not files:
             raise InputError(f"there are no images, tables or tars in {config.uri}")
-        self.media = Media(config.uri, store, config.image)
+        self.media = Media(config.uri, store, config.image, max_bytes)
         self.identity = {"media": config.uri, "files": files}
         self._files = [name for name, _ in files]
         self._places: dict[bytes, tuple[int, int]] = {}
         self._used: set[tuple[int, int]] = set()
-        for number, name in enumerate(self._files):
-            for keys, offset in _keys(store, name, config):
+        for number, (name, size) in enumerate(files):
+            for keys, offset in _keys(store, name, size, config):
                 for key in keys:
                     self._places.setdefault(short_hash(key), (number, offset))
         self.images = len(set(self._places.values()))
@@ -76,33 +73,32 @@ class MediaIndex:
         return self.images - len(self._used)
 
 
-def _keys(store: Store, name: str, config: MediaConfig) -> Iterator[tuple[list[str], int]]:
+def _keys(
+    store: Store, name: str, size: int, config: MediaConfig
+) -> Iterator[tuple[list[str], int]]:
     """What each image of a file goes by, and its place."""
     if name.endswith(".tar"):
         return _tar_keys(store, name, config.key)
     if name.endswith((".parquet", ".arrow")):
-        return _table_keys(store, name, config)
+        return _table_keys(store, name, size, config)
     return iter([([name, str(PurePosixPath(name).with_suffix(""))], 0)])
 
 
-def _table_keys(store: Store, name: str, config: MediaConfig) -> Iterator[tuple[list[str], int]]:
+def _table_keys(
+    store: Store, name: str, size: int, config: MediaConfig
+) -> Iterator[tuple[list[str], int]]:
     where = store.address(name)
     if config.key is None:
         raise InputError(f"{where} is a table: say with media.key which column names its images")
-    columns = frozenset({config.key})
     try:
-        if name.endswith(".parquet"):
-            with store.open_input(name) as file:
-                schema = pq.read_schema(file)
+        with bounds.open_keys(store, name, size, [config.key]) as (schema, found):
             needed = Layout(image=config.image, target=(config.key,))
             containers.check_columns(where, schema, needed)
-        row = 0
-        for batch, _ in entries.batches(store, name, columns, 0, 1 << 62):
-            if config.key not in batch.schema.names:
-                raise InputError(f"{where} has no column {config.key!r}")
-            for value in batch.column(0).to_pylist():
-                yield ([str(value)] if value is not None else []), row
-                row += 1
+            row = 0
+            for batch in found:
+                for value in batch.column(0).to_pylist():
+                    yield ([str(value)] if value is not None else []), row
+                    row += 1
     except InputError:
         raise
     except Exception as error:  # a damaged file can raise anything
@@ -112,7 +108,7 @@ def _table_keys(store: Store, name: str, config: MediaConfig) -> Iterator[tuple[
 
 def _tar_keys(store: Store, name: str, key: str | None) -> Iterator[tuple[list[str], int]]:
     with store.open_input(name) as file:
-        reader = io.BufferedReader(file, entries.READ_AHEAD)
+        reader = bounds.TarReader(file, bounds.MAX_BYTES)
         try:
             with tarfile.open(fileobj=reader, mode="r:") as tar:
                 yield from _member_keys(tar, key)
@@ -134,8 +130,8 @@ def _member_keys(tar: tarfile.TarFile, key: str | None) -> Iterator[tuple[list[s
                 yield [member.name, member.name.removeprefix("./"), stem], member.offset
             offset = member.offset
         elif key is not None and extension == "json":
-            stream = tar.extractfile(member)
-            value = entries.parse_line(stream.read() if stream else b"").get(key)
+            text = bounds.read_member(tar, member, bounds.MAX_BYTES)
+            value = entries.parse_line(text).get(key)
             declared = None if value is None else str(value)
     if declared is not None and offset is not None:
         yield [declared], offset

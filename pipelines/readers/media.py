@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from dim.errors import InputError
-from infra.storage import Store
-from pipelines.readers import entries
+from infra.storage import Store, TooLargeError
+from pipelines.outcome import Rejection
+from pipelines.readers import bounds
 
 Places = Mapping[str, tuple[str, int]]
 """Key → (file, row of a table or byte of a tar)."""
@@ -28,11 +29,13 @@ class Media:
         uri: what to call them.
         store: the folder that the places' files are relative to.
         image: the columns of a table that may hold the image.
+        max_bytes: size of an image at most; a larger one is not read.
     """
 
     uri: str
     store: Store
     image: tuple[str, ...]
+    max_bytes: int = bounds.MAX_BYTES
 
     def read(self, places: Places) -> Found:
         """What lies at each place; a place that cannot be read has its error."""
@@ -54,18 +57,29 @@ class Media:
             return {key: self._member(file, offset) for offset, key in wanted}
         if file.endswith((".parquet", ".arrow")):
             return self._rows(file, wanted)
-        return {key: self.store.read(file) for _, key in wanted}
+        return {key: self._file(file) for _, key in wanted}
 
-    def _member(self, file: str, offset: int) -> bytes:
+    def _file(self, file: str) -> bytes | Rejection:
+        try:
+            return self.store.read(file, self.max_bytes)
+        except TooLargeError as error:
+            return bounds.too_many_bytes(error.address, error.size, error.most)
+
+    def _member(self, file: str, offset: int) -> bytes | Exception:
         with self.store.open_input(file) as opened:
             opened.seek(offset)
-            with tarfile.open(fileobj=io.BufferedReader(opened), mode="r:") as tar:
-                member = tar.next()
-                stream = tar.extractfile(member) if member else None
-                data = stream.read() if stream else b""
-        if member is None or len(data) != member.size:
-            raise InputError(f"it ends within the file at byte {offset}")
-        return data
+            reader = bounds.TarReader(opened, self.max_bytes, io.DEFAULT_BUFFER_SIZE)
+            try:
+                with tarfile.open(fileobj=reader, mode="r:") as tar:
+                    member = tar.next()
+                    if member is None:
+                        raise tarfile.ReadError("it ends there")
+                    return bounds.read_member(tar, member, self.max_bytes)
+            except Rejection as rejection:
+                return rejection
+            except (InputError, tarfile.TarError, ValueError) as error:
+                where = f"byte {offset} of {self.store.address(file)}"
+                return InputError(f"the image at {where} cannot be read: {error}")
 
     def _rows(self, file: str, wanted: list[tuple[int, str]]) -> Found:
         found: Found = {}
@@ -73,10 +87,10 @@ class Media:
         for row, key in wanted:
             keys[row].append(key)
         start, stop = wanted[0][0], wanted[-1][0] + 1
-        batches = entries.batches(self.store, file, frozenset(self.image), start, stop)
-        for batch, first in batches:
+        columns = frozenset(self.image)
+        for batch, first in bounds.batches(self.store, file, columns, start, stop, self.max_bytes):
             for row in [row for row in keys if first <= row < first + batch.num_rows]:
-                (values,) = batch.slice(row - first, 1).to_pylist()
+                values = bounds.cells(batch, row - first, self.max_bytes)
                 value = next((values[n] for n in self.image if values.get(n) is not None), None)
                 found.update({key: value for key in keys[row]})
         return found

@@ -7,10 +7,9 @@ of ranges into tables. What is wrong with a single record becomes that record's 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import PurePosixPath
 from typing import Any, TypeVar
 
@@ -22,16 +21,18 @@ from dim.blueprint import Blueprint
 from dim.errors import BlueprintError, InputError
 from dim.images import encode_png
 from infra import storage
-from infra.storage import Store
+from infra.storage import Store, TooLargeError
 from pipelines.filters import probe
 from pipelines.outcome import KEPT, Rejection, Row, to_table, work_on
+from pipelines.readers.bounds import MAX_BYTES, too_many_bytes
 from pipelines.readers.entries import Entries, Entry, identity
 from pipelines.readers.fetch import FetchConfig, Fetcher, is_url
 from pipelines.readers.layout import Layout
 from pipelines.readers.media import Found, Media, Places
 
 _FETCHES = 8  # images of one range that are fetched at once: an object store's latency is its cost
-_ROWS_PER_TABLE = 64  # so that no more encoded images than this are held as Python objects
+_ROWS_PER_TABLE = 64  # so that no more encoded images than this are held as Python objects,
+_BYTES_PER_TABLE = 256 << 20  # and of those that a container holds no more than this and one
 
 STAGE = "ingest"
 
@@ -47,12 +48,14 @@ class Records:
         layout: which columns hold what.
         fetch: how the images behind URLs are fetched, if they are to be.
         media: where images lie that the records name by a key.
+        max_bytes: size of an image at most; a larger one is not read.
     """
 
     entries: Entries
     layout: Layout
     fetch: FetchConfig | None = None
     media: Media | None = None
+    max_bytes: int = MAX_BYTES
 
     @property
     def schema(self) -> pa.Schema:
@@ -65,7 +68,7 @@ class Records:
         with ThreadPoolExecutor(_FETCHES) as pool:
             for unit in batch.to_pylist():
                 places = json.loads(unit.get("places") or "{}")
-                for part in _in_parts(self.entries.of(unit)):
+                for part in _in_parts(self.entries.of(unit), _bytes_of):
                     found = self._find(part, places, fetcher)
                     rows = pool.map(lambda entry, found=found: self._read(entry, found), part)
                     yield to_table(rows, self.schema)
@@ -100,9 +103,14 @@ class Records:
                 raise InputError(entry.error)
             if entry.repeated:
                 raise Rejection("record.repeated_id", f"an earlier one has the id {row['id']!r}")
+            for value in entry.values.values():
+                if isinstance(value, Rejection):  # of a cell or a file that was not read
+                    raise value
             return self._build(row, entry.values, found)
         except Rejection:
             raise
+        except TooLargeError as error:
+            raise too_many_bytes(error.address, error.size, error.most) from None
         except Exception as error:  # a record can name any file and hold any value
             raise InputError(f"{entry.label}: {error}") from None
 
@@ -131,6 +139,7 @@ class Records:
             Rejection: no image of the media has its key, or its URL is not to be used.
         """
         name, value = image_value(values, names)
+        inline = not isinstance(value, str)
         path = value if isinstance(value, str) else None
         if path is not None and path in found:
             value = found[path]
@@ -145,6 +154,8 @@ class Records:
             raise value
         if not isinstance(value, bytes):
             raise InputError(f"{name!r} holds no image but {type(value).__name__}")
+        if inline and len(value) > self.max_bytes:
+            raise too_many_bytes(repr(name), len(value), self.max_bytes)
         return value, path
 
     def _file(self, path: str) -> bytes:
@@ -152,16 +163,18 @@ class Records:
             raise InputError(f"{path} is a URL, and those are fetched only with --fetch")
         path = records.clean_text(path)
         if "://" in path or path.startswith("/"):
-            return storage.read_bytes(path)
-        return self.entries.store.read(path)
+            store, name = storage.open_file(path)
+            return store.read(name, self.max_bytes)
+        return self.entries.store.read(path, self.max_bytes)
 
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """Images from a folder, named by the ranges."""
+    """Images from a folder, named by the ranges; one over ``max_bytes`` is not read."""
 
     store: Store
     source: str
+    max_bytes: int = MAX_BYTES
 
     def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
         """Ranges of file names in, raw images with outcomes out."""
@@ -180,8 +193,14 @@ class ImageFiles:
             "provenance": json.dumps({"file": self.store.address(name)}),
             "outcome": KEPT,
         }
-        work_on([row], STAGE, lambda _: image_columns(self.store.read(name), None))
+        work_on([row], STAGE, lambda _: image_columns(self._image(name), None))
         return row
+
+    def _image(self, name: str) -> bytes:
+        try:
+            return self.store.read(name, self.max_bytes)
+        except TooLargeError as error:
+            raise too_many_bytes(error.address, error.size, error.most) from None
 
 
 @dataclass(frozen=True)
@@ -346,10 +365,25 @@ def _extend(provenance: str, more: dict[str, str | None]) -> str:
     return json.dumps({**json.loads(provenance), **known})
 
 
-def _in_parts(items: Iterable[ItemT]) -> Iterator[list[ItemT]]:
-    iterator = iter(items)
-    while part := list(islice(iterator, _ROWS_PER_TABLE)):
+def _in_parts(
+    items: Iterable[ItemT], weigh: Callable[[ItemT], int] = lambda _: 0
+) -> Iterator[list[ItemT]]:
+    part: list[ItemT] = []
+    size = 0
+    for item in items:
+        part.append(item)
+        size += weigh(item)
+        if len(part) == _ROWS_PER_TABLE or size > _BYTES_PER_TABLE:
+            yield part
+            part, size = [], 0
+    if part:
         yield part
+
+
+def _bytes_of(entry: Entry) -> int:
+    """What an entry holds of encoded images, as bytes or in the structs of Hugging Face."""
+    values = (v.get("bytes") if isinstance(v, dict) else v for v in entry.values.values())
+    return sum(len(value) for value in values if isinstance(value, bytes))
 
 
 def _places(batch: pa.Table) -> Iterator[list[int]]:

@@ -20,9 +20,9 @@ from dim import records
 from dim.errors import InputError
 from infra import storage
 from pipelines.readers import containers
+from pipelines.readers.bounds import MAX_BYTES, READ_AHEAD
 from pipelines.readers.containers import Cutter
 from pipelines.readers.entries import (
-    READ_AHEAD,
     ArrayItems,
     Entries,
     Files,
@@ -64,6 +64,7 @@ def from_records(
     *,
     media: MediaConfig | None = None,
     fetch: FetchConfig | None = None,
+    max_bytes: int = MAX_BYTES,
 ) -> Source:
     """Records of a JSONL file, a JSON array, or Parquet, Arrow or tar files, by a layout.
 
@@ -71,6 +72,7 @@ def from_records(
         uri: one file, or a folder of files of one kind.
         media: where the images lie, if not beside the records or in them.
         fetch: how images behind URLs are fetched; without it they are not.
+        max_bytes: size of an image at most, wherever it lies but behind a URL.
 
     Raises:
         StorageError: there is nothing at the address.
@@ -79,7 +81,7 @@ def from_records(
     store, files = containers.find_files(uri)
     reader: Entries
     if files:
-        reader = Files(store, source or _name_of(uri), layout.columns)
+        reader = Files(store, source or _name_of(uri), layout.columns, max_bytes)
         cutter = containers.cut(store, files, layout, rows_per_range)
         identity: dict[str, Any] = {"files": records.sha256_hex(repr((store.uri, files)).encode())}
     else:
@@ -91,17 +93,19 @@ def from_records(
         cutter, identity = _scan(reader, layout, rows_per_range)
     if not cutter.rows:
         raise InputError(f"{uri} is empty")
-    index = MediaIndex(media) if media is not None else None
+    index = MediaIndex(media, max_bytes) if media is not None else None
     if index is not None:
         index.join(cutter.units, reader, layout)
         identity["media"] = records.sha256_hex(repr(index.identity).encode())
         identity |= {"keys_unmatched": index.unmatched, "images_unused": index.unused}
-    made = Records(reader, layout, fetch, index.media if index else None)
+    made = Records(reader, layout, fetch, index.media if index else None, max_bytes)
     return Source(cutter.units, made, cutter.rows, identity, made.schema)
 
 
-def images_from_folder(uri: str, source: str | None, rows_per_file: int) -> Source:
-    """All images in a folder and below it, in order of name.
+def images_from_folder(
+    uri: str, source: str | None, rows_per_file: int, max_bytes: int = MAX_BYTES
+) -> Source:
+    """All images in a folder and below it, in order of name; none over ``max_bytes`` is read.
 
     Raises:
         InputError: there is none.
@@ -116,7 +120,7 @@ def images_from_folder(uri: str, source: str | None, rows_per_file: int) -> Sour
         for first in range(0, len(names), rows_per_file)
     ]
     identity = {"images": records.sha256_hex(repr(found).encode())}
-    reader = ImageFiles(store, source or PurePosixPath(store.root).name)
+    reader = ImageFiles(store, source or PurePosixPath(store.root).name, max_bytes)
     return Source(units, reader, len(names), identity, records.RAW_IMAGE)
 
 

@@ -213,6 +213,6 @@ def _finite(tensor: Tensor, name: str) -> Tensor:
 
 
 def _read_back(store: Store, name: str) -> Iterator[pa.Table]:
-    with pa.ipc.open_stream(pa.BufferReader(store.read(name))) as reader:
-        for batch in reader:
+    with store.open_arrow(name) as (_, batches):
+        for batch in batches:
             yield pa.Table.from_batches([batch])

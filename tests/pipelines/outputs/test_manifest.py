@@ -61,3 +61,19 @@ def test_an_older_manifest_has_no_cost(tmp_path: Path) -> None:
     store.write(manifest.NAME, json.dumps(old).encode())
     found = manifest.read(store)
     assert found is not None and found.cost is None
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["../x.parquet", "data/../../x", "/etc/passwd", "data//x", "./data/x", "..", "", "data/"],
+)
+def test_a_manifest_of_others_names_nothing_outside_its_folder(path: str, tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    file = {"path": "data/x.parquet", "rows": 1, "bytes": 1, "sha256": "0"}
+    values = {"job": "edit", "config": {}, "input": {}, "counts": counts().model_dump()}
+    store.write("manifest.json", json.dumps({**values, "files": [file]}).encode())
+    assert manifest.read(store)
+    wrong = {**values, "files": [{**file, "path": path}]}
+    store.write("manifest.json", json.dumps(wrong).encode())
+    with pytest.raises(StorageError, match=r"manifest.json is no manifest: files.0.path .*the nam"):
+        manifest.read(store)

@@ -188,3 +188,14 @@ def test_folders_of_mixed_or_no_kind_say_so(tmp_path: Path) -> None:
     write_tar(tmp_path / "m" / "b.tar", pair_samples([1]))
     with pytest.raises(InputError, match=r"holds \.parquet and \.tar files"):
         opened(tmp_path / "m")
+
+
+@pytest.mark.parametrize(
+    "state", ["[]", "{", '{"_data_files": 5}', '{"_data_files": [{"name": "x"}]}', "{}\n{}"]
+)
+def test_a_state_that_names_no_files_is_refused_by_name(state: str, tmp_path: Path) -> None:
+    folder = tmp_path / "saved"
+    datasets.Dataset.from_list([{"id": "a"}]).save_to_disk(folder)
+    (folder / "state.json").write_text(state)
+    with pytest.raises(InputError, match=r"saved/state.json names no files of a data set \("):
+        opened(folder, IMAGES)

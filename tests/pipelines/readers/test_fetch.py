@@ -150,7 +150,11 @@ def test_limits_must_leave_each_worker_a_request() -> None:
 
 @pytest.mark.parametrize(
     "host",
-    ["127.0.0.1", "localhost", "[::1]", "[::ffff:127.0.0.1]", "0.0.0.0", "2130706433", "127.1"],
+    [
+        *("127.0.0.1", "localhost", "[::1]", "[::ffff:127.0.0.1]", "0.0.0.0"),
+        *("①②⑦.⓪.⓪.①", "127。0。0。1", "①②⑦.0.0.1", "example.com@127.0.0.1", "[::1%25lo]"),
+        *("2130706433", "127.1"),
+    ],
 )
 def test_this_machine_is_not_asked_by_any_name(host: str, server: ImageServer) -> None:
     server.answers = {"/a": ok(b"secret")}
@@ -164,18 +168,79 @@ def test_this_machine_is_not_asked_by_any_name(host: str, server: ImageServer) -
     ("address", "public"),
     [
         ("93.184.216.34", True),
+        ("8.8.8.8", True),
+        ("168.63.129.17", True),
+        ("192.0.1.1", True),
+        ("100.63.255.255", True),
+        ("100.128.0.1", True),
         ("2606:2800:220:1:248:1893:25c8:1946", True),
+        ("2001:4860:4860::8888", True),
+        ("::ffff:8.8.8.8", True),
+        ("64:ff9b::8.8.8.8", True),
+        ("2002:808:808::1", True),
+        ("0.0.0.0", False),
+        ("0.1.2.3", False),
         ("10.1.2.3", False),
-        ("172.16.0.1", False),
-        ("192.168.1.1", False),
-        ("169.254.169.254", False),
         ("100.64.0.1", False),
+        ("100.100.100.200", False),  # metadata of Alibaba
+        ("127.0.0.1", False),
+        ("127.255.255.254", False),
+        ("168.63.129.16", False),  # services of Azure
+        ("169.254.169.254", False),
+        ("169.254.170.2", False),  # credentials of a container of AWS
+        ("172.16.0.1", False),
+        ("172.31.255.255", False),
+        ("192.0.0.1", False),
+        ("192.0.0.9", False),
+        ("192.0.0.192", False),  # metadata of Oracle
+        ("192.0.2.1", False),
+        ("192.88.99.1", False),
+        ("192.168.1.1", False),
+        ("198.18.0.1", False),
+        ("198.19.255.255", False),
+        ("198.51.100.1", False),
+        ("203.0.113.1", False),
         ("224.0.0.1", False),
-        ("fe80::1%eth0", False),
-        ("fd00::1", False),
+        ("239.255.255.250", False),
+        ("240.0.0.1", False),
+        ("255.255.255.255", False),
+        ("::", False),
+        ("::1", False),
+        ("::127.0.0.1", False),
+        ("::8.8.8.8", False),
         ("::ffff:10.0.0.1", False),
+        ("::ffff:169.254.169.254", False),
+        ("::ffff:168.63.129.16", False),
+        ("::ffff:0:127.0.0.1", False),
+        ("::ffff:0:8.8.8.8", False),
         ("64:ff9b::a9fe:a9fe", False),
+        ("64:ff9b::168.63.129.16", False),
+        ("64:ff9b:1::1", False),
+        ("64:ff9b:1::10.0.0.1", False),
+        ("100::1", False),
+        ("2001:0:a00:1::f7f7:f7f7", False),  # Teredo by a private server, for 8.8.8.8
+        ("2001:0:808:808::f5ff:fffe", False),  # by 8.8.8.8, for 10.0.0.1
+        ("2001:2::1", False),
+        ("2001:10::1", False),
+        ("2001:20::1", False),
+        ("2001:db8::1", False),
         ("2002:7f00:1::", False),
+        ("2002:a9fe:a9fe::", False),
+        ("2002:a83f:8110::1", False),  # of 168.63.129.16
+        ("3fff::1", False),
+        ("4000::1", False),
+        ("5f00::1", False),
+        ("fc00::1", False),
+        ("fd00::1", False),
+        ("fd00:ec2::254", False),  # metadata of AWS
+        ("fd20:ce::254", False),  # of Google
+        ("fd00:c1::a9fe:a9fe", False),  # of Oracle
+        ("fe80::1", False),
+        ("fe80::1%eth0", False),
+        ("2606:2800:220:1:248:1893:25c8:1946%eth0", False),
+        ("fec0::1", False),
+        ("ff02::1", False),
+        ("ff0e::1", False),
     ],
 )
 def test_which_addresses_are_public(address: str, public: bool) -> None:
@@ -192,8 +257,9 @@ def test_a_redirect_to_a_private_address_is_not_followed(
             "/number": status(302, Location=f"{inside.url}/secret"),
             "/file": status(302, Location="file:///etc/hostname"),
         }
-        assert reason(get(f"{server.url}/number", allow_private=False)) == "url.private_address"
-        assert "not an http" in str(get(f"{server.url}/file", allow_private=False))
+        options: dict[str, Any] = {"allow_private": False, "ports": [server.port, inside.port]}
+        assert reason(get(f"{server.url}/number", **options)) == "url.private_address"
+        assert "not an http" in str(get(f"{server.url}/file", **options))
         assert not inside.asked
 
 
@@ -215,10 +281,41 @@ def test_the_connection_is_made_to_the_address_that_was_checked(
     with serving("127.0.0.1") as outside:
         outside.answers = {"/a": ok(b"public"), "/b": status(302, Location="/a")}
         url = f"http://rebind.test:{outside.port}"
-        assert get(f"{url}/a", allow_private=False) == b"public"
+        options: dict[str, Any] = {"allow_private": False, "ports": [outside.port]}
+        assert get(f"{url}/a", **options) == b"public"
         assert answers == ["127.0.0.1"]
-        assert reason(get(f"{url}/a", allow_private=False)) == "url.private_address"
+        assert reason(get(f"{url}/a", **options)) == "url.private_address"
         assert outside.asked["/a"] == 1
+
+
+def test_an_address_is_looked_at_where_the_connection_is_made(
+    server: ImageServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if a way to write it is known to the client alone."""
+    server.answers = {"/a": ok(b"secret")}
+    monkeypatch.setattr(fetch, "check_url", lambda url, allow_private: "example.com")
+    found = get(f"{server.url}/a", allow_private=False)
+    assert reason(found) == "url.private_address" and not server.asked
+    assert f"{server.url}/a: 127.0.0.1 is not a public address" in str(found)
+
+
+def test_only_the_ports_of_the_web_are_asked(
+    server: ImageServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetch, "is_public", lambda address: True)
+    with serving() as other:
+        server.answers = {"/a": ok(b"image"), "/on": status(302, Location=f"{other.url}/b")}
+        other.answers = {"/b": ok(b"other")}
+        refused = get(f"{server.url}/a", allow_private=False)
+        assert reason(refused) == "url.port" and not server.asked
+        assert f"port {server.port} is not 80 or 443 and not one of fetch.ports" in str(refused)
+        options: dict[str, Any] = {"allow_private": False, "ports": [server.port]}
+        assert get(f"{server.url}/a", **options) == b"image"
+        assert reason(get(f"{server.url}/on", **options)) == "url.port" and not other.asked
+        assert get(f"{server.url}/on") == b"other"  # in a network of one's own
+    for wrong in (0, 65536):
+        with pytest.raises(ValidationError, match="ports"):
+            FetchConfig(ports=(wrong,))
 
 
 def test_records_with_urls(server: ImageServer, tmp_path: Path) -> None:
