@@ -188,8 +188,11 @@ KINDS = ["binary", "large_binary", "struct", "list", "dictionary", "bytes of one
 
 @pytest.mark.parametrize(
     ("suffix", "kind"),
-    [*((".parquet", kind) for kind in KINDS), *((".arrow", kind) for kind in KINDS)]
-    + [(".arrow", "binary_view")],
+    [
+        *((".parquet", kind) for kind in KINDS),
+        *((".arrow", kind) for kind in KINDS),
+        (".arrow", "binary_view"),
+    ],
 )
 def test_a_large_cell_is_not_read(suffix: str, kind: str, tmp_path: Path) -> None:
     columns = {"id": ["a", "b"], "image": images(kind)}
