@@ -15,10 +15,9 @@ import ray
 
 from dim.errors import InputError, StorageError
 from dim.failures import find_dim_error
-from dim.features.samples import open_samples
-from dim.features.shards import FeatureShards
 from dim.records import EDIT, RAW_PAIR
 from infra import storage
+from infra.samples import open_features, open_images
 from pipelines import edit, evaluate, features, ingest
 from pipelines.edit import EditConfig
 from pipelines.evaluate import EvaluateConfig
@@ -144,7 +143,7 @@ READERS: dict[str, Callable[[str, Path], object]] = {
         ExportConfig(data=uri, out=str(out), format="webdataset")
     ),
     "dataset": lambda uri, _: storage.open_dataset([uri]).to_table().to_pylist(),
-    "samples": lambda uri, _: open_samples([uri], ["id", "image"]),
+    "samples": lambda uri, _: open_images([uri], ["id", "image"]),
 }
 
 
@@ -229,10 +228,10 @@ def test_feature_shards_of_others_are_refused(
     where = write_features(
         str(tmp_path / "edit"), tmp_path / "features", tiny_model_dir, texts=("instruction",)
     )
-    assert FeatureShards.open([where], texts=["instruction"], edits=True).rows == len(rows)
+    assert open_features([where], texts=["instruction"], edits=True).rows == len(rows)
     name = poison(Path(where), "id", marker)
     with pytest.raises(InputError, match=f"the column 'id' of {where}/{name} is of the extension"):
-        FeatureShards.open([where], texts=["instruction"], edits=True)
+        open_features([where], texts=["instruction"], edits=True)
 
 
 def test_what_a_stopped_job_left_is_looked_at_like_any_other_file(
