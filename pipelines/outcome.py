@@ -21,6 +21,8 @@ Row = dict[str, Any]
 IMAGES = ("image", "image_target")
 """The columns that hold pictures."""
 
+_LONGEST = 2_000  # characters of an error or a detail
+
 _MARKS = pa.schema(
     [
         pa.field("outcome", pa.string()),
@@ -80,7 +82,7 @@ def reject(row: Row, rejection: Rejection) -> None:
     _take_out(row, REJECTED)
     row.update(
         reason=rejection.reason,
-        detail=rejection.detail,
+        detail=_short(rejection.detail),
         value=rejection.value,
         threshold=rejection.threshold,
     )
@@ -90,7 +92,7 @@ def fail(row: Row, stage: str, error: BaseException | str) -> None:
     """Mark ``row`` as one on which ``stage`` could not do its work."""
     _take_out(row, FAILED)
     text = " ".join(str(error).split()) or type(error).__name__
-    row.update(stage=stage, error=records.clean_text(text))
+    row.update(stage=stage, error=_short(records.clean_text(text)))
 
 
 def work_on(rows: Iterable[Row], stage: str, work: Callable[[Row], Row | None]) -> None:
@@ -105,6 +107,11 @@ def work_on(rows: Iterable[Row], stage: str, work: Callable[[Row], Row | None]) 
             reject(row, rejection)
         except Exception as error:  # one record must not end a job of millions
             fail(row, stage, error)
+
+
+def _short(text: str) -> str:
+    """A sentence that quotes what a record holds, whatever that is, is not stored in full."""
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}… ({len(text):,} characters)"
 
 
 def _take_out(row: Row, outcome: str) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -21,7 +22,11 @@ import pyarrow.parquet as pq
 from dim import records
 from dim.errors import InputError
 from infra.storage import Store
+from pipelines.readers import compression, forms, ids
+from pipelines.readers.compression import Layers
+from pipelines.readers.json_values import Walk
 from pipelines.readers.layout import Layout
+from pipelines.readers.names import is_hidden
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 READ_AHEAD = 1 << 20
@@ -71,17 +76,17 @@ class JsonLines:
         store: the file's folder.
         name: the file.
         source: what the records call where they come from.
+        layers: what the file has to be put through, if it is compressed.
     """
 
     store: Store
     name: str
     source: str
+    layers: Layers = ()
 
     def of(self, unit: dict[str, Any]) -> Iterator[Entry]:
         """One entry per line that is not blank."""
-        with self.store.open_input(self.name) as file:
-            file.seek(unit["start"])
-            data = file.read(unit["end"] - unit["start"])
+        data = read_range(self.store, self.name, self.layers, unit)
         index, repeated = unit["first"], set(unit["repeated"])
         for number, text in enumerate(data.split(b"\n"), start=unit["line"]):
             if text.strip():
@@ -96,24 +101,44 @@ class JsonLines:
 
 
 @dataclass(frozen=True)
-class ArrayItems:
-    """Entries from a JSON array, which the ranges carry with them."""
+class JsonValues:
+    """Entries from JSON values: the items of a list, or objects one after another over any lines.
+
+    Args:
+        store: the file's folder.
+        name: the file.
+        source: what the records call where they come from.
+        layers: what the file has to be put through, if it is compressed.
+    """
 
     store: Store
     name: str
     source: str
+    layers: Layers = ()
 
     def of(self, unit: dict[str, Any]) -> Iterator[Entry]:
-        """One entry per item."""
-        repeated = set(unit["repeated"])
-        for index, text in enumerate(unit["items"], start=unit["first"]):
+        """One entry per value."""
+        data = io.BytesIO(read_range(self.store, self.name, self.layers, unit))
+        index, repeated = unit["first"], set(unit["repeated"])
+        walk = Walk(data.read)
+        while walk.peek():
+            _, text, _ = walk.value()
+            walk.take(",")
             where = {"file": self.store.address(self.name), "item": index}
             entry = Entry(index, f"item {index}", where, repeated=index in repeated)
             try:
-                entry.values = parse_line(text)
+                entry.values = parse_line(text.encode("latin-1"))
             except InputError as error:
                 entry.error = str(error)
             yield entry
+            index += 1
+
+
+def read_range(store: Store, name: str, layers: Layers, unit: dict[str, Any]) -> bytes:
+    """The bytes of a text file from ``unit["start"]`` to ``unit["end"]``."""
+    with io.BufferedReader(compression.open_input(store, name, layers)) as file:
+        file.seek(unit["start"])
+        return file.read(unit["end"] - unit["start"])
 
 
 @dataclass(frozen=True)
@@ -148,7 +173,7 @@ class Files:
         try:
             rows = iter(()) if error else read_rows(self.store, name, part, self.columns)
             for values in rows:
-                yield _entry(first + done, name, where, part["offset"] + done, values)
+                yield _entry(first + done, part, where, part["offset"] + done, values)
                 done += 1
             error = error or "it ends early"
         except Exception as found:  # a damaged file can raise anything
@@ -158,22 +183,23 @@ class Files:
             yield Entry(first + missing, label, where, error=error)
 
 
-def _entry(index: int, name: str, where: dict[str, Any], row: int, values: dict[str, Any]) -> Entry:
-    key = values.pop("__key__", None)
-    if key is None:
+def _entry(
+    index: int, part: dict[str, Any], where: dict[str, Any], row: int, values: dict[str, Any]
+) -> Entry:
+    name = part["file"]
+    if part["kind"] != forms.TAR:
         return Entry(index, f"row {row} of {name}", {**where, "row": row}, values)
-    damage = values.pop("__damage__", None)
-    stem = str(PurePosixPath(name).with_suffix(""))
+    key, damage = values["__key__"], values.pop("__damage__", None)
     place = {**where, "sample": key}
-    return Entry(index, f"sample {key} of {name}", place, values, damage, f"{stem}/{key}")
+    return Entry(index, f"sample {key} of {name}", place, values, damage, f"{part['called']}/{key}")
 
 
 def read_rows(
     store: Store, name: str, part: dict[str, Any], columns: frozenset[str]
 ) -> Iterator[dict[str, Any]]:
     """``part["count"]`` records of a file from ``part["offset"]`` on, as dictionaries."""
-    if name.endswith(".tar"):
-        yield from _tar_samples(store, name, part["offset"], part["count"])
+    if part["kind"] == forms.TAR:
+        yield from _tar_samples(store, name, part)
         return
     skip, left = part["offset"], part["count"]
     for batch, first in batches(store, name, columns, skip, skip + left):
@@ -193,7 +219,7 @@ def batches(
     batch's first row."""
     with ExitStack() as stack:
         file = stack.enter_context(store.open_input(name))
-        if name.endswith(".parquet"):
+        if forms.is_parquet(file):
             yield from _parquet_batches(pq.ParquetFile(file), columns, start, stop)
             return
         if store.is_local:
@@ -234,9 +260,10 @@ def open_arrow(file: pa.NativeFile) -> Iterator[pa.RecordBatch]:
     return iter(pa.ipc.open_stream(file))
 
 
-def _tar_samples(store: Store, name: str, offset: int, count: int) -> Iterator[dict[str, Any]]:
+def _tar_samples(store: Store, name: str, part: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    count = part["count"]
     with store.open_input(name) as file:
-        file.seek(offset)
+        file.seek(part["offset"])
         with tarfile.open(fileobj=io.BufferedReader(file, READ_AHEAD), mode="r:") as tar:
             sample: dict[str, Any] = {}
             for member in members(tar):
@@ -253,8 +280,11 @@ def _tar_samples(store: Store, name: str, offset: int, count: int) -> Iterator[d
                 yield sample
 
 
-def members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """The files in a tar that are part of samples; ends early where the tar is damaged."""
+def members(tar: tarfile.TarFile, hidden: Counter[str] | None = None) -> Iterator[tarfile.TarInfo]:
+    """The files in a tar that are part of samples; ends early where the tar is damaged.
+
+    Those that are not are counted in ``hidden``.
+    """
     while True:
         try:
             member = tar.next()
@@ -263,8 +293,12 @@ def members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
         if member is None:
             return
         tar.members = []  # or the tar remembers every header it has seen
-        if member.isfile() and not PurePosixPath(member.name).name.startswith((".", "__")):
+        if not member.isfile():
+            continue
+        if not is_hidden(member.name) and not PurePosixPath(member.name).name.startswith("__"):
             yield member
+        elif hidden is not None:
+            hidden["members"] += 1
 
 
 def split_key(name: str) -> tuple[str, str]:
@@ -284,14 +318,25 @@ def _add(
         if len(data) != member.size:
             raise tarfile.ReadError("unexpected end of data")
         if extension == "json":
-            sample.update({k: v for k, v in parse_line(data).items() if k not in sample})
+            new = {k: v for k, v in parse_line(data).items() if k not in sample}
+            sample.update({k: v for k, v in new.items() if not k.startswith("__")})
         elif is_image(f".{extension}"):
-            inner = extension.rpartition(".")[0]
-            sample[inner or "image"] = data
+            _add_image(sample, extension.rpartition(".")[0] or "image", data)
         elif extension in ("txt", "text", "caption"):
             sample["txt"] = data.decode("utf-8", "replace").strip()
     except (tarfile.TarError, InputError, OSError) as error:
         sample["__damage__"] = f"{member.name} is damaged: {error}"
+
+
+def _add_image(sample: dict[str, Any], name: str, data: bytes) -> None:
+    """One image of a sample; of cat.jpg and cat.png neither is the image of the sample cat."""
+    images: list[str] = sample.setdefault("__images__", [])
+    if name in images:
+        others = sample[name] if isinstance(sample[name], list) else [sample[name]]
+        sample[name] = [*others, data]
+    else:
+        images.append(name)
+        sample[name] = data
 
 
 def is_image(name: str) -> bool:
@@ -300,24 +345,33 @@ def is_image(name: str) -> bool:
     return f".{dot}" in IMAGE_SUFFIXES
 
 
+def parse_json(text: bytes | str, where: str = "") -> Any:
+    """A JSON text as a value.
+
+    Raises:
+        InputError: it is not JSON; the message begins with ``where``.
+    """
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{f'{where} is ' if where else ''}not JSON ({error})") from None
+
+
 def parse_line(text: bytes | str) -> dict[str, Any]:
     """A JSON text as an object.
 
     Raises:
         InputError: it is not JSON, or not an object.
     """
-    try:
-        line = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"not JSON ({error})") from None
+    line = parse_json(text)
     if not isinstance(line, dict):
         raise InputError(f"a JSON {type(line).__name__} where an object was expected")
     return line
 
 
-def identity(values: dict[str, Any], layout: Layout) -> str | None:
-    """What a record's columns call it, if they do."""
-    parts = [values.get(name) for name in layout.id]
-    if not parts or any(not isinstance(p, str | int) or p == "" for p in parts):
+def known_id(values: dict[str, Any], layout: Layout) -> str | None:
+    """What a record's columns call it, if they do; what is wrong there is said when it is read."""
+    try:
+        return ids.id_of(values, layout)
+    except InputError:
         return None
-    return records.clean_text("-".join(map(str, parts)))

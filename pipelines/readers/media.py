@@ -11,7 +11,7 @@ from typing import Any
 
 from dim.errors import InputError
 from infra.storage import Store
-from pipelines.readers import entries
+from pipelines.readers import entries, forms
 
 Places = Mapping[str, tuple[str, int]]
 """Key → (file, row of a table or byte of a tar)."""
@@ -28,11 +28,13 @@ class Media:
         uri: what to call them.
         store: the folder that the places' files are relative to.
         image: the columns of a table that may hold the image.
+        kind: what its files are: ``forms.TAR``, ``forms.TABLE``, or images if it is neither.
     """
 
     uri: str
     store: Store
     image: tuple[str, ...]
+    kind: str | None = None
 
     def read(self, places: Places) -> Found:
         """What lies at each place; a place that cannot be read has its error."""
@@ -50,9 +52,9 @@ class Media:
         return found
 
     def _from_file(self, file: str, wanted: list[tuple[int, str]]) -> Found:
-        if file.endswith(".tar"):
+        if self.kind == forms.TAR:
             return {key: self._member(file, offset) for offset, key in wanted}
-        if file.endswith((".parquet", ".arrow")):
+        if self.kind == forms.TABLE:
             return self._rows(file, wanted)
         return {key: self.store.read(file) for _, key in wanted}
 
