@@ -44,6 +44,9 @@ class IngestConfig(TabletopConfig, JobConfig):
     max_bytes: int | None = Field(None, ge=1)
     """Size of an encoded image at most, whatever holds it; 50,000,000 unless given. A larger one is
     not read. Behind a URL it may have no more than ``fetch.max_bytes`` either."""
+    read_from: tuple[str, ...] | None = None
+    """Folders, local or ``s3://bucket/prefix``, that names in the data may lead to. Without it they
+    lead to the data's own folder only."""
     tabletop: int | None = Field(None, ge=1)
     """This many tabletop edit pairs."""
     tabletop_images: int | None = Field(None, ge=1)
@@ -57,8 +60,8 @@ class IngestConfig(TabletopConfig, JobConfig):
         if sum(value is not None for value in given) != 1:
             raise ValueError("give exactly one of pairs, images, tabletop, tabletop_images")
         tabletop = self.pairs is None and self.images is None
-        if tabletop and (self.layout or self.media or self.fetch):
-            raise ValueError("layout, media and fetch go with pairs or images")
+        if tabletop and (self.layout or self.media or self.fetch or self.read_from):
+            raise ValueError("layout, media, fetch and read_from go with pairs or images")
         return self
 
 
@@ -93,7 +96,9 @@ def open_source(config: IngestConfig) -> Source:
     uri = config.pairs if config.pairs is not None else config.images
     if uri is not None:
         if config.images is not None and not (config.layout or config.media) and _is_folder(uri):
-            return sources.images_from_folder(uri, config.source, rows, max_bytes)
+            return sources.images_from_folder(
+                uri, config.source, rows, max_bytes, read_from=config.read_from or ()
+            )
         pairs = config.pairs is not None
         layout = load_layout(config.layout or ("pairs" if pairs else "images"), pairs=pairs)
         return sources.from_records(
@@ -104,6 +109,7 @@ def open_source(config: IngestConfig) -> Source:
             media=config.media,
             fetch=_fetch(config),
             max_bytes=max_bytes,
+            read_from=config.read_from or (),
         )
     world = config.model_dump(include={"seed", "size", "objects", "outlines"})
     if config.tabletop_images is not None:
@@ -121,7 +127,7 @@ def _fetch(config: IngestConfig) -> FetchConfig | None:
 
 def _is_folder(uri: str) -> bool:
     """Whether an address is a folder without tables or tars, so one of image files."""
-    return not storage.open_store(uri).is_file() and not containers.find_files(uri)[1]
+    return not storage.open_store(uri).is_file() and not containers.find_files(uri).files
 
 
 def main(
@@ -184,7 +190,11 @@ def main(
     fetching = ["fetch={}"] if fetch else []
     given += settings(**{"media.uri": media, "media.key": media_key})
     chosen = load_config(IngestConfig, config, [*fetching, *(overrides or []), *given])
-    summary(out, run(chosen, overwrite=overwrite, retry_failed=retry_failed))
+    manifest = run(chosen, overwrite=overwrite, retry_failed=retry_failed)
+    hidden = manifest.input.get("hidden")
+    if hidden:
+        typer.echo(f"{hidden:,} hidden files were left out")
+    summary(out, manifest)
 
 
 if __name__ == "__main__":

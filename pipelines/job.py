@@ -70,6 +70,10 @@ _HOW_ONLY = frozenset(
 )
 
 
+# What is said of an input besides what it is: it may differ between two runs as well.
+_SAID_ONLY = frozenset({"hidden"})
+
+
 class TrackingConfig(StrictModel):
     """Where a job's MLflow run goes. Without ``uri``: MLFLOW_TRACKING_URI, else a file in out."""
 
@@ -199,7 +203,7 @@ class Job:
             )
         changes = [
             *manifests.differences(_what(done.config), _what(self._settings)),
-            *manifests.differences(done.input, self._identity, "input "),
+            *manifests.differences(_which(done.input), _which(self._identity), "input "),
         ]
         if changes:
             raise InputError(
@@ -346,6 +350,11 @@ def _what(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
             continue
         chosen[key] = _what(value, f"{prefix}{key}.") if isinstance(value, dict) else value
     return chosen
+
+
+def _which(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """What tells an input from another one."""
+    return {key: value for key, value in identity.items() if key not in _SAID_ONLY}
 
 
 @contextmanager

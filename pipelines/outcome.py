@@ -22,6 +22,8 @@ ResultT = TypeVar("ResultT")
 IMAGES = ("image", "image_target")
 """The columns that hold pictures."""
 
+_LONGEST = 2_000  # characters of an error or a detail
+
 _VERDICT = pa.schema(
     [
         pa.field("outcome", pa.string()),
@@ -81,7 +83,7 @@ def reject(row: Row, rejection: Rejection) -> None:
     _take_out(row, REJECTED)
     row.update(
         reason=rejection.reason,
-        detail=rejection.detail,
+        detail=_short(rejection.detail),
         value=rejection.value,
         threshold=rejection.threshold,
     )
@@ -91,7 +93,7 @@ def fail(row: Row, stage: str, error: BaseException | str) -> None:
     """Mark ``row`` as one on which ``stage`` could not do its work."""
     _take_out(row, FAILED)
     text = " ".join(str(error).split()) or type(error).__name__
-    row.update(stage=stage, error=records.clean_text(text))
+    row.update(stage=stage, error=_short(records.clean_text(text)))
 
 
 def work_on(rows: Iterable[Row], stage: str, work: Callable[[Row], Row | None]) -> None:
@@ -128,6 +130,11 @@ def settle(
         return take(row, result)
 
     work_on(rows, stage, work)
+
+
+def _short(text: str) -> str:
+    """A sentence that quotes what a record holds, whatever that is, is not stored in full."""
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}… ({len(text):,} characters)"
 
 
 def _take_out(row: Row, outcome: str) -> None:

@@ -20,6 +20,7 @@ from dim import tables
 from dim.errors import InputError
 from infra.storage import Store
 from pipelines.outcome import Rejection
+from pipelines.readers import forms
 
 MAX_BYTES = 50_000_000
 """Size of an encoded image at most, unless a job is told otherwise."""
@@ -93,7 +94,7 @@ def batches(
     where = store.address(name)
     with ExitStack() as stack:
         file = stack.enter_context(store.open_input(name))
-        if name.endswith(".parquet"):
+        if forms.is_parquet(file):
             table = tables.open_parquet(file, where)
             yield from _parquet_batches(table, where, columns, start, stop, most)
             return
@@ -157,7 +158,7 @@ def open_keys(
     """
     where = store.address(name)
     with store.open_input(name) as file:
-        if name.endswith(".parquet"):
+        if forms.is_parquet(file):
             schema, found = _parquet_keys(file, where, columns)
         else:
             schema, found = tables.open_arrow(file, where, columns)

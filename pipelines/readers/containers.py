@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import tarfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
@@ -19,10 +21,16 @@ from dim.errors import InputError, StorageError
 from dim.records import short_hash
 from infra import storage
 from infra.storage import Store
-from pipelines.readers import bounds, entries
+from pipelines.readers import bounds, compression, entries, forms, ids
+from pipelines.readers.addresses import Addresses, Place
+from pipelines.readers.compression import Layers
 from pipelines.readers.layout import Layout
+from pipelines.readers.listing import list_files
+from pipelines.readers.names import is_hidden, is_hidden_table, shown
 
-SUFFIXES = (".parquet", ".arrow", ".tar")
+_MOST_NAMED = 30  # columns in a message
+_JSON = (".json", ".jsonl", ".ndjson")
+_ARCHIVES = (".zip", ".7z", ".rar")
 _STATE = "state.json"  # names the files of a data set that save_to_disk wrote
 
 
@@ -37,44 +45,115 @@ class Found(NamedTuple):
     damage: str | None = None
 
 
-def find_files(uri: str) -> tuple[Store, list[tuple[str, int]]]:
-    """The container files at an address, with their sizes, in order of name; none is an answer.
+class Containers(NamedTuple):
+    """The container files at an address.
+
+    Attributes:
+        store: the folder that their names are relative to.
+        files: their names and sizes, in order of name.
+        kind: ``forms.TABLE`` or ``forms.TAR``, which all of them are; ``forms.JSON`` if the
+            address is that of a file that is none; ``None`` if there are none in a folder.
+        hidden: how many more there are that are hidden.
+        single: whether the address is that of a file.
+        layers: what a JSON file has to be put through, if it is compressed.
+        advice: of a folder without containers, what may have been meant.
+    """
+
+    store: Store
+    files: list[tuple[str, int]]
+    kind: str | None = None
+    hidden: int = 0
+    single: bool = False
+    layers: Layers = ()
+    advice: str = ""
+
+
+def find_files(uri: str, roots: Sequence[Store] = ()) -> Containers:
+    """The container files at an address; none is an answer.
+
+    One file is what is in it, whatever it is called. Of a folder's files the names decide; a link
+    to a folder elsewhere is among them, and fails when it is read.
+
+    Args:
+        uri: of a file or a folder.
+        roots: where the folder's links may lead.
 
     Raises:
         StorageError: the address cannot be read.
-        InputError: it mixes kinds of containers, or names a compressed tar.
+        InputError: it mixes kinds of containers, or they are compressed as a whole.
     """
     if storage.open_store(uri).is_file():
-        store, name = storage.open_file(uri)
-        listed = [item for item in store.list() if item[0] == name]
-        return store, [item for item in listed if name.endswith(SUFFIXES)]
+        return _single(*storage.open_file(uri))
     store = storage.open_store(uri)
-    listed = store.list()
-    files = [item for item in listed if _is_container(item[0])]
-    kinds = sorted({PurePosixPath(name).suffix for name, _ in files})
-    if len(kinds) > 1:
-        raise InputError(f"{uri} holds {' and '.join(kinds)} files; give one kind at a time")
-    if kinds == [".arrow"]:
-        files = _saved(store, listed, files)
-    return store, files
+    files, closed, _ = list_files(Addresses(store, tuple(roots)))
+    named = [item for item in files if forms.container_suffix(item[0])]
+    taken = [item for item in named if not _is_hidden(item[0])]
+    suffixes = sorted({forms.container_suffix(name) or "" for name, _ in taken})
+    if len(suffixes) > 1:
+        raise InputError(f"{uri} holds {' and '.join(suffixes)} files; give one kind at a time")
+    hidden = len(named) - len(taken)
+    if not taken:
+        return Containers(store, [], hidden=hidden, advice=hint(store, files, hidden))
+    for name, _ in taken:
+        codec = compression.codec_of_name(name)
+        if codec is not None:
+            raise compression.refusal(store.address(name), codec)
+    if suffixes == [".arrow"]:
+        taken = _saved(store, files, taken)
+    taken = sorted([*taken, *((name, 0) for name in closed if not is_hidden(name))])
+    return Containers(store, taken, forms.of_suffix(suffixes[0]), hidden)
 
 
-def _is_container(name: str) -> bool:
-    path = PurePosixPath(name)
-    return path.suffix in SUFFIXES and not path.name.startswith((".", "_", "cache-"))
+def hint(store: Store, files: Sequence[tuple[str, int]], hidden: int) -> str:
+    """What to do with a folder of other things."""
+    if hidden:
+        return f" ({hidden:,} that are hidden are left out)"
+    for name, _ in files:
+        suffix = PurePosixPath(compression.without_suffix(name)).suffix.lower()
+        if suffix in _JSON and not is_hidden(name):
+            return f"; a JSON file is read by its own address, such as {store.address(name)}"
+        if suffix in _ARCHIVES and not is_hidden(name):
+            return f"; {store.address(name)} has to be unpacked first"
+    return ""
+
+
+def _single(store: Store, name: str) -> Containers:
+    try:
+        kind, layers = forms.of_file(store, name)
+    except OSError as error:
+        text = " ".join(str(error).split())[:200]
+        raise InputError(f"{store.address(name)} is damaged: {text}") from None
+    if kind == forms.JSON:
+        return Containers(store, [], kind, single=True, layers=layers)
+    size = store.filesystem.get_file_info(store.path(name)).size
+    return Containers(store, [(name, size)], kind, single=True)
+
+
+def _is_hidden(name: str) -> bool:
+    if forms.container_suffix(name) == ".tar":
+        return is_hidden(name) or PurePosixPath(name).name.startswith(("_", "cache-"))
+    return is_hidden_table(name)
 
 
 def _saved(
     store: Store, listed: Sequence[tuple[str, int]], files: list[tuple[str, int]]
 ) -> list[tuple[str, int]]:
     """Those Arrow files that a ``state.json`` beside them names, where there is one."""
+    there = {name for name, _ in listed}
     named: set[str] = set()
     folders: set[str] = set()
-    for name, _ in listed:
+    for name in there:
         path = PurePosixPath(name)
-        if path.name == _STATE:
+        files_of = _data_files(store, name) if path.name == _STATE else None
+        if files_of is not None:
             folders.add(str(path.parent))
-            named |= {str(path.parent / file) for file in _named_in(store, name)}
+            named |= {str(path.parent / part) for part in files_of}
+    missing = sorted(named - there)
+    if missing:
+        raise InputError(
+            f"{store.uri} lacks {shown(missing[0])}, which its {_STATE} names"
+            f"{f', and {len(missing) - 1} more' if len(missing) > 1 else ''}"
+        )
     return [
         item
         for item in files
@@ -82,31 +161,42 @@ def _saved(
     ]
 
 
-def _named_in(store: Store, name: str) -> list[str]:
-    """The files that a ``state.json`` names.
-
-    Raises:
-        InputError: it is none.
-        StorageError: it cannot be read.
-    """
+def _data_files(store: Store, name: str) -> list[str] | None:
+    """The files that a ``state.json`` names, which lie beside it; ``None`` if it is another's."""
+    where = store.address(name)
+    state = entries.parse_json(store.read(name, bounds.MAX_BYTES), where)
+    if not isinstance(state, dict) or "_data_files" not in state:
+        return None
     try:
-        state = entries.parse_line(store.read(name, bounds.MAX_BYTES))
-        return [str(item["filename"]) for item in state.get("_data_files", [])]
-    except (InputError, TypeError, KeyError, AttributeError) as error:
-        said = " ".join(str(error).split())[:200]
-        raise InputError(f"{store.address(name)} names no files of a data set ({said})") from None
+        files = [item["filename"] for item in state["_data_files"]]
+    except (TypeError, KeyError):
+        raise InputError(f"{where} does not name its files as save_to_disk does") from None
+    for file in files:
+        if not isinstance(file, str) or PurePosixPath(file).name != file:
+            raise InputError(f"{where} names a file that is not beside it: {shown(file)!r}")
+    return files
 
 
-def scan(store: Store, name: str, size: int, layout: Layout) -> Iterator[Found]:
+def scan(
+    store: Store, name: str, size: int, layout: Layout, kind: str, hidden: Counter[str]
+) -> Iterator[Found]:
     """Every record of one file.
 
+    Args:
+        store: the file's folder.
+        name: the file.
+        size: its size in bytes.
+        layout: which columns hold what.
+        kind: ``forms.TABLE`` or ``forms.TAR``.
+        hidden: counts the hidden members of a tar.
+
     Raises:
-        InputError: a table lacks a column that the layout needs.
+        InputError: a table lacks a column that the layout needs, or a tar is compressed.
         StorageError: the store does not give the file.
     """
     try:
-        if name.endswith(".tar"):
-            yield from _scan_tar(store, name, size)
+        if kind == forms.TAR:
+            yield from _scan_tar(store, name, size, hidden)
         else:
             yield from _scan_table(store, name, size, layout)
     except (InputError, StorageError):
@@ -122,7 +212,7 @@ def _scan_table(store: Store, name: str, size: int, layout: Layout) -> Iterator[
         row = 0
         for batch in found:
             for values in batch.to_pylist():
-                yield Found(row, entries.identity(values, layout))
+                yield Found(row, entries.known_id(values, layout))
                 row += 1
 
 
@@ -134,26 +224,40 @@ def check_columns(where: str, schema: pa.Schema, layout: Layout) -> None:
     """
     for names in layout.required:
         if not set(names) & set(schema.names):
+            more = len(schema.names) - _MOST_NAMED
             raise InputError(
                 f"{where} has no column {' or '.join(map(repr, names))}; its columns are "
-                f"{', '.join(schema.names)}: choose a --layout that fits"
+                f"{', '.join(map(shown, schema.names[:_MOST_NAMED]))}"
+                f"{f' and {more:,} more' if more > 0 else ''}: choose a --layout that fits"
             )
 
 
-def _scan_tar(store: Store, name: str, size: int) -> Iterator[Found]:
+def _scan_tar(store: Store, name: str, size: int, hidden: Counter[str]) -> Iterator[Found]:
     with store.open_input(name) as file:
         reader = bounds.TarReader(file, bounds.MAX_BYTES)
+        check_plain(reader, store.address(name))
         with tarfile.open(fileobj=reader, mode="r:") as tar:
             last, end = None, 0
-            for member in entries.members(tar):
+            for member in entries.members(tar, hidden):
                 key, _ = entries.split_key(member.name)
                 if key != last:
-                    yield Found(member.offset, f"{PurePosixPath(name).with_suffix('')}/{key}")
+                    yield Found(member.offset, key)
                     last = key
                 end = member.offset_data + member.size
             stopped = tar.offset
         if end <= size and not _is_end(reader, stopped):
             yield Found(0, None, f"{store.address(name)} is damaged from byte {stopped} on")
+
+
+def check_plain(reader: io.BufferedReader, where: str) -> None:
+    """Refuse a tar that is compressed, whatever it is called.
+
+    Raises:
+        InputError: it is.
+    """
+    codec = compression.codec_of(reader.peek(1), where)
+    if codec is not None:
+        raise compression.refusal(where, codec)
 
 
 def _is_end(reader: io.BufferedReader, offset: int) -> bool:
@@ -163,13 +267,21 @@ def _is_end(reader: io.BufferedReader, offset: int) -> bool:
 
 
 class Cutter:
-    """Cuts a stream of records into ranges, and notices ids that repeat."""
+    """Cuts a stream of records into ranges, and notices ids that repeat.
 
-    def __init__(self, rows_per_range: int) -> None:
+    Args:
+        rows_per_range: records of a range.
+        source: what the ids of records begin with that have none of their own.
+    """
+
+    def __init__(self, rows_per_range: int, source: str) -> None:
         self.units: list[dict[str, Any]] = []
         self.rows = 0
         self._per_range = rows_per_range
         self._seen: set[bytes] = set()
+        self._numbered = re.compile(re.escape(source) + r"-(\d{8,18})")
+        self._named = bytearray()
+        self._claimed: set[int] = set()
 
     def begins(self) -> bool:
         """Whether the next record is the first of a range."""
@@ -183,37 +295,75 @@ class Cutter:
         """Count one record in; ``place`` names it among the repeated, its index if not given."""
         if self._is_repeated(identity):
             self.units[-1]["repeated"].append(self.rows if place is None else place)
+        self._named.append(identity is not None)
+        self._claimed.discard(self.rows)
         self.rows += 1
 
     def _is_repeated(self, identity: str | None) -> bool:
         """Whether an earlier record had this id; 8 bytes of a hash stand for an id."""
         if identity is None:
-            return False
+            return self.rows in self._claimed
         short = short_hash(identity)
-        repeated = short in self._seen
+        repeated = short in self._seen or self._is_number_of_another(identity)
         self._seen.add(short)
         return repeated
 
+    def _is_number_of_another(self, identity: str) -> bool:
+        """Whether an earlier record without an id was given this one, or a later one would be."""
+        found = self._numbered.fullmatch(identity)
+        number = int(found[1]) if found else self.rows
+        if not found or f"{number:08d}" != found[1]:
+            return False
+        if number > self.rows:
+            self._claimed.add(number)
+        return number < self.rows and not self._named[number]
+
 
 def cut(
-    store: Store, files: Sequence[tuple[str, int]], layout: Layout, rows_per_range: int
-) -> Cutter:
-    """The files as ranges of ``rows_per_range`` records each, over the files' borders."""
-    cutter = Cutter(rows_per_range)
+    found: Containers,
+    layout: Layout,
+    rows_per_range: int,
+    source: str,
+    roots: Sequence[Store] = (),
+) -> tuple[Cutter, int]:
+    """The files as ranges of ``rows_per_range`` records each, over the files' borders; and the
+    number of hidden members of tars."""
+    cutter, hidden = Cutter(rows_per_range, source), Counter[str]()
+    called = ids.apart([name for name, _ in found.files], forms.without_suffix)
+    addresses = Addresses(found.store, tuple(roots))
     parts: list[dict[str, Any]] = []
-    for name, size in files:
-        for offset, called, damage in scan(store, name, size, layout):
+    for name, size in found.files:
+        stem = called.get(name, forms.without_suffix(name))
+        part = {"file": name, "kind": found.kind, "called": stem}
+        for offset, key, damage in _scan_allowed(found, addresses, name, size, layout, hidden):
             if cutter.begins():
                 _close(cutter, parts)
                 cutter.begin(parts="")
             if parts and parts[-1]["file"] == name and not (damage or parts[-1]["damage"]):
                 parts[-1]["count"] += 1
             else:
-                part = {"file": name, "offset": offset, "count": 1, "damage": damage}
-                parts.append(part)
-            cutter.add(called)
+                parts.append({**part, "offset": offset, "count": 1, "damage": damage})
+            is_sample = found.kind == forms.TAR and key is not None
+            cutter.add(f"{stem}/{key}" if is_sample else key)
     _close(cutter, parts)
-    return cutter
+    return cutter, hidden.total()
+
+
+def _scan_allowed(
+    found: Containers,
+    addresses: Addresses,
+    name: str,
+    size: int,
+    layout: Layout,
+    hidden: Counter[str],
+) -> Iterator[Found]:
+    """The records of a file; one that fails, if the file is a link that leads out of its folder."""
+    if not found.single:
+        try:
+            addresses.checked(Place(found.store, name))
+        except InputError as error:
+            return iter([Found(0, None, str(error))])
+    return scan(found.store, name, size, layout, found.kind or forms.TABLE, hidden)
 
 
 def _close(cutter: Cutter, parts: list[dict[str, Any]]) -> None:

@@ -6,8 +6,10 @@ cannot be read is an entry with an error, so that a damaged file loses no record
 
 from __future__ import annotations
 
+import io
 import json
 import tarfile
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
@@ -17,6 +19,7 @@ from dim import records
 from dim.errors import InputError
 from infra.storage import Store
 from pipelines.outcome import Rejection
+from pipelines.readers import compression, forms, ids
 from pipelines.readers.bounds import (
     MAX_BYTES,
     TarReader,
@@ -24,7 +27,10 @@ from pipelines.readers.bounds import (
     cells,
     read_member,
 )
+from pipelines.readers.compression import Layers
+from pipelines.readers.json_values import Walk
 from pipelines.readers.layout import Layout
+from pipelines.readers.names import is_hidden
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 
@@ -57,8 +63,15 @@ class Entry:
 class Entries(Protocol):
     """Reads the entries of a range."""
 
-    store: Store
-    source: str
+    @property
+    def store(self) -> Store:
+        """The folder that the records are in."""
+        ...
+
+    @property
+    def source(self) -> str:
+        """What the records call it."""
+        ...
 
     def of(self, unit: dict[str, Any]) -> Iterator[Entry]:
         """Exactly as many entries as the range has records, in order."""
@@ -73,17 +86,17 @@ class JsonLines:
         store: the file's folder.
         name: the file.
         source: what the records call where they come from.
+        layers: what the file has to be put through, if it is compressed.
     """
 
     store: Store
     name: str
     source: str
+    layers: Layers = ()
 
     def of(self, unit: dict[str, Any]) -> Iterator[Entry]:
         """One entry per line that is not blank."""
-        with self.store.open_input(self.name) as file:
-            file.seek(unit["start"])
-            data = file.read(unit["end"] - unit["start"])
+        data = read_range(self.store, self.name, self.layers, unit)
         index, repeated = unit["first"], set(unit["repeated"])
         for number, text in enumerate(data.split(b"\n"), start=unit["line"]):
             if text.strip():
@@ -98,24 +111,44 @@ class JsonLines:
 
 
 @dataclass(frozen=True)
-class ArrayItems:
-    """Entries from a JSON array, which the ranges carry with them."""
+class JsonValues:
+    """Entries from JSON values: the items of a list, or objects one after another over any lines.
+
+    Args:
+        store: the file's folder.
+        name: the file.
+        source: what the records call where they come from.
+        layers: what the file has to be put through, if it is compressed.
+    """
 
     store: Store
     name: str
     source: str
+    layers: Layers = ()
 
     def of(self, unit: dict[str, Any]) -> Iterator[Entry]:
-        """One entry per item."""
-        repeated = set(unit["repeated"])
-        for index, text in enumerate(unit["items"], start=unit["first"]):
+        """One entry per value."""
+        data = io.BytesIO(read_range(self.store, self.name, self.layers, unit))
+        index, repeated = unit["first"], set(unit["repeated"])
+        walk = Walk(data.read)
+        while walk.peek():
+            _, text, _ = walk.value()
+            walk.take(",")
             where = {"file": self.store.address(self.name), "item": index}
             entry = Entry(index, f"item {index}", where, repeated=index in repeated)
             try:
-                entry.values = parse_line(text)
+                entry.values = parse_line(text.encode("latin-1"))
             except InputError as error:
                 entry.error = str(error)
             yield entry
+            index += 1
+
+
+def read_range(store: Store, name: str, layers: Layers, unit: dict[str, Any]) -> bytes:
+    """The bytes of a text file from ``unit["start"]`` to ``unit["end"]``."""
+    with io.BufferedReader(compression.open_input(store, name, layers)) as file:
+        file.seek(unit["start"])
+        return file.read(unit["end"] - unit["start"])
 
 
 @dataclass(frozen=True)
@@ -152,7 +185,7 @@ class Files:
         try:
             rows = iter(()) if error else self._rows(name, part)
             for values in rows:
-                yield _entry(first + done, name, where, part["offset"] + done, values)
+                yield _entry(first + done, part, where, part["offset"] + done, values)
                 done += 1
             error = error or "it ends early"
         except Exception as found:  # a damaged file can raise anything
@@ -164,7 +197,7 @@ class Files:
     def _rows(self, name: str, part: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """The records of a part as dictionaries."""
         skip, left = part["offset"], part["count"]
-        if name.endswith(".tar"):
+        if part["kind"] == forms.TAR:
             yield from self._samples(name, skip, left)
             return
         stop = skip + left
@@ -206,9 +239,12 @@ class Files:
             data = read_member(tar, member, self.max_bytes)
             if extension == "json":
                 told = parse_line(data)
-                sample.update({k: told[k] for k in self.columns & told.keys() - sample.keys()})
+                new = self.columns & told.keys() - sample.keys()
+                sample.update({k: told[k] for k in new if not k.startswith("__")})
+            elif image:
+                _add_image(sample, image, data)
             else:
-                sample[column] = data if image else data.decode("utf-8", "replace").strip()
+                sample["txt"] = data.decode("utf-8", "replace").strip()
         except (tarfile.TarError, InputError, OSError) as error:
             sample["__damage__"] = f"{member.name} is damaged: {error}"
         except Rejection as rejection:
@@ -218,18 +254,22 @@ class Files:
                 sample["__damage__"] = rejection.detail
 
 
-def _entry(index: int, name: str, where: dict[str, Any], row: int, values: dict[str, Any]) -> Entry:
-    key = values.pop("__key__", None)
-    if key is None:
+def _entry(
+    index: int, part: dict[str, Any], where: dict[str, Any], row: int, values: dict[str, Any]
+) -> Entry:
+    name = part["file"]
+    if part["kind"] != forms.TAR:
         return Entry(index, f"row {row} of {name}", {**where, "row": row}, values)
-    damage = values.pop("__damage__", None)
-    stem = str(PurePosixPath(name).with_suffix(""))
+    key, damage = values["__key__"], values.pop("__damage__", None)
     place = {**where, "sample": key}
-    return Entry(index, f"sample {key} of {name}", place, values, damage, f"{stem}/{key}")
+    return Entry(index, f"sample {key} of {name}", place, values, damage, f"{part['called']}/{key}")
 
 
-def members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """The files in a tar that are part of samples; ends early where the tar is damaged."""
+def members(tar: tarfile.TarFile, hidden: Counter[str] | None = None) -> Iterator[tarfile.TarInfo]:
+    """The files in a tar that are part of samples; ends early where the tar is damaged.
+
+    Those that are not are counted in ``hidden``.
+    """
     while True:
         start = tar.offset
         try:
@@ -239,9 +279,13 @@ def members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
             return
         if member is None:
             return
-        tar.members = []  # or the tar remembers every header it has seen
-        if member.isfile() and not PurePosixPath(member.name).name.startswith((".", "__")):
+        tar.members = []  # type: ignore[attr-defined] # or it remembers every header it has seen
+        if not member.isfile():
+            continue
+        if not is_hidden(member.name) and not PurePosixPath(member.name).name.startswith("__"):
             yield member
+        elif hidden is not None:
+            hidden["members"] += 1
 
 
 def split_key(name: str) -> tuple[str, str]:
@@ -251,10 +295,33 @@ def split_key(name: str) -> tuple[str, str]:
     return records.clean_text(f"{folder}{slash}{stem}"), extension
 
 
+def _add_image(sample: dict[str, Any], name: str, data: bytes) -> None:
+    """One image of a sample; of cat.jpg and cat.png neither is the image of the sample cat."""
+    images: list[str] = sample.setdefault("__images__", [])
+    if name in images:
+        others = sample[name] if isinstance(sample[name], list) else [sample[name]]
+        sample[name] = [*others, data]
+    else:
+        images.append(name)
+        sample[name] = data
+
+
 def is_image(name: str) -> bool:
     """Whether a name is one of an image file."""
     dot = name.rpartition(".")[2].lower()
     return f".{dot}" in IMAGE_SUFFIXES
+
+
+def parse_json(text: bytes | str, where: str = "") -> Any:
+    """A JSON text as a value.
+
+    Raises:
+        InputError: it is not JSON; the message begins with ``where``.
+    """
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{f'{where} is ' if where else ''}not JSON ({error})") from None
 
 
 def parse_line(text: bytes | str) -> dict[str, Any]:
@@ -263,18 +330,15 @@ def parse_line(text: bytes | str) -> dict[str, Any]:
     Raises:
         InputError: it is not JSON, or not an object.
     """
-    try:
-        line = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"not JSON ({error})") from None
+    line = parse_json(text)
     if not isinstance(line, dict):
         raise InputError(f"a JSON {type(line).__name__} where an object was expected")
     return line
 
 
-def identity(values: dict[str, Any], layout: Layout) -> str | None:
-    """What a record's columns call it, if they do."""
-    parts = [values.get(name) for name in layout.id]
-    if not parts or any(not isinstance(p, str | int) or p == "" for p in parts):
+def known_id(values: dict[str, Any], layout: Layout) -> str | None:
+    """What a record's columns call it, if they do; what is wrong there is said when it is read."""
+    try:
+        return ids.id_of(values, layout)
+    except InputError:
         return None
-    return records.clean_text("-".join(map(str, parts)))

@@ -12,7 +12,7 @@ from typing import Any
 from dim.errors import InputError
 from infra.storage import Store, TooLargeError
 from pipelines.outcome import Rejection
-from pipelines.readers import bounds
+from pipelines.readers import bounds, forms
 
 Places = Mapping[str, tuple[str, int]]
 """Key → (file, row of a table or byte of a tar)."""
@@ -29,12 +29,14 @@ class Media:
         uri: what to call them.
         store: the folder that the places' files are relative to.
         image: the columns of a table that may hold the image.
+        kind: what its files are: ``forms.TAR``, ``forms.TABLE``, or images if it is neither.
         max_bytes: size of an image at most; a larger one is not read.
     """
 
     uri: str
     store: Store
     image: tuple[str, ...]
+    kind: str | None = None
     max_bytes: int = bounds.MAX_BYTES
 
     def read(self, places: Places) -> Found:
@@ -53,9 +55,9 @@ class Media:
         return found
 
     def _from_file(self, file: str, wanted: list[tuple[int, str]]) -> Found:
-        if file.endswith(".tar"):
+        if self.kind == forms.TAR:
             return {key: self._member(file, offset) for offset, key in wanted}
-        if file.endswith((".parquet", ".arrow")):
+        if self.kind == forms.TABLE:
             return self._rows(file, wanted)
         return {key: self._file(file) for _, key in wanted}
 

@@ -7,10 +7,12 @@ of ranges into tables. What is wrong with a single record becomes that record's 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from decimal import Decimal
+from functools import cached_property, partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -20,17 +22,21 @@ from dim import records, tabletop
 from dim.blueprint import Blueprint
 from dim.errors import BlueprintError, InputError
 from dim.images import encode_png
-from infra import storage
 from infra.storage import Store, TooLargeError
 from pipelines.filters import probe
 from pipelines.outcome import KEPT, Rejection, Row, to_table, work_on
+from pipelines.readers import inline
+from pipelines.readers.addresses import Addresses, Place
 from pipelines.readers.bounds import MAX_BYTES, too_many_bytes
-from pipelines.readers.entries import Entries, Entry, identity
+from pipelines.readers.entries import Entries, Entry
 from pipelines.readers.fetch import FetchConfig, Fetcher, is_url
+from pipelines.readers.ids import as_text, id_of
 from pipelines.readers.layout import Layout
 from pipelines.readers.media import Found, Media, Places
+from pipelines.readers.names import shown, without_suffix
 
 _FETCHES = 8  # images of one range that are fetched at once: an object store's latency is its cost
+_LONGEST_URL = 8192  # characters
 _ROWS_PER_TABLE = 64  # so that no more encoded images than this are held as Python objects,
 _BYTES_PER_TABLE = 256 << 20  # and of those that a container holds no more than this and one
 
@@ -49,6 +55,7 @@ class Records:
         fetch: how the images behind URLs are fetched, if they are to be.
         media: where images lie that the records name by a key.
         max_bytes: size of an image at most; a larger one is not read.
+        roots: where names in the records may lead besides their own folder.
     """
 
     entries: Entries
@@ -56,6 +63,17 @@ class Records:
     fetch: FetchConfig | None = None
     media: Media | None = None
     max_bytes: int = MAX_BYTES
+    roots: tuple[Store, ...] = ()
+
+    @cached_property
+    def addresses(self) -> Addresses:
+        """Where names in the records may lead."""
+        return Addresses(self.entries.store, self.roots)
+
+    @cached_property
+    def media_addresses(self) -> Addresses:
+        """Where names in the media may lead."""
+        return Addresses(self.media.store if self.media else self.entries.store, self.roots)
 
     @property
     def schema(self) -> pa.Schema:
@@ -78,11 +96,15 @@ class Records:
         named = {name for entry in part for name in image_names(entry, self.layout)}
         found: Found = {}
         if self.media is not None:
-            found = self.media.read({key: places[key] for key in named if key in places})
+            found = self.media.read({key: places[key] for key in named if places.get(key)})
+            for name in named:
+                if name in places and not places[name]:
+                    detail = f"several images of {self.media.uri} are called {shown(name)!r}"
+                    found[name] = Rejection("record.unmatched_key", detail)
         if fetcher is None:
             return found
         urls = {name for name in named - found.keys() if is_url(name)}
-        urls |= {value for value in found.values() if isinstance(value, str) and is_url(value)}
+        urls |= {value for value in map(inline.held, found.values()) if is_url(value)}
         return {**found, **fetcher(urls)}
 
     def _read(self, entry: Entry, found: Found) -> Row:
@@ -98,11 +120,12 @@ class Records:
 
     def _columns(self, row: Row, entry: Entry, found: Found) -> Row:
         try:
-            row["id"] = entry.id or identity(entry.values, self.layout) or row["id"]
+            row["id"] = entry.id or id_of(entry.values, self.layout) or row["id"]
             if entry.error:
                 raise InputError(entry.error)
             if entry.repeated:
-                raise Rejection("record.repeated_id", f"an earlier one has the id {row['id']!r}")
+                detail = f"an earlier one has the id {shown(row['id'])!r}"
+                raise Rejection("record.repeated_id", detail)
             for value in entry.values.values():
                 if isinstance(value, Rejection):  # of a cell or a file that was not read
                     raise value
@@ -112,7 +135,7 @@ class Records:
         except TooLargeError as error:
             raise too_many_bytes(error.address, error.size, error.most) from None
         except Exception as error:  # a record can name any file and hold any value
-            raise InputError(f"{entry.label}: {error}") from None
+            raise InputError(f"{shown(entry.label)}: {error}") from None
 
     def _build(self, row: Row, values: dict[str, Any], found: Found) -> Row:
         layout = self.layout
@@ -125,7 +148,8 @@ class Records:
         row["provenance"] = _extend(row["provenance"], trace)
         if layout.target:
             return pair_columns(row["instruction"], image, target)
-        hint = next((values[name] for name in layout.caption if values.get(name)), None)
+        hints = (values[name] for name in layout.caption if values.get(name))
+        hint = next((value for value in hints if not _is_missing(value)), None)
         return image_columns(image, str(hint) if hint is not None else None)
 
     def _image(
@@ -139,40 +163,55 @@ class Records:
             Rejection: no image of the media has its key, or its URL is not to be used.
         """
         name, value = image_value(values, names)
-        inline = not isinstance(value, str)
-        path = value if isinstance(value, str) else None
+        given = inline.held(value)
+        path, addresses = _path(given), self.addresses
         if path is not None and path in found:
-            value = found[path]
+            given, addresses = inline.held(found[path]), self.media_addresses
         elif self.media is not None and path is not None and not is_url(path):
-            raise Rejection("record.unmatched_key", f"no image of {self.media.uri} is {path!r}")
-        if isinstance(value, dict):
-            path = path or value.get("path")
-            value = value.get("bytes") or value.get("path")
-        if isinstance(value, str):  # of the record, or what the media holds under its key
-            value = found[value] if value in found else self._file(value)
-        if isinstance(value, Exception):
-            raise value
-        if not isinstance(value, bytes):
-            raise InputError(f"{name!r} holds no image but {type(value).__name__}")
-        if inline and len(value) > self.max_bytes:
-            raise too_many_bytes(repr(name), len(value), self.max_bytes)
-        return value, path
+            detail = f"no image of {self.media.uri} is {shown(path)!r}"
+            raise Rejection("record.unmatched_key", detail)
+        if isinstance(given, str) and given in found:  # a URL that the media holds
+            given = found[given]
+        if isinstance(given, Exception):
+            raise given
+        try:
+            image = inline.decoded(given)
+        except InputError as error:
+            raise InputError(f"{name!r} holds {error}") from None
+        if isinstance(image, str):
+            image = _file(image, addresses, self.max_bytes)
+        if not isinstance(image, bytes):
+            raise InputError(f"{name!r} holds no image but {type(image).__name__}")
+        if len(image) > self.max_bytes:
+            raise too_many_bytes(repr(name), len(image), self.max_bytes)
+        return image, path or _path(value.get("path") if isinstance(value, dict) else None)
 
-    def _file(self, path: str) -> bytes:
-        if is_url(path):
-            raise InputError(f"{path} is a URL, and those are fetched only with --fetch")
-        path = records.clean_text(path)
-        if "://" in path or path.startswith("/"):
-            store, name = storage.open_file(path)
-            return store.read(name, self.max_bytes)
-        return self.entries.store.read(path, self.max_bytes)
+
+def _path(value: Any) -> str | None:
+    """A text that names an image, and is not one itself."""
+    if not isinstance(value, str) or inline.is_image_text(value):
+        return None
+    return records.clean_text(value).strip() or None
+
+
+def _file(name: str, addresses: Addresses, most: int) -> bytes:
+    if is_url(name):
+        if len(name) > _LONGEST_URL:
+            raise InputError(f"{shown(name)!r} is too long for a URL")
+        raise InputError(f"{shown(name)} is a URL, and those are fetched only with --fetch")
+    return addresses.read(records.clean_text(name), partial(Store.read, most=most))
 
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """Images from a folder, named by the ranges; one over ``max_bytes`` is not read."""
+    """Images from a folder, named by the ranges.
 
-    store: Store
+    Args:
+        addresses: the folder, and where links in it may lead.
+        source: what the records call it.
+    """
+
+    addresses: Addresses
     source: str
     max_bytes: int = MAX_BYTES
 
@@ -180,25 +219,28 @@ class ImageFiles:
         """Ranges of file names in, raw images with outcomes out."""
         with ThreadPoolExecutor(_FETCHES) as pool:
             for unit in batch.to_pylist():
+                called = json.loads(unit["called"])
                 numbered = enumerate(unit["names"], start=unit["first"])
                 for part in _in_parts(numbered):
-                    yield to_table(pool.map(self._read, part), records.RAW_IMAGE)
+                    rows = pool.map(partial(self._read, called), part)
+                    yield to_table(rows, records.RAW_IMAGE)
 
-    def _read(self, numbered: tuple[int, str]) -> Row:
-        index, name = numbered
+    def _read(self, called: dict[str, str], numbered: tuple[int, str]) -> Row:
+        (index, name), store = numbered, self.addresses.home
         row = {
-            "id": str(PurePosixPath(name).with_suffix("")),
+            "id": called.get(name) or without_suffix(name),
             "index": index,
             "source": self.source,
-            "provenance": json.dumps({"file": self.store.address(name)}),
+            "provenance": json.dumps({"file": store.address(name)}),
             "outcome": KEPT,
         }
         work_on([row], STAGE, lambda _: image_columns(self._image(name), None))
         return row
 
     def _image(self, name: str) -> bytes:
+        name = self.addresses.checked(Place(self.addresses.home, name))
         try:
-            return self.store.read(name, self.max_bytes)
+            return self.addresses.home.read(name, self.max_bytes)
         except TooLargeError as error:
             raise too_many_bytes(error.address, error.size, error.most) from None
 
@@ -307,6 +349,8 @@ def image_columns(image: bytes, hint: str | None) -> Row:
 def image_value(values: dict[str, Any], names: Sequence[str]) -> tuple[str, Any]:
     """The first of ``names`` that holds something, and what; of a list its first item.
 
+    A number is the name of an image, as text.
+
     Raises:
         InputError: there is none.
         Rejection: there are several in a list.
@@ -318,6 +362,8 @@ def image_value(values: dict[str, Any], names: Sequence[str]) -> tuple[str, Any]
             raise Rejection("record.several_images", detail, len(value), 1)
         if isinstance(value, list):
             value = value[0] if value else None
+        if isinstance(value, int | float | Decimal) and not isinstance(value, bool):
+            value = as_text(value)
         if isinstance(value, str):
             value = records.clean_text(value).strip() or None
         if value is not None:
@@ -332,10 +378,9 @@ def image_names(entry: Entry, layout: Layout) -> Iterator[str]:
             _, value = image_value(entry.values, names) if names else ("", None)
         except (InputError, Rejection):
             continue  # said when the record is built
-        if isinstance(value, dict) and not value.get("bytes"):
-            value = value.get("path")
-        if isinstance(value, str):
-            yield value
+        name = _path(inline.held(value))
+        if name is not None and len(name) <= _LONGEST_URL:
+            yield name
 
 
 def text_of(line: dict[str, Any], *names: str) -> str:
@@ -346,11 +391,16 @@ def text_of(line: dict[str, Any], *names: str) -> str:
     """
     for name in names:
         value = line.get(name)
-        if value is not None:
+        if value is not None and not _is_missing(value):
             if not isinstance(value, str) or not value.strip():
                 raise InputError(f"{name!r} must be a text, not {value!r:.60}")
             return records.clean_text(value)
     raise InputError(f"no {' or '.join(map(repr, names))}")
+
+
+def _is_missing(value: Any) -> bool:
+    """Whether a value is the NaN that data frames put where there is none."""
+    return isinstance(value, float | Decimal) and math.isnan(value)
 
 
 def _instruction(prompt: str) -> str:

@@ -6,10 +6,8 @@ alone, never on the cluster, so that the same input always gives the same files.
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
@@ -19,21 +17,25 @@ import pyarrow as pa
 from dim import records
 from dim.errors import InputError
 from infra import storage
-from pipelines.readers import containers
-from pipelines.readers.bounds import MAX_BYTES, READ_AHEAD
-from pipelines.readers.containers import Cutter
+from pipelines.readers import compression, containers, ids
+from pipelines.readers.addresses import Addresses
+from pipelines.readers.bounds import MAX_BYTES
+from pipelines.readers.containers import Containers, Cutter
 from pipelines.readers.entries import (
-    ArrayItems,
     Entries,
     Files,
     JsonLines,
+    JsonValues,
     is_image,
+    known_id,
     parse_line,
 )
-from pipelines.readers.entries import identity as identity_of
 from pipelines.readers.fetch import FetchConfig
 from pipelines.readers.join import MediaConfig, MediaIndex
+from pipelines.readers.json_files import JsonFile
 from pipelines.readers.layout import Layout
+from pipelines.readers.listing import list_files
+from pipelines.readers.names import is_hidden, without_suffix
 from pipelines.readers.records import ImageFiles, Records, TabletopImages, TabletopPairs
 
 
@@ -65,63 +67,91 @@ def from_records(
     media: MediaConfig | None = None,
     fetch: FetchConfig | None = None,
     max_bytes: int = MAX_BYTES,
+    read_from: Sequence[str] = (),
 ) -> Source:
-    """Records of a JSONL file, a JSON array, or Parquet, Arrow or tar files, by a layout.
+    """Records of a JSON file, or Parquet, Arrow or tar files, by a layout.
 
     Args:
         uri: one file, or a folder of files of one kind.
         media: where the images lie, if not beside the records or in them.
         fetch: how images behind URLs are fetched; without it they are not.
         max_bytes: size of an image at most, wherever it lies but behind a URL.
+        read_from: where names in the records may lead besides their own folder.
 
     Raises:
         StorageError: there is nothing at the address.
-        InputError: it holds no records, or lacks a column that the layout needs.
+        InputError: it holds no records, lacks a column that the layout needs, or is of a form
+            that is not read.
     """
-    store, files = containers.find_files(uri)
+    roots = tuple(map(storage.open_store, read_from))
+    found = containers.find_files(uri, roots)
+    called, hidden = source or _name_of(uri), found.hidden
     reader: Entries
-    if files:
-        reader = Files(store, source or _name_of(uri), layout.columns, max_bytes)
-        cutter = containers.cut(store, files, layout, rows_per_range)
-        identity: dict[str, Any] = {"files": records.sha256_hex(repr((store.uri, files)).encode())}
+    if found.files:
+        reader = Files(found.store, called, layout.columns, max_bytes)
+        cutter, more = containers.cut(found, layout, rows_per_range, called, roots)
+        hidden += more
+        seen = repr((found.store.uri, found.files))
+        identity: dict[str, Any] = {"files": records.sha256_hex(seen.encode())}
     else:
-        if not storage.open_store(uri).is_file() and storage.open_store(uri).exists():
-            raise InputError(f"there are no .parquet, .arrow or .tar files in {uri}")
-        file_store, name = storage.open_file(uri)
-        kind = ArrayItems if name.endswith(".json") else JsonLines
-        reader = kind(file_store, name, source or _name_of(uri))
-        cutter, identity = _scan(reader, layout, rows_per_range)
+        if found.kind is None and storage.open_store(uri).exists():
+            raise InputError(f"there are no .parquet, .arrow or .tar files in {uri}{found.advice}")
+        reader, cutter, identity = _json(uri, found, called, layout, rows_per_range)
     if not cutter.rows:
         raise InputError(f"{uri} is empty")
-    index = MediaIndex(media, max_bytes) if media is not None else None
+    index = MediaIndex(media, max_bytes, roots) if media is not None else None
     if index is not None:
         index.join(cutter.units, reader, layout)
+        hidden += index.hidden
         identity["media"] = records.sha256_hex(repr(index.identity).encode())
         identity |= {"keys_unmatched": index.unmatched, "images_unused": index.unused}
-    made = Records(reader, layout, fetch, index.media if index else None, max_bytes)
-    return Source(cutter.units, made, cutter.rows, identity, made.schema)
+    made = Records(reader, layout, fetch, index.media if index else None, max_bytes, roots)
+    return Source(cutter.units, made, cutter.rows, _with(identity, hidden), made.schema)
 
 
 def images_from_folder(
-    uri: str, source: str | None, rows_per_file: int, max_bytes: int = MAX_BYTES
+    uri: str,
+    source: str | None,
+    rows_per_file: int,
+    max_bytes: int = MAX_BYTES,
+    *,
+    read_from: Sequence[str] = (),
 ) -> Source:
-    """All images in a folder and below it, in order of name; none over ``max_bytes`` is read.
+    """All images in a folder and below it, in order of name, but for those that are hidden.
+
+    An image's id is its name without suffix; of cat.jpg and cat.png it is the whole name.
+    None over ``max_bytes`` is read.
 
     Raises:
         InputError: there is none.
     """
     store = storage.open_store(uri)
-    found = [item for item in store.list() if _is_image(item[0])]
+    addresses = Addresses(store, tuple(map(storage.open_store, read_from)))
+    listed = list_files(addresses)
+    images = [item for item in listed.files if is_image(item[0])]
+    found = [item for item in images if not is_hidden(item[0])]
+    hidden = len(images) - len(found)
     if not found:
-        raise InputError(f"there are no images in {uri}")
+        raise InputError(
+            f"there are no images in {uri}{containers.hint(store, listed.files, hidden)}"
+        )
     names = [name for name, _ in found]
-    units = [
-        {"first": first, "names": names[first : first + rows_per_file]}
-        for first in range(0, len(names), rows_per_file)
-    ]
+    shared = ids.apart(names, without_suffix)
+    if listed.closed:
+        names = sorted([*names, *(name for name in listed.closed if not is_hidden(name))])
+    units = []
+    for first in range(0, len(names), rows_per_file):
+        part = names[first : first + rows_per_file]
+        called = {name: shared[name] for name in part if name in shared} if shared else {}
+        units.append({"first": first, "names": part, "called": json.dumps(called)})
     identity = {"images": records.sha256_hex(repr(found).encode())}
-    reader = ImageFiles(store, source or PurePosixPath(store.root).name, max_bytes)
-    return Source(units, reader, len(names), identity, records.RAW_IMAGE)
+    reader = ImageFiles(addresses, source or PurePosixPath(store.root).name, max_bytes)
+    return Source(units, reader, len(names), _with(identity, hidden), records.RAW_IMAGE)
+
+
+def _with(identity: dict[str, Any], hidden: int) -> dict[str, Any]:
+    """What identifies an input, and how many hidden files of it were left out, if any were."""
+    return {**identity, "hidden": hidden} if hidden else identity
 
 
 def tabletop_pairs(count: int, rows_per_file: int, reader: TabletopPairs) -> Source:
@@ -141,56 +171,31 @@ def _counted(count: int, rows_per_file: int) -> list[dict[str, Any]]:
     ]
 
 
-def _is_image(name: str) -> bool:
-    return is_image(name) and not PurePosixPath(name).name.startswith(".")
-
-
 def _name_of(uri: str) -> str:
-    return PurePosixPath(storage.open_store(uri).root).stem
+    name = PurePosixPath(storage.open_store(uri).root).name
+    return PurePosixPath(compression.without_suffix(name)).stem
 
 
-def _scan(
-    reader: JsonLines | ArrayItems, layout: Layout, rows_per_range: int
-) -> tuple[Cutter, dict[str, Any]]:
+def _json(
+    uri: str, found: Containers, source: str, layout: Layout, rows_per_range: int
+) -> tuple[Entries, Cutter, dict[str, Any]]:
     """One pass over a file: where each range starts, and which entries repeat an id."""
-    cutter, digest = Cutter(rows_per_range), hashlib.sha256()
-    if isinstance(reader, ArrayItems):
-        data = reader.store.read(reader.name)
-        digest.update(data)
-        for item in _array(data, reader.store.address(reader.name)):
-            if cutter.begins():
-                cutter.begin(items=[])
-            text = json.dumps(item)
-            cutter.units[-1]["items"].append(text)
-            cutter.add(_id_of(text.encode(), layout))
-    else:
-        position = 0
-        with io.BufferedReader(reader.store.open_input(reader.name), READ_AHEAD) as file:
-            for number, line in enumerate(file, start=1):
-                digest.update(line)
-                if line.strip():
-                    if cutter.begins():
-                        cutter.begin(line=number, start=position)
-                    cutter.add(_id_of(line, layout), number)
-                position += len(line)
-                if cutter.units:
-                    cutter.units[-1]["end"] = position
-    where = storage.join(reader.store.uri, reader.name)
-    return cutter, {"file": where, "sha256": digest.hexdigest()}
-
-
-def _array(data: bytes, where: str) -> list[Any]:
-    try:
-        items = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{where} is not JSON ({error})") from None
-    if not isinstance(items, list):
-        raise InputError(f"{where} holds a JSON {type(items).__name__} where an array is expected")
-    return items
+    store, name = storage.open_file(uri)
+    file = JsonFile(store, name, found.layers, layout)
+    cutter = Cutter(rows_per_range, source)
+    for number, start, end, text in file.records():
+        if cutter.begins():
+            cutter.begin(start=start, line=number or 0)
+        cutter.add(_id_of(text, layout), number)
+        cutter.units[-1]["end"] = end
+    kind = JsonLines if file.in_lines else JsonValues
+    where = storage.join(store.uri, name)
+    identity = {"file": where, "sha256": file.digest.hexdigest()}
+    return kind(store, name, source, found.layers), cutter, identity
 
 
 def _id_of(text: bytes, layout: Layout) -> str | None:
     try:
-        return identity_of(parse_line(text), layout)
+        return known_id(parse_line(text), layout)
     except InputError:
         return None

@@ -167,8 +167,10 @@ def test_images_from_elsewhere(tmp_path: Path, s3: str) -> None:
         "prompt": "x",
     }
     storage.write_bytes(f"{s3}/lists/pairs.jsonl", json.dumps(line).encode())
-    (row,) = read(from_pairs(f"{s3}/lists/pairs.jsonl", 5))
+    (row,) = read(from_pairs(f"{s3}/lists/pairs.jsonl", 5, read_from=[s3, str(tmp_path)]))
     assert row["outcome"] == "kept" and row["width"] == 64
+    (row,) = read(from_pairs(f"{s3}/lists/pairs.jsonl", 5, read_from=[s3]))
+    assert row["outcome"] == "failed" and f"read_from=[{tmp_path}]" in row["error"]
 
 
 def tabletop_source(count: int, rows_per_file: int) -> Source:

@@ -1,0 +1,93 @@
+"""Names of files: which are hidden, how else one may have been written, how one is shown."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from pathlib import PurePosixPath
+from urllib.parse import unquote
+
+_LEFT_BEHIND = frozenset(
+    {
+        "__macosx",
+        "__pycache__",
+        "_temporary",
+        "@eadir",
+        "#recycle",
+        "$recycle.bin",
+        "system volume information",
+        "lost+found",
+        "thumbs.db",
+        "ehthumbs.db",
+        "desktop.ini",
+    }
+)
+"""What systems and programs leave in folders, in lower case."""
+
+_USER = re.compile(r"(?<=//)[^/@\s]*@")
+_SHOWN = 160
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file is hidden: it, or a folder on the way to it, begins with a dot, or is one of
+    those that systems leave behind.
+
+    Args:
+        name: relative to the folder that somebody named, which may itself be called anything.
+    """
+    return any(
+        (part.startswith(".") and part not in (".", "..")) or part.lower() in _LEFT_BEHIND
+        for part in name.split("/")
+    )
+
+
+def is_hidden_table(name: str) -> bool:
+    """The same for Parquet and Arrow files, among which a leading ``_`` hides as well (but not
+    that of a partition, ``_key=value``), and so does the ``cache-`` of Hugging Face."""
+    parts = name.split("/")
+    return (
+        is_hidden(name)
+        or parts[-1].startswith("cache-")
+        or any(part.startswith("_") and "=" not in part for part in parts)
+    )
+
+
+def without_suffix(name: str) -> str:
+    """A file's name without its last suffix."""
+    return str(PurePosixPath(name).with_suffix(""))
+
+
+def spellings(name: str) -> list[str]:
+    """How else a name may be meant that another system wrote, itself not among them.
+
+    With ``/`` for ``\\``, without ``./`` and ``//``, with ``%20`` and the like decoded, and with
+    accents as letters of their own or not (NFC and NFD).
+    """
+    if name.isascii() and not re.search(r"\\|%|(^|/)\.?/", name):
+        return []
+    plain = {name, unquote(name)}
+    slashed = plain | {text.replace("\\", "/") for text in plain}
+    short = slashed | {str(PurePosixPath(text)) for text in slashed}
+    forms = {unicodedata.normalize(form, text) for text in short for form in ("NFC", "NFD")}
+    return sorted((short | forms) - {name})
+
+
+def plain(name: str) -> str:
+    """The one spelling that all spellings of a name come down to."""
+    if name.isascii() and not re.search(r"\\|%|(^|/)\.?/", name):
+        return name
+    slashed = unquote(name).replace("\\", "/")
+    return unicodedata.normalize("NFC", str(PurePosixPath(slashed)))
+
+
+def without_case(name: str) -> str:
+    """What names have in common that differ in letter case or in the form of their accents."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFD", name).casefold())
+
+
+def shown(value: object) -> str:
+    """A value for a message: never long, and without a user or password of an address."""
+    text = str(value)
+    if len(text) <= _SHOWN:
+        return _USER.sub("", text)
+    return f"{_USER.sub('', text[: _SHOWN // 2])}… ({len(text):,} characters)"
