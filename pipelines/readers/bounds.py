@@ -171,9 +171,9 @@ def _parquet_keys(
     schema = tables.open_parquet(file, where).schema_arrow
     chosen = [name for name in schema.names if name in columns]
     # As a dictionary, what a page says once is in memory once, in however many rows it is.
-    table = tables.open_parquet(file, where, read_dictionary=chosen)
-    flat = not any(schema.field(name).type.num_fields for name in chosen)
-    return schema, table.iter_batches(_KEYS_AT_ONCE if flat else 1, columns=chosen)
+    flat = [name for name in chosen if not schema.field(name).type.num_fields]
+    table = tables.open_parquet(file, where, read_dictionary=flat)
+    return schema, table.iter_batches(_KEYS_AT_ONCE if flat == chosen else 1, columns=chosen)
 
 
 def _checked_keys(

@@ -260,7 +260,8 @@ def _entry(
     name = part["file"]
     if part["kind"] != forms.TAR:
         return Entry(index, f"row {row} of {name}", {**where, "row": row}, values)
-    key, damage = values["__key__"], values.pop("__damage__", None)
+    key, damage = values.pop("__key__"), values.pop("__damage__", None)
+    values.pop("__images__", None)
     place = {**where, "sample": key}
     return Entry(index, f"sample {key} of {name}", place, values, damage, f"{part['called']}/{key}")
 

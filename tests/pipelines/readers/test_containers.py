@@ -191,11 +191,11 @@ def test_folders_of_mixed_or_no_kind_say_so(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "state", ["[]", "{", '{"_data_files": 5}', '{"_data_files": [{"name": "x"}]}', "{}\n{}"]
+    "state", ["{", '{"_data_files": 5}', '{"_data_files": [{"name": "x"}]}', "{}\n{}"]
 )
 def test_a_state_that_names_no_files_is_refused_by_name(state: str, tmp_path: Path) -> None:
     folder = tmp_path / "saved"
     datasets.Dataset.from_list([{"id": "a"}]).save_to_disk(folder)
     (folder / "state.json").write_text(state)
-    with pytest.raises(InputError, match=r"saved/state.json names no files of a data set \("):
+    with pytest.raises(InputError, match=r"saved/state.json (is not JSON|does not name)"):
         opened(folder, IMAGES)
