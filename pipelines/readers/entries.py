@@ -23,7 +23,12 @@ from dim.errors import InputError
 from infra.storage import Store
 from pipelines.readers.layout import Layout
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+IMAGE_SUFFIXES = frozenset(
+    {
+        *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp"),
+        *(".bmp", ".dib", ".gif", ".tif", ".tiff"),
+    }
+)
 READ_AHEAD = 1 << 20
 
 _ROWS_AT_ONCE = 16  # of a Parquet file: encoded images are large
