@@ -8,9 +8,11 @@ from typing import Protocol, TypeVar
 from dim import designers
 from dim.designers import CallOptions, OnAnswer, Reply
 from dim.designers.calls.usage import Unusable
+from dim.designers.calls.wire import sent_as
 from dim.designers.prepared import PreparedModel
 from infra.storage import Store
 from pipelines.calls.answers import Answers
+from pipelines.outcome import Row
 
 RequestT = TypeVar("RequestT", contravariant=True)
 
@@ -45,6 +47,18 @@ def prepared_or_made(
         return designer
     model = designers.engine_model(designer)
     return make(designer) if model is None else PreparedModel(model, calls, Answers(store).get)
+
+
+def shown_key(row: Row, column: str, max_pixels: int | None) -> str:
+    """What stands for an image in the key of an answer: its hash and, where a model is not shown
+    the file itself, what is made of it.
+
+    Args:
+        row: a record with the hash of its image in ``{column}_hash``.
+        column: of the image.
+        max_pixels: as ``CallOptions`` has it.
+    """
+    return f"{row[f'{column}_hash']} {sent_as(row[column], max_pixels)}".rstrip()
 
 
 class Ask(Protocol[RequestT]):

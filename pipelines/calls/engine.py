@@ -68,7 +68,7 @@ class CollectQuestions:
     Args:
         make: the stage that asks a given model.
         spec: ``vllm:MODEL``.
-        calls: the sampling.
+        calls: the sampling, and how large images are sent.
         store: the job's output folder.
     """
 
@@ -76,6 +76,7 @@ class CollectQuestions:
         self._answers = Answers(store)
         self._model = PreparedModel(designers.engine_model(spec) or spec, calls, self._answers.get)
         self._stage = make(self._model)
+        self._max_pixels = calls.max_pixels
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Records with outcomes in, questions out; each record is worked on by itself."""
@@ -87,7 +88,9 @@ class CollectQuestions:
                 row = {"key": key, "record": record["id"][0].as_py(), "text": question.text}
                 schema = json.dumps(question.schema) if question.schema is not None else None
                 try:
-                    images = [data_url(image).decode() for image in question.images]
+                    images = [
+                        data_url(image, self._max_pixels).decode() for image in question.images
+                    ]
                 except InputError as error:
                     nothing = Usage(0, 0, 0.0, 0.0)
                     self._answers.add(key, Unusable(f"image not sent: {error}", nothing))

@@ -18,7 +18,7 @@ from dim.errors import BlueprintError
 from dim.triage import Triage
 from infra.storage import Store
 from pipelines.calls.answers import Answers, answer_key
-from pipelines.calls.ask import ask_once, prepared_or_made
+from pipelines.calls.ask import ask_once, prepared_or_made, shown_key
 from pipelines.calls.reask import Asked, answers_questions, ask_until_read, question, read_reply
 from pipelines.outcome import Rejection, Row, kept, to_rows, to_table, work_on
 
@@ -63,6 +63,7 @@ class WriteBlueprints:
         self._designer = prepared_or_made(designer, create, calls, store)
         self._with_target = with_target
         self._own_call = with_target and triage == "own_call"
+        self._max_pixels = calls.max_pixels
         self._reasks = reasks
         self._answers = Answers(store) if self._designer.costly else None
 
@@ -123,10 +124,9 @@ class WriteBlueprints:
         return [row["image"], row["image_target"]] if self._with_target else [row["image"]]
 
     def _key(self, row: Row, version: str, instruction: str) -> str:
-        target_hash = row["image_target_hash"] if self._with_target else None
-        return answer_key(
-            self._designer.fingerprint, version, row["image_hash"], target_hash, instruction
-        )
+        names = ("image", "image_target") if self._with_target else ("image",)
+        image, target, *_ = (*(shown_key(row, name, self._max_pixels) for name in names), None)
+        return answer_key(self._designer.fingerprint, version, image, target, instruction)
 
     def _take(self, row: Row) -> Row:
         answer = row.pop("result")

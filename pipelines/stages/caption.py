@@ -26,7 +26,7 @@ from dim.designers.prepared import PreparedModel
 from dim.errors import DesignerError
 from infra.storage import Store
 from pipelines.calls.answers import Answers, answer_key
-from pipelines.calls.ask import ask_once, prepared_or_made
+from pipelines.calls.ask import ask_once, prepared_or_made, shown_key
 from pipelines.calls.reask import Asked, answers_questions, ask_until_read, question, read_reply
 from pipelines.outcome import Rejection, Row, kept, to_rows, to_table, work_on
 
@@ -79,6 +79,7 @@ class WriteCaptions:
         create = partial(designers.create_captioner, calls=calls, exchange=exchange)
         self._captioner = prepared_or_made(captioner, create, calls, store)
         self._rules = rules
+        self._max_pixels = calls.max_pixels
         self._limits = rules.model_dump(exclude={"reasks"})
         self._answers = Answers(store) if self._captioner.costly else None
 
@@ -107,7 +108,8 @@ class WriteCaptions:
 
     def _key(self, row: Row) -> str:
         version = f"{PROMPT_VERSION} {self._rules.language}"
-        return answer_key(self._captioner.fingerprint, version, row["image_hash"])
+        shown = shown_key(row, "image", self._max_pixels)
+        return answer_key(self._captioner.fingerprint, version, shown)
 
     def _read(self, reply: str) -> Caption:
         try:
