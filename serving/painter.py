@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import io
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from PIL import Image
 from ray import serve
 
 from dim import model as models
 from dim.devices import best_device
-from dim.images import encode_png
+from dim.images import decode_image, encode_png
 from serving.config import ServingConfig
 from serving.jobs import Defaults, EditJob, GenerateJob, Painted, in_groups, unwrap
 
@@ -66,7 +64,7 @@ class PainterDeployment:
     def _edit_same(self, jobs: Sequence[EditJob]) -> list[Painted]:
         texts = [job.text for job in jobs]
         results = self._model.edit(
-            [Image.open(io.BytesIO(job.image)) for job in jobs],
+            [decode_image(job.image) for job in jobs],
             texts,
             blueprints=texts,
             fit=jobs[0].fit,

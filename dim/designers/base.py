@@ -95,6 +95,10 @@ class CallOptions(StrictModel):
     """How long a request is put off by a server that says it is too busy."""
     max_tokens: int = Field(default=2048, ge=1)
     temperature: float = Field(default=0.0, ge=0)
+    max_pixels: int | None = Field(default=1_605_632, gt=0)
+    """Width x height of an image that is sent; a larger one is made smaller for it. ``None``: none
+    is. The default is 2,048 tokens of Qwen2.5-VL (28 x 28 pixels each): a pair of images, the
+    prompt and the answer fit into a context of 8,192."""
     requests_per_minute: float | None = Field(default=None, gt=0)
     """Of all workers together; ``None``: no limit."""
     tokens_per_minute: float | None = Field(default=None, gt=0)

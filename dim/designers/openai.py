@@ -39,6 +39,7 @@ class OpenAIModel:
         options = options or SOMEBODY_WAITS
         self.name = f"openai:{model}"
         self.fingerprint = fingerprint(model, options)
+        self.max_pixels = options.max_pixels
         self._endpoint = ChatEndpoint(model, url, options, exchange)
 
     def design(

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 
 from dim.designers import questions
 from dim.designers.base import CallOptions, DesignRequest, OnAnswer, Question, Reply
+from dim.designers.calls.wire import sent_as
 from dim.errors import DesignerError
 from dim.records import sha256_hex
 
@@ -24,7 +25,7 @@ class PreparedModel:
 
     Args:
         model: what the answers' makers called it.
-        options: the sampling they were made with.
+        options: the sampling they were made with, and how large images were sent.
         find: looks an answer up.
     """
 
@@ -35,6 +36,7 @@ class PreparedModel:
         self.fingerprint = (
             f"{self.name} temperature={options.temperature} max_tokens={options.max_tokens}"
         )
+        self.max_pixels = options.max_pixels
         self._find = find
         self._open: dict[str, Question] = {}
 
@@ -69,6 +71,6 @@ class PreparedModel:
 
     def key(self, question: Question) -> str:
         """A hash over exactly what changes the answer."""
-        images = [sha256_hex(image) for image in question.images]
+        images = [sha256_hex(image) + sent_as(image, self.max_pixels) for image in question.images]
         parts = [self.fingerprint, question.text, images, question.schema]
         return sha256_hex(json.dumps(parts, sort_keys=True).encode())

@@ -6,17 +6,15 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from dim.errors import InputError
-from dim.images import MAX_PIXELS, MIN_SIDE, decode_image, encode_png
-
-COLOUR_MODELS = ("CMYK", "YCbCr", "LAB", "HSV")
+from dim.images import MAX_PIXELS, MIN_SIDE, convert_image
 
 
 def upright_rgb(image: Image.Image, name: str = "the image") -> Image.Image:
-    """``image`` turned as its EXIF says and brought to 8-bit RGB, transparency laid on white.
+    """``image`` as :func:`dim.images.decode_image` returns that of a file: upright 8-bit sRGB.
 
     Raises:
         InputError: no PIL image, damaged, too small or too large, or of an undefined range.
@@ -29,17 +27,7 @@ def upright_rgb(image: Image.Image, name: str = "the image") -> Image.Image:
             f"{name} is {width}x{height}; each side must have {MIN_SIDE} px or more, and the "
             f"whole at most {MAX_PIXELS:,} pixels"
         )
-    try:
-        image = ImageOps.exif_transpose(image)
-        if image.mode in COLOUR_MODELS:
-            return image.convert("RGB")
-        if image.mode == "RGB" and not image.has_transparency_data:
-            image.load()
-            return image
-        encoded = encode_png(image)
-    except (OSError, SyntaxError, ValueError) as error:
-        raise InputError(f"{name} cannot be read: {' '.join(str(error).split())}") from None
-    return decode_image(encoded, name=name)
+    return convert_image(image, name)
 
 
 def centre_crop(image: Image.Image, resolution: int) -> Image.Image:

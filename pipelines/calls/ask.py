@@ -8,9 +8,10 @@ from typing import Any, Generic, Protocol, TypeGuard, TypeVar
 
 from dim.designers import OnAnswer, Question, Reply
 from dim.designers.calls.usage import Unusable
+from dim.designers.calls.wire import sent_as
 from dim.errors import DimError
 from pipelines.calls.answers import Answers, answer_key
-from pipelines.outcome import Rejection
+from pipelines.outcome import Rejection, Row
 
 RequestT = TypeVar("RequestT", contravariant=True)
 ReadT = TypeVar("ReadT")
@@ -20,6 +21,19 @@ _AGAIN = """\
 
 You were asked this before, and your answer could not be used: {fault}. Answer again, completely \
 and in the form that is asked for."""
+
+
+def shown_key(model: Any, row: Row, column: str) -> str:
+    """What stands for an image in the key of an answer: its hash and, where a model is not shown
+    the file itself, what is made of it.
+
+    Args:
+        model: who is shown it; a model over HTTP says how large an image it is sent at most.
+        row: a record with the hash of its image in ``{column}_hash``.
+        column: of the image.
+    """
+    most = getattr(model, "max_pixels", None)
+    return f"{row[f'{column}_hash']} {sent_as(row[column], most)}".rstrip()
 
 
 class Ask(Protocol[RequestT]):

@@ -78,7 +78,10 @@ class CollectQuestions:
                 row = {"key": key, "record": record["id"][0].as_py(), "text": question.text}
                 schema = json.dumps(question.schema) if question.schema is not None else None
                 try:
-                    images = [data_url(image).decode() for image in question.images]
+                    images = [
+                        data_url(image, self._model.max_pixels).decode()
+                        for image in question.images
+                    ]
                 except InputError as error:
                     nothing = Usage(0, 0, 0.0, 0.0)
                     self._answers.add(key, Unusable(f"image not sent: {error}", nothing))

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import io
-import warnings
 from dataclasses import dataclass
 from typing import ClassVar
 
 import pyarrow as pa
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from dim import records
 from dim.errors import InputError
-from dim.images import decode_image
+from dim.images import TooManyPixels, decode_image, read_header
 from pipelines.filters import measures, scorers
 from pipelines.filters.gauge import Gauge
 from pipelines.filters.rules import ImageRules
@@ -20,8 +18,6 @@ from pipelines.filters.signatures import Signer
 from pipelines.outcome import Rejection, Row, to_rows, to_table, work_on
 
 STAGE = "filter"
-
-_ORIENTATION = 0x0112  # EXIF tag; values above 4 turn the image by a quarter
 
 
 @dataclass(frozen=True)
@@ -60,24 +56,18 @@ class FilterImages:
 def probe(image: bytes, name: str) -> tuple[int, int]:
     """Width and height of an encoded image as it is to be seen, read off its header.
 
+    It is the decoding's own reading of it; an image of a format that cannot be decoded is none.
+
     Raises:
         Rejection: ``image.undecodable`` or ``image.too_large``.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(image)) as opened:
-                width, height = opened.size
-                # Pillow decodes a whole PNG to look for EXIF behind its pixels; few have any.
-                exif = {} if opened.format == "PNG" else opened.getexif()
-                turned = exif.get(_ORIENTATION, 1) > 4
-    except UnidentifiedImageError:
-        raise Rejection("image.undecodable", f"{name} is not an image") from None
-    except Image.DecompressionBombError:
-        raise Rejection("image.too_large", f"{name} has far too many pixels") from None
-    except Exception as error:  # a damaged header can raise anything
-        raise Rejection("image.undecodable", f"{name} is damaged: {error}") from None
-    return (height, width) if turned else (width, height)
+        header = read_header(image, name=name)
+    except TooManyPixels as error:
+        raise Rejection("image.too_large", str(error)) from None
+    except InputError as error:
+        raise Rejection("image.undecodable", str(error)) from None
+    return header.width, header.height
 
 
 def open_checked(image: bytes, name: str, gauge: Gauge, rules: ImageRules) -> Image.Image:

@@ -32,7 +32,12 @@ from pipelines.readers.json_values import Walk
 from pipelines.readers.layout import Layout
 from pipelines.readers.names import is_hidden
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+IMAGE_SUFFIXES = frozenset(
+    {
+        *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp"),
+        *(".bmp", ".dib", ".gif", ".tif", ".tiff"),
+    }
+)
 
 _TEXTS = ("txt", "text", "caption")
 

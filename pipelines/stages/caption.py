@@ -22,7 +22,14 @@ from dim.config import StrictModel
 from dim.designers import Captioner, Question
 from dim.errors import DesignerError
 from pipelines.calls.answers import Answers, answer_key
-from pipelines.calls.ask import Asked, answers_questions, ask_once, ask_until_read, read_reply
+from pipelines.calls.ask import (
+    Asked,
+    answers_questions,
+    ask_once,
+    ask_until_read,
+    read_reply,
+    shown_key,
+)
 from pipelines.outcome import Rejection, Row, kept, settle, to_rows, to_table
 
 STAGE = "caption"
@@ -94,7 +101,8 @@ class WriteCaptions:
 
     def _key(self, row: Row) -> str:
         version = f"{PROMPT_VERSION} {self._rules.language}"
-        return answer_key(self._captioner.fingerprint, version, row["image_hash"])
+        shown = shown_key(self._captioner, row, "image")
+        return answer_key(self._captioner.fingerprint, version, shown)
 
     def _read(self, reply: str) -> Caption:
         try:

@@ -12,7 +12,7 @@ from dim.blueprint import parse_answer
 from dim.designers import Designer, Question
 from dim.errors import BlueprintError
 from pipelines.calls.answers import Answers, answer_key
-from pipelines.calls.ask import Asked, answers_questions, ask_until_read
+from pipelines.calls.ask import Asked, answers_questions, ask_until_read, shown_key
 from pipelines.outcome import Rejection, Row, kept, settle, to_rows, to_table
 
 STAGE = "blueprint"  # as outputs have always called both calls to the designer
@@ -88,8 +88,9 @@ def pair_key(
         instruction: the one that is asked about.
         with_target: whether the target is shown.
     """
-    target_hash = row["image_target_hash"] if with_target else None
-    return answer_key(designer.fingerprint, version, row["image_hash"], target_hash, instruction)
+    shown = shown_key(designer, row, "image")
+    target = shown_key(designer, row, "image_target") if with_target else None
+    return answer_key(designer.fingerprint, version, shown, target, instruction)
 
 
 def misaligned(designer: Designer) -> Rejection:

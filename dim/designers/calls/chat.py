@@ -96,13 +96,14 @@ class _Call:
     """A question on its way, and the request that was made of it."""
 
     question: Question
+    max_pixels: int | None
     body: bytes | None = None
     without: frozenset[str] = frozenset()
 
     @cached_property
     def input_tokens(self) -> float:
         """How many it has by our own count, for which its images have to be looked at."""
-        return expected_input_tokens(self.question)
+        return expected_input_tokens(self.question, self.max_pixels)
 
 
 @dataclass(frozen=True)
@@ -189,7 +190,7 @@ class _Calls:
         ``stopped``: why nothing more is asked, as soon as there is a reason.
         """
         try:
-            call = _Call(question)
+            call = _Call(question, self._options.max_pixels)
             await self._encode(call, self._refused)
             async with self._open:
                 if stopped:

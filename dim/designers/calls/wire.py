@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import base64
-import io
 import json
+import math
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +12,8 @@ from typing import Any
 from PIL import Image
 
 from dim.designers.base import CallOptions, Question
-from dim.images import decode_image, encode_png
+from dim.errors import InputError
+from dim.images import Header, decode_image, encode_jpeg, encode_png, read_header
 from dim.reading import REASONING_FIELDS, as_reasoning, says_something
 
 SCHEMA, MAX_TOKENS, TEMPERATURE = "response_format", "max_tokens", "temperature"
@@ -35,9 +36,9 @@ _THOUGHTS = ("thinking", "reasoning", "thought")
 _REQUEST = b'{"messages": [{"role": "user", "content": [%b]}], %b'
 _IMAGE = b'{"type": "image_url", "image_url": {"url": "%b"}}'
 
-# What vision servers read as it is; anything else is sent as PNG.
-_SENDABLE = {"JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp"}
-_ORIENTATION = 0x0112  # EXIF tag
+# Of what any program reads, and so any server; see dim.images.Header.
+_MEDIA_TYPES = {"JPEG": "image/jpeg", "PNG": "image/png", "WEBP": "image/webp"}
+_FAST = 1  # zlib's level; an upload of a few percent more is cheaper than the time
 _SHOWN = 200  # characters of a server's message that go into an error
 _CHARACTERS_PER_TOKEN = 4
 _PIXELS_PER_TOKEN = 28 * 28  # of Qwen2.5-VL; others are near enough until the first answer
@@ -93,14 +94,18 @@ def request_body(
         request[SCHEMA] = {"type": "json_schema", "json_schema": form}
     # Put together by hand: looking for characters to escape in megabytes of base64 takes as long
     # as all the rest of a request.
-    parts = [_IMAGE % data_url(image) for image in question.images]
+    parts = [_IMAGE % data_url(image, options.max_pixels) for image in question.images]
     parts.append(json.dumps({"type": "text", "text": question.text}).encode())
     return _REQUEST % (b", ".join(parts), json.dumps(request).encode()[1:])
 
 
-def expected_input_tokens(question: Question) -> float:
-    """About how many tokens a request has, before a server has counted any."""
-    images = sum(_pixels(image) for image in question.images) / _PIXELS_PER_TOKEN
+def expected_input_tokens(question: Question, max_pixels: int | None = None) -> float:
+    """About how many tokens a request has, before a server has counted any.
+
+    Args:
+        max_pixels: what its images are brought down to, as ``CallOptions`` has it.
+    """
+    images = sum(_pixels(image, max_pixels) for image in question.images) / _PIXELS_PER_TOKEN
     return images + len(question.text) / _CHARACTERS_PER_TOKEN
 
 
@@ -109,16 +114,43 @@ def expected_output_tokens(text: str) -> int:
     return -(-len(text) // _CHARACTERS_PER_TOKEN)
 
 
-def data_url(image: bytes) -> bytes:
-    """An encoded image as a ``data:`` URL, re-encoded only where a server would misread it.
+def data_url(image: bytes, max_pixels: int | None = None) -> bytes:
+    """An encoded image as a ``data:`` URL in which every server sees what the painter sees.
+
+    A file whose pixels any reader shows as they are to be seen is sent as it is. Every other
+    picture is decoded here and sent anew: as PNG, with the very same pixels, or, if it has to be
+    made smaller, as JPEG.
+
+    Args:
+        image: the encoded image.
+        max_pixels: width x height at most; ``None``: whatever it has.
 
     Raises:
         InputError: the bytes are no image.
     """
-    media_type = _sendable_type(image)
-    if media_type is None:
-        image, media_type = encode_png(decode_image(image)), "image/png"
-    return b"data:%b;base64,%b" % (media_type.encode(), base64.b64encode(image))
+    header = read_header(image)
+    size = _sent_size(header, max_pixels)
+    if size is None and header.common is not None:
+        return _data_url(_MEDIA_TYPES[header.format], header.common)
+    picture = decode_image(image)
+    if size is None:
+        return _data_url("image/png", encode_png(picture, compress_level=_FAST))
+    return _data_url("image/jpeg", encode_jpeg(picture.resize(size, Image.Resampling.LANCZOS)))
+
+
+def sent_as(image: bytes, max_pixels: int | None) -> str:
+    """What :func:`data_url` makes of an image, in words for the key of an answer.
+
+    Empty for a file that is sent as it is, and for what is no image.
+    """
+    try:
+        header = read_header(image)
+    except InputError:
+        return ""
+    size = _sent_size(header, max_pixels)
+    if size is not None:
+        return f"jpeg {size[0]}x{size[1]}"
+    return "png" if header.common is None else ""
 
 
 def read_completion(body: bytes) -> Completion:
@@ -242,20 +274,24 @@ def _count(value: object) -> int | None:
     return value if isinstance(value, int) and value >= 0 else None
 
 
-def _pixels(image: bytes) -> int:
-    try:
-        with Image.open(io.BytesIO(image)) as opened:
-            return opened.width * opened.height
-    except Exception:  # it will not be sent
-        return 0
+def _data_url(media_type: str, data: bytes) -> bytes:
+    return b"data:%b;base64,%b" % (media_type.encode(), base64.b64encode(data))
 
 
-def _sendable_type(image: bytes) -> str | None:
-    try:
-        with Image.open(io.BytesIO(image)) as opened:
-            # Pillow decodes a whole PNG to look for EXIF behind its pixels; few have any.
-            exif = {} if opened.format == "PNG" else opened.getexif()
-            upright = exif.get(_ORIENTATION, 1) == 1
-            return _SENDABLE.get(opened.format or "") if upright else None
-    except Exception:  # whatever is wrong with it, decode_image says it in a sentence
+def _sent_size(header: Header, max_pixels: int | None) -> tuple[int, int] | None:
+    """Width and height that an image is brought down to; ``None``: it keeps its own."""
+    pixels = header.width * header.height
+    if max_pixels is None or pixels <= max_pixels:
         return None
+    scale = math.sqrt(max_pixels / pixels)
+    width = max(1, math.floor(header.width * scale))
+    return width, max(1, min(math.floor(header.height * scale), max_pixels // width))
+
+
+def _pixels(image: bytes, max_pixels: int | None) -> int:
+    try:
+        header = read_header(image)
+    except InputError:  # it will not be sent
+        return 0
+    pixels = header.width * header.height
+    return pixels if max_pixels is None else min(pixels, max_pixels)

@@ -2,9 +2,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from PIL import Image
+
 from dim.designers import CallOptions, DesignRequest, Question
 from dim.designers.prepared import PreparedModel
 from dim.errors import DesignerError
+from tests.pipelines.samples import encoded, photo
 
 
 def model(known: dict[str, str], **options: Any) -> PreparedModel:
@@ -40,3 +43,16 @@ def test_everything_that_changes_an_answer_changes_its_key() -> None:
     keys.add(model({}, max_tokens=5).key(base))
     keys.add(PreparedModel("n", CallOptions(), {}.get).key(base))
     assert len(keys) == 7 and model({}).key(base) in keys
+
+
+def test_an_image_is_known_by_what_is_made_of_it_to_be_shown() -> None:
+    image = encoded(photo(1, (100, 50)))
+    question = Question("text", (image,))
+
+    def key(max_pixels: int | None, asked: Question = question) -> str:
+        return model({}, max_pixels=max_pixels).key(asked)
+
+    assert key(None) == key(5000) != key(4999) != key(1000)
+    turned = Image.Exif()
+    turned[0x0112] = 3
+    assert key(None, Question("text", (encoded(photo(1), exif=turned),))) != key(None)

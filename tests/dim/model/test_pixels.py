@@ -13,6 +13,7 @@ from PIL import Image
 from dim.errors import InputError
 from dim.images import decode_image, encode_png
 from dim.model.pixels import centre_crop, stretched, upright_rgb
+from tests.image_files import DISPLAY_P3, screen
 
 WIDTH, HEIGHT = 72, 56
 
@@ -96,6 +97,45 @@ def test_every_kind_of_picture_becomes_what_it_shows(kind: str) -> None:
     allowed = 12 if "JPEG" in kind else 1
     assert apart(upright_rgb(opened(data)), expected) <= allowed
     assert apart(decode_image(data), expected) <= allowed
+
+
+def test_a_picture_is_converted_once(tiny) -> None:
+    profile = screen(DISPLAY_P3)
+    data = saved(picture(), "PNG", icc_profile=profile)
+    right = decode_image(data)
+    assert apart(right, picture()) > 20
+    loaded = opened(data)
+    loaded.load()
+    for given in (opened(data), loaded, loaded.convert("RGB"), loaded.copy()):
+        once = upright_rgb(given)
+        assert apart(once, right) == 0
+        assert apart(upright_rgb(once), right) == 0
+        assert apart(decode_image(encode_png(once)), right) == 0
+
+
+def test_a_picture_that_is_as_it_should_be_is_not_copied() -> None:
+    assert upright_rgb(image := picture()) is image
+
+
+def test_a_later_frame_is_what_was_asked_for() -> None:
+    frames = opened(saved(picture(), "TIFF", save_all=True, append_images=[picture().rotate(180)]))
+    frames.seek(1)
+    assert apart(upright_rgb(frames), picture().rotate(180)) == 0
+
+
+def test_a_smaller_draft_is_what_was_asked_for() -> None:
+    drafted = opened(saved(picture().resize((720, 560)), "JPEG"))
+    drafted.draft("RGB", (WIDTH, HEIGHT))
+    assert upright_rgb(drafted).size == drafted.size == (90, 70)
+
+
+def test_a_file_that_was_closed_is_an_error_in_one_line() -> None:
+    file = io.BytesIO(encode_png(picture()))
+    closed = Image.open(file)
+    file.close()
+    with pytest.raises(InputError, match="image 3 cannot be read") as caught:
+        upright_rgb(closed, "image 3")
+    assert "\n" not in str(caught.value)
 
 
 def test_every_kind_of_picture_is_edited_at_its_own_size(tiny) -> None:

@@ -14,8 +14,9 @@ from dim.config import load_config
 from dim.errors import ConfigError
 from pipelines.filters import FilterImages, ImageRules
 from pipelines.filters.measures import SSIM_WINDOW
-from pipelines.outcome import Row
+from pipelines.outcome import Rejection, Row
 from pipelines.readers.records import image_columns
+from tests.image_files import chunk, exif, packed_text, with_chunks, xmp
 from tests.pipelines.samples import encoded, photo
 
 RULES = ImageRules(min_side=32)
@@ -159,6 +160,44 @@ def test_rotation_counts_for_shape_and_content() -> None:
     assert row["outcome"] == "kept"
     columns = image_columns(encoded(detailed((90, 60)), "JPEG", exif=exif), None)
     assert (columns["width"], columns["height"]) == (60, 90)
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        encoded(detailed((90, 60)), exif=exif(6)),
+        with_chunks(
+            encoded(detailed((90, 60))), chunk(b"eXIf", exif(8).tobytes()[6:]), behind=True
+        ),
+        encoded(detailed((90, 60)), "WEBP", exif=exif(5)),
+        encoded(detailed((90, 60)), "WEBP", xmp=xmp(7)),
+        encoded(detailed((90, 60)), "TIFF", tiffinfo={0x0112: 6}),
+        encoded(detailed((90, 60)), "TIFF", tiffinfo={700: xmp(6)}),
+        encoded(detailed((90, 60)), "MPO", exif=exif(6), save_all=True, append_images=[photo(1)]),
+    ],
+)
+def test_records_have_the_size_of_the_upright_image(
+    image: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rules = ImageRules(min_side=60, max_aspect=1.5)
+    assert outcomes(filtered(image, rules=rules)) == ["kept"]
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda *_: pytest.fail("decoded"))
+    columns = image_columns(image, None)
+    assert (columns["width"], columns["height"]) == (60, 90)
+
+
+def test_metadata_never_decide_whether_pixels_are_good() -> None:
+    long = packed_text(b"history " * 200_000)
+    good = encoded(detailed())
+    rows = filtered(with_chunks(good, long), with_chunks(good, long, behind=True))
+    assert outcomes(rows) == ["kept"] * 2
+    assert image_columns(with_chunks(good, long), None)["width"] == SIDE
+
+
+def test_a_format_that_is_not_read_is_refused_before_it_is_stored() -> None:
+    with pytest.raises(Rejection, match="formats: PNG, JPEG") as caught:
+        image_columns(encoded(detailed(), "PPM"), None)
+    assert caught.value.reason == "image.undecodable"
 
 
 def test_an_image_smaller_than_any_window_does_not_stop_a_batch() -> None:

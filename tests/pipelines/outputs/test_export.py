@@ -15,6 +15,9 @@ from pipelines.outputs import export, manifest
 from pipelines.outputs.export import ExportConfig
 from pipelines.outputs.manifest import Counts, FileEntry, Manifest
 from pipelines.outputs.verify import verify
+from pipelines.readers import sources
+from pipelines.readers.layout import load_layout
+from tests.image_files import packed_text, with_chunks
 from tests.pipelines.finished import edit_rows, finish
 from tests.pipelines.samples import encoded, photo
 
@@ -123,6 +126,37 @@ def test_webdataset_tars_hold_every_record_and_are_cut_by_size(tmp_path: Path, s
         cache_dir=str(tmp_path / "cache"),
     )
     assert [item["id"] for item in loaded["json"]] == [row["id"] for row in kept]
+
+
+RELATIVES = {
+    "several pictures": (encoded(photo(1), "MPO", save_all=True, append_images=[photo(2)]), "jpg"),
+    "an animated PNG": (encoded(photo(1), save_all=True, append_images=[photo(2)]), "png"),
+    "a BigTIFF": (encoded(photo(1), "TIFF", big_tiff=True), "tif"),
+    "an animated WebP": (
+        encoded(photo(1), "WEBP", save_all=True, append_images=[photo(2)]),
+        "webp",
+    ),
+    "an animated GIF": (encoded(photo(1), "GIF", save_all=True, append_images=[photo(2)]), "gif"),
+    "a long text": (with_chunks(encoded(photo(1)), packed_text(bytes(2 << 20))), "png"),
+    "a bitmap": (encoded(photo(1), "BMP"), "bmp"),
+}
+
+
+def test_whatever_is_read_is_exported_and_taken_in_again(tmp_path: Path) -> None:
+    rows = [
+        {**record(place, name), "instruction": "Add a box.", "image": image}
+        for place, (name, (image, _)) in enumerate(RELATIVES.items())
+    ]
+    data = finished(open_store(str(tmp_path / "edit")), rows)
+    for format, layout in (("public", export.LINES), ("webdataset", "data")):
+        out = tmp_path / format
+        export.run(ExportConfig(data=data, out=str(out), format=format))
+        again = sources.from_records(str(out / layout), load_layout("pairs", pairs=True), None, 100)
+        table = pa.concat_tables(again.reader(pa.Table.from_pylist(again.units)))
+        assert table["outcome"].to_pylist() == ["kept"] * len(rows), table["error"].to_pylist()
+        assert table["image"].to_pylist() == [row["image"] for row in rows]
+    ends = [line["image_path"].rpartition(".")[2] for line in read(tmp_path / "public")]
+    assert ends == [suffix for _, suffix in RELATIVES.values()]
 
 
 def test_another_form_in_the_same_folder_is_refused(tmp_path: Path) -> None:

@@ -10,10 +10,13 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from dim.errors import InputError
+from dim.images import FORMATS
 from infra import storage
 from pipelines.readers import sources
+from pipelines.readers.entries import is_image
 from pipelines.readers.layout import Layout, load_layout
 from pipelines.readers.sources import Source
 from tests.pipelines.containers import (
@@ -24,6 +27,7 @@ from tests.pipelines.containers import (
     write_parquet,
     write_tar,
 )
+from tests.pipelines.samples import encoded, photo
 
 PAIRS = load_layout("pairs", pairs=True)
 IMAGES = load_layout("images", pairs=False)
@@ -199,3 +203,22 @@ def test_a_state_that_names_no_files_is_refused_by_name(state: str, tmp_path: Pa
     (folder / "state.json").write_text(state)
     with pytest.raises(InputError, match=r"saved/state.json (is not JSON|does not name)"):
         opened(folder, IMAGES)
+
+
+def test_whatever_pillow_calls_a_file_of_our_formats_is_an_image_by_its_name() -> None:
+    Image.init()
+    known = {suffix for suffix, name in Image.EXTENSION.items() if name in (*FORMATS, "MPO")}
+    assert {".jpe", ".jfif", ".mpo", ".apng"} < known
+    assert all(is_image(f"a/b{suffix.upper()}") for suffix in known)
+    assert not is_image("a/b.json")
+
+
+def test_images_of_rarer_names_are_found_in_folders_and_tars(tmp_path: Path) -> None:
+    for suffix in ("jpe", "jfif", "mpo"):
+        (tmp_path / f"{suffix}.{suffix}").write_bytes(encoded(photo(1), "JPEG"))
+    folder = sources.images_from_folder(str(tmp_path), None, 10)
+    assert [row["id"] for row in read(folder)] == ["jfif", "jpe", "mpo"]
+    content = {"0.image.jpe": encoded(photo(1), "JPEG"), "0.image_target.apng": encoded(photo(2))}
+    members = [*content.items(), ("0.json", b'{"instruction": "x"}')]
+    write_tar(tmp_path / "a.tar", members)
+    assert outcomes(opened(tmp_path / "a.tar")) == ["kept"]

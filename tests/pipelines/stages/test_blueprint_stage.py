@@ -8,18 +8,22 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+from PIL import Image
 
 from dim import designers, records
-from dim.blueprint import SCHEMA, Blueprint
+from dim.blueprint import PLAN_VERSION, SCHEMA, Blueprint
 from dim.designers import CallOptions
 from infra.storage import open_store
+from pipelines.calls.answers import Answers, answer_key
 from pipelines.calls.worker import AskInTurn, CalledModel
+from pipelines.outcome import to_table
 from pipelines.readers import sources
 from pipelines.readers.layout import load_layout
+from pipelines.readers.records import pair_columns
 from pipelines.stages.blueprint import WriteBlueprints
 from pipelines.stages.triage import TriageBy, TriageInstructions
 from tests.chat_server import ChatServer, Response, completion, images_of, text_of
-from tests.pipelines.samples import write_pairs
+from tests.pipelines.samples import encoded, photo, write_pairs
 
 QUICK = CallOptions(retries=0, timeout_s=5)
 PLAN = Blueprint("Add a red box on the left.", "A field.", "- grass", "The left.", "A box.")
@@ -106,6 +110,52 @@ def test_an_answer_is_paid_for_once(tmp_path: Path, chat_server: ChatServer) -> 
     assert [text for text in chat_server.texts() if "number 1" not in text] == []
     assert len(chat_server.requests) == 1  # what was not answered is asked again
     assert again.equals(first)
+
+
+def test_an_answer_holds_for_what_was_shown(tmp_path: Path, chat_server: ChatServer) -> None:
+    """A plain file within the size is known by its hash, as ever; others by what is made of it."""
+    chat_server.respond = lambda request: completion(PLAN.render())
+    turned, size = Image.Exif(), (64 * 48, 32 * 24)
+    turned[0x0112] = 6
+    kinds = [encoded(photo(0)), encoded(photo(1), exif=turned), encoded(photo(2, (128, 96)))]
+    batch = pa.Table.from_pylist(
+        [
+            {
+                **{"id": str(place), "index": place, "source": "t", "outcome": "kept"},
+                **pair_columns(f"Do {place}.", image, encoded(photo(9))),
+                "instruction": f"Do {place}.",
+            }
+            for place, image in enumerate(kinds)
+        ],
+        schema=to_table([], records.RAW_PAIR).schema,
+    )
+    out = open_store(str(tmp_path / "out"))
+    plain = batch.to_pylist()[0]
+    Answers(out).add(
+        answer_key(
+            "openai:m temperature=0.0 max_tokens=2048",
+            PLAN_VERSION,
+            plain["image_hash"],
+            None,
+            plain["instruction"],
+        ),
+        PLAN.render(),
+    )
+
+    def asked(max_pixels: int | None) -> list[str]:
+        chat_server.requests.clear()
+        calls = CallOptions(retries=0, timeout_s=5, max_pixels=max_pixels)
+        called = CalledModel(f"openai:m@{chat_server.url}", designers.create, calls, out)
+        write = partial(WriteBlueprints, with_target=False)
+        table = AskInTurn((write,), called.open)(batch)
+        assert table["outcome"].to_pylist() == ["kept"] * 3
+        return sorted(text.partition("Do ")[2][0] for text in chat_server.texts())
+
+    assert asked(size[0]) == ["1", "2"]  # the first was answered by an earlier version
+    assert asked(size[0]) == []
+    assert asked(None) == ["2"]  # now at its own size
+    assert asked(size[1]) == ["0", "1", "2"]
+    assert asked(size[0]) == asked(size[1]) == asked(None) == []
 
 
 def test_records_that_are_out_are_not_asked_about(tmp_path: Path, chat_server: ChatServer) -> None:

@@ -48,6 +48,21 @@ def stage(server: ChatServer, out: Path, rules: CaptionRules = RULES) -> WriteCa
     return captions(f"openai:m@{server.url}", out, rules)
 
 
+def test_an_image_that_is_shown_smaller_is_asked_about_again(
+    tmp_path: Path, chat_server: ChatServer
+) -> None:
+    chat_server.respond = lambda request: completion(GOOD)
+    batch = raw_images(tmp_path / "in", 3)  # 40, 41 and 42 pixels wide, 40 high
+    for max_pixels, asked in ((None, 3), (41 * 40, 1), (41 * 40, 0), (40 * 40, 2)):
+        chat_server.requests.clear()
+        calls = CallOptions(retries=0, max_pixels=max_pixels)
+        store = open_store(str(tmp_path / "out"))
+        spec = f"openai:m@{chat_server.url}"
+        called = CalledModel(spec, designers.create_captioner, calls, store)
+        WriteCaptions(*called.open(), RULES)(batch)
+        assert len(chat_server.requests) == asked
+
+
 def test_every_kind_of_answer_has_its_outcome(tmp_path: Path, chat_server: ChatServer) -> None:
     answers = iter(
         [

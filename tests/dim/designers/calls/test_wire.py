@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
+from dim.colour import SRGB_PRIMARIES
 from dim.designers import CallOptions, Question
 from dim.designers.calls.transport import Barred, Broken, Busy, Refused, failure_of
 from dim.designers.calls.wire import (
@@ -16,11 +20,25 @@ from dim.designers.calls.wire import (
     TEMPERATURE,
     NotACompletion,
     ServerSays,
+    data_url,
     expected_input_tokens,
     read_completion,
     request_body,
+    sent_as,
 )
+from dim.images import decode_image, read_header
 from dim.reading import as_reasoning
+from tests.image_files import (
+    DISPLAY_P3,
+    chunk,
+    exif,
+    opened,
+    packed_text,
+    printer,
+    raw_png,
+    screen,
+    with_chunks,
+)
 from tests.pipelines.samples import encoded, photo
 
 ASKED = Question("What?", (encoded(photo(1, (280, 280))),), {"type": "object"})
@@ -51,6 +69,118 @@ def test_what_a_server_refuses_is_left_out() -> None:
 def test_tokens_are_guessed_before_any_are_counted() -> None:
     assert expected_input_tokens(ASKED) == pytest.approx(100 + 5 / 4)
     assert expected_input_tokens(Question("abcd" * 10, (b"no image",))) == 10
+
+    large = Question("", (encoded(photo(1, (560, 560))),))
+    assert expected_input_tokens(large) == 400
+    assert expected_input_tokens(large, 200 * 784) == 200
+
+
+def sent_image(image: bytes, max_pixels: int | None = None) -> tuple[str, bytes]:
+    """The type that is declared, and what is sent under it."""
+    head, _, content = data_url(image, max_pixels).partition(b";base64,")
+    return head.decode().removeprefix("data:"), base64.b64decode(content)
+
+
+SEEN = photo(2)
+DEEP = np.asarray(SEEN).astype(">u2") << 8 | 0x80
+CLEAR = SEEN.convert("RGBA")
+CLEAR.putalpha(Image.linear_gradient("L").resize(SEEN.size))
+PLAIN = {
+    "PNG": encoded(SEEN),
+    "grey PNG": encoded(SEEN.convert("L")),
+    "palette": encoded(SEEN.quantize(32)),
+    "JPEG": encoded(SEEN, "JPEG"),
+    "JPEG with EXIF": encoded(SEEN, "JPEG", exif=exif(1)),
+    "WebP": encoded(SEEN, "WEBP"),
+    "sRGB by a profile": encoded(SEEN, "JPEG", icc_profile=screen(SRGB_PRIMARIES)),
+    "several pictures": encoded(SEEN, "MPO", save_all=True, append_images=[photo(3)]),
+}
+OTHERWISE = {
+    "turned JPEG": encoded(SEEN, "JPEG", exif=exif(6)),
+    "turned PNG": encoded(SEEN, exif=exif(8)),
+    "turned behind its pixels": with_chunks(
+        encoded(SEEN), chunk(b"eXIf", exif(3).tobytes()[6:]), behind=True
+    ),
+    "turned WebP": encoded(SEEN, "WEBP", exif=exif(5)),
+    "16-bit grey": encoded(Image.fromarray(np.asarray(SEEN.convert("L")).astype(np.uint16) << 8)),
+    "16-bit colour": raw_png(64, 16, 2, [row.tobytes() for row in DEEP]),
+    "clear in part": encoded(CLEAR),
+    "clear WebP": encoded(CLEAR, "WEBP", lossless=True),
+    "clear palette": encoded(SEEN.quantize(32), transparency=1),
+    "P3": encoded(SEEN, "JPEG", icc_profile=screen(DISPLAY_P3)),
+    "inks": encoded(SEEN.convert("CMYK"), "JPEG"),
+    "inks with a profile": encoded(SEEN.convert("CMYK"), "TIFF", icc_profile=printer()),
+    "GIF": encoded(SEEN, "GIF"),
+    "BMP": encoded(SEEN, "BMP"),
+    "TIFF": encoded(SEEN, "TIFF"),
+}
+
+
+@pytest.mark.parametrize("kind", [*PLAIN, *OTHERWISE])
+def test_a_model_is_shown_the_pixels_that_the_painter_sees(kind: str) -> None:
+    image = {**PLAIN, **OTHERWISE}[kind]
+    media_type, content = sent_image(image)
+    seen = opened(content)
+    assert media_type == {"MPO": "image/jpeg"}.get(seen.format, seen.get_format_mimetype())
+    # as servers do: no turning, no profiles, whatever lies under the transparent
+    assert np.array_equal(np.asarray(seen.convert("RGB")), np.asarray(decode_image(image)))
+    assert read_header(content).common is content
+    assert sent_as(image, None) == ("" if kind in PLAIN else "png")
+
+
+@pytest.mark.parametrize("kind", PLAIN)
+def test_a_plain_file_is_sent_as_it_is(kind: str) -> None:
+    assert sent_image(PLAIN[kind], 64 * 48)[1] == PLAIN[kind]
+
+
+def test_metadata_that_servers_stumble_over_are_not_sent() -> None:
+    image = with_chunks(encoded(SEEN), packed_text(b"history " * 200_000))
+    with pytest.raises(ValueError, match="too large"):
+        opened(image)
+    media_type, content = sent_image(image)
+    assert (media_type, content) == ("image/png", encoded(SEEN))
+    assert sent_as(image, None) == ""  # it shows the same
+
+
+@pytest.mark.parametrize("kind", ["PNG", "turned JPEG", "clear in part"])
+@pytest.mark.parametrize("size", [(800, 600), (601, 799), (3000, 100), (100, 5000)])
+def test_large_images_are_made_smaller(kind: str, size: tuple[int, int]) -> None:
+    large = photo(2, size)
+    image = {
+        "PNG": encoded(large),
+        "turned JPEG": encoded(large, "JPEG", exif=exif(6)),
+        "clear in part": encoded(large.convert("RGBA")),
+    }[kind]
+    most = 100_000
+    media_type, content = sent_image(image, most)
+    seen, whole = opened(content), decode_image(image)
+    assert (media_type, seen.format, seen.mode) == ("image/jpeg", "JPEG", "RGB")
+    assert most * 0.97 < seen.width * seen.height <= most
+    assert seen.width / seen.height == pytest.approx(whole.width / whole.height, rel=0.02)
+    small = whole.resize(seen.size, Image.Resampling.LANCZOS)
+    assert np.abs(np.asarray(seen, int) - np.asarray(small, int)).mean() < 2
+    assert sent_as(image, most) == f"jpeg {seen.width}x{seen.height}"
+
+
+def test_a_strip_is_made_smaller_to_no_less_than_a_line() -> None:
+    content = sent_image(encoded(photo(1, (4000, 8))), 500)[1]
+    width, height = opened(content).size
+    assert (height, width) == (1, 500)
+
+
+def test_a_request_keeps_to_the_size_in_its_options() -> None:
+    question = Question("", (encoded(photo(1, (300, 200))),))
+    options = CallOptions(max_pixels=15_000)
+    request = json.loads(request_body("m", question, options))
+    url = request["messages"][0]["content"][0]["image_url"]["url"]
+    assert url == data_url(question.images[0], 15_000).decode()
+    assert opened(base64.b64decode(url.partition(",")[2])).size == (150, 100)
+
+
+def test_the_default_size_lets_usual_images_pass_and_two_fit_a_small_context() -> None:
+    most = CallOptions().max_pixels
+    assert most is not None
+    assert most >= 1536 * 1024 and 2 * most / 28**2 + 2048 + 1024 < 8192
 
 
 def body(**choice: Any) -> bytes:
