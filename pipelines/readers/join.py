@@ -70,7 +70,7 @@ class MediaIndex:
         elif not found.single:
             _check_links(Addresses(found.store, roots), [name for name, _ in files])
         if not files:
-            raise InputError(f"there are no images, tables or tars in {config.uri}")
+            raise InputError(f"there are no images, tables or tars in {config.uri}{found.advice}")
         self.media = Media(config.uri, found.store, config.image, kind)
         self.identity = {"media": config.uri, "files": files}
         self._files = [name for name, _ in files]
@@ -213,7 +213,7 @@ def _by_path(members: Iterator[tarfile.TarInfo]) -> Iterator[_Named]:
         plainly = [member for member in images if _column(member) in ("", "image")]
         for member in images:
             short = member.name.removeprefix("./")
-            by_sample = member in (plainly or images)
+            by_sample = True
             yield _Named(member.offset, member.name, (short, sample) if by_sample else (short,))
 
 

@@ -259,11 +259,11 @@ def test_a_snapshot_of_the_hub_consists_of_links_to_the_blobs_beside_it(tmp_path
 def test_paths_in_media_are_relative_to_the_media_and_bounded_too(home: Path) -> None:
     media = home.parent / "media"
     rows = [
-        {"uid": "good", "image": struct(None, "in.png")},
+        {"uid": "good", "image": struct(None, "bad")},
         {"uid": "bad", "image": struct(None, "../home-of-others/secret.png")},
     ]
     write_parquet(media / "m.parquet", rows)
-    (media / "in.png").write_bytes(source(4))
+    (media / "bad").write_bytes(source(4))  # called as another record's key is
     path = write_lines(home / "list.jsonl", [{"image_path": "good"}, {"image_path": "bad"}])
     config = IngestConfig(out="o", images=str(path), media={"uri": str(media), "key": "uid"})
     good, bad = read(ingest.open_source(config))
