@@ -213,7 +213,7 @@ def _by_path(members: Iterator[tarfile.TarInfo]) -> Iterator[_Named]:
         plainly = [member for member in images if _column(member) in ("", "image")]
         for member in images:
             short = member.name.removeprefix("./")
-            by_sample = True
+            by_sample = member in (plainly or images)
             yield _Named(member.offset, member.name, (short, sample) if by_sample else (short,))
 
 

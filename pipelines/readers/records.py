@@ -162,7 +162,7 @@ class Records:
         elif self.media is not None and path is not None and not is_url(path):
             detail = f"no image of {self.media.uri} is {shown(path)!r}"
             raise Rejection("record.unmatched_key", detail)
-        if is_url(given) and given in found:  # a URL that the media hold
+        if is_url(given) and given in found:  # a URL that the media have
             given = found[given]
         if isinstance(given, Exception):
             raise given
