@@ -232,8 +232,8 @@ def _real_roots(folder: str) -> tuple[str, ...]:
     real = os.path.realpath(folder)
     before, snapshots, _ = f"{real}/".rpartition("/snapshots/")
     blobs = f"{before}/blobs"
-    if snapshots and os.path.isdir(blobs) and not os.path.islink(blobs):
-        return real, blobs
+    if snapshots and os.path.isdir(blobs):
+        return real, blobs  # if that is a link itself, nothing really lies in it
     return (real,)
 
 

@@ -88,32 +88,36 @@ def find_files(uri: str, roots: Sequence[Store] = ()) -> Containers:
     files, closed, _ = list_files(Addresses(store, tuple(roots)))
     named = [item for item in files if forms.container_suffix(item[0])]
     taken = [item for item in named if not _is_hidden(item[0])]
-    suffixes = sorted({forms.container_suffix(name) or "" for name, _ in taken})
+    hidden = len(named) - len(taken)
+    plain = [item for item in taken if not compression.codec_of_name(item[0])]
+    suffixes = sorted({forms.container_suffix(name) or "" for name, _ in plain})
+    if not plain:
+        return Containers(store, [], hidden=hidden, advice=hint(store, files, hidden))
     if len(suffixes) > 1:
         raise InputError(f"{uri} holds {' and '.join(suffixes)} files; give one kind at a time")
-    hidden = len(named) - len(taken)
-    if not taken:
-        return Containers(store, [], hidden=hidden, advice=hint(store, files, hidden))
     for name, _ in taken:
         codec = compression.codec_of_name(name)
-        if codec is not None:
+        if codec is not None and forms.container_suffix(name) == suffixes[0]:
             raise compression.refusal(store.address(name), codec)
     if suffixes == [".arrow"]:
-        taken = _saved(store, files, taken)
-    taken = sorted([*taken, *((name, 0) for name in closed if not is_hidden(name))])
-    return Containers(store, taken, forms.of_suffix(suffixes[0]), hidden)
+        plain = _saved(store, files, plain)
+    plain = sorted([*plain, *((name, 0) for name in closed if not is_hidden(name))])
+    return Containers(store, plain, forms.of_suffix(suffixes[0]), hidden)
 
 
 def hint(store: Store, files: Sequence[tuple[str, int]], hidden: int) -> str:
     """What to do with a folder of other things."""
     if hidden:
         return f" ({hidden:,} that are hidden are left out)"
-    for name, _ in files:
+    for name in (name for name, _ in files if not is_hidden(name)):
         suffix = PurePosixPath(compression.without_suffix(name)).suffix.lower()
-        if suffix in _JSON and not is_hidden(name):
+        codec = compression.codec_of_name(name)
+        if suffix in _JSON:
             return f"; a JSON file is read by its own address, such as {store.address(name)}"
-        if suffix in _ARCHIVES and not is_hidden(name):
+        if suffix in _ARCHIVES:
             return f"; {store.address(name)} has to be unpacked first"
+        if codec is not None and forms.container_suffix(name):
+            return f"; {compression.refusal(store.address(name), codec)}"
     return ""
 
 

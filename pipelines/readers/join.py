@@ -73,7 +73,7 @@ class MediaIndex:
         elif not found.single:
             _check_links(Addresses(found.store, roots), [name for name, _ in files])
         if not files:
-            raise InputError(f"there are no images, tables or tars in {config.uri}")
+            raise InputError(f"there are no images, tables or tars in {config.uri}{found.advice}")
         self.media = Media(config.uri, found.store, config.image, kind, max_bytes)
         self.identity = {"media": config.uri, "files": files}
         self._files = [name for name, _ in files]

@@ -170,7 +170,7 @@ class Records:
         elif self.media is not None and path is not None and not is_url(path):
             detail = f"no image of {self.media.uri} is {shown(path)!r}"
             raise Rejection("record.unmatched_key", detail)
-        if isinstance(given, str) and given in found:  # a URL that the media holds
+        if is_url(given) and given in found:  # a URL that the media have
             given = found[given]
         if isinstance(given, Exception):
             raise given

@@ -259,11 +259,11 @@ def test_a_snapshot_of_the_hub_consists_of_links_to_the_blobs_beside_it(tmp_path
 def test_paths_in_media_are_relative_to_the_media_and_bounded_too(home: Path) -> None:
     media = home.parent / "media"
     rows = [
-        {"uid": "good", "image": struct(None, "in.png")},
+        {"uid": "good", "image": struct(None, "bad")},
         {"uid": "bad", "image": struct(None, "../home-of-others/secret.png")},
     ]
     write_parquet(media / "m.parquet", rows)
-    (media / "in.png").write_bytes(source(4))
+    (media / "bad").write_bytes(source(4))  # called as another record's key is
     path = write_lines(home / "list.jsonl", [{"image_path": "good"}, {"image_path": "bad"}])
     config = IngestConfig(out="o", images=str(path), media={"uri": str(media), "key": "uid"})
     good, bad = read(ingest.open_source(config))
@@ -418,3 +418,17 @@ def test_a_sample_in_media_goes_by_its_one_image_or_by_that_which_is_plainly_it(
     media = {"uri": str(home / "tars")}
     rows = read(ingest.open_source(IngestConfig(out="o", images=str(path), media=media)))
     assert [row["image"] for row in rows] == [source(2), source(3), None, source(4)]
+
+
+def test_a_path_that_two_tars_have_leads_to_neither_and_a_key_to_the_first(home: Path) -> None:
+    for name, number in (("a.tar", 1), ("b.tar", 2)):
+        members = [("1.png", source(number)), ("1.json", b'{"uid": "k"}')]
+        write_tar(home / "tars" / name, members)
+    path = write_lines(home / "list.jsonl", [{"image_path": "1.png"}, {"image_path": "k"}])
+
+    def joined(**more: str) -> list[Row]:
+        media = {"uri": str(home / "tars"), **more}
+        return read(ingest.open_source(IngestConfig(out="o", images=str(path), media=media)))
+
+    assert "several images of" in joined()[0]["detail"]
+    assert joined(key="uid")[1]["image"] == source(1)

@@ -17,6 +17,8 @@ import pytest
 
 from dim.errors import InputError
 from infra import storage
+from pipelines import ingest
+from pipelines.ingest import IngestConfig
 from pipelines.readers import compression, json_values, sources
 from pipelines.readers.entries import JsonLines, JsonValues
 from pipelines.readers.json_values import Walk
@@ -293,6 +295,19 @@ def test_a_folder_of_other_things_says_what_to_do(tmp_path: Path) -> None:
             opened(folder)
         with pytest.raises(InputError, match=f"there are no images in .*{advice}"):
             sources.images_from_folder(str(folder), None, 2)
+
+
+def test_an_archive_beside_what_came_out_of_it_does_no_harm(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(source(1))
+    (tmp_path / "all.tar.gz").write_bytes(gzip.compress(b"x"))
+    (row,) = read(ingest.open_source(IngestConfig(out="o", images=str(tmp_path))))
+    assert row["image"] == source(1)
+    write_parquet(tmp_path / "t" / "a.parquet", [{"id": "1", "image": struct(source(2))}])
+    (tmp_path / "t" / "all.tgz").write_bytes(gzip.compress(b"x"))
+    assert [row["image"] for row in read(opened(tmp_path / "t", IMAGES))] == [source(2)]
+    (tmp_path / "t" / "b.parquet.gz").write_bytes(gzip.compress(b"x"))
+    with pytest.raises(InputError, match=r"b\.parquet\.gz is a container compressed with gzip"):
+        opened(tmp_path / "t", IMAGES)
 
 
 def test_tables_and_tars_whatever_they_are_called(tmp_path: Path) -> None:
