@@ -57,15 +57,21 @@ class EvaluateConfig(StrictModel):
 
 @dataclass(frozen=True)
 class Share:
-    """``exact`` of ``count`` edits came out exactly."""
+    """``exact`` of ``count`` edits came out exactly, ``strict`` of these strictly so."""
 
     exact: int
+    strict: int
     count: int
 
     @property
     def accuracy(self) -> float:
         """From 0 to 1; 0 where there is nothing to count."""
         return self.exact / self.count if self.count else 0.0
+
+    @property
+    def strict_accuracy(self) -> float:
+        """The same of those that are strictly exact."""
+        return self.strict / self.count if self.count else 0.0
 
 
 @dataclass(frozen=True)
@@ -82,7 +88,8 @@ class Evaluation:
         if kind is not None:
             chosen &= pc.field("kind") == kind
         rows = self.painted.filter(chosen)
-        return Share(int(pc.sum(rows["exact"]).as_py() or 0), rows.num_rows)
+        exact, strict = (int(pc.sum(rows[name]).as_py() or 0) for name in ("exact", "strict"))
+        return Share(exact, strict, rows.num_rows)
 
     @property
     def ways(self) -> list[str]:
@@ -103,9 +110,10 @@ class Evaluation:
         """The numbers that go to MLflow, each from 0 to 1."""
         values: dict[str, float] = {}
         for way in self.ways:
-            values[f"exact/{way}"] = self.share(way).accuracy
-            values[f"exact/{way}/direct"] = self.share(way, referential=False).accuracy
-            values[f"exact/{way}/referential"] = self.share(way, referential=True).accuracy
+            for end, referential in (("", None), ("/direct", False), ("/referential", True)):
+                share = self.share(way, referential=referential)
+                values[f"exact/{way}{end}"] = share.accuracy
+                values[f"strict/{way}{end}"] = share.strict_accuracy
         if SELF in self.ways:
             values["designed_right/self"] = self.designed_right(SELF)
         return values
@@ -138,7 +146,7 @@ def run(config: EvaluateConfig) -> Evaluation:
 
 def table(evaluation: Evaluation) -> Table:
     """The result for a terminal: ways as columns, kinds of edits as rows."""
-    shown = Table(title="exact edits on held-out scenes")
+    shown = Table(title="edits on held-out scenes that are exact, and strictly exact")
     shown.add_column("")
     for way in evaluation.ways:
         shown.add_column(NAMES[way], justify="right")
@@ -158,7 +166,7 @@ def summary(evaluation: Evaluation) -> list[tuple[str, list[str]]]:
     for name, chosen in groups:
         shares = [evaluation.share(way, **chosen) for way in evaluation.ways]
         if shares[0].count:
-            rows.append((name, [f"{s.accuracy:.0%} of {s.count}" for s in shares]))
+            rows.append((name, [_in_words(share) for share in shares]))
     return rows
 
 
@@ -172,6 +180,10 @@ def main(
     given = settings(model=model, data=data)
     evaluation = run(load_config(EvaluateConfig, config, [*given, *(overrides or [])]))
     Console().print(table(evaluation))
+
+
+def _in_words(share: Share) -> str:
+    return f"{share.accuracy:.0%} of {share.count} ({share.strict_accuracy:.0%} strictly)"
 
 
 def _check_tabletop(shards: Shards) -> None:

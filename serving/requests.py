@@ -6,7 +6,16 @@ import json
 from typing import Any, Literal, TypeVar
 
 from fastapi import Request
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
 from starlette.types import Message
@@ -16,9 +25,15 @@ from serving.errors import BadRequestError, TooLargeError
 MAX_TEXT = 32_000
 MAX_SEED = 2**63 - 1
 
+_BOOL = TypeAdapter(bool)
+
 
 class PaintRequest(BaseModel):
-    """What edits and generations have in common. Fields that are not known here are ignored."""
+    """What edits and generations have in common. Fields that are not known here are ignored.
+
+    A form has only texts. What they mean is what the same value means in JSON, and a field that is
+    empty or says ``null`` is not given: both kinds of body have the same results and errors.
+    """
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
@@ -31,6 +46,24 @@ class PaintRequest(BaseModel):
     response_format: Literal["b64_json"] = "b64_json"
     output_format: Literal["png"] = "png"
     stream: Literal[False] = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _only_what_is_given(cls, values: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in values.items() if _is_given(name, value)}
+
+    @field_validator("n", "seed", "steps", "guidance_scale", mode="before")
+    @classmethod
+    def _number(cls, value: object) -> object:
+        value = _as_in_json(value)
+        if isinstance(value, bool):
+            raise PydanticCustomError("number", "Input should be a number, not true or false")
+        return value
+
+    @field_validator("stream", mode="before")
+    @classmethod
+    def _truth(cls, value: object) -> bool:
+        return _BOOL.validate_python(_as_in_json(value))
 
     @field_validator("prompt")
     @classmethod
@@ -64,7 +97,7 @@ async def read_json(request: Request, model: type[RequestT], max_bytes: int) -> 
         raise BadRequestError("the body is not valid JSON") from None
     if not isinstance(values, dict):
         raise BadRequestError("the body must be a JSON object")
-    return checked(model, {name: value for name, value in values.items() if value is not None})
+    return checked(model, values)
 
 
 async def read_edit(request: Request, max_bytes: int) -> tuple[EditRequest, bytes]:
@@ -80,12 +113,34 @@ async def read_edit(request: Request, max_bytes: int) -> tuple[EditRequest, byte
     try:
         async with body.form(max_files=8, max_fields=64) as form:
             parts = form.multi_items()
-            images = [value for name, value in parts if name in ("image", "image[]")]
+            images = [
+                value for name, value in parts if name in ("image", "image[]") and value != ""
+            ]
             image = await _only_image(images)
     except HTTPException as error:
         raise BadRequestError(f"the body is not valid multipart: {error.detail}") from None
-    fields = {name: value for name, value in parts if value != ""}
-    return checked(EditRequest, fields), image
+    return checked(EditRequest, dict(parts)), image
+
+
+def _is_given(name: str, value: object) -> bool:
+    """Whether a client says anything with a field: browsers and wrappers send what is not set."""
+    if isinstance(value, UploadFile):
+        return bool(value.size)
+    if not isinstance(value, str) or name == "prompt":
+        return value not in (None, "")
+    said = value.strip()
+    # "none" is a designer, so that "None" may mean that one and is left to be refused.
+    return said not in ("", "null", "undefined") and (said != "None" or name == "designer")
+
+
+def _as_in_json(value: object) -> object:
+    """What a text says in JSON; itself where that is nothing."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value.lower())
+    except (ValueError, RecursionError):
+        return value
 
 
 async def _only_image(files: list[UploadFile | str]) -> bytes:

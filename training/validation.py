@@ -34,7 +34,10 @@ _LINE = 12
 
 @dataclass(frozen=True)
 class Painted:
-    """One validation sample after painting: images are RGB, ``exact`` only where it is known."""
+    """One validation sample after painting: images are RGB.
+
+    ``exact`` and ``strict`` (see :class:`dim.tabletop.Judgement`) only where they are known.
+    """
 
     number: int
     text: str
@@ -42,6 +45,7 @@ class Painted:
     loss: float
     distance: float  # mean absolute difference to the target, 0 to 1
     exact: bool | None
+    strict: bool | None = None
 
 
 class Validation:
@@ -81,7 +85,8 @@ class Validation:
 
         Metrics: ``validation_loss`` (flow matching, the same noise each time),
         ``validation_distance`` (mean absolute pixel difference to the target, 0 to 1) and, where
-        the target scene is known, ``validation_exact`` (share painted exactly).
+        the scenes are known, ``validation_exact`` (share painted exactly) and ``validation_strict``
+        (share painted strictly so).
         """
         painted: list[Painted] = []
         for first in range(0, len(self._numbers), self._config.batch_size):
@@ -148,7 +153,7 @@ class Validation:
             images=(*shown, image, target),
             loss=loss,
             distance=float(difference.mean()) / 255,
-            exact=_is_exact(image, row.get("provenance")),
+            **_judged(image, row.get("provenance")),
         )
 
     def _fit(self, data: bytes, sample: str) -> Image.Image:
@@ -211,16 +216,23 @@ def _summarise(samples: Sequence[Painted]) -> dict[str, float]:
         "validation_loss": float(np.mean([sample.loss for sample in samples])),
         "validation_distance": float(np.mean([sample.distance for sample in samples])),
     }
-    judged = [sample.exact for sample in samples if sample.exact is not None]
-    if judged:
-        metrics["validation_exact"] = float(np.mean(judged))
+    for name in ("exact", "strict"):
+        judged = [value for sample in samples if (value := getattr(sample, name)) is not None]
+        if judged:
+            metrics[f"validation_{name}"] = float(np.mean(judged))
     return metrics
 
 
-def _is_exact(image: Image.Image, provenance: str | None) -> bool | None:
-    """Whether the tabletop scene in ``provenance`` is what ``image`` shows; ``None``: no scene."""
+def _judged(image: Image.Image, provenance: str | None) -> dict[str, bool | None]:
+    """How well ``image`` shows the tabletop scene in ``provenance``; ``None``: it is not known."""
     scene = target_scene(provenance)
-    return None if scene is None else tabletop.exact(image, scene)
+    if scene is None:
+        return {"exact": None, "strict": None}
+    source = _scene(provenance, "source_scene")
+    judgement = tabletop.judge(image, scene, source)
+    # Of an edit without its source nobody knows what should have stayed.
+    known = source is not None or _scene(provenance, "target_scene") is None
+    return {"exact": judgement.exact, "strict": judgement.strict if known else None}
 
 
 def target_scene(provenance: str | None) -> tabletop.Scene | None:
@@ -229,6 +241,10 @@ def target_scene(provenance: str | None) -> tabletop.Scene | None:
     Raises:
         InputError: the provenance is no JSON or its scene is none.
     """
+    return _scene(provenance, "target_scene", "scene")
+
+
+def _scene(provenance: str | None, *names: str) -> tabletop.Scene | None:
     if not provenance:
         return None
     try:
@@ -237,7 +253,7 @@ def target_scene(provenance: str | None) -> tabletop.Scene | None:
         raise InputError(f"a record's provenance is no JSON object: {provenance[:80]!r}") from None
     if not origin:
         return None
-    scene = origin.get("target_scene") or origin.get("scene")
+    scene = next((origin[name] for name in names if origin.get(name)), None)
     if scene is None:
         return None
     return tabletop.Scene.from_json(scene if isinstance(scene, str) else json.dumps(scene))

@@ -14,7 +14,13 @@ from pipelines.outputs.manifest import Counts
 from pipelines.outputs.pages import render
 from pipelines.stages.paint import BLUEPRINT, SELF
 
-_METRICS = ("loss", "samples_per_second", "validation_loss", "validation_exact")
+_METRICS = (
+    "loss",
+    "samples_per_second",
+    "validation_loss",
+    "validation_exact",
+    "validation_strict",
+)
 
 
 @dataclass(frozen=True)
@@ -55,13 +61,13 @@ class Report:
 
     def _headline(self) -> list[tuple[str, str]]:
         evaluation = self.evaluation
-        shown = [
-            (
-                f"exact, direct instructions, {NAMES[way]}",
-                f"{evaluation.share(way, referential=False).accuracy:.0%}",
+        shown = []
+        for way in evaluation.ways:
+            share = evaluation.share(way, referential=False)
+            name = (
+                f"exact ({share.strict_accuracy:.0%} strictly), direct instructions, {NAMES[way]}"
             )
-            for way in evaluation.ways
-        ]
+            shown.append((name, f"{share.accuracy:.0%}"))
         if SELF in evaluation.ways:
             right = evaluation.designed_right(SELF)
             shown.append(("of the model's own blueprints are right", f"{right:.0%}"))
@@ -76,10 +82,17 @@ def _samples(evaluation: Evaluation, count: int) -> list[dict[str, Any]]:
         {
             "text": row["text"] or row["instruction"],
             "exact": row["exact"],
+            "said": _said(row),
             **{name: _data_url(row[name]) for name in ("source", "edited", "target")},
         }
         for row in rows
     ]
+
+
+def _said(row: Mapping[str, Any]) -> str:
+    if not row["exact"]:
+        return "not exact"
+    return "strictly exact" if row["strict"] else "exact, not strictly"
 
 
 def _data_url(png: bytes) -> str:

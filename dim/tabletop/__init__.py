@@ -7,7 +7,7 @@ for photographs wherever a number must be measured and not judged.
 
 from __future__ import annotations
 
-from dim.tabletop.checker import Reading, exact, matches, read
+from dim.tabletop.checker import Judgement, Reading, exact, exact_strictly, judge, matches, read
 from dim.tabletop.edits import KINDS, Edit, caption, lay_out, sample_edit, understand
 from dim.tabletop.world import (
     BACKGROUNDS,
@@ -31,11 +31,14 @@ __all__ = [
     "SIZES",
     "STYLES",
     "Edit",
+    "Judgement",
     "Reading",
     "Scene",
     "Thing",
     "caption",
     "exact",
+    "exact_strictly",
+    "judge",
     "lay_out",
     "matches",
     "read",

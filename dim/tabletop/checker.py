@@ -26,6 +26,7 @@ from dim.tabletop.world import (
     Array,
     Scene,
     Thing,
+    render,
     stamp,
     table,
 )
@@ -40,6 +41,10 @@ _WORST_FIT = 0.42
 _NOISE = 0.45
 # A thing is where it should be within this fraction of the image's side.
 POSITION_TOLERANCE = 0.06
+# Strictly exact: how much of a thing and its ideal drawing, taken together, both cover; and how far
+# pixels that should stay as they are may be off on average, of 1.
+LEAST_OVERLAP = 0.8
+MOST_DRIFT = 0.03
 # How many of the templates are tried at shifted positions, and the shifts in pixels.
 _FINALISTS = 4
 _SHIFTS = (-1.0, -0.5, 0.0, 0.5, 1.0)
@@ -100,6 +105,78 @@ def exact(image: Image.Image, scene: Scene) -> bool:
     return matches(read(image), scene)
 
 
+@dataclass(frozen=True)
+class Judgement:
+    """How well an image shows a scene.
+
+    ``overlap`` is intersection over union of the worst drawn thing with its ideal drawing in its
+    place (1 where there is none); ``drift`` is the mean absolute difference, from 0 to 1, of the
+    pixels that should not have changed (0 where all may).
+    """
+
+    exact: bool
+    overlap: float
+    drift: float
+
+    @property
+    def strict(self) -> bool:
+        """Exact, every thing well drawn, and nothing else changed."""
+        return self.exact and self.overlap >= LEAST_OVERLAP and self.drift <= MOST_DRIFT
+
+
+def judge(image: Image.Image, target: Scene, source: Scene | None = None) -> Judgement:
+    """Judge an edit, or with ``source=None`` an image painted from nothing.
+
+    Args:
+        image: what was painted (any mode; at least 16 pixels a side).
+        target: what it should show.
+        source: what it was made of. Pixels that are the same in both scenes should not change.
+    """
+    return Judgement(exact(image, target), _overlap(image, target), _drift(image, target, source))
+
+
+def exact_strictly(image: Image.Image, target: Scene, source: Scene | None = None) -> bool:
+    """Whether ``image`` shows exactly ``target``, well drawn and otherwise as it was.
+
+    Arguments as of :func:`judge`. :func:`exact` names a thing by what fits it best, so that a
+    circle with a notch is a circle to it; here each thing has to be like its ideal drawing.
+    """
+    return judge(image, target, source).strict
+
+
+def _overlap(image: Image.Image, scene: Scene) -> float:
+    pixels, ideal = _pixels(image), _pixels(render(scene, image.size))
+    height, width = pixels.shape[:2]
+    bare = table(scene.background, width, height)
+    found, wanted = (_nearest(*_distances(part, bare)) for part in (pixels, ideal))
+    overlaps = [1.0]
+    for thing in scene.objects:
+        _, rows, columns = stamp(thing, scene.style, width, height)
+        free = _free_of(scene.without(thing), width, height)[rows, columns]
+        colour = list(COLOURS).index(thing.colour)
+        one, other = (part[rows, columns] == colour for part in (found, wanted))
+        union = int(((one | other) & free).sum())
+        overlaps.append(int((one & other & free).sum()) / max(union, 1))
+    return min(overlaps)
+
+
+def _free_of(scene: Scene, width: int, height: int) -> NDArray[np.bool_]:
+    """The pixels that no thing of ``scene`` touches."""
+    free = np.ones((height, width), bool)
+    for thing in scene.objects:
+        alpha, rows, columns = stamp(thing, "flat", width, height)
+        free[rows, columns] &= alpha == 0
+    return free
+
+
+def _drift(image: Image.Image, target: Scene, source: Scene | None) -> float:
+    if source is None:
+        return 0.0
+    before, after = (_pixels(render(scene, image.size)) for scene in (source, target))
+    same = (before == after).all(-1)
+    return float(np.abs(_pixels(image) - after)[same].mean()) / 255 if same.any() else 0.0
+
+
 def _apart(a: Thing, b: Thing) -> float:
     """Distance between two things' centres; out of reach when they are not the same thing."""
     if (a.shape, a.colour, a.size) != (b.shape, b.colour, b.size):
@@ -129,13 +206,22 @@ def _find_background(pixels: Array) -> str:
 
 def _classify(pixels: Array, bare: Array) -> NDArray[np.int64]:
     """Index into COLOURS for each pixel; -1 for the bare table, -2 for no colour of the world."""
+    to_colours, to_table = _distances(pixels, bare)
+    known = np.minimum(to_colours.min(-1), to_table) <= _TOLERANCE
+    return np.where(known, _nearest(to_colours, to_table), -2)
+
+
+def _nearest(to_colours: Array, to_table: Array) -> NDArray[np.int64]:
+    """Index into COLOURS of the colour that each pixel is nearest to; -1 for the bare table."""
+    return np.where(to_colours.min(-1) < to_table, to_colours.argmin(-1), -1)
+
+
+def _distances(pixels: Array, bare: Array) -> tuple[Array, Array]:
+    """How far each pixel is from every colour (H, W, colours), and from the bare table (H, W)."""
     palette = np.array(list(COLOURS.values()), np.float32)
-    to_colours = np.linalg.norm(pixels[:, :, None] - palette, axis=-1)
-    to_table = np.linalg.norm(pixels - bare, axis=-1)
-    nearest = to_colours.argmin(-1)
-    distance = to_colours.min(-1)
-    labels = np.where(distance < to_table, nearest, -1)
-    return np.where(np.minimum(distance, to_table) > _TOLERANCE, -2, labels)
+    to_colours: Array = np.linalg.norm(pixels[:, :, None] - palette, axis=-1)
+    to_table: Array = np.linalg.norm(pixels - bare, axis=-1)
+    return to_colours, to_table
 
 
 def _by_size(

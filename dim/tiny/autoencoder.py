@@ -50,14 +50,20 @@ def train_autoencoder(
     return network.eval()
 
 
-def reconstruction_accuracy(config: TinyBuildConfig, network: AutoencoderDC) -> float:
-    """Share of held-out images that the checker reads rightly after encoding and decoding."""
+def reconstruction_accuracy(config: TinyBuildConfig, network: AutoencoderDC) -> dict[str, float]:
+    """Share of held-out images that the checker reads rightly after encoding and decoding.
+
+    ``reconstruction_strict`` asks :func:`dim.tabletop.exact_strictly`, and that nothing changed.
+    """
     scenes = [edit(config, "evaluation", i).target for i in range(config.evaluate)]
     images = [tabletop.render(scene, config.resolution) for scene in scenes]
     autoencoder = Autoencoder(network)
     restored = to_images(autoencoder.decode(autoencoder.encode(to_pixels(images))))
-    right = [tabletop.exact(i, s) for i, s in zip(restored, scenes, strict=True)]
-    return sum(right) / len(right)
+    judged = [tabletop.judge(i, s, s) for i, s in zip(restored, scenes, strict=True)]
+    return {
+        "reconstruction": sum(one.exact for one in judged) / len(judged),
+        "reconstruction_strict": sum(one.strict for one in judged) / len(judged),
+    }
 
 
 def _batch(config: TinyBuildConfig, step: int) -> tuple[Tensor, Tensor]:

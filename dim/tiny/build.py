@@ -40,7 +40,7 @@ def build_autoencoder(
     """Train and save the DC-AE; returns its held-out accuracy."""
     network = train_autoencoder(config, model.autoencoder, out / "logs", progress)
     network.to(torch.float16).save_pretrained(out / "autoencoder")
-    return {"reconstruction": reconstruction_accuracy(config, network.float())}
+    return reconstruction_accuracy(config, network.float())
 
 
 def build_understanding(

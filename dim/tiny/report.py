@@ -34,7 +34,7 @@ def measure(config: TinyBuildConfig, model: ModelConfig) -> dict[str, dict[str, 
     ).eval()
     limit = model.understanding.design_max_new_tokens
     return {
-        "autoencoder": {"reconstruction": reconstruction_accuracy(config, autoencoder.network)},
+        "autoencoder": reconstruction_accuracy(config, autoencoder.network),
         "understanding": design_accuracy(config, conditioner, limit),
         "painter": painting_accuracy(config, conditioner, autoencoder, trained),
     }

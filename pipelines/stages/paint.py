@@ -29,6 +29,7 @@ PAINTED = pa.schema(
         pa.field("text", pa.string()),
         pa.field("designed_right", pa.bool_()),
         pa.field("exact", pa.bool_()),
+        pa.field("strict", pa.bool_()),
         pa.field("source", pa.large_binary()),
         pa.field("edited", pa.large_binary()),
         pa.field("target", pa.large_binary()),
@@ -36,7 +37,8 @@ PAINTED = pa.schema(
 )
 """One painted edit. ``text`` is what it was painted from (null: the designer wrote no blueprint),
 ``designed_right`` says that its edit area and result are the oracle's, ``exact`` that the checker
-finds the target scene. Images are PNG."""
+finds the target scene, ``strict`` that all of it is well drawn and nothing else changed (see
+:class:`dim.tabletop.Judgement`). Images are PNG."""
 
 
 class PaintEdits:
@@ -90,7 +92,10 @@ class PaintEdits:
         self, row: dict[str, Any], way: str, text: str | None, edited: bytes
     ) -> dict[str, Any]:
         truth = json.loads(row["provenance"])["tabletop"]
-        target = Scene.from_json(json.dumps(truth["target_scene"]))
+        target, source = (
+            Scene.from_json(json.dumps(truth[name])) for name in ("target_scene", "source_scene")
+        )
+        judged = tabletop.judge(decode_image(edited), target, source)
         right = None if way == INSTRUCTION else _same_design(text, row["blueprint"])
         return {
             "id": row["id"],
@@ -100,7 +105,8 @@ class PaintEdits:
             "instruction": row["instruction"],
             "text": text,
             "designed_right": right,
-            "exact": text is not None and tabletop.exact(decode_image(edited), target),
+            "exact": text is not None and judged.exact,
+            "strict": text is not None and judged.strict,
             "source": row["image"],
             "edited": edited,
             "target": row["image_target"],

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Awaitable, Sequence
 
 import pytest
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
+from fastapi.testclient import TestClient
 from ray.serve.exceptions import BackPressureError
 
 from dim.config import load_config
@@ -13,9 +17,9 @@ from serving.admission import Admission
 from serving.app import build, read_args
 from serving.config import ServingConfig
 from serving.designer import checked
-from serving.errors import BusyError, error_response
+from serving.errors import BadRequestError, BusyError, error_response
 from serving.jobs import DesignJob, in_groups, unwrap
-from serving.requests import PaintRequest
+from serving.requests import EditRequest, PaintRequest, read_edit, read_json
 from serving.responses import seeds
 
 
@@ -83,6 +87,111 @@ def test_seeds_count_up_and_stay_in_range() -> None:
     assert seeds(PaintRequest(prompt="a", n=3, seed=7)) == [7, 8, 9]
     assert seeds(PaintRequest(prompt="a", n=2, seed=2**63 - 1)) == [2**63 - 1, 0]
     assert len(set(seeds(PaintRequest(prompt="a", n=3)))) == 3
+
+
+READING = FastAPI()
+
+
+@READING.post("/form")
+async def read_form(request: Request) -> JSONResponse:
+    return await reading(read_edit(request, 100_000))
+
+
+@READING.post("/json")
+async def read_body(request: Request) -> JSONResponse:
+    return await reading(read_json(request, EditRequest, 100_000))
+
+
+async def reading(work: Awaitable[EditRequest | tuple[EditRequest, bytes]]) -> JSONResponse:
+    """What was read of a request, or what is wrong with it."""
+    try:
+        read = await work
+    except BadRequestError as error:
+        return JSONResponse({"param": error.param, "message": str(error)}, 400)
+    fields = read[0] if isinstance(read, tuple) else read
+    return JSONResponse(fields.model_dump())
+
+
+def sent_both_ways(**fields: object) -> tuple[object, object]:
+    """What is read of a form whose texts are ``fields`` as JSON writes them, and of the JSON."""
+    client = TestClient(READING)
+    texts = {n: v if isinstance(v, str) else json.dumps(v) for n, v in fields.items()}
+    form = client.post("/form", data=texts, files={"image": ("a.png", b"x")})
+    return form.json(), client.post("/json", json=fields).json()
+
+
+GIVEN = {
+    "n": {2: [2, 2.0, "2", "2.0", " 2 ", "2e0"]},
+    "seed": {0: [0, "0"], 2**63 - 1: [2**63 - 1, str(2**63 - 1)]},
+    "steps": {3: [3, "3"]},
+    "guidance_scale": {2.5: [2.5, "2.5"], 3.0: [3, "3"]},
+    "stream": {False: [False, 0, "false", "False", "FALSE", "0", "no", "off"]},
+    "size": {"64x64": ["64x64"]},
+    "designer": {"none": ["none"]},
+    "blueprint": {" 1. Any text.\n": [" 1. Any text.\n"], "null and void": ["null and void"]},
+    "response_format": {"b64_json": ["b64_json"]},
+    "output_format": {"png": ["png"]},
+    "prompt": {"null": ["null"], "0": ["0"], "false": ["false"], " x ": [" x "]},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "sent", "meant"),
+    [(name, sent, meant) for name, all_ in GIVEN.items() for meant in all_ for sent in all_[meant]],
+)
+def test_a_forms_texts_mean_what_jsons_values_mean(name: str, sent: object, meant: object) -> None:
+    form, body = sent_both_ways(**{"prompt": "remove the cup", name: sent})
+    assert form == body and isinstance(form, dict)
+    assert form[name] == meant and type(form[name]) is type(meant)
+
+
+@pytest.mark.parametrize("nothing", ["", "null", " ", "undefined", None])
+@pytest.mark.parametrize("name", [*(name for name in GIVEN if name != "prompt"), "mask"])
+def test_an_optional_field_that_says_nothing_is_not_given(name: str, nothing: str | None) -> None:
+    form, body = sent_both_ways(prompt="remove the cup", **{name: nothing})
+    assert form == body == sent_both_ways(prompt="remove the cup")[0]
+
+
+def test_none_is_nothing_but_where_it_may_be_a_designer() -> None:
+    assert sent_both_ways(prompt="x", seed="None")[0] == sent_both_ways(prompt="x")[0]
+    form, body = sent_both_ways(prompt="x", designer="None")
+    assert form == body and form["designer"] == "None"  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("stream", True, "stream can only be False"),
+        ("stream", "True", "stream can only be False"),
+        ("stream", 1, "stream can only be False"),
+        ("stream", "perhaps", "stream can only be False"),
+        ("n", True, "n: input should be a number, not true or false"),
+        ("n", 1.5, "n: input should be a valid integer"),
+        ("n", "two", "n: input should be a valid integer"),
+        ("n", 0, "n: input should be greater than"),
+        ("n", "[" * 20_000, "n: input should be a valid integer"),
+        ("seed", -1, "seed: input should be greater than"),
+        ("guidance_scale", "NaN", "guidance_scale: input should be a finite number"),
+        ("guidance_scale", False, "guidance_scale: input should be a number, not true"),
+        ("response_format", "url", "response_format can only be 'b64_json'"),
+        ("mask", "x", "mask is not supported"),
+        ("prompt", "", "prompt: field required"),
+        ("prompt", " ", "prompt: value error, the prompt is blank"),
+    ],
+)
+def test_what_is_wrong_is_said_alike_of_form_and_json(name: str, value: object, said: str) -> None:
+    form, body = sent_both_ways(**{"prompt": "remove the cup", name: value})
+    assert form == body and isinstance(form, dict)
+    assert form["param"] == name and form["message"].startswith(said)
+
+
+def test_a_file_that_is_not_chosen_is_not_given() -> None:
+    files = {"image": ("a.png", b"x"), "mask": ("", b""), "seed": ("", b"")}
+    answer = TestClient(READING).post("/form", data={"prompt": "x", "image": ""}, files=files)
+    assert answer.status_code == 200, answer.text
+    files["mask"] = ("mask.png", b"x")
+    answer = TestClient(READING).post("/form", data={"prompt": "x"}, files=files)
+    assert answer.json()["param"] == "mask"
 
 
 class WrappedByRay(Exception):

@@ -189,6 +189,20 @@ def test_generations_come_in_the_size_asked_for(client: openai.OpenAI, model: DI
         assert difference(decoded(item), image) <= 1
 
 
+def test_what_a_client_says_in_full_is_no_other_request(client: openai.OpenAI) -> None:
+    said = {"stream": False, "response_format": "b64_json", "size": "auto", "n": 1}
+    edited = client.images.edit(
+        image=("photo.png", encode_png(picture(0)), "image/png"),
+        prompt=sample(0).instruction,
+        extra_body={"steps": 1, "seed": 3, "designer": "none", "guidance_scale": ""},
+        **said,
+    )
+    painted = client.images.generate(
+        prompt="a circle", extra_body={"steps": 1, "seed": 3, "guidance_scale": None}, **said
+    )
+    assert [answer.data[0].seed for answer in (edited, painted)] == [3, 3]
+
+
 def test_the_default_size_is_the_models(client: openai.OpenAI) -> None:
     response = client.images.generate(prompt="a red circle", extra_body={"steps": 1})
     assert decoded(response.data[0]).size == (64, 64)

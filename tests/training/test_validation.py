@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from training.stage import StageConfig
 from training.validation import (
     Painted,
     Validation,
+    _judged,
     _summarise,
     picture,
     read_validation,
@@ -85,6 +87,29 @@ def test_scores_of_a_perfect_and_of_a_wrong_image() -> None:
         "validation_exact": 0.5,
     }
     assert "validation_exact" not in _summarise([other])
+    assert _summarise([replace(right, strict=True), replace(wrong, strict=False)]) == {
+        "validation_loss": 1.0,
+        "validation_distance": 0.25,
+        "validation_exact": 0.5,
+        "validation_strict": 0.5,
+    }
+
+
+def test_an_image_is_judged_by_the_scenes_of_its_record() -> None:
+    edited = SCENE.without(SCENE.objects[0])
+    image = tabletop.render(edited, 64)
+    source, target = (json.loads(scene.to_json()) for scene in (SCENE, edited))
+    both = json.dumps({"tabletop": {"source_scene": source, "target_scene": target}})
+    assert _judged(image, both) == {"exact": True, "strict": True}
+    faded = Image.blend(image, Image.new("RGB", image.size, "white"), 0.15)
+    assert _judged(faded, both) == {"exact": True, "strict": False}
+    alone = json.dumps({"tabletop": {"target_scene": target}})  # nobody knows what should stay
+    assert _judged(image, alone) == {"exact": True, "strict": None}
+    assert _judged(image, json.dumps({"tabletop": {"scene": target}})) == {
+        "exact": True,
+        "strict": True,
+    }
+    assert _judged(image, None) == {"exact": None, "strict": None}
 
 
 def test_the_picture_shows_the_images_in_order() -> None:

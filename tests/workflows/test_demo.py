@@ -68,6 +68,7 @@ def test_the_report_is_one_page_with_its_pictures_inside(demo: tuple[Path, str])
     page = (demo[0] / "report.html").read_text()
     assert page.count("<img") == 3 * 8
     assert "5. Edited Image Imagination:" in page
+    assert page.count("% strictly)") >= 3 and "validation strict" in page
     assert not re.search(r'(?:src|href)="(?!data:)', page)
 
 

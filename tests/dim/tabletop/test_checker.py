@@ -64,3 +64,77 @@ def test_a_copy_of_the_source_scores_nothing() -> None:
     edits = [tabletop.sample_edit(np.random.default_rng([12, i])) for i in range(60)]
     copies = [tabletop.exact(tabletop.render(e.source, 64), e.target) for e in edits]
     assert not any(copies)
+
+
+def cut(image: Image.Image, thing: Thing, half: float) -> Image.Image:
+    """``image`` with a notch of ``half`` a turn's share to each side, pointing right."""
+    pixels, bare = (np.asarray(i).copy() for i in (image, tabletop.render(Scene(()), image.size)))
+    rows, columns = np.mgrid[: image.height, : image.width] + 0.5
+    x, y = columns / image.width - thing.x, rows / image.height - thing.y
+    notch = (np.abs(np.arctan2(y, x)) < np.pi * half) & (np.hypot(x, y) < 1.3 * thing.radius)
+    pixels[notch] = bare[notch]
+    return Image.fromarray(pixels)
+
+
+def test_a_circle_with_a_notch_is_exact_but_not_strictly() -> None:
+    whole = tabletop.render(SCENE, 64)
+    for half, strict in ((0.0, True), (0.1, True), (0.25, False)):
+        notched = cut(whole, RED, half)
+        assert tabletop.exact(notched, SCENE)
+        assert tabletop.exact_strictly(notched, SCENE, SCENE) == strict
+    judged = tabletop.judge(cut(whole, RED, 0.25), SCENE)
+    assert judged.overlap == pytest.approx(0.75, abs=0.03) and not judged.strict
+
+
+def test_a_ragged_square_is_exact_but_not_strictly() -> None:
+    scene = Scene((Thing("square", "blue", "large", 0.5, 0.5),))
+    pixels = np.asarray(tabletop.render(scene, 64)).copy()
+    bare = np.asarray(tabletop.render(Scene(()), 64))
+    for row in range(20, 46, 4):
+        pixels[row : row + 2, 32:46] = bare[row : row + 2, 32:46]
+    ragged = Image.fromarray(pixels)
+    assert tabletop.exact(ragged, scene) and not tabletop.exact_strictly(ragged, scene)
+
+
+def test_more_than_a_thing_is_as_wrong_as_less() -> None:
+    scene = Scene((Thing("square", "blue", "large", 0.5, 0.5),))
+    pixels = np.asarray(tabletop.render(scene, 64)).copy()
+    pixels[22:42:4, 20:44] = pixels[32, 32]  # bristles on both sides
+    bristly = Image.fromarray(pixels)
+    whole = tabletop.judge(tabletop.render(scene, 64), scene)
+    assert whole.overlap == 1 and tabletop.judge(bristly, scene).overlap < 0.9
+
+
+def test_a_thing_beside_another_does_not_count_for_it() -> None:
+    near = Scene((RED, Thing("circle", "orange", "large", 0.69, 0.3)))
+    assert tabletop.judge(tabletop.render(near, 64), near).overlap == 1
+    assert tabletop.judge(tabletop.render(near.without(RED), 64), near).overlap == 0
+
+
+def test_what_should_stay_must_not_change() -> None:
+    edit = SCENE.without(BLUE)
+    right = tabletop.render(edit, 64)
+    assert tabletop.judge(right, edit, SCENE) == tabletop.Judgement(True, 1.0, 0.0)
+    darker = Image.fromarray(np.clip(np.asarray(right, int) - 14, 0, 255).astype(np.uint8))
+    assert tabletop.exact(darker, edit) and not tabletop.exact_strictly(darker, edit, SCENE)
+    assert tabletop.judge(darker, edit, SCENE).drift == pytest.approx(14 / 255, abs=0.005)
+    assert tabletop.exact_strictly(darker, edit)  # painted from nothing, nothing had to stay
+    moved = replace(edit, background="slate")
+    assert tabletop.judge(tabletop.render(moved, 64), moved, SCENE).strict
+
+
+@pytest.mark.parametrize("size", [64, 100, 256])
+def test_the_target_itself_is_strictly_exact(size: int) -> None:
+    edits = [tabletop.sample_edit(np.random.default_rng([13, i])) for i in range(60)]
+    for edit in edits:
+        judged = tabletop.judge(tabletop.render(edit.target, size), edit.target, edit.source)
+        assert (judged.overlap, judged.drift) == (1, 0) and judged.strict == judged.exact
+        assert not tabletop.judge(
+            tabletop.render(edit.source, size), edit.target, edit.source
+        ).strict
+
+
+def test_an_image_of_something_else_is_judged_without_error() -> None:
+    blank = tabletop.judge(Image.new("L", (64, 64), 255), SCENE, SCENE)
+    assert (blank.exact, blank.overlap, blank.strict) == (False, 0.0, False)
+    assert tabletop.judge(Image.new("RGB", (64, 64), "white"), Scene((), "white")).strict
