@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import ValidationError
+from pydantic import AfterValidator, ValidationError
 
 from dim.config import StrictModel
 from dim.errors import StorageError
+from dim.redaction import redacted
 from infra.storage import Store
 
 NAME = "manifest.json"
 VERSION = 1
 """Raised whenever an older program would read a manifest wrongly."""
+
+
+Shown = Annotated[dict[str, Any], AfterValidator(redacted)]
+"""Settings without the credentials of the addresses in them."""
 
 
 class FileEntry(StrictModel):
@@ -51,8 +56,8 @@ class Manifest(StrictModel):
 
     version: int = VERSION
     job: str
-    config: dict[str, Any]
-    input: dict[str, Any]
+    config: Shown
+    input: Shown
     counts: Counts
     files: tuple[FileEntry, ...]
     cost: dict[str, float] | None = None

@@ -21,6 +21,7 @@ from dim import records, tabletop
 from dim.blueprint import Blueprint
 from dim.errors import BlueprintError, InputError
 from dim.images import encode_png
+from dim.redaction import redact
 from infra import storage
 from infra.storage import Store
 from pipelines.filters import probe
@@ -111,9 +112,10 @@ class Records:
         if layout.target:
             row["instruction"] = _instruction(text_of(values, *layout.instruction))
         image, where = self._image(values, layout.image, found)
-        trace = {"image_path": where}
+        trace = {"image_path": where and redact(where)}
         if layout.target:
-            target, trace["image_path_target"] = self._image(values, layout.target, found)
+            target, where = self._image(values, layout.target, found)
+            trace["image_path_target"] = where and redact(where)
         row["provenance"] = _extend(row["provenance"], trace)
         if layout.target:
             return pair_columns(row["instruction"], image, target)
