@@ -18,6 +18,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from dim import __version__
 from dim.failures import INTERRUPTED, Failure, explain
+from dim.redaction import redact
 
 # name -> (module:function, what it does). A name of two words is a command within a group.
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -172,7 +173,7 @@ def execute(command: Any, argv: Sequence[str], *, prog_name: str | None) -> int:
         return _report(Failure("interrupted", INTERRUPTED))
     except Exception as error:
         if debug:
-            traceback.print_exception(error)
+            print(redact("".join(traceback.format_exception(error))), file=sys.stderr, end="")
         return _report(explain(error))
     if result == INTERRUPTED:
         return _report(Failure("interrupted", INTERRUPTED))
@@ -190,7 +191,7 @@ def _usage_message(error: typer.TyperException) -> str:
 def _report(failure: Failure) -> int:
     # A group called with nothing has printed its help already and has no sentence.
     if failure.sentence:
-        print(f"error: {failure.sentence}", file=sys.stderr, flush=True)
+        print(f"error: {redact(failure.sentence)}", file=sys.stderr, flush=True)
     return failure.exit_code
 
 

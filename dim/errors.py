@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from dim.redaction import redact
+
 
 class DimError(Exception):
-    """Base of every error that is the user's to fix. The command line prints it as one line."""
+    """Base of every error that is the user's to fix. The command line prints it as one line.
+
+    Credentials of the URLs in its text are left out, whoever writes it.
+    """
 
     exit_code = 1
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(redact(arg) if isinstance(arg, str) else arg for arg in args))
 
 
 class ConfigError(DimError):

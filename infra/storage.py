@@ -507,6 +507,11 @@ def _open_s3(uri: str) -> Store:
     bucket, _, key = base.removeprefix("s3://").strip("/").partition("/")
     if not bucket:
         raise StorageError(f"{uri} names no bucket")
+    if "@" in bucket:
+        raise StorageError(
+            f"{uri} holds credentials: give them by AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or "
+            "by a profile, and write s3://bucket/key"
+        )
     root = f"{bucket}/{key}".rstrip("/")
     return Store(base.rstrip("/") + query, root, _connection(options, bucket))
 
@@ -518,6 +523,11 @@ def _connection(options: dict[str, str], bucket: str) -> Connection:
     )
     if endpoint and "://" not in endpoint:
         endpoint = f"{options.get('scheme', 'https')}://{endpoint}"
+    if endpoint and "@" in urlsplit(endpoint).netloc:
+        raise StorageError(
+            f"the S3 endpoint {endpoint} holds a user: give the keys by AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY or by a profile"
+        )
     region = options.get("region") or env("AWS_REGION") or env("AWS_DEFAULT_REGION")
     if region is None and endpoint:
         region = "us-east-1"  # what S3-compatible stores go by

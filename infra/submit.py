@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shlex
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import typer
 
 from dim.cli import COMMANDS
 from dim.errors import DimError, InputError
+from dim.redaction import redact
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
 NOT_UPLOADED = [".git", ".venv", "*.egg-info", "mlruns", "mlflow.db"]
 AGENT_PATIENCE_S = 180.0
+_LEFT_BY_RAY = "~/.ray/auth_token"
 
 
 def main(
@@ -41,7 +45,7 @@ def main(
     entrypoint = entrypoint_of(command)
     client = connect(address or "http://127.0.0.1:8265")
     job = submit(client, entrypoint, working_dir)
-    typer.echo(f"submitted {job}: {entrypoint}", err=True)
+    typer.echo(f"submitted {job}: {redact(entrypoint)}", err=True)
     if wait:
         follow(client, job)
 
@@ -62,20 +66,76 @@ def entrypoint_of(command: Sequence[str]) -> str:
 
 
 def connect(address: str) -> JobSubmissionClient:
-    """A client of the cluster's job server.
+    """A client of the cluster's job server, with the cluster's token if it asks for one.
+
+    Ray's own client sends the token only where ``RAY_AUTH_MODE`` is ``token``, and a cluster that
+    was started by ``ray start`` where a token lay asks for it whatever that says.
 
     Raises:
-        DimError: nothing answers at ``address``.
+        DimError: nothing answers at ``address``, or it does not let us in.
     """
+    from ray.exceptions import AuthenticationError
+
+    token = None
+    if os.environ.get("RAY_AUTH_MODE", "").lower() == "token":
+        token = _token()  # Ray itself ends the process where it cannot be read
+    with suppress(AuthenticationError):
+        return _client(address, token)
+    token = token or _token()
+    if token is None:
+        raise DimError(
+            f"the cluster at {address} wants its token, and there is none here: put it into "
+            "RAY_AUTH_TOKEN, the name of its file into RAY_AUTH_TOKEN_PATH, or the file to "
+            f"{_LEFT_BY_RAY} (`ray get-auth-token` on the head shows it); "
+            "`ray job submit` needs RAY_AUTH_MODE=token besides"
+        )
+    with suppress(AuthenticationError):
+        return _client(address, token)
+    raise DimError(
+        f"the cluster at {address} has another token than the one in {token.source}: take that of "
+        "its head, which `ray get-auth-token` shows there"
+    )
+
+
+class _Token(NamedTuple):
+    """A cluster's token, and where it was found."""
+
+    value: str
+    source: str
+
+
+def _token() -> _Token | None:
+    """The token that Ray would take: of a variable, of the file that one names, of the home folder.
+
+    Raises:
+        DimError: the file that is named cannot be read, or is empty.
+    """
+    if value := os.environ.get("RAY_AUTH_TOKEN", "").strip():
+        return _Token(value, "RAY_AUTH_TOKEN")
+    named = os.environ.get("RAY_AUTH_TOKEN_PATH")
+    path = Path(named or _LEFT_BY_RAY).expanduser()
+    try:
+        value = path.read_text(encoding="utf-8").strip()
+    except FileNotFoundError:
+        if not named:
+            return None
+        raise DimError(f"RAY_AUTH_TOKEN_PATH: there is no file {path}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DimError(f"the token of the cluster cannot be read: {error}") from None
+    if not value:
+        raise DimError(f"{path} is to hold the token of the cluster and is empty")
+    return _Token(value, str(path))
+
+
+def _client(address: str, token: _Token | None) -> JobSubmissionClient:
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
 
+    headers = {"Authorization": f"Bearer {token.value}"} if token else None
     try:
-        return JobSubmissionClient(address)
+        return JobSubmissionClient(address, headers=headers)
     except AuthenticationError:
-        raise DimError(
-            f"the cluster at {address} wants its token: put it into RAY_AUTH_TOKEN"
-        ) from None
+        raise
     except (ConnectionError, RuntimeError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else "no answer"
         raise DimError(f"no Ray cluster answers at {address}: {first_line}") from None

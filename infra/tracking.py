@@ -2,7 +2,8 @@
 
 MLflow's client is used instead of its module-level functions, because those keep one "active run"
 per process and a driver may have several jobs going. Every failure of the tracker is a
-``TrackingError`` that names its URI.
+``TrackingError`` that names its URI and says what to do. Credentials of the addresses that are
+logged stay here.
 """
 
 from __future__ import annotations
@@ -23,16 +24,17 @@ import pyarrow as pa
 
 from dim import __version__
 from dim.errors import DimError
+from dim.redaction import redact, redacted
+from infra import tracking_errors
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.data.dataset import Dataset as MlflowDataset
+    from mlflow.entities import Dataset
 
 ResultT = TypeVar("ResultT")
 
 _MAX_PARAM_LENGTH = 6000  # MLflow refuses longer parameter values
 _MAX_BATCH = 1000  # MLflow refuses more metrics in one request
-_REMOTE_SCHEMES = ("http", "https", "databricks")
 
 
 class TrackingError(DimError):
@@ -87,7 +89,7 @@ class Tracking:
         self.uri = uri
         self.experiment = experiment
         self._client = self._call("be opened", lambda: _open_client(uri))
-        self._experiment_id = self._call("hold the experiment", self._find_or_create_experiment)
+        self._experiment_id, self._files = self._call("hold the experiment", self._find_or_create)
 
     @contextmanager
     def run(
@@ -118,7 +120,9 @@ class Tracking:
 
     def attach(self, run_id: str) -> Run:
         """Log into a run whose life another process governs (a training worker uses this)."""
-        self._call(f"find run {run_id}", lambda: self._client.get_run(run_id))
+        found = self._call(f"find run {run_id}", lambda: self._client.get_run(run_id))
+        if found.info.lifecycle_stage == "deleted":
+            raise self._error("continue the run", tracking_errors.deleted_run(run_id))
         return Run(self, run_id)
 
     def _create(self, name: str, params: Mapping[str, Any], tags: Mapping[str, str]) -> Run:
@@ -126,9 +130,9 @@ class Tracking:
             from mlflow.entities import Param
 
             run_id: str = self._client.create_run(
-                self._experiment_id, run_name=name, tags=dict(tags)
+                self._experiment_id, run_name=name, tags=redacted(tags)
             ).info.run_id
-            entries = [Param(key, value) for key, value in flatten(params).items()]
+            entries = [Param(key, value) for key, value in flatten(redacted(params)).items()]
             for first in range(0, len(entries), 100):  # MLflow takes 100 parameters a request
                 self._client.log_batch(run_id, params=entries[first : first + 100])
             return run_id
@@ -146,21 +150,55 @@ class Tracking:
         except Exception:  # the body's own error is what the user must see
             logging.getLogger(__name__).warning("MLflow run %s stays open", run.id)
 
-    def _find_or_create_experiment(self) -> str:
+    def _find_or_create(self) -> tuple[str, str]:
+        """The experiment's id, and where the files of its runs go."""
+        from mlflow.exceptions import MlflowException
+
         found = self._client.get_experiment_by_name(self.experiment)
-        if found is not None:
-            return str(found.experiment_id)
-        location = None
-        if database := _sqlite_file(self.uri):
-            location = (database.parent / "mlartifacts").as_uri()
-        return str(self._client.create_experiment(self.experiment, artifact_location=location))
+        if found is None:
+            location = None
+            if database := _sqlite_file(self.uri):
+                location = (database.parent / "mlartifacts").as_uri()
+            try:
+                made = self._client.create_experiment(self.experiment, artifact_location=location)
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":  # else another job was faster
+                    raise
+                found = self._client.get_experiment_by_name(self.experiment)
+            else:
+                found = self._client.get_experiment(made)
+        if found.lifecycle_stage == "deleted":
+            identity = (found.name, found.experiment_id, self.uri)
+            raise self._error("hold the experiment", tracking_errors.deleted_experiment(*identity))
+        return str(found.experiment_id), str(found.artifact_location)
 
     def _call(self, what: str, action: Callable[[], ResultT]) -> ResultT:
         try:
             return action()
+        except TrackingError:
+            raise
         except Exception as error:
-            reason = " ".join(str(error).split()).split(" (Background on this error")[0]
-            raise TrackingError(f"MLflow at {self.uri} cannot {what}: {reason}") from error
+            reason = tracking_errors.explain(error, self.experiment, self.uri)
+            raise self._error(what, reason) from _harmless(error)
+
+    def _store(self, name: str, action: Callable[[], ResultT]) -> ResultT:
+        """The same for a file of a run, which goes elsewhere than what the run says."""
+        if self._files.startswith("mlflow-artifacts:") and urlparse(self.uri).hostname:
+            return self._call(f"store {name}", action)  # it goes through the server
+        try:
+            return action()
+        except Exception as error:
+            reason = tracking_errors.explain_file(error, self._files)
+            raise self._error(f"store {name}", reason) from _harmless(error)
+
+    def _error(self, what: str, reason: str) -> TrackingError:
+        return TrackingError(f"MLflow at {self.uri} cannot {what}: {reason}")
+
+
+def _harmless(error: Exception) -> Exception | None:
+    """The cause of an error, unless it shows credentials: tracebacks show it too."""
+    text = str(error)
+    return error if redact(text) == text else None
 
 
 class Run:
@@ -196,25 +234,23 @@ class Run:
 
     def log_dict(self, values: Mapping[str, Any], name: str) -> None:
         """Store ``values`` as the artifact ``name`` (``.json`` or ``.yaml``)."""
-        self._tracking._call(
-            f"store {name}", lambda: self._client.log_dict(self.id, dict(values), name)
-        )
+        self._tracking._store(name, lambda: self._client.log_dict(self.id, redacted(values), name))
 
     def log_figure(self, figure: Any, name: str) -> None:
         """Store a ``PIL.Image`` or a matplotlib figure as the artifact ``name`` (``.png``)."""
         log: Callable[..., None] = self._client.log_figure
         if not hasattr(figure, "savefig"):
             log = self._client.log_image
-        self._tracking._call(f"store {name}", lambda: log(self.id, figure, artifact_file=name))
+        self._tracking._store(name, lambda: log(self.id, figure, artifact_file=name))
 
     def log_text(self, text: str, name: str) -> None:
         """Store ``text`` as the artifact ``name``."""
-        self._tracking._call(f"store {name}", lambda: self._client.log_text(self.id, text, name))
+        self._tracking._store(name, lambda: self._client.log_text(self.id, text, name))
 
     def log_artifact(self, path: str | Path, folder: str | None = None) -> None:
         """Copy a local file into the run's artifacts, under ``folder``."""
-        self._tracking._call(
-            f"store {path}", lambda: self._client.log_artifact(self.id, str(path), folder)
+        self._tracking._store(
+            str(path), lambda: self._client.log_artifact(self.id, str(path), folder)
         )
 
     def log_dataset(
@@ -242,7 +278,7 @@ class Run:
             from mlflow.entities import DatasetInput, InputTag
             from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
 
-            dataset = _dataset(name, uri, digest, schema, profile or {})._to_mlflow_entity()
+            dataset = _dataset(name, uri, digest, schema, profile or {})
             tag = InputTag(MLFLOW_DATASET_CONTEXT, context)
             self._client.log_inputs(self.id, [DatasetInput(dataset, [tag])])
 
@@ -258,7 +294,7 @@ class Run:
 
         def send() -> None:
             for key, value in tags.items():
-                self._client.set_tag(self.id, key, value)
+                self._client.set_tag(self.id, key, redact(value))
 
         self._tracking._call("set tags", send)
 
@@ -279,11 +315,12 @@ def code_version() -> dict[str, str]:
 
 def _dataset(
     name: str, uri: str | None, digest: str, schema: pa.Schema | None, profile: Mapping[str, Any]
-) -> MlflowDataset:
+) -> Dataset:
     """A data set of MLflow's that says where files lie, and does not read them."""
     from mlflow.data.code_dataset_source import CodeDatasetSource
-    from mlflow.data.dataset import Dataset
     from mlflow.data.dataset_source_registry import resolve_dataset_source
+    from mlflow.data.meta_dataset import MetaDataset
+    from mlflow.entities import Dataset
     from mlflow.types.schema import ColSpec, DataType, Schema
 
     def column(field: pa.Field) -> ColSpec:
@@ -292,33 +329,13 @@ def _dataset(
                  "bool": DataType.boolean}  # fmt: skip
         return ColSpec(kinds.get(str(field.type), DataType.binary), field.name)
 
-    class Files(Dataset):
-        """Files at an address."""
-
-        def _compute_digest(self) -> str:
-            return digest
-
-        @property
-        def schema(self) -> Schema | None:
-            """The columns, if they are known."""
-            return Schema([column(field) for field in schema]) if schema is not None else None
-
-        @property
-        def profile(self) -> dict[str, Any]:
-            """Numbers about the data."""
-            return dict(profile)
-
-        def to_dict(self) -> dict[str, str]:
-            """What MLflow stores."""
-            stored = {**super().to_dict(), "profile": json.dumps(self.profile)}
-            if self.schema is not None:
-                stored["schema"] = json.dumps({"mlflow_colspec": self.schema.to_dict()})
-            return stored
-
+    columns = Schema([column(field) for field in schema]) if schema is not None else None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that a path may be two kinds of local source
-        source = resolve_dataset_source(uri) if uri else CodeDatasetSource(code_version())
-    return Files(source, name, digest)
+        source = resolve_dataset_source(redact(uri)) if uri else CodeDatasetSource(code_version())
+    described = MetaDataset(source, name, digest, columns).to_dict()
+    # Such a data set knows no numbers about itself; what MLflow stores of it has a place for them.
+    return Dataset(**described, profile=json.dumps(redacted(profile)))
 
 
 def _open_client(uri: str) -> MlflowClient:
@@ -327,19 +344,35 @@ def _open_client(uri: str) -> MlflowClient:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+    if redact(uri) != uri:  # else MLflow prints it at the end of each run
+        os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
     for noisy in ("alembic", "mlflow.store.db.utils"):  # table creation, hundreds of lines
         logging.getLogger(noisy).setLevel(logging.WARNING)
     if database := _sqlite_file(uri):
         database.parent.mkdir(parents=True, exist_ok=True)
-    elif urlparse(uri).scheme not in _REMOTE_SCHEMES and "://" not in uri:
-        raise ValueError(
-            "not a tracking URI; use sqlite:///FILE, http(s)://HOST:PORT or a database URI"
-        )
+    if urlparse(uri).scheme in ("http", "https"):
+        if not urlparse(uri).hostname:
+            raise ValueError(tracking_errors.NO_URI)
+    elif uri.partition(":")[0] not in ("databricks", "file"):
+        _reach_database(uri)
     from mlflow import MlflowClient  # takes seconds to import, so only where a job does track
 
     return MlflowClient(tracking_uri=uri)
 
 
+def _reach_database(uri: str) -> None:
+    """Connect once; MLflow tries for two minutes."""
+    from sqlalchemy import NullPool, create_engine
+    from sqlalchemy.engine import make_url
+
+    if "://" not in uri:
+        raise ValueError(tracking_errors.NO_URI)
+    if make_url(uri).drivername.startswith("sqlite") and _sqlite_file(uri) is None:
+        raise ValueError("it would be kept in memory and lost; use sqlite:///FILE")
+    create_engine(uri, poolclass=NullPool).connect().close()
+
+
 def _sqlite_file(uri: str) -> Path | None:
     prefix = "sqlite:///"
-    return Path(uri[len(prefix) :]).resolve() if uri.startswith(prefix) else None
+    name = uri.removeprefix(prefix).partition("?")[0]
+    return Path(name).resolve() if uri.startswith(prefix) and name not in ("", ":memory:") else None

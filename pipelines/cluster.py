@@ -6,7 +6,9 @@ import ctypes
 import logging
 import os
 import sys
-from functools import cache
+from contextlib import suppress
+from functools import cache, cached_property
+from operator import attrgetter
 
 import ray
 from ray.data import DataContext
@@ -33,10 +35,28 @@ def connect() -> None:
             log_to_driver=False,
             logging_level=logging.ERROR,
         )
+    _pass_by_value()
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = DataContext.get_current()
     context.enable_progress_bars = sys.stderr.isatty()
     context.execution_options.preserve_order = True
+
+
+@cache
+def _pass_by_value() -> None:
+    """Let Ray Data give its actors what they are made of as values.
+
+    It puts both into the object store for as long as the pool lives, and Ray then warns at every
+    pool that they could be gone when an actor is restarted (ray-project/ray#53727). They are some
+    kilobytes. Of another Ray, which may do otherwise, nothing is changed.
+    """
+    with suppress(ImportError):
+        from ray.data._internal.execution.operators import actor_pool_map_operator
+
+        pool = actor_pool_map_operator.ActorPoolMapOperator
+        for name, value in (("_data_context", "data_context"), ("_map_transformer",) * 2):
+            if isinstance(getattr(pool, f"{name}_ref", None), cached_property):
+                setattr(pool, f"{name}_ref", property(attrgetter(value)))
 
 
 @cache

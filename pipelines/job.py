@@ -19,6 +19,7 @@ from dim.config import StrictModel, dump_config
 from dim.designers import CallOptions
 from dim.errors import DimError, InputError
 from dim.failures import find_dim_error
+from dim.redaction import redacted
 from infra.storage import open_store
 from infra.tracking import Run, Tracking, code_version, default_uri
 from pipelines.calls.answers import set_unusable_aside
@@ -148,9 +149,9 @@ class Job:
         self.name = name
         self.store = open_store(config.out)
         self._config = config
-        self._settings = dump_config(config)
+        self._settings = redacted(dump_config(config))
         self._schema = schema
-        self._identity = {**identity, "rows": rows}
+        self._identity = redacted({**identity, "rows": rows})
         self._rows = rows
         self._group_bytes = group_bytes
         self._rows_per_write = rows_per_write

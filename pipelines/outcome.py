@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import pyarrow as pa
 
 from dim import records
+from dim.redaction import redact
 
 KEPT, REJECTED, FAILED = "kept", "rejected", "failed"
 OUTCOMES = (KEPT, REJECTED, FAILED)
@@ -83,7 +84,7 @@ def reject(row: Row, rejection: Rejection) -> None:
     _take_out(row, REJECTED)
     row.update(
         reason=rejection.reason,
-        detail=_short(rejection.detail),
+        detail=_short(redact(rejection.detail)),
         value=rejection.value,
         threshold=rejection.threshold,
     )
@@ -93,7 +94,7 @@ def fail(row: Row, stage: str, error: BaseException | str) -> None:
     """Mark ``row`` as one on which ``stage`` could not do its work."""
     _take_out(row, FAILED)
     text = " ".join(str(error).split()) or type(error).__name__
-    row.update(stage=stage, error=_short(records.clean_text(text)))
+    row.update(stage=stage, error=_short(records.clean_text(redact(text))))
 
 
 def work_on(rows: Iterable[Row], stage: str, work: Callable[[Row], Row | None]) -> None:

@@ -26,6 +26,7 @@ from dim.config import validate_config
 from dim.errors import InputError
 from dim.images import decode_image, encode_png, parse_size
 from dim.model.config import Fit
+from dim.redaction import redact
 from serving.admission import Admission
 from serving.config import NO_DESIGNER, ServingConfig
 from serving.designer import DesignerDeployment
@@ -131,7 +132,7 @@ class Ingress:
         return self._painter_defaults
 
     def _choose_designer(self, wanted: EditRequest) -> str:
-        designer = wanted.designer or self._config.designers[0]
+        designer = redact(wanted.designer or self._config.designers[0])
         if designer not in self._config.offered:
             raise BadRequestError(
                 f"designer: {designer!r} is not offered here; "

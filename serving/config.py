@@ -7,6 +7,7 @@ from pathlib import Path
 from pydantic import Field, field_validator
 
 from dim.config import StrictModel
+from dim.redaction import redact
 
 NO_DESIGNER = "none"
 
@@ -47,12 +48,14 @@ class ServingConfig(StrictModel):
     def _at_least_one(cls, designers: tuple[str, ...]) -> tuple[str, ...]:
         if not designers:
             raise ValueError("at least one designer is needed ('none' paints the instruction)")
+        if len(set(map(redact, designers))) < len(set(designers)):
+            raise ValueError("two designers differ in nothing but their credentials")
         return designers
 
     @property
     def offered(self) -> list[str]:
-        """Every value that a request's ``designer`` may have."""
-        return list(dict.fromkeys([*self.designers, NO_DESIGNER]))
+        """Every value that a request's ``designer`` may have: specs without their credentials."""
+        return list(dict.fromkeys([*map(redact, self.designers), NO_DESIGNER]))
 
     @property
     def model_name(self) -> str:

@@ -14,6 +14,7 @@ from dim.designers import Designer, DesignRequest, Reply, create
 from dim.designers.self_play import SelfDesigner
 from dim.devices import best_device
 from dim.errors import BlueprintError, DesignerError
+from dim.redaction import redact
 from serving.config import NO_DESIGNER, ServingConfig
 from serving.jobs import DesignJob, in_groups, unwrap
 
@@ -23,7 +24,9 @@ class DesignerDeployment:
 
     def __init__(self, config: ServingConfig) -> None:
         self._designers = {
-            spec: create_for(spec, config) for spec in config.designers if spec != NO_DESIGNER
+            redact(spec): create_for(spec, config)
+            for spec in config.designers
+            if spec != NO_DESIGNER
         }
         self._worker = ThreadPoolExecutor(max_workers=1)
         batched = serve.batch(

@@ -177,7 +177,7 @@ def main(
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         server = start(config)
-        announce(server, config.designers[0])
+        announce(server, config.offered[0])
         with contextlib.suppress(KeyboardInterrupt):
             threading.Event().wait()
         server.stop()

@@ -91,7 +91,8 @@ def running(respond: Callable[[dict[str, Any]], Response]) -> Iterator[ChatServe
             length = int(self.headers["Content-Length"])
             request = json.loads(self.rfile.read(length))
             with server.lock:
-                server.requests.append({**request, "path": self.path})
+                login = self.headers.get("Authorization")
+                server.requests.append({**request, "path": self.path, "login": login})
             response = server.respond(request)
             self.send_response(response.status)
             self.send_header("Content-Type", response.content_type)

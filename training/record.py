@@ -14,6 +14,7 @@ from typing import Any
 
 from dim.config import dump_config
 from dim.errors import ConfigError
+from dim.redaction import redacted
 from infra import storage
 from infra.samples import fingerprint
 from training.stage import OPERATIONAL_KEYS, StageConfig
@@ -39,7 +40,7 @@ class StageRecord:
 
     def write(self, out: str) -> None:
         """Put the record into ``out``, atomically."""
-        text = json.dumps(asdict(self), indent=2, sort_keys=True)
+        text = json.dumps(redacted(asdict(self)), indent=2, sort_keys=True)
         storage.open_store(out).write(STAGE_FILE, text.encode())
 
     def check_same(self, identity: Mapping[str, Any], out: str) -> None:
@@ -48,6 +49,7 @@ class StageRecord:
         Raises:
             ConfigError: ``out`` belongs to a run that differs; the message names the keys.
         """
+        identity = redacted(identity)
         names = sorted(self.identity.keys() | identity.keys())
         differing = [name for name in names if self.identity.get(name) != identity.get(name)]
         if differing:

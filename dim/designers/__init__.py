@@ -148,7 +148,7 @@ def _split(spec: str, known: tuple[str, ...], role: str) -> tuple[str, str]:
 
 def _model_and_url(argument: str, spec: str) -> tuple[str, str | None]:
     found = _MODEL_AT_URL.fullmatch(argument)
-    if found is None or (found["url"] is None and "@" in found["model"]):
+    if found is None or "://" in found["model"] or (not found["url"] and "@" in found["model"]):
         raise DesignerError(f"{spec!r} is not of the form openai:MODEL@http://host:port/v1")
     return found["model"], found["url"]
 

@@ -14,6 +14,7 @@ from dim.config import StrictModel, dump_config, load_config
 from dim.errors import DimError, InputError
 from dim.images import suffix
 from dim.records import EDIT, RAW_IMAGE, RAW_PAIR, T2I, sha256_hex
+from dim.redaction import redacted
 from infra import storage
 from infra.storage import Store
 from pipelines.command import Out, Overrides, Overwrite, settings
@@ -75,7 +76,7 @@ def run(config: ExportConfig, *, overwrite: bool = False) -> Manifest:
 def _same(done: Manifest, shards: Shards, config: ExportConfig) -> bool:
     made = {**dump_config(ExportConfig(data="", out="")), **done.config}
     wanted = dump_config(config)
-    return done.input == shards.identity and all(
+    return done.input == redacted(shards.identity) and all(
         made[key] == wanted[key] for key in ("format", "target_file_mb")
     )
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import posixpath
 from collections.abc import Iterable
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import ValidationError, field_validator
+from pydantic import AfterValidator, ValidationError, field_validator
 
 from dim.config import StrictModel
 from dim.errors import InputError, StorageError
+from dim.redaction import redacted
 from infra.storage import Store, open_store
 
 NAME = "manifest.json"
@@ -18,6 +19,10 @@ MARKER = "unfinished.json"
 """Says whose an output is while it has no manifest."""
 VERSION = 1
 """Raised whenever an older program would read a manifest wrongly."""
+
+
+Shown = Annotated[dict[str, Any], AfterValidator(redacted)]
+"""Settings without the credentials of the addresses in them."""
 
 
 class FileEntry(StrictModel):
@@ -69,8 +74,8 @@ class Manifest(StrictModel):
 
     version: int = VERSION
     job: str
-    config: dict[str, Any]
-    input: dict[str, Any]
+    config: Shown
+    input: Shown
     counts: Counts
     files: tuple[FileEntry, ...]
     cost: dict[str, float] | None = None

@@ -22,6 +22,7 @@ from dim import records, tabletop
 from dim.blueprint import Blueprint
 from dim.errors import BlueprintError, InputError
 from dim.images import encode_png
+from dim.redaction import redact
 from infra.storage import Store, TooLargeError
 from pipelines.filters import probe
 from pipelines.outcome import KEPT, Rejection, Row, to_table, work_on
@@ -142,9 +143,10 @@ class Records:
         if layout.target:
             row["instruction"] = _instruction(text_of(values, *layout.instruction))
         image, where = self._image(values, layout.image, found)
-        trace = {"image_path": where}
+        trace = {"image_path": where and redact(where)}
         if layout.target:
-            target, trace["image_path_target"] = self._image(values, layout.target, found)
+            target, where = self._image(values, layout.target, found)
+            trace["image_path_target"] = where and redact(where)
         row["provenance"] = _extend(row["provenance"], trace)
         if layout.target:
             return pair_columns(row["instruction"], image, target)

@@ -1,13 +1,21 @@
 from __future__ import annotations
 
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import urlopen
 
 import pytest
 
 from dim.errors import DimError, InputError
+from infra.ports import free_port
 from infra.submit import connect, entrypoint_of, submit
 
 # A cluster of its own in its own process: the test session's Ray has no job server. Both run an
@@ -92,3 +100,112 @@ def test_a_cluster_that_just_came_up_is_waited_for(tmp_path: Path) -> None:
     refusing = ClusterThatJustCameUp(["status code 400:\n no such thing"])
     with pytest.raises(DimError, match="not taken: status code 400: no such thing"):
         submit(refusing, "python -m training.train", tmp_path)
+
+
+TOKEN = "0123456789abcdef" * 4
+
+
+@pytest.fixture(scope="module")
+def guarded_head() -> Iterator[tuple[str, Path]]:
+    """A head of ``ray start`` in a home folder where a token lies, so that it asks for it.
+
+    Gives the address of its dashboard and the home folder, whose name is short because Ray's
+    sockets lie below it.
+    """
+    home, port = Path(tempfile.mkdtemp(prefix="dim")), free_port()
+    (home / ".ray").mkdir()
+    (home / ".ray" / "auth_token").write_text(TOKEN)
+    unset = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_ADDRESS")
+    environment = {name: value for name, value in os.environ.items() if name not in unset}
+    scripts = Path(sys.executable).parent
+    environment |= {"HOME": str(home), "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}"}
+    with (home / "log").open("wb") as log:
+        head = subprocess.Popen(
+            [scripts / "ray", "start", "--head", "--block", "--num-cpus", "2",
+             "--temp-dir", home / "ray", "--port", str(free_port()), "--dashboard-port", str(port),
+             "--ray-client-server-port", str(free_port()), "--disable-usage-stats",
+             "--dashboard-agent-listen-port", str(free_port()),
+             "--dashboard-agent-grpc-port", str(free_port())],
+            env=environment, stdout=log, stderr=log,
+        )  # fmt: skip
+    try:
+        wait_until_it_asks(head, port, home / "log")
+        yield f"http://127.0.0.1:{port}", home
+    finally:
+        head.send_signal(signal.SIGTERM)  # it ends all that it has started
+        head.wait(60)
+        shutil.rmtree(home)
+
+
+def wait_until_it_asks(head: subprocess.Popen[bytes], port: int, log: Path) -> None:
+    deadline = time.monotonic() + 120
+    while True:
+        try:
+            urlopen(f"http://127.0.0.1:{port}/api/version", timeout=5).close()
+            pytest.fail("the head lets everybody in")
+        except HTTPError as refused:
+            assert refused.code == 401
+            return
+        except OSError:
+            assert head.poll() is None and time.monotonic() < deadline, log.read_text()
+            time.sleep(0.2)
+
+
+@pytest.fixture
+def nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home folder and an environment without a token."""
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return tmp_path
+
+
+def test_a_token_is_found_wherever_ray_keeps_it(
+    guarded_head: tuple[str, Path], nowhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address, home = guarded_head
+    monkeypatch.setenv("HOME", str(home))
+    assert connect(address).list_jobs() == []
+    monkeypatch.setenv("HOME", str(nowhere))
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(home / ".ray" / "auth_token"))
+    assert connect(address).list_jobs() == []
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(nowhere / "none"))
+    monkeypatch.setenv("RAY_AUTH_TOKEN", f"{TOKEN}\n")
+    assert connect(address).list_jobs() == []
+
+
+def test_without_the_token_all_that_is_needed_is_said(
+    guarded_head: tuple[str, Path], nowhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address, _ = guarded_head
+    with pytest.raises(DimError, match="wants its token, and there is none here") as wanting:
+        connect(address)
+    for needed in ("RAY_AUTH_TOKEN,", "RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token", "get-auth-token"):
+        assert needed in str(wanting.value)
+    assert "`ray job submit` needs RAY_AUTH_MODE=token besides" in str(wanting.value)
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "another")
+    with pytest.raises(DimError, match="has another token than the one in RAY_AUTH_TOKEN: take th"):
+        connect(address)
+    monkeypatch.delenv("RAY_AUTH_TOKEN")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(nowhere / "none"))
+    with pytest.raises(DimError, match="RAY_AUTH_TOKEN_PATH: there is no file .*/none"):
+        connect(address)
+    (nowhere / "none").write_text(" \n")
+    with pytest.raises(DimError, match="none is to hold the token of the cluster and is empty"):
+        connect(address)
+
+
+def test_a_job_is_submitted_and_followed_where_a_token_is_asked_for(
+    guarded_head: tuple[str, Path], nowhere: Path
+) -> None:
+    address, home = guarded_head
+    (nowhere / "work").mkdir()
+    done = subprocess.run(
+        [sys.executable, "-m", "infra.submit", "--address", address, "--working-dir",
+         nowhere / "work", "--", "edit", "missing.png", "remove the cup", "--model", "nowhere"],
+        env={**os.environ, "HOME": str(home)}, capture_output=True, text=True, timeout=250,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "submitted raysubmit_" in done.stderr
+    assert "error: image not found: missing.png" in done.stdout, done.stderr
+    assert TOKEN not in done.stdout + done.stderr

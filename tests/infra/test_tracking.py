@@ -2,8 +2,13 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import socket
+import sqlite3
+import threading
 import warnings
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import mlflow
@@ -156,3 +161,215 @@ def test_the_code_has_a_version() -> None:
     assert tags["dim.version"] == dim.__version__
     if (Path(dim.__file__).parents[1] / ".git").exists():
         assert re.fullmatch("[0-9a-f]{40}", tags["mlflow.source.git.commit"])
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Tracking:
+    """A database of the test's own, to be spoilt."""
+    return Tracking(f"sqlite:///{tmp_path / 'mlflow.db'}", "spoilt")
+
+
+def test_a_deleted_experiment_is_named_with_both_ways_out(own: Tracking) -> None:
+    client = client_of(own)
+    found = client.get_experiment_by_name("spoilt")
+    client.delete_experiment(found.experiment_id)
+    with pytest.raises(TrackingError) as refused:
+        Tracking(own.uri, "spoilt")
+    assert "the experiment 'spoilt' was deleted there" in str(refused.value)
+    assert "tracking.experiment=NAME" in str(refused.value)
+    way = f"mlflow experiments restore --experiment-id {found.experiment_id}"
+    assert f"MLFLOW_TRACKING_URI={own.uri} {way}" in str(refused.value)
+    with pytest.raises(TrackingError, match=r"experiment 'spoilt' was deleted"), own.run("late"):
+        pytest.fail("a run began in an experiment that is gone")
+    client.restore_experiment(found.experiment_id)
+    with Tracking(own.uri, "spoilt").run("again") as run:
+        run.log_metrics({"a": 1})
+    Tracking(own.uri, "another name")
+
+
+def test_a_deleted_run_is_named_with_both_ways_out(own: Tracking) -> None:
+    with own.run("job") as run:
+        client_of(own).delete_run(run.id)
+        with pytest.raises(
+            TrackingError, match=f"run {run.id} was deleted; restore it with 'mlflo"
+        ):
+            run.log_metrics({"a": 1})
+        client_of(own).restore_run(run.id)
+    client_of(own).delete_run(run.id)
+    with (
+        pytest.raises(
+            TrackingError, match=f"run {run.id} was deleted there.*restore .* or begin a"
+        ),
+        own.run("job", run_id=run.id),
+    ):
+        pytest.fail("a deleted run went on")
+    with pytest.raises(
+        TrackingError, match=r"there is no such run; .*tracking\.uri.* or begin anew"
+    ):
+        own.attach("0" * 32)
+
+
+def test_two_jobs_may_make_the_experiment_at_the_same_time(
+    own: Tracking, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find, asked = mlflow.MlflowClient.get_experiment_by_name, []
+
+    def too_early(client: mlflow.MlflowClient, name: str) -> object:
+        asked.append(name)
+        return None if len(asked) == 1 else find(client, name)
+
+    monkeypatch.setattr(mlflow.MlflowClient, "get_experiment_by_name", too_early)
+    with Tracking(own.uri, "spoilt").run("job"):
+        assert asked == ["spoilt", "spoilt"]
+
+
+def of_schema(version: str, path: Path, own: Tracking) -> str:
+    """The URI of a copy of the database whose schema is called another one."""
+    shutil.copy(own.uri.removeprefix("sqlite:///"), path)
+    database = sqlite3.connect(path)
+    database.execute("UPDATE alembic_version SET version_num = ?", (version,))
+    database.commit()
+    database.close()
+    return f"sqlite:///{path}"
+
+
+def test_a_database_of_another_mlflow_says_which_way_to_go(own: Tracking, tmp_path: Path) -> None:
+    older = of_schema("451aebb31d03", tmp_path / "older.db", own)
+    with pytest.raises(
+        TrackingError, match="of an older MLflow: make a copy .* 'mlflow db upgrade'"
+    ):
+        Tracking(older)
+    newer = of_schema("f00f00f00f00", tmp_path / "newer.db", own)
+    with pytest.raises(
+        TrackingError, match=f"a newer MLflow than {mlflow.__version__}.*install th"
+    ):
+        Tracking(newer)
+
+
+@pytest.mark.parametrize(
+    "uri",
+    ["", "localhost:5000", "http//host", "sqlite:/a.db", "foo://bar", "http://", "https://[bad"],
+)
+def test_what_is_no_uri_says_what_one_is(uri: str) -> None:
+    with pytest.raises(
+        TrackingError, match=r"not a tracking URI; use sqlite:///FILE, http\(s\)://H"
+    ):
+        Tracking(uri)
+
+
+@pytest.mark.parametrize("uri", ["sqlite:///", "sqlite://", "sqlite:///:memory:"])
+def test_nothing_is_logged_to_where_it_is_lost(uri: str) -> None:
+    with pytest.raises(TrackingError, match="kept in memory and lost; use sqlite:///FILE"):
+        Tracking(uri)
+
+
+def test_what_is_no_database_of_mlflow(tmp_path: Path) -> None:
+    (tmp_path / "text.db").write_text("not a database, whatever it is called" * 40)
+    (tmp_path / "folder.db").mkdir()
+    for uri, complaint in {
+        f"sqlite:///{tmp_path}/text.db": "that file is no SQLite database",
+        f"sqlite:///{tmp_path}/folder.db": "cannot be opened for writing: see to its folder",
+        "nosuchdriver+x://u:s3cret@host/db": "not a tracking URI",
+        "mysql+pymysql://u:s3cret@host/db": "module pymysql .* is not installed",
+        f"file://{tmp_path}/mlruns": "folders are no store of MLflow any more",
+    }.items():
+        with pytest.raises(TrackingError, match=complaint) as refused:
+            Tracking(uri)
+        assert "s3cret" not in str(refused.value)
+
+
+@pytest.fixture
+def answering() -> Iterator[Callable[[int, bytes], str]]:
+    """``answering(status, body)``: the URI of a web server that always answers this."""
+    servers = []
+
+    def start(status: int, body: bytes) -> str:
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            do_POST = do_GET
+
+            def log_message(self, format: str, *args: object) -> None:
+                """Keep the test's output clean."""
+
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        servers.append(server)
+        return f"http://127.0.0.1:{server.server_address[1]}"
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "complaint"),
+    [
+        (200, b"<html>hello</html>", "no MLflow server; start one, or set tracking.uri"),
+        (404, b"<html>hello</html>", "no MLflow server; start one, or set tracking.uri"),
+        (401, b"who are you", "it wants a user: set MLFLOW_TRACKING_USERNAME"),
+        (403, b"no", "this user may not do that: ask for the permission"),
+        (403, b'{"error_code": "PERMISSION_DENIED", "message": "no"}', "this user may not do that"),
+        (503, b"", "it answers HTTP 503; see to the server"),
+    ],
+)
+def test_a_server_that_refuses_says_what_to_do(
+    answering: Callable[[int, bytes], str],
+    monkeypatch: pytest.MonkeyPatch,
+    status: int,
+    body: bytes,
+    complaint: str,
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(TrackingError, match=complaint):
+        Tracking(answering(status, body))
+
+
+@pytest.mark.parametrize(
+    ("host", "complaint"),
+    [("127.0.0.1:1", "nothing listens there; start it"), ("no.invalid", "the host is not known")],
+)
+def test_no_server_at_all(host: str, complaint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(
+        TrackingError, match=rf"MLflow at http://\*\*\*@{host} .*{complaint}"
+    ) as gone:
+        Tracking(f"http://me:s3cret@{host}")
+    assert gone.value.__cause__ is None  # whose text, and so a traceback, has the password
+
+
+def test_files_that_cannot_be_stored_say_where_they_were_to_go(
+    own: Tracking, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    for place, complaint in {
+        f"{tmp_path}/file/below": "Not a directory.*same on every machine",
+        "gs://bucket/x": "Python package that is not installed",
+        "mlflow-artifacts:/1": "only through the server that made the experiment",
+    }.items():
+        client_of(own).create_experiment(place, artifact_location=place)
+        with (
+            pytest.raises(TrackingError, match=f"cannot store a.json: .*{complaint}") as refused,
+            Tracking(own.uri, place).run("job") as run,
+        ):
+            run.log_dict({}, "a.json")
+        assert f"its files go to {place}" in str(refused.value)
+        assert "another experiment: tracking.experiment=NAME" in str(refused.value)
+
+
+def test_no_credentials_are_stored(own: Tracking, tmp_path: Path) -> None:
+    secret = "https://me:s3cret@host/v1?api_key=s3cret"
+    with own.run("job", {"designer": f"openai:m@{secret}"}, {"init": secret}) as run:
+        run.log_dict({"config": [secret]}, "config.json")
+        run.set_tags({"said": f"warning: {secret}"})
+        run.log_dataset("in", secret, "a", context="input", profile={"uri": secret})
+    params = client_of(own).get_run(run.id).data.params
+    assert params == {"designer": "openai:m@https://***@host/v1?api_key=***"}
+    stored = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert any(b"api_key=***" in path.read_bytes() for path in stored)
+    assert not any(b"s3cret" in path.read_bytes() for path in stored)

@@ -16,7 +16,7 @@ from dim.errors import CallsStopped, ConfigError, DesignerError, InputError
 from serving.admission import Admission
 from serving.app import build, read_args
 from serving.config import ServingConfig
-from serving.designer import checked
+from serving.designer import DesignerDeployment, checked
 from serving.errors import BadRequestError, BusyError, error_response
 from serving.jobs import DesignJob, in_groups, unwrap
 from serving.requests import EditRequest, PaintRequest, read_edit, read_json
@@ -235,6 +235,15 @@ def test_configuration_mistakes_are_named() -> None:
         read_args({"model": "m", "designers": []})
     with pytest.raises(ConfigError, match="missing key 'model'"):
         build({})
+
+
+def test_designers_are_offered_without_their_credentials() -> None:
+    spec = "openai:m@https://me:s3cret@host/v1"
+    config = ServingConfig(model="m", designers=(spec, "none"))
+    assert config.offered == ["openai:m@https://***@host/v1", "none"]
+    assert list(DesignerDeployment(config)._designers) == config.offered[:1]
+    with pytest.raises(ConfigError, match="two designers differ in nothing but their credentials"):
+        read_args({"model": "m", "designers": [spec, spec.replace("me:", "you:")]})
 
 
 def test_a_model_is_called_after_its_folder() -> None:

@@ -33,6 +33,7 @@ from dim.designers.calls.wire import (
 )
 from dim.errors import CallsStopped, DesignerError, InputError
 from dim.records import clean_text
+from dim.redaction import redact
 
 __all__ = ["ChatEndpoint", "Question"]
 
@@ -140,7 +141,7 @@ class _Calls:
         exchange: Exchange | None,
     ) -> None:
         self._model = model
-        self._who = f"{model} at {url or 'OpenAI'}"
+        self._who = f"{model} at {redact(url) if url else 'OpenAI'}"
         self._connection = (url, key, options.timeout_s)
         self._options = options
         self._prices = options.prices

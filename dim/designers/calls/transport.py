@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from urllib.parse import urlsplit
 
 import aiohttp
 
@@ -62,17 +63,19 @@ class Transport:
     """Connections to one server. Must be made, used and closed within one event loop.
 
     Args:
-        url: base address such as ``http://host:8000/v1``; ``None``: OpenAI's.
+        url: base address such as ``http://host:8000/v1``; ``None``: OpenAI's. Its query goes with
+            every request, and a user and password in it go instead of ``key``.
         key: sent as a bearer token.
         timeout_s: for one request, from sending to the last byte.
     """
 
     def __init__(self, url: str | None, key: str | None, timeout_s: float) -> None:
-        self._url = f"{(url or _OPENAI_URL).rstrip('/')}/chat/completions"
+        base = urlsplit(url or _OPENAI_URL)
+        self._url = base._replace(path=f"{base.path.rstrip('/')}/chat/completions").geturl()
         self._session = aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=30),
             timeout=aiohttp.ClientTimeout(total=timeout_s, sock_connect=_CONNECT_TIMEOUT_S),
-            headers=_headers(key),
+            headers=_headers(None if "@" in base.netloc else key),
             # Looking for proxies costs every request a little, and few machines have one.
             trust_env=any(os.environ.get(n) or os.environ.get(n.upper()) for n in _PROXIES),
         )

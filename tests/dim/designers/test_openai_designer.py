@@ -65,6 +65,26 @@ def test_sends_text_and_images_as_data_urls(server: ChatServer) -> None:
     assert base64.b64decode(images_of(pair)[1].partition(",")[2]) == target
 
 
+def test_credentials_in_the_url_reach_the_server_and_no_error(
+    server: ChatServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "another")
+    url = server.url.replace("://", "://me:s3cret%40@") + "/?api_key=s3cret&version=1"
+    designer = create(f"openai:test@{url}", calls=QUICK)
+    assert designer.design([DesignRequest("Add a hat", encoded())]) == ["a plan"]
+    asked = server.requests[0]
+    assert asked["path"] == "/v1/chat/completions?api_key=s3cret&version=1"
+    assert base64.b64decode(asked["login"].removeprefix("Basic ")) == b"me:s3cret@"
+    assert "s3cret" not in f"{designer.name} {designer.fingerprint}"
+    server.respond = lambda request: Response(f"no such model at {url}".encode(), 400)
+    (refused,) = designer.design([DesignRequest("Add a hat", encoded())])
+    assert "api_key=***" in str(refused) and "s3cret" not in str(refused)
+    server.respond = lambda request: Response(b"wrong password", 401)
+    with pytest.raises(CallsStopped) as barred:
+        create(f"openai:test@{url}", calls=QUICK).design([DesignRequest("x", encoded())])
+    assert "s3cret" not in str(barred.value)
+
+
 def test_answers_keep_the_order_of_the_requests(server: ChatServer) -> None:
     def late_first(request: dict[str, Any]) -> Response:
         number = int(text_of(request).partition("do ")[2].split()[0])
