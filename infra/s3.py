@@ -180,7 +180,7 @@ class Files(pafs.FileSystemHandler):
         )
 
     def open_append_stream(self, path: str, metadata: Mapping[str, str]) -> pa.NativeFile:
-        raise NotImplementedError("an object cannot be added to")
+        raise io.UnsupportedOperation("an object cannot be added to")
 
     def create_dir(self, path: str, recursive: bool) -> None:
         """Nothing: a folder begins with its first file."""
