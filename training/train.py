@@ -210,9 +210,9 @@ def _fit(plan: Plan, record: StageRecord) -> StageRecord:
             f"stage {plan.config.stage}: Ray Train's controller died: {explain(error).sentence}"
         ) from error
     outcome = result.return_value  # type: ignore[attr-defined]
-    assert result.checkpoint is not None  # the last step always leaves one
     if outcome["error"] is not None:
         raise outcome["error"]
+    assert result.checkpoint is not None  # the last step leaves one
     return StageRecord(
         record.identity,
         record.config,
