@@ -49,7 +49,8 @@ def pairs(shared_real: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def shards(pairs: Path, shared_real: Path, ray_cluster: None) -> tuple[Path, Manifest]:
     """DIM-Edit shards of the real pairs, by the replay designer."""
     raw, out = pairs.parent / "raw", pairs.parent / "edit"
-    ingest.run(ingest.IngestConfig(pairs=str(pairs), out=str(raw)))
+    photos = (str(shared_real / "edit_pairs"),)
+    ingest.run(ingest.IngestConfig(pairs=str(pairs), out=str(raw), read_from=photos))
     recorded = shared_real / "edit_pairs" / "tos_dataset_edit.jsonl"
     manifest = edit.run(edit.EditConfig(raw=str(raw), designer=f"replay:{recorded}", out=str(out)))
     return out, manifest

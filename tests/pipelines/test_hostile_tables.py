@@ -5,6 +5,7 @@ Each attack is made with a real payload, and each test ends with the same look: 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from pipelines.outputs.export import ExportConfig
 from pipelines.outputs.inspect import inspect
 from pipelines.outputs.shards import Shards
 from pipelines.outputs.verify import verify
+from pipelines.readers import forms
 from pipelines.readers.entries import Files
 from pipelines.readers.layout import Layout
 from pipelines.readers.media import Media
@@ -109,7 +111,8 @@ def test_a_worker_that_is_given_such_a_file_reads_nothing_of_it(
     pairs(tmp_path / f"evil{suffix}", **{column: pickled(marker)})
     store = storage.open_store(str(tmp_path))
     reader = Records(Files(store, "evil", LAYOUT.columns), LAYOUT)
-    parts = f'[{{"file": "evil{suffix}", "offset": 0, "count": 1, "damage": null}}]'
+    part = {"file": f"evil{suffix}", "kind": forms.TABLE, "called": "evil", "offset": 0}
+    parts = json.dumps([{**part, "count": 1, "damage": None}])
     unit = pa.Table.from_pylist([{"first": 0, "repeated": [-1], "parts": parts}])
     (table,) = in_a_worker(lambda: list(reader(unit)))
     (row,) = table.to_pylist()
@@ -120,7 +123,7 @@ def test_a_worker_that_is_given_such_a_file_reads_nothing_of_it(
 @pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
 def test_a_worker_reads_nothing_of_such_media(suffix: str, marker: Path, tmp_path: Path) -> None:
     write(tmp_path / f"evil{suffix}", {"image": pickled(marker)})
-    media = Media("media", storage.open_store(str(tmp_path)), ("image",))
+    media = Media("media", storage.open_store(str(tmp_path)), ("image",), forms.TABLE)
     found = in_a_worker(media.read, {"a": (f"evil{suffix}", 0)})["a"]
     assert isinstance(found, InputError)
     assert f"the column 'image' of {tmp_path}/evil{suffix} is of the extension" in str(found)

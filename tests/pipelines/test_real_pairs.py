@@ -42,7 +42,8 @@ def expanded(folder: Path, out: Path) -> Path:
 @pytest.mark.usefixtures("ray_cluster")
 def test_every_version_of_every_pair_is_kept(shared_real: Path, tmp_path: Path) -> None:
     pairs = expanded(shared_real / "edit_pairs", tmp_path)
-    raw = IngestConfig(pairs=str(pairs), out=str(tmp_path / "raw"), source="real")
+    photos = (str(shared_real / "edit_pairs"),)
+    raw = IngestConfig(pairs=str(pairs), out=str(tmp_path / "raw"), source="real", read_from=photos)
     assert ingest.run(raw).counts.kept == 27
     config = EditConfig(
         raw=raw.out,
