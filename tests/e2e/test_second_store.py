@@ -76,7 +76,7 @@ def test_from_pairs_to_a_trained_model_and_an_export(
     outputs = [f"{rclone_s3}/{name}" for name in ("raw", "edit", "features", "public")]
     assert [verify(output).problems for output in outputs] == [[]] * 4
     lines = storage.read_bytes(f"{rclone_s3}/public/tos_dataset_edit.jsonl").splitlines()
-    assert len(lines) >= PAIRS - 2 and all(json.loads(line)["blueprint"] for line in lines)
+    assert len(lines) >= PAIRS - 2 and all(json.loads(line)["prompt"] for line in lines)
     storage.download_folder(f"{rclone_s3}/run/model", tmp_path / "model")
     assert model.load(tmp_path / "model").painter.takes_source
     client = boto3.Session().client("s3", endpoint_url=rclone_endpoint)
