@@ -47,6 +47,17 @@ _JPEG_XMP = b"http://ns.adobe.com/xap/1.0/\0"
 _WEBP_METADATA = {b"ICCP": "icc_profile", b"EXIF": "exif", b"XMP ": "xmp"}
 _WEBP_METADATA_FLAGS, _WEBP_ANIMATED = 0x20 | 0x08 | 0x04, 0x02
 
+_TIFF_ORDERS = {b"II": "<", b"MM": ">"}
+# What says how pixels lie in the file: sizes, depths, packing, strips, tiles, palette, inks, JPEG.
+_TIFF_NEEDED = frozenset(
+    {
+        *(254, 255, 256, 257, 258, 259, 262, 266, 273, 277, 278, 279, 284, 292, 293),
+        *(317, 320, 322, 323, 324, 325, 332, 338, 339, 347, *range(512, 522), 529, 530, 531, 532),
+    }
+)
+_TIFF_ORIENTATION, _TIFF_XMP, _TIFF_PROFILE = 274, 700, 34675
+_TIFF_INTEGERS, _TIFF_BYTES = {1: 1, 3: 2, 4: 4}, (1, 2, 7)  # types of tags (and their bytes)
+
 _BMP_V5, _BMP_EMBEDDED = 124, b"DEBM"  # bytes of the header; what it calls a profile in the file
 
 
@@ -57,10 +68,9 @@ class Metadata:
     Attributes:
         pixels: the file without what its pixels do not need; the very object if there is nothing
             to leave out. Of an animated PNG the still picture is left, of an MPO the first.
-        orientation: 1 to 8, as in EXIF; 1 where nothing valid is said. TIFF's is not read here:
-            its decoder applies it.
-        profile: an ICC profile of the colours. ``None``: they are sRGB, or the decoder of the
-            file's format reads the profile.
+        orientation: 1 to 8, as in EXIF; 1 where nothing valid is said. A TIFF's own tag counts as
+            part of its pixels: its decoder applies it.
+        profile: an ICC profile of the colours; ``None``: they are sRGB.
         harmless: whether nothing in the file is known to make other readers stumble.
     """
 
@@ -81,6 +91,8 @@ def read(data: bytes) -> Metadata:
         return _read_jpeg(data)
     if data[:4] == b"RIFF" and data[8:16] == b"WEBPVP8X":
         return _read_webp(data)
+    if data[:2] in _TIFF_ORDERS:
+        return _read_tiff(data)
     return Metadata(data, profile=_bmp_profile(data) if data[:2] == b"BM" else None)
 
 
@@ -327,6 +339,70 @@ def _read_webp(data: bytes) -> Metadata:
         pixels = b"RIFF" + struct.pack("<I", len(body)) + body
     turned, sound = _find_orientation(info)
     return Metadata(pixels, turned, info.get("icc_profile"), whole and sound)
+
+
+def _read_tiff(data: bytes) -> Metadata:
+    """The first directory of tags, which loses what its pixels do not need, and with it the file
+    its further pictures."""
+    order, big = _TIFF_ORDERS[data[:2]], data[2:4] in (b"+\0", b"\0+")
+    head, tag, address = ("Q", "HHQ8s", "Q") if big else ("H", "HHI4s", "I")
+    try:
+        (start,) = struct.unpack_from(order + address, data, 8 if big else 4)
+        (count,) = struct.unpack_from(order + head, data, start)
+    except struct.error:
+        return Metadata(data)  # there is no directory, which the decoder will say
+    first, size = start + struct.calcsize(head), struct.calcsize(f"={tag}")
+    if first + count * size + struct.calcsize(address) > len(data):
+        return Metadata(data)
+    info, profile, kept, turned = dict[str, Any](), None, list[bytes](), False
+    for place in range(first, first + count * size, size):
+        found = _TiffTag(order, *struct.unpack_from(order + tag, data, place))
+        if found.number == _TIFF_XMP:
+            info["xmp"] = found.content(data)
+        elif found.number == _TIFF_PROFILE:
+            profile = found.content(data)
+        elif found.number in _TIFF_NEEDED or found.turns:
+            kept.append(data[place : place + size])
+            turned |= found.turns
+    pixels = data
+    if len(kept) < count:
+        table = struct.pack(order + head, len(kept)) + b"".join(kept)
+        table += bytes(struct.calcsize(address))  # there is no further directory
+        pixels = b"".join((memoryview(data)[:start], table, memoryview(data)[start + len(table) :]))
+    return Metadata(pixels, 1 if turned else orientation(info), profile)
+
+
+@dataclass(frozen=True)
+class _TiffTag:
+    """An entry of a directory."""
+
+    order: str
+    number: int
+    type: int
+    count: int
+    value: bytes  # or its address, if it does not fit here
+
+    @property
+    def turns(self) -> bool:
+        """Whether it is a valid orientation."""
+        size = _TIFF_INTEGERS.get(self.type, 0)
+        return (
+            self.number == _TIFF_ORIENTATION
+            and self.count == 1
+            and 1 <= self._number(self.value[:size]) <= 8
+        )
+
+    def content(self, data: bytes) -> bytes | None:
+        """Its bytes, if it is made of bytes."""
+        if self.type not in _TIFF_BYTES:
+            return None
+        if self.count <= len(self.value):
+            return self.value[: self.count]
+        start = self._number(self.value)
+        return data[start : start + self.count]
+
+    def _number(self, value: bytes) -> int:
+        return int.from_bytes(value, "little" if self.order == "<" else "big")
 
 
 def _bmp_profile(data: bytes) -> bytes | None:

@@ -109,8 +109,7 @@ def decode_image(
         _check_size(image, name, max_pixels)
         try:
             _load(image)
-            profile = found.profile or image.info.get("icc_profile")
-            return _to_rgb(image, profile, found.orientation, name)
+            return _to_rgb(image, found.profile, found.orientation, name)
         except InputError:
             raise
         except Exception as error:  # Pillow's decoders raise nearly anything on damaged data
@@ -155,9 +154,9 @@ def read_header(data: bytes, *, name: str = "the image") -> Header:
         warnings.simplefilter("ignore")
         found = image_metadata.read(data)
         image = _open(found.pixels, name)
-        width, height = image.size
+        width, height = image.size  # of a TIFF, as its tag turns it
         try:
-            if _is_turned(image, found.orientation):
+            if found.orientation > 4:
                 width, height = height, width
             common = None
             if found.orientation == 1 and _is_common(image, found.profile):
@@ -274,15 +273,6 @@ def _check_size(image: Image.Image, name: str, max_pixels: int) -> None:
         )
     if min(width, height) < MIN_SIDE:
         raise InputError(f"{name} is {width}x{height}, each side must have {MIN_SIDE} px or more")
-
-
-def _is_turned(image: Image.Image, orientation: int) -> bool:
-    """Whether the size in the header still has to be turned by a quarter."""
-    tags = getattr(image, "tag_v2", None)
-    if tags is None:
-        return orientation > 4
-    # Pillow gives a TIFF's size as its tag turns it, and not as its XMP does.
-    return ExifTags.Base.Orientation not in tags and image_metadata.orientation(image.info) > 4
 
 
 def _is_common(image: Image.Image, profile: bytes | None) -> bool:
