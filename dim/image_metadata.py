@@ -21,7 +21,8 @@ from dim.colour import SRGB_PRIMARIES, matrix_profile, video_profile
 MAX_PROFILE_BYTES = 16 << 20
 """Of a colour profile unpacked; the parts of a JPEG's hold no more than this."""
 
-_MAX_TEXT_BYTES = 1 << 20  # of a text unpacked: of a larger one, Pillow refuses the whole file
+# Of a text unpacked, and of all; of more, Pillow refuses the file, and no more is unpacked here.
+_MAX_TEXT_BYTES, _MAX_TEXTS_BYTES = 1 << 20, 64 << 20
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
@@ -57,6 +58,8 @@ _TIFF_NEEDED = frozenset(
 )
 _TIFF_ORIENTATION, _TIFF_XMP, _TIFF_PROFILE = 274, 700, 34675
 _TIFF_INTEGERS, _TIFF_BYTES = {1: 1, 3: 2, 4: 4}, (1, 2, 7)  # types of tags (and their bytes)
+
+_TIFF_MOST = 1000  # tags: no camera or program writes a tenth
 
 _BMP_V5, _BMP_EMBEDDED = 124, b"DEBM"  # bytes of the header; what it calls a profile in the file
 
@@ -141,6 +144,7 @@ class _Parts:
     end: bytes = b""  # to stand behind what is kept
     info: dict[str, Any] = field(default_factory=dict)  # as an ``Image.info`` has it
     harmless: bool = True
+    unpacked: int = 0  # bytes of texts
 
     def keep(self, start: int, end: int) -> None:
         if self.kept and self.kept[-1][1] == start:
@@ -193,11 +197,11 @@ def _note_png(kind: bytes, body: bytes, parts: _Parts, colours: dict[bytes, byte
         parts.info.setdefault("exif", body)
     elif kind in _PNG_COLOURS:
         colours.setdefault(kind, body)
-    elif kind == b"iCCP":
+    elif kind == b"iCCP" and kind not in colours:
         content, whole = _inflate(body.partition(b"\0")[2][1:], MAX_PROFILE_BYTES)
         parts.harmless &= whole and len(content) <= _MAX_TEXT_BYTES
         if whole:
-            colours.setdefault(kind, content)
+            colours[kind] = content
     elif kind in _PNG_TEXTS:
         _note_png_text(kind, body, parts)
 
@@ -211,7 +215,11 @@ def _note_png_text(kind: bytes, body: bytes, parts: _Parts) -> None:
         parts.harmless &= text[:1] == b"\0"  # the only way of packing there is
         text = text[1:]
     if packed:
+        if parts.unpacked > _MAX_TEXTS_BYTES:
+            parts.harmless = False
+            return
         text, whole = _inflate(text, _MAX_TEXT_BYTES)
+        parts.unpacked += len(text)
         parts.harmless &= whole
     if key == _PNG_XMP:
         parts.info.setdefault("xmp", text)
@@ -295,7 +303,7 @@ def _note_jpeg(start: int, end: int, parts: _Parts, profile: list[bytes]) -> Non
     if name and body.startswith(name) and len(body) >= least:
         parts.keep(start, end)
     elif body.startswith(_JPEG_EXIF):
-        parts.info["exif"] = parts.info.get("exif", b"") + body[len(_JPEG_EXIF) :]
+        parts.info.setdefault("exif", body[len(_JPEG_EXIF) :])
     elif body.startswith(_JPEG_XMP):
         parts.info.setdefault("xmp", body[len(_JPEG_XMP) :])
     elif body.startswith(_JPEG_ICC):
@@ -352,7 +360,7 @@ def _read_tiff(data: bytes) -> Metadata:
     except struct.error:
         return Metadata(data)  # there is no directory, which the decoder will say
     first, size = start + struct.calcsize(head), struct.calcsize(f"={tag}")
-    if first + count * size + struct.calcsize(address) > len(data):
+    if count > _TIFF_MOST or first + count * size + struct.calcsize(address) > len(data):
         return Metadata(data)
     info, profile, kept, turned = dict[str, Any](), None, list[bytes](), False
     for place in range(first, first + count * size, size):

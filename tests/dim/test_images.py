@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
+from dim import image_metadata
 from dim.colour import SRGB_PRIMARIES
 from dim.errors import InputError
 from dim.images import (
@@ -513,6 +514,19 @@ def test_a_large_profile_is_applied_nevertheless() -> None:
     # bytes that no table of the profile points to, and no compression makes less of
     data = encoded(gradient(), icc_profile=P3 + NOISE)
     assert np.array_equal(looked_at(data), converted(gradient(), P3))
+
+
+def test_packed_texts_are_not_unpacked_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = with_chunks(encoded(gradient()), *[packed_text(bytes(1 << 20))] * 3000)
+    assert len(data) < 4 << 20
+    unpacked = []
+    inflate = image_metadata._inflate
+    monkeypatch.setattr(
+        image_metadata, "_inflate", lambda *how: unpacked.append(how) or inflate(*how)
+    )
+    assert read_header(data).common == encoded(gradient())
+    assert len(unpacked) < 70
+    assert np.array_equal(looked_at(data), pixels(gradient()))
 
 
 def test_orientation_is_found_among_broken_metadata() -> None:
