@@ -21,7 +21,8 @@ from dim.colour import SRGB_PRIMARIES, matrix_profile, video_profile
 MAX_PROFILE_BYTES = 16 << 20
 """Of a colour profile unpacked; the parts of a JPEG's hold no more than this."""
 
-_MAX_TEXT_BYTES = 1 << 20  # of a text unpacked: of a larger one, Pillow refuses the whole file
+# Of a text unpacked, and of all; of more, Pillow refuses the file, and no more is unpacked here.
+_MAX_TEXT_BYTES, _MAX_TEXTS_BYTES = 1 << 20, 64 << 20
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
@@ -47,6 +48,19 @@ _JPEG_XMP = b"http://ns.adobe.com/xap/1.0/\0"
 _WEBP_METADATA = {b"ICCP": "icc_profile", b"EXIF": "exif", b"XMP ": "xmp"}
 _WEBP_METADATA_FLAGS, _WEBP_ANIMATED = 0x20 | 0x08 | 0x04, 0x02
 
+_TIFF_ORDERS = {b"II": "<", b"MM": ">"}
+# What says how pixels lie in the file: sizes, depths, packing, strips, tiles, palette, inks, JPEG.
+_TIFF_NEEDED = frozenset(
+    {
+        *(254, 255, 256, 257, 258, 259, 262, 266, 273, 277, 278, 279, 284, 292, 293),
+        *(317, 320, 322, 323, 324, 325, 332, 338, 339, 347, *range(512, 522), 529, 530, 531, 532),
+    }
+)
+_TIFF_ORIENTATION, _TIFF_XMP, _TIFF_PROFILE = 274, 700, 34675
+_TIFF_INTEGERS, _TIFF_BYTES = {1: 1, 3: 2, 4: 4}, (1, 2, 7)  # types of tags (and their bytes)
+
+_TIFF_MOST = 1000  # tags: no camera or program writes a tenth
+
 _BMP_V5, _BMP_EMBEDDED = 124, b"DEBM"  # bytes of the header; what it calls a profile in the file
 
 
@@ -57,10 +71,9 @@ class Metadata:
     Attributes:
         pixels: the file without what its pixels do not need; the very object if there is nothing
             to leave out. Of an animated PNG the still picture is left, of an MPO the first.
-        orientation: 1 to 8, as in EXIF; 1 where nothing valid is said. TIFF's is not read here:
-            its decoder applies it.
-        profile: an ICC profile of the colours. ``None``: they are sRGB, or the decoder of the
-            file's format reads the profile.
+        orientation: 1 to 8, as in EXIF; 1 where nothing valid is said. A TIFF's own tag counts as
+            part of its pixels: its decoder applies it.
+        profile: an ICC profile of the colours; ``None``: they are sRGB.
         harmless: whether nothing in the file is known to make other readers stumble.
     """
 
@@ -81,6 +94,8 @@ def read(data: bytes) -> Metadata:
         return _read_jpeg(data)
     if data[:4] == b"RIFF" and data[8:16] == b"WEBPVP8X":
         return _read_webp(data)
+    if data[:2] in _TIFF_ORDERS:
+        return _read_tiff(data)
     return Metadata(data, profile=_bmp_profile(data) if data[:2] == b"BM" else None)
 
 
@@ -129,6 +144,7 @@ class _Parts:
     end: bytes = b""  # to stand behind what is kept
     info: dict[str, Any] = field(default_factory=dict)  # as an ``Image.info`` has it
     harmless: bool = True
+    unpacked: int = 0  # bytes of texts
 
     def keep(self, start: int, end: int) -> None:
         if self.kept and self.kept[-1][1] == start:
@@ -181,11 +197,11 @@ def _note_png(kind: bytes, body: bytes, parts: _Parts, colours: dict[bytes, byte
         parts.info.setdefault("exif", body)
     elif kind in _PNG_COLOURS:
         colours.setdefault(kind, body)
-    elif kind == b"iCCP":
+    elif kind == b"iCCP" and kind not in colours:
         content, whole = _inflate(body.partition(b"\0")[2][1:], MAX_PROFILE_BYTES)
         parts.harmless &= whole and len(content) <= _MAX_TEXT_BYTES
         if whole:
-            colours.setdefault(kind, content)
+            colours[kind] = content
     elif kind in _PNG_TEXTS:
         _note_png_text(kind, body, parts)
 
@@ -199,7 +215,11 @@ def _note_png_text(kind: bytes, body: bytes, parts: _Parts) -> None:
         parts.harmless &= text[:1] == b"\0"  # the only way of packing there is
         text = text[1:]
     if packed:
+        if parts.unpacked > _MAX_TEXTS_BYTES:
+            parts.harmless = False
+            return
         text, whole = _inflate(text, _MAX_TEXT_BYTES)
+        parts.unpacked += len(text)
         parts.harmless &= whole
     if key == _PNG_XMP:
         parts.info.setdefault("xmp", text)
@@ -283,7 +303,7 @@ def _note_jpeg(start: int, end: int, parts: _Parts, profile: list[bytes]) -> Non
     if name and body.startswith(name) and len(body) >= least:
         parts.keep(start, end)
     elif body.startswith(_JPEG_EXIF):
-        parts.info["exif"] = parts.info.get("exif", b"") + body[len(_JPEG_EXIF) :]
+        parts.info.setdefault("exif", body[len(_JPEG_EXIF) :])
     elif body.startswith(_JPEG_XMP):
         parts.info.setdefault("xmp", body[len(_JPEG_XMP) :])
     elif body.startswith(_JPEG_ICC):
@@ -327,6 +347,70 @@ def _read_webp(data: bytes) -> Metadata:
         pixels = b"RIFF" + struct.pack("<I", len(body)) + body
     turned, sound = _find_orientation(info)
     return Metadata(pixels, turned, info.get("icc_profile"), whole and sound)
+
+
+def _read_tiff(data: bytes) -> Metadata:
+    """The first directory of tags, which loses what its pixels do not need, and with it the file
+    its further pictures."""
+    order, big = _TIFF_ORDERS[data[:2]], data[2:4] in (b"+\0", b"\0+")
+    head, tag, address = ("Q", "HHQ8s", "Q") if big else ("H", "HHI4s", "I")
+    try:
+        (start,) = struct.unpack_from(order + address, data, 8 if big else 4)
+        (count,) = struct.unpack_from(order + head, data, start)
+    except struct.error:
+        return Metadata(data)  # there is no directory, which the decoder will say
+    first, size = start + struct.calcsize(head), struct.calcsize(f"={tag}")
+    if count > _TIFF_MOST or first + count * size + struct.calcsize(address) > len(data):
+        return Metadata(data)
+    info, profile, kept, turned = dict[str, Any](), None, list[bytes](), False
+    for place in range(first, first + count * size, size):
+        found = _TiffTag(order, *struct.unpack_from(order + tag, data, place))
+        if found.number == _TIFF_XMP:
+            info["xmp"] = found.content(data)
+        elif found.number == _TIFF_PROFILE:
+            profile = found.content(data)
+        elif found.number in _TIFF_NEEDED or found.turns:
+            kept.append(data[place : place + size])
+            turned |= found.turns
+    pixels = data
+    if len(kept) < count:
+        table = struct.pack(order + head, len(kept)) + b"".join(kept)
+        table += bytes(struct.calcsize(address))  # there is no further directory
+        pixels = b"".join((memoryview(data)[:start], table, memoryview(data)[start + len(table) :]))
+    return Metadata(pixels, 1 if turned else orientation(info), profile)
+
+
+@dataclass(frozen=True)
+class _TiffTag:
+    """An entry of a directory."""
+
+    order: str
+    number: int
+    type: int
+    count: int
+    value: bytes  # or its address, if it does not fit here
+
+    @property
+    def turns(self) -> bool:
+        """Whether it is a valid orientation."""
+        size = _TIFF_INTEGERS.get(self.type, 0)
+        return (
+            self.number == _TIFF_ORIENTATION
+            and self.count == 1
+            and 1 <= self._number(self.value[:size]) <= 8
+        )
+
+    def content(self, data: bytes) -> bytes | None:
+        """Its bytes, if it is made of bytes."""
+        if self.type not in _TIFF_BYTES:
+            return None
+        if self.count <= len(self.value):
+            return self.value[: self.count]
+        start = self._number(self.value)
+        return data[start : start + self.count]
+
+    def _number(self, value: bytes) -> int:
+        return int.from_bytes(value, "little" if self.order == "<" else "big")
 
 
 def _bmp_profile(data: bytes) -> bytes | None:

@@ -40,6 +40,7 @@ _STRETCHED = {"L;2": 85, "L;4": 17}
 _SIXTEEN_BIT_RGB = "RGB;16B"
 _WHITE_IS_ZERO = 0  # of TIFF; Pillow minds it up to 8 bits
 _COMMON_FORMATS, _COMMON_MODES = ("PNG", "JPEG", "WEBP"), ("1", "L", "P", "RGB")
+_DAMAGED, _UNREADABLE = "is damaged", "cannot be read"
 _GREY_MODES = ("1", "L", "LA", "La", *SIXTEEN_BIT)
 
 
@@ -99,22 +100,7 @@ def decode_image(
         InputError: not an image, a format not read here, damaged, too many pixels, a side under
             8 px, or samples without a defined range (floating point, 32-bit integers).
     """
-    if not data:
-        raise InputError(f"{name} is empty")
-    with warnings.catch_warnings():
-        # The header check below is stricter than Pillow's warning about decompression bombs.
-        warnings.simplefilter("ignore")
-        found = image_metadata.read(data)
-        image = _open(found.pixels, name)
-        _check_size(image, name, max_pixels)
-        try:
-            _load(image)
-            profile = found.profile or image.info.get("icc_profile")
-            return _to_rgb(image, profile, found.orientation, name)
-        except InputError:
-            raise
-        except Exception as error:  # Pillow's decoders raise nearly anything on damaged data
-            raise InputError(f"{name} is damaged: {_said(error)}") from None
+    return _decode(data, name, max_pixels, _DAMAGED)
 
 
 def convert_image(image: Image.Image, name: str = "the image") -> Image.Image:
@@ -128,7 +114,7 @@ def convert_image(image: Image.Image, name: str = "the image") -> Image.Image:
     try:
         file = _file_of(image)
         if file is not None:
-            return decode_image(file, name=name)
+            return _decode(file, name, MAX_PIXELS, _UNREADABLE)
         _load(image)
         orientation = _orientation_of(image)
         profile = image_metadata.profile(image.info, grey=image.mode in _GREY_MODES)
@@ -139,7 +125,7 @@ def convert_image(image: Image.Image, name: str = "the image") -> Image.Image:
     except InputError:
         raise
     except Exception as error:
-        raise InputError(f"{name} cannot be read: {_said(error)}") from None
+        raise InputError(f"{name} {_UNREADABLE}: {_said(error)}") from None
 
 
 def read_header(data: bytes, *, name: str = "the image") -> Header:
@@ -155,16 +141,16 @@ def read_header(data: bytes, *, name: str = "the image") -> Header:
         warnings.simplefilter("ignore")
         found = image_metadata.read(data)
         image = _open(found.pixels, name)
-        width, height = image.size
+        width, height = image.size  # of a TIFF, as its tag turns it
         try:
-            if _is_turned(image, found.orientation):
+            if found.orientation > 4:
                 width, height = height, width
             common = None
             if found.orientation == 1 and _is_common(image, found.profile):
                 whole = found.pixels is data or (found.harmless and _opens(data))
                 common = data if whole else found.pixels
         except Exception as error:  # such as a palette that is not there
-            raise InputError(f"{name} is damaged: {_said(error)}") from None
+            raise InputError(f"{name} {_DAMAGED}: {_said(error)}") from None
         return Header(_format(image), width, height, common)
 
 
@@ -212,6 +198,24 @@ def parse_size(text: str) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
+def _decode(data: bytes, name: str, max_pixels: int, fault: str) -> Image.Image:
+    if not data:
+        raise InputError(f"{name} is empty")
+    with warnings.catch_warnings():
+        # The header check below is stricter than Pillow's warning about decompression bombs.
+        warnings.simplefilter("ignore")
+        found = image_metadata.read(data)
+        image = _open(found.pixels, name)
+        _check_size(image, name, max_pixels)
+        try:
+            _load(image)
+            return _to_rgb(image, found.profile, found.orientation, name)
+        except InputError:
+            raise
+        except Exception as error:  # Pillow's decoders raise nearly anything on damaged data
+            raise InputError(f"{name} {fault}: {_said(error)}") from None
+
+
 def _open(data: bytes, name: str) -> Image.Image:
     try:
         return Image.open(io.BytesIO(data), formats=FORMATS)
@@ -222,7 +226,7 @@ def _open(data: bytes, name: str) -> Image.Image:
             f"{name} is not an image that can be read (formats: {', '.join(FORMATS)})"
         ) from None
     except Exception as error:  # a header that claims a known format and is broken
-        raise InputError(f"{name} is damaged: {_said(error)}") from None
+        raise InputError(f"{name} {_DAMAGED}: {_said(error)}") from None
 
 
 def _file_of(image: Image.Image) -> bytes | None:
@@ -274,15 +278,6 @@ def _check_size(image: Image.Image, name: str, max_pixels: int) -> None:
         )
     if min(width, height) < MIN_SIDE:
         raise InputError(f"{name} is {width}x{height}, each side must have {MIN_SIDE} px or more")
-
-
-def _is_turned(image: Image.Image, orientation: int) -> bool:
-    """Whether the size in the header still has to be turned by a quarter."""
-    tags = getattr(image, "tag_v2", None)
-    if tags is None:
-        return orientation > 4
-    # Pillow gives a TIFF's size as its tag turns it, and not as its XMP does.
-    return ExifTags.Base.Orientation not in tags and image_metadata.orientation(image.info) > 4
 
 
 def _is_common(image: Image.Image, profile: bytes | None) -> bool:

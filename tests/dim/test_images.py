@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
+from dim import image_metadata
 from dim.colour import SRGB_PRIMARIES
 from dim.errors import InputError
 from dim.images import (
@@ -469,6 +470,8 @@ def test_bitmaps_may_hold_a_profile() -> None:
 
 # Metadata that are no reason to refuse a picture.
 
+TEXT_TAG = 305  # of a TIFF, for the name of a program
+
 LONG = b"a line of a history\n" * 200_000
 NOISE = np.random.default_rng(0).integers(0, 256, 1_300_000, np.uint8).tobytes()
 PNG_METADATA = {
@@ -513,6 +516,19 @@ def test_a_large_profile_is_applied_nevertheless() -> None:
     assert np.array_equal(looked_at(data), converted(gradient(), P3))
 
 
+def test_packed_texts_are_not_unpacked_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = with_chunks(encoded(gradient()), *[packed_text(bytes(1 << 20))] * 3000)
+    assert len(data) < 4 << 20
+    unpacked = []
+    inflate = image_metadata._inflate
+    monkeypatch.setattr(
+        image_metadata, "_inflate", lambda *how: unpacked.append(how) or inflate(*how)
+    )
+    assert read_header(data).common == encoded(gradient())
+    assert len(unpacked) < 70
+    assert np.array_equal(looked_at(data), pixels(gradient()))
+
+
 def test_orientation_is_found_among_broken_metadata() -> None:
     broken = [body for kind, body in PNG_METADATA.items() if "too late" not in kind]
     data = with_chunks(encoded(stored(6), exif=exif(6)), *broken)
@@ -541,6 +557,41 @@ def test_jpeg_metadata_never_decide(kind: str) -> None:
     data = with_segment(plain, *JPEG_METADATA[kind])
     assert np.array_equal(looked_at(data), pixels(decode_image(plain)))
     assert suffix(data) == "jpg"
+
+
+@pytest.mark.parametrize("big", [False, True])
+@pytest.mark.parametrize("kind", range(1, 17))
+@pytest.mark.parametrize("tag", [270, 282, 306, 700, 33723, 34377, 34665, 34675, 34853, 65000])
+def test_tiff_tags_of_any_type_and_length_never_decide(tag: int, kind: int, big: bool) -> None:
+    data = encoded(gradient(), "TIFF", big_tiff=big, tiffinfo={TEXT_TAG: "x" * 30})
+    order, size = ("<HHQ", 20) if big else ("<HHI", 12)
+    place = next(
+        place
+        for place in range(8, len(data) - size)
+        if struct.unpack_from(order, data, place) == (TEXT_TAG, 2, 31)
+    )
+    for count in (0, 1, 2, 40, 10**6, 2**32 - 1):
+        broken = bytearray(data)
+        struct.pack_into(order, broken, place, tag, kind, count)
+        assert np.array_equal(looked_at(bytes(broken)), pixels(gradient())), count
+
+
+def test_bigtiffs_say_how_they_are_turned_and_in_which_colours() -> None:
+    tags = {700: xmp(6), 34675: P3}
+    for more in ({}, {0x0112: 6}):
+        data = encoded(stored(6), "TIFF", big_tiff=True, tiffinfo={**tags, **more})
+        assert np.array_equal(looked_at(data), converted(gradient(), P3))
+
+
+def test_a_directory_that_claims_to_be_longer_than_the_file_is_not_gone_through() -> None:
+    big = encoded(gradient(), "TIFF", big_tiff=True)
+    (start,) = struct.unpack_from("<Q", big, 8)
+    for count in (2**40, 2**64 - 1):
+        broken = bytearray(big)
+        struct.pack_into("<Q", broken, start, count)
+        assert np.array_equal(looked_at(bytes(broken)), pixels(gradient()))
+    with pytest.raises(InputError):
+        decode_image(b"II*\0" + struct.pack("<I", 2**32 - 1) + bytes(99))
 
 
 @pytest.mark.parametrize(
