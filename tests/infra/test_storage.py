@@ -111,11 +111,22 @@ def test_a_missing_bucket_says_so(s3_endpoint: str) -> None:
         ("ftp://x/y", "use a local path, file:// or s3://"),
         ("s3://", "names no bucket"),
         ("s3://b/k?endpoint=http://x", "unknown option 'endpoint'"),
+        (
+            "s3://KEY:s3cret@b/k",
+            r"s3://\*\*\*@b/k holds credentials: give them by AWS_ACCESS_KEY_ID",
+        ),
+        ("s3://b/k?secret_key=s3cret", r"unknown option 'secret_key' in s3://b/k\?secret_key=\*"),
+        ("s3://b/k?endpoint_override=http://u:s3cret@h", r"endpoint http://\*\*\*@h holds a user"),
+        (
+            "s3://b/k?endpoint_override=http%3A%2F%2Fu%3As3cret%40h",
+            "holds a user: give the keys by",
+        ),
     ],
 )
 def test_a_wrong_address_is_refused(uri: str, complaint: str) -> None:
-    with pytest.raises(StorageError, match=complaint):
+    with pytest.raises(StorageError, match=complaint) as refused:
         open_store(uri)
+    assert "s3cret" not in str(refused.value)
 
 
 def test_local_addresses(tmp_path: Path) -> None:

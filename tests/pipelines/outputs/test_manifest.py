@@ -77,3 +77,14 @@ def test_a_manifest_of_others_names_nothing_outside_its_folder(path: str, tmp_pa
     store.write("manifest.json", json.dumps(wrong).encode())
     with pytest.raises(StorageError, match=r"manifest.json is no manifest: files.0.path .*the nam"):
         manifest.read(store)
+
+
+def test_credentials_are_in_no_manifest_also_not_in_one_that_has_them(tmp_path: Path) -> None:
+    store, spec = open_store(str(tmp_path)), "openai:m@https://me:s3cret@host/v1"
+    shown = {"designer": "openai:m@https://***@host/v1"}
+    made = Manifest(job="edit", config={"designer": spec}, input={}, counts=counts(), files=())
+    assert made.config == shown
+    old = {**made.model_dump(), "config": {"designer": spec}, "input": {"uri": spec}}
+    store.write(manifest.NAME, json.dumps(old).encode())
+    found = manifest.read(store)
+    assert found is not None and found.config == shown and "s3cret" not in str(found)
