@@ -332,6 +332,16 @@ def open_store(uri: str) -> Store:
     return Store(uri.rstrip("/") or "/", _absolute(uri))
 
 
+def is_known_server(store: Store, *known: Store) -> bool:
+    """Whether a store is on this machine, on one of the servers of ``known``, or where the
+    environment says: an address out of a file of others can name any server, which then gets a
+    request that is signed with our key."""
+    if store.connection is None:
+        return True
+    theirs = [other.connection.endpoint for other in known if other.connection is not None]
+    return store.connection.endpoint in (None, _endpoint({}), *theirs)
+
+
 def open_file(uri: str) -> tuple[Store, str]:
     """The store of a file's folder, and the file's name in it.
 
@@ -517,12 +527,7 @@ def _open_s3(uri: str) -> Store:
 
 
 def _connection(options: dict[str, str], bucket: str) -> Connection:
-    env = os.environ.get
-    endpoint = (
-        options.get("endpoint_override") or env("AWS_ENDPOINT_URL_S3") or env("AWS_ENDPOINT_URL")
-    )
-    if endpoint and "://" not in endpoint:
-        endpoint = f"{options.get('scheme', 'https')}://{endpoint}"
+    env, endpoint = os.environ.get, _endpoint(options)
     if endpoint and "@" in urlsplit(endpoint).netloc:
         raise StorageError(
             f"the S3 endpoint {endpoint} holds a user: give the keys by AWS_ACCESS_KEY_ID and "
@@ -532,6 +537,16 @@ def _connection(options: dict[str, str], bucket: str) -> Connection:
     if region is None and endpoint:
         region = "us-east-1"  # what S3-compatible stores go by
     return Connection(endpoint, region or _find_region(bucket))
+
+
+def _endpoint(options: dict[str, str]) -> str | None:
+    env = os.environ.get
+    endpoint = (
+        options.get("endpoint_override") or env("AWS_ENDPOINT_URL_S3") or env("AWS_ENDPOINT_URL")
+    )
+    if endpoint and "://" not in endpoint:
+        return f"{options.get('scheme', 'https')}://{endpoint}"
+    return endpoint
 
 
 def _find_region(bucket: str) -> str | None:

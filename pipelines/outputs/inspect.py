@@ -167,7 +167,7 @@ def inspect(uri: str, samples: int = 12) -> Inspection:
         rejected=rejected,
         failed=failed,
         histograms=_histograms(store, manifest),
-        no_pictures=_add_input_pictures(manifest, [*rejected_rows, *failed]),
+        no_pictures=_add_input_pictures(store, manifest, [*rejected_rows, *failed]),
     )
 
 
@@ -243,15 +243,17 @@ def _add_pictures(store: Store, paths: Sequence[str], rows: Sequence[Row]) -> No
             ]
 
 
-def _add_input_pictures(manifest: Manifest, rows: Sequence[Row]) -> str:
+def _add_input_pictures(own: Store, manifest: Manifest, rows: Sequence[Row]) -> str:
     """Pictures from the job's input, which is where those of left-out records still are."""
     for row in rows:
         row["pictures"] = []
     uri = manifest.config.get("raw")
-    if not uri:
+    if not isinstance(uri, str) or not uri:
         return "This job's input has no pictures of its own to show."
     try:
         store = storage.open_store(uri)
+        if not storage.is_known_server(store, own):
+            return f"The pictures are in {uri}, on a server that only this output's manifest names."
         raw = manifests.read(store)
         if raw is None:
             return f"The pictures were in {uri}, which is not there any more."

@@ -338,3 +338,18 @@ def test_a_refusal_longer_than_what_was_asked_for(s3: str, s3_endpoint: str) -> 
         assert proxy.statuses[503] == 2
         proxy.requests = 0
         assert store.read("a.bin") == b"0123456789"
+
+
+def test_which_servers_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("AWS_ENDPOINT_URL_S3", raising=False)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "minio:9000")
+    monkeypatch.setenv("AWS_REGION", "us-east-1")
+    own = storage.open_store("s3://b/out?endpoint_override=http://10.0.0.1:9000")
+
+    def known(uri: str) -> bool:
+        return storage.is_known_server(storage.open_store(uri), own)
+
+    assert known("/data") and known("s3://a/b") and known("s3://a?endpoint_override=minio:9000")
+    assert known("s3://a?endpoint_override=http://10.0.0.1:9000")
+    assert not known("s3://a?endpoint_override=http://169.254.169.254")
+    assert not known("s3://a?endpoint_override=http://minio:9000")  # not https

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import re
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +154,25 @@ def test_without_the_input_the_page_says_so(output: Path) -> None:
     found = inspect.inspect(str(output))
     assert "is not there any more" in found.no_pictures and found.no_pictures in found.render()
     assert all(row["pictures"] == [] for row in found.failed)
+
+
+def test_a_server_that_only_a_manifest_names_is_not_asked(output: Path) -> None:
+    """It would get a request that is signed with the key of whoever looks."""
+    path = output / "manifest.json"
+    told = json.loads(path.read_text())
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.setblocking(False)
+        endpoint = f"http://127.0.0.1:{server.getsockname()[1]}"
+        told["config"]["raw"] = f"s3://b/raw?endpoint_override={endpoint}"
+        path.write_text(json.dumps(told))
+        said = inspect.inspect(str(output)).no_pictures
+        with pytest.raises(BlockingIOError):
+            server.accept()  # nobody has called
+    assert said.endswith("on a server that only this output's manifest names.")
+    for wrong in (5, ["s3://b"]):
+        told["config"]["raw"] = wrong
+        path.write_text(json.dumps(told))
+        assert "no pictures of its own" in inspect.inspect(str(output)).no_pictures
 
 
 def test_an_input_of_a_job_without_input_has_no_pictures(output: Path) -> None:
