@@ -398,8 +398,9 @@ def test_a_full_server_says_429_and_when_to_come_back(
 def test_aborted_requests_leave_nothing_behind(http: httpx.Client, client: openai.OpenAI) -> None:
     def abort(number: int) -> None:
         body = {"prompt": "a", "n": 2, "steps": 60}
+        soon = httpx.Timeout(10, read=0.1)  # well before a quiet machine has painted
         with pytest.raises(httpx.ReadTimeout):
-            httpx.post(f"{http.base_url}/v1/images/generations", json=body, timeout=0.4)
+            httpx.post(f"{http.base_url}/v1/images/generations", json=body, timeout=soon)
 
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
         list(pool.map(abort, range(4)))
