@@ -357,6 +357,7 @@ def test_a_table_of_media_whatever_it_is_called(tmp_path: Path) -> None:
 def test_a_walk_holds_one_value_and_not_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(json_values, "_AT_ONCE", 16)
     values: list[Any] = [{"a": "x" * n, "b": [n, -n / 3, 1e300, None, 'é\\"']} for n in range(60)]
+    values += [10**n for n in range(40)]  # a number that is cut short is a number as well
     text = json.dumps(values, ensure_ascii=False).encode()
     asked: list[int] = []
     file = io.BytesIO(text)
