@@ -182,15 +182,9 @@ def _start_ray(config: StageConfig) -> None:
             # What the workers say comes through on_progress; Ray's own lines stay in its log files.
             ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False)
         else:
-            ray.init(runtime_env={"env_vars": _store_variables()})
+            ray.init()
     except Exception as error:  # Ray raises bare exceptions and its many own ones here
         raise TrainingError(f"Ray at {address} did not start: {explain(error).sentence}") from error
-
-
-def _store_variables() -> dict[str, str]:
-    """What S3-compatible stores need set before a client is made, also in Ray Train's processes."""
-    name = "AWS_REQUEST_CHECKSUM_CALCULATION"
-    return {name: os.environ[name]} if name in os.environ else {}
 
 
 def _fit(plan: Plan, record: StageRecord) -> StageRecord:

@@ -79,6 +79,7 @@ def files_with_the_secret(*folders: Path) -> list[str]:
     return found
 
 
+@pytest.mark.timeout(600)  # a dozen commands, of which four start a Ray
 def test_a_password_is_found_in_nothing_that_a_job_leaves(
     mlflow_server: tuple[str, Path], chat_server: ChatServer, ray_folder: Path, tmp_path: Path
 ) -> None:
@@ -137,7 +138,6 @@ def test_a_password_is_found_in_nothing_that_a_job_leaves(
     counts = json.loads((outputs / "fetched" / "manifest.json").read_text())["counts"]
     assert (counts["kept"], counts["failed"]) == (1, 1)
 
-    run("data", "card", str(outputs / "edit"))
     run("data", "inspect", str(outputs / "edit"), "--page", str(outputs / "page.html"))
     run("data", "export", "--data", str(outputs / "edit"), "--out", str(outputs / "exported"))
 
