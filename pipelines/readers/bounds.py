@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from dim import tables
 from dim.errors import InputError
-from infra.storage import Store
+from infra.storage import Store, TooLargeError
 from pipelines.outcome import Rejection
 from pipelines.readers import forms
 
@@ -40,6 +40,19 @@ def too_many_bytes(name: str, size: int, most: int) -> Rejection:
     return Rejection(
         "image.too_many_bytes", f"{name} has {size:,} bytes, and max_bytes is {most:,}", size, most
     )
+
+
+def read_file(store: Store, name: str, most: int) -> bytes:
+    """The bytes of a file of a store.
+
+    Raises:
+        Rejection: it has more than ``most`` bytes; no more than that was read.
+        StorageError: it cannot be read.
+    """
+    try:
+        return store.read(name, most)
+    except TooLargeError as error:
+        raise too_many_bytes(error.address, error.size, error.most) from None
 
 
 def cells(batch: pa.RecordBatch, row: int, most: int) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import pyarrow as pa
 
 from dim.errors import InputError
 from infra.storage import Store
+from pipelines.readers.names import said
 
 MOST = 1 << 30
 """Bytes of a decompressed file at most."""
@@ -176,8 +177,7 @@ class Decompressed(io.RawIOBase):
         try:
             data = self._file.read(size)
         except (OSError, EOFError, ValueError, pa.ArrowException, lzma.LZMAError) as error:
-            text = " ".join(str(error).split())[:200]
-            raise OSError(f"{text} ({'+'.join(self._layers)})") from None
+            raise OSError(f"{said(error)} ({'+'.join(self._layers)})") from None
         self._at += len(data)
         if self._at > MOST:
             where = self._store.address(self._name)

@@ -26,7 +26,7 @@ from pipelines.readers.addresses import Addresses, Place
 from pipelines.readers.compression import Layers
 from pipelines.readers.layout import Layout
 from pipelines.readers.listing import list_files
-from pipelines.readers.names import is_hidden, is_hidden_table, shown
+from pipelines.readers.names import is_hidden, is_hidden_table, said, shown
 
 _MOST_NAMED = 30  # columns in a message
 _JSON = (".json", ".jsonl", ".ndjson")
@@ -125,8 +125,7 @@ def _single(store: Store, name: str) -> Containers:
     try:
         kind, layers = forms.of_file(store, name)
     except OSError as error:
-        text = " ".join(str(error).split())[:200]
-        raise InputError(f"{store.address(name)} is damaged: {text}") from None
+        raise InputError(f"{store.address(name)} is damaged: {said(error)}") from None
     if kind == forms.JSON:
         return Containers(store, [], kind, single=True, layers=layers)
     size = store.filesystem.get_file_info(store.path(name)).size
@@ -206,8 +205,7 @@ def scan(
     except (InputError, StorageError):
         raise
     except (pa.ArrowException, OSError, tarfile.TarError) as error:
-        text = " ".join(str(error).split())[:200]
-        yield Found(0, None, f"{store.address(name)} is damaged: {text}")
+        yield Found(0, None, f"{store.address(name)} is damaged: {said(error)}")
 
 
 def _scan_table(store: Store, name: str, size: int, layout: Layout) -> Iterator[Found]:

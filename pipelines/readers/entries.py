@@ -30,7 +30,7 @@ from pipelines.readers.bounds import (
 from pipelines.readers.compression import Layers
 from pipelines.readers.json_values import Walk
 from pipelines.readers.layout import Layout
-from pipelines.readers.names import is_hidden
+from pipelines.readers.names import is_hidden, said
 
 IMAGE_SUFFIXES = frozenset(
     {
@@ -194,20 +194,20 @@ class Files:
                 done += 1
             error = error or "it ends early"
         except Exception as found:  # a damaged file can raise anything
-            error = f"cannot be read ({' '.join(str(found).split())[:200]})"
+            error = f"cannot be read ({said(found)})"
         for missing in range(done, count):
             label = f"record {part['offset'] + missing} of {name}" if not part["damage"] else name
             yield Entry(first + missing, label, where, error=error)
 
     def _rows(self, name: str, part: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """The records of a part as dictionaries."""
-        skip, left = part["offset"], part["count"]
+        start, count = part["offset"], part["count"]
         if part["kind"] == forms.TAR:
-            yield from self._samples(name, skip, left)
+            yield from self._samples(name, start, count)
             return
-        stop = skip + left
-        for batch, first in batches(self.store, name, self.columns, skip, stop, self.max_bytes):
-            for row in range(max(0, skip - first), min(batch.num_rows, stop - first)):
+        stop = start + count
+        for batch, first in batches(self.store, name, self.columns, start, stop, self.max_bytes):
+            for row in range(max(0, start - first), min(batch.num_rows, stop - first)):
                 yield cells(batch, row, self.max_bytes)
 
     def _samples(self, name: str, offset: int, count: int) -> Iterator[dict[str, Any]]:

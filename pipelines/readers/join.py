@@ -19,7 +19,7 @@ from pipelines.readers.entries import Entries
 from pipelines.readers.layout import Layout
 from pipelines.readers.listing import list_files
 from pipelines.readers.media import Media
-from pipelines.readers.names import is_hidden, plain, spellings, without_suffix
+from pipelines.readers.names import is_hidden, plain, said, spellings, without_suffix
 from pipelines.readers.records import image_names
 
 
@@ -185,8 +185,7 @@ def _table_keys(store: Store, name: str, size: int, config: MediaConfig) -> Iter
     except InputError:
         raise
     except Exception as error:  # a damaged file can raise anything
-        text = " ".join(str(error).split())[:200]
-        raise InputError(f"{where} cannot be read ({text})") from None
+        raise InputError(f"{where} cannot be read ({said(error)})") from None
 
 
 def _key(value: Any) -> str | None:

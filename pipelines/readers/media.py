@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from dim.errors import InputError
-from infra.storage import Store, TooLargeError
+from infra.storage import Store
 from pipelines.outcome import Rejection
 from pipelines.readers import bounds, forms
+from pipelines.readers.names import said
 
 Places = Mapping[str, tuple[str, int]]
 """Key → (file, row of a table or byte of a tar)."""
@@ -49,8 +50,8 @@ class Media:
             try:
                 found.update(self._from_file(file, sorted(wanted)))
             except Exception as error:  # a damaged file can raise anything
-                text = " ".join(str(error).split())[:200]
-                broken = InputError(f"{self.store.address(file)} cannot be read ({text})")
+                where = self.store.address(file)
+                broken = InputError(f"{where} cannot be read ({said(error)})")
                 found.update({key: broken for _, key in wanted if key not in found})
         return found
 
@@ -63,9 +64,9 @@ class Media:
 
     def _file(self, file: str) -> bytes | Rejection:
         try:
-            return self.store.read(file, self.max_bytes)
-        except TooLargeError as error:
-            return bounds.too_many_bytes(error.address, error.size, error.most)
+            return bounds.read_file(self.store, file, self.max_bytes)
+        except Rejection as rejection:
+            return rejection
 
     def _member(self, file: str, offset: int) -> bytes | Exception:
         with self.store.open_input(file) as opened:

@@ -7,6 +7,8 @@ import unicodedata
 from pathlib import PurePosixPath
 from urllib.parse import unquote
 
+from dim.redaction import redact
+
 _LEFT_BEHIND = frozenset(
     {
         "__macosx",
@@ -24,8 +26,8 @@ _LEFT_BEHIND = frozenset(
 )
 """What systems and programs leave in folders, in lower case."""
 
-_USER = re.compile(r"(?<=//)[^/@\s]*@")
 _SHOWN = 160
+_SAID = 200
 
 
 def is_hidden(name: str) -> bool:
@@ -85,9 +87,14 @@ def without_case(name: str) -> str:
     return unicodedata.normalize("NFC", unicodedata.normalize("NFD", name).casefold())
 
 
+def said(error: Exception) -> str:
+    """What a library says of a damaged file, on one line that is never long."""
+    return " ".join(str(error).split())[:_SAID]
+
+
 def shown(value: object) -> str:
-    """A value for a message: never long, and without a user or password of an address."""
+    """A value for a message: never long, and without the credentials of an address."""
     text = str(value)
     if len(text) <= _SHOWN:
-        return _USER.sub("", text)
-    return f"{_USER.sub('', text[: _SHOWN // 2])}… ({len(text):,} characters)"
+        return redact(text)
+    return f"{redact(text[: _SHOWN // 2])}… ({len(text):,} characters)"

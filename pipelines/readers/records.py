@@ -23,12 +23,12 @@ from dim.blueprint import Blueprint
 from dim.errors import BlueprintError, InputError
 from dim.images import encode_png
 from dim.redaction import redact
-from infra.storage import Store, TooLargeError
+from infra.storage import Store
 from pipelines.filters import probe
 from pipelines.outcome import KEPT, Rejection, Row, to_table, work_on
 from pipelines.readers import inline
 from pipelines.readers.addresses import Addresses, Place
-from pipelines.readers.bounds import MAX_BYTES, too_many_bytes
+from pipelines.readers.bounds import MAX_BYTES, read_file, too_many_bytes
 from pipelines.readers.entries import Entries, Entry
 from pipelines.readers.fetch import FetchConfig, Fetcher, is_url
 from pipelines.readers.ids import as_text, id_of
@@ -133,8 +133,6 @@ class Records:
             return self._build(row, entry.values, found)
         except Rejection:
             raise
-        except TooLargeError as error:
-            raise too_many_bytes(error.address, error.size, error.most) from None
         except Exception as error:  # a record can name any file and hold any value
             raise InputError(f"{shown(entry.label)}: {error}") from None
 
@@ -201,7 +199,7 @@ def _file(name: str, addresses: Addresses, most: int) -> bytes:
         if len(name) > _LONGEST_URL:
             raise InputError(f"{shown(name)!r} is too long for a URL")
         raise InputError(f"{shown(name)} is a URL, and those are fetched only with --fetch")
-    return addresses.read(records.clean_text(name), partial(Store.read, most=most))
+    return addresses.read(records.clean_text(name), partial(read_file, most=most))
 
 
 @dataclass(frozen=True)
@@ -241,10 +239,7 @@ class ImageFiles:
 
     def _image(self, name: str) -> bytes:
         name = self.addresses.checked(Place(self.addresses.home, name))
-        try:
-            return self.addresses.home.read(name, self.max_bytes)
-        except TooLargeError as error:
-            raise too_many_bytes(error.address, error.size, error.most) from None
+        return read_file(self.addresses.home, name, self.max_bytes)
 
 
 @dataclass(frozen=True)
