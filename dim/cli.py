@@ -42,6 +42,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "DIM-Edit in its public layout, or WebDataset tars.",
     ),
     "train": ("training.train:main", "One training stage from a YAML file."),
+    "runs": ("infra.runs:main", "List the runs that MLflow knows, or compare some."),
     "evaluate": (
         "pipelines.evaluate:main",
         "Edit accuracy of a model on held-out tabletop edits.",

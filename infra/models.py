@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from filelock import FileLock
+
 import dim.model
 from dim.config import load_config
-from dim.errors import CheckpointError
+from dim.errors import CheckpointError, StorageError
 from dim.model import DIM, parts
 from dim.model.autoencoder import Autoencoder
 from dim.model.checkpoint import folder
 from dim.model.conditioner import Conditioner
 from dim.model.config import ModelConfig
 from infra import storage
+
+_EDGE = 1 << 20  # bytes hashed at each end of a weights file
 
 
 def load_initial(init: str, *, edits: bool) -> DIM:
@@ -48,13 +52,13 @@ def load_frozen(init: str) -> FrozenModel:
     Raises:
         CheckpointError, StorageError: as for ``load_initial``.
     """
-    with _local(init) as path:
-        if path.is_dir():
-            config = folder.located(path, folder.read_description(path))
-        else:
-            config = load_config(ModelConfig, path)
-        conditioner = parts.conditioner(config.understanding)
-        return FrozenModel(conditioner, parts.autoencoder(config.autoencoder), config)
+    path = on_this_machine(init)
+    if path.is_dir():
+        config = folder.located(path, folder.read_description(path))
+    else:
+        config = load_config(ModelConfig, path)
+    conditioner = parts.conditioner(config.understanding)
+    return FrozenModel(conditioner, parts.autoencoder(config.autoencoder), config)
 
 
 def save_model(model: DIM, address: str) -> None:
@@ -71,22 +75,58 @@ def save_model(model: DIM, address: str) -> None:
         storage.upload_folder(copy, address)
 
 
+def fingerprint(address: str) -> str:
+    """A hash of a model folder or model YAML. Of large files only both ends are read."""
+    store = storage.open_store(address)
+    digest = hashlib.sha256()
+    for name, size in [("", 0)] if store.is_file() else store.list():
+        digest.update(f"{name} {size}\n".encode())
+        with store.open_input(name) as stream:
+            digest.update(stream.read(_EDGE))
+            if size > 2 * _EDGE:
+                stream.seek(size - _EDGE)
+            digest.update(stream.read(_EDGE))
+    return digest.hexdigest()
+
+
 def _load(init: str) -> DIM:
-    with _local(init) as path:
-        if path.is_dir():
-            return dim.model.load(path)
-        return dim.model.build(load_config(ModelConfig, path))
+    path = on_this_machine(init)
+    if path.is_dir():
+        return dim.model.load(path)
+    return dim.model.build(load_config(ModelConfig, path))
 
 
-@contextmanager
-def _local(init: str) -> Iterator[Path]:
-    """A model folder or model YAML on this machine, downloaded for the while if need be."""
-    if not storage.is_local(init):
-        with tempfile.TemporaryDirectory() as copy:
-            storage.download_folder(init, copy)
-            yield Path(copy)
-        return
-    path = Path(storage.local_path(init))
-    if not path.exists():
-        raise CheckpointError(f"init: {init} is neither a model folder nor a model YAML")
-    yield path
+def on_this_machine(address: str) -> Path:
+    """A model folder or model YAML as files of this machine.
+
+    One in an object store is fetched by whichever process asks for it first, and the others wait;
+    it is kept in the folder that ``DIM_CACHE`` names, else among the machine's temporary files.
+
+    Raises:
+        CheckpointError: there is neither at a local address.
+        StorageError: the folder cannot be read, or there is no place for it.
+    """
+    if storage.is_local(address):
+        path = Path(storage.local_path(address))
+        if not path.exists():
+            raise CheckpointError(f"{address} is neither a model folder nor a model YAML")
+        return path
+    kept = _cache() / fingerprint(address)
+    with FileLock(f"{kept}.lock"):
+        if not kept.is_dir():
+            storage.download_folder(address, f"{kept}.part")
+            Path(f"{kept}.part").rename(kept)
+    return kept
+
+
+def _cache() -> Path:
+    chosen = os.environ.get("DIM_CACHE")
+    place = Path(chosen or f"{tempfile.gettempdir()}/dim-models-{os.getuid()}").expanduser()
+    try:
+        place.mkdir(parents=True, exist_ok=True, mode=0o700)
+        mine = place.stat().st_uid == os.getuid()
+    except OSError as error:
+        raise StorageError(f"{place} cannot keep models ({error}); set DIM_CACHE") from None
+    if not (chosen or mine):  # temporary files are everybody's
+        raise StorageError(f"{place} belongs to somebody else; set DIM_CACHE")
+    return place

@@ -58,6 +58,12 @@ def fingerprint(uris: Sequence[str]) -> str:
     return digest.hexdigest()
 
 
+def extent(uri: str) -> dict[str, int]:
+    """How much a data folder holds: its kept ``records``, and their ``files``."""
+    files = _kept(storage.open_store(uri))
+    return {"records": sum(file["rows"] for file in files), "files": len(files)}
+
+
 def _kept(store: Store) -> list[dict[str, Any]]:
     """What the manifest says of the files of kept records; nothing else is trained on."""
     manifest = json.loads(store.read("manifest.json"))

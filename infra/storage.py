@@ -418,6 +418,12 @@ def upload_folder(folder: str | Path, uri: str) -> None:
     _copy_folder(open_store(str(folder)), open_store(uri))
 
 
+def everywhere(address: str) -> str:
+    """An address as a process with another working directory can use it."""
+    store = open_store(address)
+    return store.root if store.is_local else address
+
+
 def download_folder(uri: str, folder: str | Path) -> None:
     """Copy all files at an address to a local folder, below the same relative names.
 

@@ -173,13 +173,7 @@ class Tracking:
         return str(found.experiment_id), str(found.artifact_location)
 
     def _call(self, what: str, action: Callable[[], ResultT]) -> ResultT:
-        try:
-            return action()
-        except TrackingError:
-            raise
-        except Exception as error:
-            reason = tracking_errors.explain(error, self.experiment, self.uri)
-            raise self._error(what, reason) from _harmless(error)
+        return call(self.uri, what, action, self.experiment)
 
     def _store(self, name: str, action: Callable[[], ResultT]) -> ResultT:
         """The same for a file of a run, which goes elsewhere than what the run says."""
@@ -192,7 +186,35 @@ class Tracking:
             raise self._error(f"store {name}", reason) from _harmless(error)
 
     def _error(self, what: str, reason: str) -> TrackingError:
-        return TrackingError(f"MLflow at {self.uri} cannot {what}: {reason}")
+        return _error(self.uri, what, reason)
+
+
+def open_client(uri: str) -> MlflowClient:
+    """A client of the MLflow store at ``uri``.
+
+    Raises:
+        TrackingError: it cannot be opened.
+    """
+    return call(uri, "be opened", lambda: _open_client(uri))
+
+
+def call(uri: str, what: str, action: Callable[[], ResultT], experiment: str = "dim") -> ResultT:
+    """What ``action`` of a client gives.
+
+    Raises:
+        TrackingError: MLflow at ``uri`` cannot do ``what``, and why.
+    """
+    try:
+        return action()
+    except TrackingError:
+        raise
+    except Exception as error:
+        reason = tracking_errors.explain(error, experiment, uri)
+        raise _error(uri, what, reason) from _harmless(error)
+
+
+def _error(uri: str, what: str, reason: str) -> TrackingError:
+    return TrackingError(f"MLflow at {uri} cannot {what}: {reason}")
 
 
 def _harmless(error: Exception) -> Exception | None:

@@ -15,6 +15,7 @@ from dim.designers.self_play import SelfDesigner
 from dim.devices import best_device
 from dim.errors import BlueprintError, DesignerError
 from dim.redaction import redact
+from infra.models import on_this_machine
 from serving.config import NO_DESIGNER, ServingConfig
 from serving.jobs import DesignJob, in_groups, unwrap
 
@@ -61,7 +62,7 @@ def create_for(spec: str, config: ServingConfig) -> Designer:
     """The designer of ``spec``, where ``self`` is the served model's own understanding."""
     if spec != "self":
         return create(spec)
-    model = models.load(config.model, device=best_device(), dtype=config.dtype)
+    model = models.load(on_this_machine(config.model), device=best_device(), dtype=config.dtype)
     return SelfDesigner(model, name="self")
 
 

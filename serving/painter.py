@@ -11,6 +11,7 @@ from ray import serve
 from dim import model as models
 from dim.devices import best_device
 from dim.images import decode_image, encode_png
+from infra.models import on_this_machine
 from serving.config import ServingConfig
 from serving.jobs import Defaults, EditJob, GenerateJob, Painted, in_groups, unwrap
 
@@ -19,7 +20,9 @@ class PainterDeployment:
     """Holds one DIM and paints with it. One batch is on the device at any time."""
 
     def __init__(self, config: ServingConfig) -> None:
-        self._model = models.load(config.model, device=best_device(), dtype=config.dtype)
+        self._model = models.load(
+            on_this_machine(config.model), device=best_device(), dtype=config.dtype
+        )
         self._worker = ThreadPoolExecutor(max_workers=1)
         batched = serve.batch(
             max_batch_size=config.max_batch_size, batch_wait_timeout_s=config.batch_wait_s

@@ -11,12 +11,13 @@ import socket
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import typer
 
 from dim.config import load_config
 from dim.errors import CheckpointError, DimError
+from infra.registry import located
+from infra.storage import open_store
 from serving.config import NO_DESIGNER, ServingConfig
 
 APPLICATION = "dim"
@@ -97,10 +98,10 @@ def check(config: ServingConfig) -> None:
     check_port(config.host, config.port)
 
 
-def check_model(path: str) -> None:
+def check_model(address: str) -> None:
     """Say at once that there is no model, before Ray is started."""
-    if not (Path(path) / "dim.json").is_file():
-        raise CheckpointError(f"no model at {path} (a model folder holds a dim.json)")
+    if not open_store(address).is_file("dim.json"):
+        raise CheckpointError(f"no model at {address} (a model folder holds a dim.json)")
 
 
 def check_designers(specs: Sequence[str]) -> None:
@@ -150,7 +151,9 @@ def failure_of_application() -> str | None:
 
 
 def main(
-    model: str = typer.Option(..., "--model", "-m", help="Folder of a DIM, as `dim train` makes."),
+    model: str = typer.Option(
+        ..., "--model", "-m", help="Folder of a DIM, as `dim train` makes, or models:/NAME@ALIAS."
+    ),
     port: int = typer.Option(8000, help="The port to listen on."),
     host: str = typer.Option("127.0.0.1", help="The address to listen on; 0.0.0.0 is everywhere."),
     designer: list[str] = typer.Option(
@@ -164,7 +167,7 @@ def main(
 ) -> None:
     """Serve edits and generations over HTTP, with OpenAI's routes, until stopped."""
     settings = [
-        f"model={model!r}",
+        f"model={located(model)!r}",
         f"port={port}",
         f"host={host!r}",
         f"designers={list(designer)!r}",

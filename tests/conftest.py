@@ -27,6 +27,14 @@ def _shared_folder(name: str) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session", autouse=True)
+def model_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What is fetched from object stores lies among the tests' own files."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DIM_CACHE", str(tmp_path_factory.mktemp("models")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def shared_real() -> Path:
     """The folder of real edit pairs and blueprints that lies beside the checkout, if it does."""

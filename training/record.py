@@ -6,7 +6,6 @@ whether to go on, to hand back what is there, or to refuse because something els
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -15,7 +14,7 @@ from typing import Any
 from dim.config import dump_config
 from dim.errors import ConfigError
 from dim.redaction import redacted
-from infra import storage
+from infra import models, storage
 from infra.samples import fingerprint
 from training.stage import OPERATIONAL_KEYS, StageConfig
 
@@ -23,7 +22,6 @@ STAGE_FILE = "stage.json"
 MODEL_FOLDER = "model"  # what ``dim.model.load`` reads
 CHECKPOINTS_FOLDER = "checkpoints"  # Ray Train's
 _VERSION = 1
-_EDGE = 1 << 20  # bytes hashed at each end of a weights file
 
 
 @dataclass(frozen=True)
@@ -36,6 +34,7 @@ class StageRecord:
     finished: bool = False
     metrics: dict[str, float] = field(default_factory=dict)
     checkpoint: str = ""
+    registered: str = ""  # as ``models:/NAME/VERSION``
     version: int = _VERSION
 
     def write(self, out: str) -> None:
@@ -95,19 +94,5 @@ def identify(config: StageConfig, steps: int) -> dict[str, Any]:
         **values,
         "steps": steps,
         "data": fingerprint(config.data),
-        "init": fingerprint_init(config.init),
+        "init": models.fingerprint(config.init),
     }
-
-
-def fingerprint_init(init: str) -> str:
-    """A hash of a model folder or model YAML. Of large files only both ends are read."""
-    store = storage.open_store(init)
-    digest = hashlib.sha256()
-    for name, size in [("", 0)] if store.is_file() else store.list():
-        digest.update(f"{name} {size}\n".encode())
-        with store.open_input(name) as stream:
-            digest.update(stream.read(_EDGE))
-            if size > 2 * _EDGE:
-                stream.seek(size - _EDGE)
-            digest.update(stream.read(_EDGE))
-    return digest.hexdigest()

@@ -27,6 +27,7 @@ OPERATIONAL_KEYS = frozenset(
         "collective_timeout_s",
         "validation",
         "tracking",
+        "registry",
     }
 )
 
@@ -48,6 +49,15 @@ class TrackingConfig(StrictModel):
 
     uri: str | None = None
     experiment: str = "dim-training"
+
+
+class RegistryConfig(StrictModel):
+    """As what a finished stage is registered with MLflow. Its stage's name becomes an alias."""
+
+    name: str = Field("dim", pattern=r"^[^/@:]+$")
+    champion: str | None = "validation_exact"
+    """The metric by which a version becomes the alias ``champion``; ``null``: none does."""
+    higher_is_better: bool = True
 
 
 class StageConfig(StageInputs):
@@ -84,6 +94,7 @@ class StageConfig(StageInputs):
     collective_timeout_s: PositiveInt = 1800
     validation: ValidationConfig | None = None
     tracking: TrackingConfig = TrackingConfig()
+    registry: RegistryConfig | None = RegistryConfig()  # null: the model is not registered
 
     @model_validator(mode="after")
     def _check_together(self) -> StageConfig:

@@ -7,7 +7,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -29,7 +29,9 @@ from dim.config import dump_config, load_config
 from dim.errors import DimError
 from dim.failures import explain, find_dim_error
 from infra import storage
-from infra.tracking import Tracking, default_uri
+from infra.registry import located
+from infra.samples import extent, fingerprint
+from infra.tracking import Run, Tracking, default_uri
 from training.log import OnProgress, progress_bar, watch
 from training.loop import train_loop_per_worker
 from training.plan import Plan, absolute, measure
@@ -41,6 +43,7 @@ from training.record import (
     identify,
     read_record,
 )
+from training.registry import register
 from training.stage import StageConfig
 
 
@@ -52,6 +55,8 @@ class StageResult:
     checkpoint: str
     metrics: dict[str, float]
     mlflow_run_id: str
+    registered: str
+    """``models:/NAME/VERSION``; empty where it was not to be, or could not be, registered."""
 
 
 class TrainingError(DimError):
@@ -74,7 +79,7 @@ def run(
         DimError: configuration, data, model, tracker or storage are not as they must be (before
             the first step), the training diverged, or workers failed too often.
     """
-    config = absolute(config)
+    config = absolute(_with_init_found(config))
     steps, rows = measure(config)
     if fresh:
         discard(config.out)
@@ -82,7 +87,7 @@ def run(
     if earlier is not None:
         earlier.check_same(identity, config.out)
         if earlier.finished:
-            return _result(config, earlier)
+            return _result(config, _registered(config, earlier))
     uri = config.tracking.uri or default_uri(config.out)
     tracking = Tracking(uri, config.tracking.experiment)
     settings = dump_config(config)
@@ -98,11 +103,12 @@ def run(
         record = StageRecord(identity, settings, mlflow_run.id)
         record.write(config.out)
         mlflow_run.log_dict(settings, "stage.json")  # also proves that artifacts can be stored
+        log_inputs(mlflow_run, config)
         plan = Plan(config=config, steps=steps, rows=rows, tracking_uri=uri, run_id=mlflow_run.id)
         with watch(mlflow_run, on_progress):
             record = _fit(plan, record)
     record.write(config.out)
-    return _result(config, record)
+    return _result(config, _registered(config, record))
 
 
 def make_trainer(plan: Plan) -> TorchTrainer:
@@ -155,6 +161,43 @@ def main(
             console.print(f"{name}: {value:.4g}")
     console.print(f"model: {result.model_dir}", soft_wrap=True)
     console.print(f"MLflow run: {result.mlflow_run_id}")
+    if result.registered:
+        console.print(f"registered: {result.registered} (models:/NAME@{config.stage})")
+
+
+def log_inputs(run: Run, config: StageConfig) -> None:
+    """Record with MLflow what is trained on: each data set's address, size and digest."""
+    for uri in config.data:
+        run.log_dataset(
+            config.stage,
+            uri,
+            fingerprint([uri])[:36],
+            context="training",
+            profile=extent(uri),
+        )
+
+
+def _with_init_found(config: StageConfig) -> StageConfig:
+    """With ``init: models:/…`` as the folder that it leads to."""
+    return config.model_copy(update={"init": located(config.init, config.tracking.uri)})
+
+
+def _registered(config: StageConfig, record: StageRecord) -> StageRecord:
+    """The record of a finished stage, registered if that is still to be done.
+
+    The model stands without it, so what goes wrong here is said, and done by the next call.
+    """
+    if record.registered or config.registry is None:
+        return record
+    try:
+        uri = config.tracking.uri or default_uri(config.out)
+        made = register(config, record, config.registry, uri)
+    except DimError as error:
+        Console(stderr=True, soft_wrap=True).print(f"warning: not registered: {error}")
+        return record
+    record = replace(record, registered=made.uri)
+    record.write(config.out)
+    return record
 
 
 @contextmanager
@@ -243,6 +286,7 @@ def _result(config: StageConfig, record: StageRecord) -> StageResult:
         checkpoint=record.checkpoint,
         metrics=record.metrics,
         mlflow_run_id=record.run_id,
+        registered=record.registered,
     )
 
 

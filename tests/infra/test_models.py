@@ -1,11 +1,18 @@
 from __future__ import annotations
 
+import os
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pytest
 import torch
 
 from dim import model
-from infra.models import load_initial, save_model
+from dim.errors import StorageError
+from infra import storage
+from infra.models import fingerprint, load_initial, on_this_machine, save_model
 
 
 def test_a_model_comes_back_from_an_object_store(tiny_model_dir: Path, s3: str) -> None:
@@ -29,3 +36,65 @@ def test_a_text_to_image_painter_is_widened_for_edits_only(
     assert wide.painter.takes_source
     kernel, old = (m.painter.network.patch_embed.proj.weight for m in (wide, narrow))
     assert torch.equal(kernel[:, :8], old) and not kernel[:, 8:].any()
+
+
+@pytest.fixture
+def stored(tiny_model_dir: Path, s3: str) -> str:
+    storage.upload_folder(str(tiny_model_dir), f"{s3}/model")
+    return f"{s3}/model"
+
+
+def test_a_model_in_an_object_store_is_fetched_once_a_machine(
+    stored: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DIM_CACHE", str(tmp_path))
+    fetched: list[str] = []
+    download = storage.download_folder
+
+    def slowly(uri: str, folder: str) -> None:
+        fetched.append(uri)
+        time.sleep(0.3)
+        download(uri, folder)
+
+    monkeypatch.setattr(storage, "download_folder", slowly)
+    with ThreadPoolExecutor(4) as pool:
+        places = list(pool.map(on_this_machine, [stored] * 4))
+    assert len(set(places)) == 1 and fetched == [stored]
+    assert model.load(places[0]).config.painter
+
+
+def test_what_a_fetch_left_half_done_is_no_model(
+    stored: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DIM_CACHE", str(tmp_path))
+    left = tmp_path / f"{fingerprint(stored)}.part"
+    left.mkdir()
+    (left / "dim.json").write_text("half of it")
+    assert model.load(on_this_machine(stored)).config.painter
+
+
+def test_another_model_at_the_same_address_is_fetched_anew(
+    stored: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DIM_CACHE", str(tmp_path))
+    first = on_this_machine(stored)
+    storage.open_store(stored).write("dim.json", b"{}")
+    assert on_this_machine(stored) != first
+
+
+def test_a_place_that_is_not_ours_keeps_no_model(
+    stored: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DIM_CACHE", str(tmp_path / "file" / "below"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="cannot keep models .*; set DIM_CACHE"):
+        on_this_machine(stored)
+    monkeypatch.delenv("DIM_CACHE")
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
+    place = tmp_path / f"dim-models-{os.getuid()}"
+    place.mkdir()
+    uid = os.getuid()
+    monkeypatch.setattr(os, "getuid", lambda: uid + 1)
+    place.rename(tmp_path / f"dim-models-{uid + 1}")
+    with pytest.raises(StorageError, match="belongs to somebody else; set DIM_CACHE"):
+        on_this_machine(stored)

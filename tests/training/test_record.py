@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from dim.errors import ConfigError
-from training.record import StageRecord, fingerprint_init, read_record
+from infra.models import fingerprint
+from training.record import StageRecord, read_record
 
 
 def test_a_record_survives_writing(tmp_path: Path) -> None:
@@ -36,10 +37,10 @@ def test_the_fingerprint_of_a_start_follows_its_content(tmp_path: Path) -> None:
     (folder / "dim.json").write_text("{}")
     weights = folder / "weights.bin"
     weights.write_bytes(bytes(3 << 20))
-    before = fingerprint_init(str(folder))
-    assert before == fingerprint_init(str(folder))
+    before = fingerprint(str(folder))
+    assert before == fingerprint(str(folder))
     changed = bytearray(3 << 20)
     changed[-1] = 1
     weights.write_bytes(changed)
-    assert fingerprint_init(str(folder)) != before
-    assert fingerprint_init(str(folder / "dim.json")) != before
+    assert fingerprint(str(folder)) != before
+    assert fingerprint(str(folder / "dim.json")) != before

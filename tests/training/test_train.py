@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
@@ -14,16 +15,20 @@ import boto3
 import mlflow
 import pytest
 import torch
+from mlflow import MlflowClient
 
 from dim import model, records
 from dim.config import dump_config, validate_config
 from dim.errors import ConfigError, InputError, StorageError
 from infra import storage
-from infra.models import load_initial
-from infra.tracking import TrackingError
+from infra.models import load_initial, on_this_machine
+from infra.registry import Registry, located
+from infra.tracking import Tracking, TrackingError
 from tests.feature_shards import write_features
 from training import train
-from training.stage import StageConfig
+from training.record import StageRecord
+from training.registry import register
+from training.stage import RegistryConfig, StageConfig
 from training.train import StageResult, TrainingError
 
 STEPS = 12
@@ -78,6 +83,81 @@ def out(s3_endpoint: str) -> str:
 def undisturbed(ray_cluster: None, settings: Settings, out: str) -> StageResult:
     """Twelve steps on two workers without any trouble."""
     return train.run(settings.stage(out))
+
+
+def test_what_was_trained_is_registered(
+    undisturbed: StageResult,
+    settings: Settings,
+    out: str,
+    tracking_uri: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert undisturbed.registered == "models:/dim/1"
+    for alias in ("@edit2", "@champion", "/1"):
+        assert located(f"models:/dim{alias}", tracking_uri) == undisturbed.model_dir
+    assert train.run(settings.stage(out)).registered == undisturbed.registered
+    again = train.run(settings.stage(tmp_path / "on", init="models:/dim@edit2", steps=1))
+    assert again.registered == "models:/dim/2"
+    assert located("models:/dim@edit2", tracking_uri) == again.model_dir
+    (found,) = MlflowClient(tracking_uri).get_run(again.mlflow_run_id).inputs.dataset_inputs
+    assert json.loads(found.dataset.profile)["records"] > 0
+    version = MlflowClient(tracking_uri).get_model_version("dim", "1")
+    assert version.tags["stage"] == "edit2" and len(version.tags["data.content"]) == 64
+    assert (
+        model.load(on_this_machine(undisturbed.model_dir)).config
+        == load_initial(out + "/model", edits=True).config
+    )
+
+
+def test_a_registry_that_refuses_leaves_the_model_and_is_asked_again(
+    settings: Settings,
+    ray_cluster: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def refuse(*_: object) -> None:
+        raise TrackingError("MLflow at x cannot register: no registry")
+
+    stage = settings.stage(tmp_path / "out", steps=1, workers=1, validation=None)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "register", refuse)
+        made = train.run(stage)
+    assert made.registered == "" and model.load(made.model_dir)
+    assert "warning: not registered: MLflow at x cannot register" in capsys.readouterr().err
+    assert train.run(stage).registered.startswith("models:/dim/")
+    off = settings.stage(tmp_path / "off", steps=1, workers=1, validation=None, registry=None)
+    assert train.run(off).registered == ""
+
+
+@pytest.mark.parametrize(
+    ("wanted", "values", "best"),
+    [
+        (RegistryConfig(), (0.5, 0.25, 0.5), 3),
+        (RegistryConfig(champion="validation_loss", higher_is_better=False), (0.5, 0.7, 0.6), 1),
+        (RegistryConfig(champion=None), (0.5, 0.7, 0.6), None),
+    ],
+)
+def test_the_champion_is_the_best_by_the_metric_of_the_stage(
+    wanted: RegistryConfig,
+    values: tuple[float, ...],
+    best: int | None,
+    tmp_path: Path,
+    settings: Settings,
+) -> None:
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    for number, value in enumerate(values):
+        stage = settings.stage(tmp_path / str(number))
+        folder = tmp_path / str(number) / "model"
+        folder.mkdir(parents=True)
+        (folder / "dim.json").write_text(str(number))
+        with Tracking(uri, "test").run("edit2") as run:
+            metrics = {"validation_exact": value, "validation_loss": value}
+            record = StageRecord({"data": "d", "init": "i"}, {}, run.id, True, metrics)
+        assert register(stage, record, wanted, uri).version == number + 1
+    champion = Registry(uri).find("dim", "champion")
+    assert (champion and champion.version) == best
 
 
 def losses_of(tracking_uri: str, result: StageResult) -> dict[int, float]:
