@@ -50,6 +50,7 @@ SCHEMA: dict[str, Any] = {
 }
 """JSON schema of a blueprint, for servers that can keep an answer to one: a field per section."""
 
+_IN_FENCE = re.compile(r"```[\w+.-]*\n((?:(?!```).)*)```", re.DOTALL)
 _FINISHED = re.compile(r"""[.!?。！？…]["'”’»)\]*_`]*\Z""")
 _LABEL = re.compile(r"^[^\w\n]*(?:\d[^\w\n]+)?instruction[*_]*[:：][*_]*\s*", re.IGNORECASE)
 _ORDER = re.compile(
@@ -439,6 +440,8 @@ def _tidy_all(texts: Sequence[str]) -> list[str]:
 
 def _tidy(text: str, *, last: bool) -> str:
     text = "\n".join(line.rstrip() for line in unify(text).split("\n")).strip()
+    if fenced := _IN_FENCE.fullmatch(text):
+        text = fenced[1].strip()
     while (shorter := headings.without_block(text).strip()) != text:
         text = shorter
     return strip_ending(text, courtesy=last)

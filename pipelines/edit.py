@@ -61,8 +61,10 @@ def edit(raw: Shards, config: EditConfig, store: Store) -> ray.data.Dataset:
     """Raw pairs → filter → duplicates → triage → blueprint."""
     rows = config.batch_size
     good = FilterPairs(config.filters)
-    unique = without_duplicates(raw, good, config.duplicates, rows, num_cpus=1)
-    pairs = scan(raw, unique, rows, num_cpus=1).repartition(target_num_rows_per_block=rows)
+    seconds = config.range_timeout_s
+    unique = without_duplicates(raw, good, config.duplicates, rows, num_cpus=1, timeout_s=seconds)
+    pairs = scan(raw, unique, rows, num_cpus=1, timeout_s=seconds)
+    pairs = pairs.repartition(target_num_rows_per_block=rows)
 
     triage = partial(TriageInstructions, reasks=config.reasks)
     blueprint = partial(WriteBlueprints, with_target=config.with_target, reasks=config.reasks)

@@ -16,7 +16,8 @@ from rich.table import Table
 from dim.config import StrictModel, load_config
 from dim.errors import CheckpointError, InputError
 from dim.records import EDIT
-from infra.storage import join, open_store
+from infra.registry import located
+from infra.storage import everywhere, join, open_store
 from pipelines.cluster import connect
 from pipelines.command import ConfigFile, Overrides, settings
 from pipelines.outputs.shards import Shards
@@ -30,7 +31,7 @@ class EvaluateConfig(StrictModel):
     """What is painted, and how."""
 
     model: str
-    """Folder of a DIM."""
+    """Folder of a DIM, or ``models:/NAME@ALIAS``."""
     data: str
     """Address of held-out DIM-Edit shards of the tabletop."""
     ways: tuple[str, ...] = WAYS
@@ -126,14 +127,15 @@ def run(config: EvaluateConfig) -> Evaluation:
         CheckpointError: there is no model.
         InputError: there are no shards, or they are not of the tabletop.
     """
-    if not open_store(config.model).is_file("dim.json"):
-        raise CheckpointError(f"no model at {config.model} (a model folder holds a dim.json)")
+    model = located(config.model)
+    if not open_store(model).is_file("dim.json"):
+        raise CheckpointError(f"no model at {model} (a model folder holds a dim.json)")
     shards = Shards.open(config.data, EDIT)
     _check_tabletop(shards)
     connect()
     painted = read(shards).map_batches(
         PaintEdits,
-        fn_constructor_args=(config.model, config.ways, config.steps, config.guidance_scale),
+        fn_constructor_args=(everywhere(model), config.ways, config.steps, config.guidance_scale),
         batch_format="pyarrow",
         batch_size=config.batch_size,
         compute=ActorPoolStrategy(size=config.workers),
@@ -171,7 +173,9 @@ def summary(evaluation: Evaluation) -> list[tuple[str, list[str]]]:
 
 
 def main(
-    model: Annotated[str, typer.Option("--model", "-m", help="Folder of a DIM.")],
+    model: Annotated[
+        str, typer.Option("--model", "-m", help="Folder of a DIM, or models:/NAME@ALIAS.")
+    ],
     data: Annotated[str, typer.Option(help="Held-out DIM-Edit shards of the tabletop.")],
     overrides: Overrides = None,
     config: ConfigFile = None,

@@ -20,13 +20,21 @@ from dim.features.format import Encoding, Preparation, preparation_of
 from dim.learning.config import StageInputs
 from dim.records import EDIT, T2I, TextName
 from infra.models import load_frozen
-from infra.storage import Store, open_store
+from infra.registry import located
+from infra.storage import Store, everywhere, open_store
 from pipelines.command import ConfigFile, Out, Overrides, Overwrite, RetryFailed, settings
 from pipelines.job import Job, JobConfig
 from pipelines.outputs.manifest import Manifest
 from pipelines.outputs.shards import Shards
 from pipelines.outputs.summary import summary
-from pipelines.stages.encode import ENCODED, UNIT, EncodeFeatures, EncodeOptions, schema_of
+from pipelines.stages.encode import (
+    ENCODED,
+    ROW_GROUP,
+    TIMEOUT_S,
+    EncodeFeatures,
+    EncodeOptions,
+    schema_of,
+)
 
 _DEFAULT_TEXTS: dict[str, tuple[TextName, ...]] = {"edit": ("blueprint",), "t2i": ("caption",)}
 _FOOTERS_AT_ONCE = 16
@@ -38,7 +46,8 @@ class FeaturesConfig(JobConfig):
     data: str
     """Address of DIM-Edit or DIM-T2I shards."""
     model: str
-    """The model that will be trained on the features: a DIM folder or a model YAML."""
+    """The model that will be trained on the features: a DIM folder, a model YAML, or
+    ``models:/NAME@ALIAS``."""
     texts: tuple[TextName, ...] | None = None
     """The text columns; ``blueprint`` of edits and ``caption`` of images unless given."""
     encoding: Encoding = "bf16"
@@ -52,6 +61,8 @@ class FeaturesConfig(JobConfig):
     workers: int = Field(1, ge=1)
     """Processes that each hold the frozen parts."""
     cpus_per_worker: float = Field(1, gt=0)
+    range_timeout_s: float = Field(TIMEOUT_S, gt=0)
+    """Seconds that a row group may take; what takes longer is begun again, and fails in the end."""
     gpus_per_worker: float = Field(0, ge=0)
     """A share lets one process read and decode while another computes on the same GPU."""
 
@@ -63,6 +74,7 @@ def run(config: FeaturesConfig, *, overwrite: bool = False, retry_failed: bool =
         InputError: also if the shards do not have one of the texts.
         CheckpointError: the model cannot be loaded.
     """
+    config = config.model_copy(update={"model": located(config.model)})
     shards = Shards.open(config.data, EDIT, T2I)
     options = _options(config, shards)
     preparation = _preparation(config.model, edits=options.kind == "edit")
@@ -91,28 +103,29 @@ def encode(
     store: Store,
 ) -> ray.data.Dataset:
     """Row groups of the shards → their features."""
-    units = units_of(shards)
-    return ray.data.from_arrow(units).map_batches(
+    row_groups = row_groups_of(shards)
+    return ray.data.from_arrow(row_groups).map_batches(
         EncodeFeatures,
         fn_constructor_args=(
-            _everywhere(config.model),
+            everywhere(config.model),
             options,
             preparation,
             shards.store,
             store,
             config.gpus_per_worker > 0,
             max(1, int(config.cpus_per_worker)),
+            config.range_timeout_s,
         ),
         batch_format="pyarrow",
         batch_size=1,
-        compute=ray.data.ActorPoolStrategy(size=min(config.workers, len(units))),
+        compute=ray.data.ActorPoolStrategy(size=min(config.workers, len(row_groups))),
         num_cpus=config.cpus_per_worker,
         num_gpus=config.gpus_per_worker,
     )
 
 
-def units_of(shards: Shards) -> list[pa.Table]:
-    """Every row group of the shards, in order, as a ``UNIT`` table of its own.
+def row_groups_of(shards: Shards) -> list[pa.Table]:
+    """Every row group of the shards, in order, as a ``ROW_GROUP`` table of its own.
 
     Raises:
         StorageError: a file cannot be read.
@@ -121,11 +134,11 @@ def units_of(shards: Shards) -> list[pa.Table]:
         counts = pool.map(lambda file: _row_groups(shards.store, file.path), shards.files)
         return [
             pa.Table.from_pylist(
-                [{"file": file.path, "sha256": file.sha256, "row_group": group}], UNIT
+                [{"file": file.path, "sha256": file.sha256, "row_group": group}], ROW_GROUP
             )
             for file, groups in zip(shards.files, counts, strict=True)
             for group in range(groups)
-        ] or [UNIT.empty_table()]
+        ] or [ROW_GROUP.empty_table()]
 
 
 def _row_groups(store: Store, name: str) -> int:
@@ -146,12 +159,6 @@ def _options(config: FeaturesConfig, shards: Shards) -> EncodeOptions:
         precision=config.precision,
         encode_batch=config.encode_batch,
     )
-
-
-def _everywhere(model: str) -> str:
-    """The address as a worker with another working directory can use it."""
-    store = open_store(model)
-    return store.root if store.is_local else model
 
 
 def _preparation(model: str, *, edits: bool) -> Preparation:

@@ -66,7 +66,14 @@ def run(
 
 def keep(raw: Shards, config: FilterPairsConfig | FilterImagesConfig) -> list[InPlace]:
     """Raw records → filter → duplicates."""
-    return verdict_pieces(raw, config.stage(), config.duplicates, config.batch_size, num_cpus=1)
+    return verdict_pieces(
+        raw,
+        config.stage(),
+        config.duplicates,
+        config.batch_size,
+        num_cpus=1,
+        timeout_s=config.range_timeout_s,
+    )
 
 
 def config_for(raw: str) -> type[FilterPairsConfig] | type[FilterImagesConfig]:

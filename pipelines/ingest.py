@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Self
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any, Self
 
+import pyarrow as pa
 import ray.data
 import typer
 from pydantic import Field, model_validator
@@ -11,6 +15,7 @@ from ray.data import TaskPoolStrategy
 
 from dim.config import load_config
 from infra import storage
+from pipelines.attempts import Attempts, TimeLimits
 from pipelines.command import ConfigFile, Out, Overrides, Overwrite, RetryFailed, settings
 from pipelines.job import Job, JobConfig
 from pipelines.outputs.manifest import Manifest
@@ -20,7 +25,7 @@ from pipelines.readers.bounds import MAX_BYTES
 from pipelines.readers.fetch import FetchConfig
 from pipelines.readers.join import MediaConfig
 from pipelines.readers.layout import load_layout
-from pipelines.readers.records import TabletopImages, TabletopPairs
+from pipelines.readers.records import ROWS_PER_PART, TabletopImages, TabletopPairs
 from pipelines.readers.sources import Source
 from pipelines.readers.tabletop import TabletopConfig
 
@@ -68,7 +73,6 @@ class IngestConfig(TabletopConfig, JobConfig):
 def run(config: IngestConfig, *, overwrite: bool = False, retry_failed: bool = False) -> Manifest:
     """Read the source into raw shards. See :meth:`pipelines.job.Job.run` for reruns and errors."""
     source = open_source(config)
-    workers = config.fetch.workers if config.fetch else None
     job = Job(
         "ingest",
         config,
@@ -77,17 +81,43 @@ def run(config: IngestConfig, *, overwrite: bool = False, retry_failed: bool = F
         rows=source.rows,
         rows_per_write=None,
     )
-    return job.run(
-        lambda: read(source, workers=workers), overwrite=overwrite, retry_failed=retry_failed
+    return job.run(lambda: read(source, config), overwrite=overwrite, retry_failed=retry_failed)
+
+
+def read(source: Source, config: IngestConfig) -> ray.data.Dataset:
+    """Ranges → records, as many ranges at once as there are cores, or as ``config.fetch`` says."""
+    blocks = min(len(source.ranges), _MOST_TASKS)
+    ranges = ray.data.from_items(source.ranges, override_num_blocks=blocks)
+    workers = config.fetch.workers if config.fetch else None
+    strategy = TaskPoolStrategy(size=min(workers, blocks)) if workers else None
+    return ranges.map_batches(
+        ReadRanges(Attempts(source.reader, _limits(config))),
+        batch_format="pyarrow",
+        batch_size=1,
+        compute=strategy,
     )
 
 
-def read(source: Source, *, workers: int | None = None) -> ray.data.Dataset:
-    """Ranges → records, as many ranges at once as there are cores, or ``workers`` at most."""
-    blocks = min(len(source.units), _MOST_TASKS)
-    units = ray.data.from_items(source.units, override_num_blocks=blocks)
-    strategy = TaskPoolStrategy(size=min(workers, blocks)) if workers else None
-    return units.map_batches(source.reader, batch_format="pyarrow", batch_size=1, compute=strategy)
+@dataclass(frozen=True)
+class ReadRanges:
+    """What a task does with the ranges it is given."""
+
+    attempts: Attempts[dict[str, Any]]
+
+    def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
+        """Ranges in, raw records with outcomes out."""
+        for each in batch.to_pylist():
+            yield from self.attempts.tables(each)
+
+
+def _limits(config: IngestConfig) -> TimeLimits:
+    """With what its URLs may take on top, which have time limits of their own."""
+    limits = TimeLimits.of(config.range_timeout_s)
+    if config.fetch is None:
+        return limits
+    parts = math.ceil(config.rows_per_range / ROWS_PER_PART)
+    urls = parts * config.fetch.longest_s(2 * ROWS_PER_PART)
+    return TimeLimits(limits.range_s + urls, limits.record_s + config.fetch.longest_s(2))
 
 
 def open_source(config: IngestConfig) -> Source:

@@ -33,6 +33,7 @@ from pipelines.outputs.commit import FOLDERS, Limits, Piece, commit
 from pipelines.outputs.manifest import Counts, FileEntry, Manifest
 from pipelines.outputs.shards import Shards
 from pipelines.outputs.sink import ROWS_PER_RANGE, STAGING, OutcomeSink
+from pipelines.ranges import TIMEOUT_S
 
 REPORT = "report.html"
 """A page that a job may leave in its output, for MLflow to keep."""
@@ -47,6 +48,7 @@ _HOW_ONLY = frozenset(
         "workers",
         "cpus_per_worker",
         "gpus_per_worker",
+        "range_timeout_s",
         "tracking",
         "licences",
         "engine",
@@ -91,6 +93,9 @@ class JobConfig(StrictModel):
     """Places in the input per output file at most."""
     target_file_mb: float = Field(256, gt=0)
     """Size of an output file at most, in units of 2**20 bytes before compression."""
+    range_timeout_s: float = Field(TIMEOUT_S, gt=0)
+    """Seconds that a task may take for a range of records. One that takes longer ends, and is begun
+    again with care: each record alone, in an eighth of this."""
     licences: dict[str, str] = Field(default_factory=dict)
     """The licence of each source, for the dataset card: ``licences.NAME=cc-by-4.0``."""
     tracking: TrackingConfig | None = None

@@ -97,6 +97,14 @@ def fail(row: Row, stage: str, error: BaseException | str) -> None:
     row.update(stage=stage, error=_short(records.clean_text(redact(text))))
 
 
+def failed(table: pa.Table, stage: str, error: BaseException | str) -> list[Row]:
+    """Records of which none could be worked on."""
+    rows = to_rows(table)
+    for row in kept(rows):
+        fail(row, stage, error)
+    return rows
+
+
 def work_on(rows: Iterable[Row], stage: str, work: Callable[[Row], Row | None]) -> None:
     """Do ``work`` on every kept row; what it returns is added to the row.
 

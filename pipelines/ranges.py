@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from typing import Protocol, runtime_checkable
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,7 +20,9 @@ from rich.console import Console
 from rich.progress import track
 
 from infra.storage import Store
+from pipelines.attempts import Attempts, TimeLimits, limited, stop_after
 from pipelines.cluster import keep_freed_memory
+from pipelines.outcome import IMAGES
 from pipelines.outputs.commit import GROUP_BYTES, GROUP_PLACES
 from pipelines.outputs.manifest import FileEntry
 from pipelines.outputs.shards import Shards
@@ -29,7 +32,26 @@ _RANGES_PER_TASK = 4
 _CUT_AT_END = 4
 _MOST_TASKS = 10_000  # each costs the driver a few ms
 
+TIMEOUT_S = 1800.0
+"""Seconds that a range may take unless a job says otherwise."""
+
 Stage = Callable[[pa.Table], pa.Table]
+
+
+@runtime_checkable
+class FallibleStage(Protocol):
+    """A stage that can say of a record that it failed, as one that decodes pictures must.
+
+    What another one cannot work on ends the job.
+    """
+
+    def __call__(self, batch: pa.Table, /) -> pa.Table:
+        """What becomes of a batch."""
+        ...
+
+    def lost(self, record: pa.Table, why: str) -> pa.Table:
+        """What becomes of one record, given without pictures, that the stage does not survive."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -57,8 +79,7 @@ class Range:
     def batches(self, store: Store, rows: int) -> Iterator[pa.Table]:
         """Its records, at most ``rows`` at a time; if there are none, a table without rows."""
         with self._open(store) as (file, groups):
-            count = sum(file.metadata.row_group(group).num_rows for group in groups)
-            first, end = (count * cut // self.cuts for cut in (self.cut, self.cut + 1))
+            first, end = self._cut(file, groups)
             if first == end:
                 yield file.schema_arrow.empty_table()
                 return
@@ -67,6 +88,24 @@ class Range:
                 if low < high:
                     yield pa.Table.from_batches([batch.slice(low, high - low)])
                 first, end = first - batch.num_rows, end - batch.num_rows
+
+    def size(self, store: Store) -> int:
+        """How many records it has."""
+        with self._open(store) as (file, groups):
+            first, end = self._cut(file, groups)
+            return end - first
+
+    def bare(self, store: Store, number: int) -> pa.Table:
+        """One of its records, counted from 0, without pictures."""
+        with self._open(store) as (file, groups):
+            columns = [name for name in file.schema_arrow.names if name not in IMAGES]
+            table = file.read_row_groups(groups, columns=columns)
+            return table.slice(self._cut(file, groups)[0] + number, 1)
+
+    def _cut(self, file: pq.ParquetFile, groups: list[int]) -> tuple[int, int]:
+        """The first of its records among those of the row groups, and the end of them."""
+        count = sum(file.metadata.row_group(group).num_rows for group in groups)
+        return count * self.cut // self.cuts, count * (self.cut + 1) // self.cuts
 
     def read(self, store: Store, columns: Sequence[str]) -> pa.Table:
         """Those of the named columns that the file has, of all records of the uncut range."""
@@ -92,22 +131,35 @@ def ranges_of(shards: Shards) -> list[Range]:
     ]
 
 
-def scan(shards: Shards, stage: Stage, rows: int = 64, *, num_cpus: float = 1) -> ray.data.Dataset:
+def scan(
+    shards: Shards,
+    stage: Stage,
+    rows: int = 64,
+    *,
+    num_cpus: float = 1,
+    timeout_s: float = TIMEOUT_S,
+) -> ray.data.Dataset:
     """What ``stage`` makes of the kept records, in order, as a Ray data set.
 
     Args:
         shards: the records.
         stage: from a batch of at most ``rows`` records to what becomes of them.
         num_cpus: of a task, which reads and works on a range or several.
+        timeout_s: a range may take; what takes longer is begun again with care.
     """
     ranges = [asdict(each) for each in ranges_of(shards)]
     tasks = ray.data.from_items(ranges, override_num_blocks=_tasks(len(ranges)))
-    work = _Work(shards.store, stage, rows)
+    work = _Work(_Staged(shards.store, stage, rows), TimeLimits.of(timeout_s))
     return tasks.map_batches(work, batch_format="pyarrow", batch_size=1, num_cpus=num_cpus)
 
 
 def gather(
-    shards: Shards, stage: Stage, rows: int = 64, *, num_cpus: float = 1
+    shards: Shards,
+    stage: Stage,
+    rows: int = 64,
+    *,
+    num_cpus: float = 1,
+    timeout_s: float = TIMEOUT_S,
 ) -> dict[Range, pa.Table]:
     """The same here, by range: for stages that leave a few hundred bytes of a record.
 
@@ -116,8 +168,10 @@ def gather(
     """
     # Tasks of Ray's own wait in its queue. Ray Data starts one when it has seen another end,
     # and for the first second only one; that costs the filters a twentieth of their time.
-    run = ray.remote(_Work.table).options(scheduling_strategy="SPREAD", num_cpus=num_cpus)
-    work = ray.put(_Work(shards.store, stage, rows))
+    run = ray.remote(_Work.table).options(
+        scheduling_strategy="SPREAD", num_cpus=num_cpus, max_retries=-1
+    )
+    work = ray.put(_Work(_Staged(shards.store, stage, rows), TimeLimits.of(timeout_s)))
     ranges = ranges_of(shards)
     cut = list(_cut_at_end(ranges))
     tasks = [run.remote(work, each) for each in cut]
@@ -148,12 +202,33 @@ def _as_they_are(batch: pa.Table) -> pa.Table:
 
 
 @dataclass(frozen=True)
-class _Work:
-    """A stage with the reading of its records before it."""
+class _Staged:
+    """A stage with the reading of its records before it: work that can be tried with care."""
 
     store: Store
     stage: Stage
     rows: int
+
+    def count(self, each: Range) -> int:
+        return each.size(self.store)
+
+    def parts(self, each: Range) -> Iterator[pa.Table]:
+        return each.batches(self.store, self.rows)
+
+    def table(self, part: pa.Table) -> pa.Table:
+        return self.stage(part)
+
+    def lost(self, each: Range, number: int, why: str) -> pa.Table:
+        assert isinstance(self.stage, FallibleStage)
+        return self.stage.lost(each.bare(self.store, number), why)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What a task does with the ranges it is given."""
+
+    staged: _Staged
+    limits: TimeLimits
 
     def __call__(self, ranges: pa.Table) -> Iterator[pa.Table]:
         """Ranges in, what the stage makes of their records out."""
@@ -166,7 +241,10 @@ class _Work:
 
     def _tables(self, each: Range) -> Iterator[pa.Table]:
         keep_freed_memory()
-        return (self.stage(batch) for batch in each.batches(self.store, self.rows))
+        if isinstance(self.staged.stage, FallibleStage):
+            return Attempts(self.staged, self.limits).tables(each)
+        stop_after()
+        return limited(map(self.staged.table, self.staged.parts(each)), self.limits.range_s)
 
 
 def _cut_at_end(ranges: list[Range]) -> Iterator[Range]:

@@ -53,8 +53,10 @@ def caption(raw: Shards, config: T2IConfig, store: Store) -> ray.data.Dataset:
     """Raw images → filter → duplicates → long caption."""
     rows = config.batch_size
     good = FilterImages(config.filters)
-    unique = without_duplicates(raw, good, config.duplicates, rows, num_cpus=1)
-    images = scan(raw, unique, rows, num_cpus=1).repartition(target_num_rows_per_block=rows)
+    seconds = config.range_timeout_s
+    unique = without_duplicates(raw, good, config.duplicates, rows, num_cpus=1, timeout_s=seconds)
+    images = scan(raw, unique, rows, num_cpus=1, timeout_s=seconds)
+    images = images.repartition(target_num_rows_per_block=rows)
 
     steps = (partial(WriteCaptions, rules=config.captions),)
     model = CalledModel.metered(config.captioner, designers.create_captioner, config.calls, store)

@@ -18,7 +18,7 @@ from pipelines.outputs import manifest
 from pipelines.outputs.commit import Limits, commit
 from pipelines.outputs.manifest import Counts, Manifest
 from pipelines.outputs.sink import OutcomeSink
-from pipelines.stages.encode import UNIT, EncodeFeatures, EncodeOptions, schema_of
+from pipelines.stages.encode import ROW_GROUP, EncodeFeatures, EncodeOptions, schema_of
 
 
 def prepare(model: str | Path, *, edits: bool = True) -> Preparation:
@@ -27,7 +27,7 @@ def prepare(model: str | Path, *, edits: bool = True) -> Preparation:
     return preparation_of(frozen, edits=edits, resolution=frozen.config.sampling.resolution)
 
 
-def units_in(store: Store) -> pa.Table:
+def row_groups_in(store: Store) -> pa.Table:
     """Every row group of the kept records in a folder."""
     found: list[dict[str, Any]] = []
     for name, _ in store.list("data"):
@@ -35,7 +35,7 @@ def units_in(store: Store) -> pa.Table:
         with store.open_parquet(name) as parquet:
             for group in range(parquet.metadata.num_row_groups):
                 found.append({"file": name, "sha256": digest, "row_group": group})
-    return pa.Table.from_pylist(found, UNIT)
+    return pa.Table.from_pylist(found, ROW_GROUP)
 
 
 def encoder(
@@ -64,7 +64,7 @@ def write_features(
     With the usual ``group_bytes`` every record has a row group, and there are several files.
     """
     stage, preparation = encoder(plain, str(out), model, **options)
-    tables = list(stage(units_in(storage.open_store(plain))))
+    tables = list(stage(row_groups_in(storage.open_store(plain))))
     store = storage.open_store(str(out))
     schema = schema_of(stage.options, preparation)
     sink = OutcomeSink(store, schema)

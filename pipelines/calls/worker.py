@@ -13,8 +13,10 @@ from dim.designers import CallOptions
 from dim.designers.calls.gate import Exchange
 from dim.designers.prepared import PreparedModel
 from infra.storage import Store
+from pipelines.attempts import given_up, is_given_up, stop_after_restarts
 from pipelines.calls.answers import Answers
 from pipelines.calls.exchange import share_meter
+from pipelines.outcome import failed
 
 _BATCHES_AT_ONCE = 3
 
@@ -74,11 +76,15 @@ class AskInTurn:
     def __init__(
         self, steps: Sequence[Step], open_model: Callable[[], tuple[Any, Answers | None]]
     ) -> None:
+        stop_after_restarts()
         model, answers = open_model()
         self._stages = [step(model, answers) for step in steps]
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """What the stages make of a batch; safe for several threads, as the stages are."""
+        if is_given_up():
+            rows = failed(batch, "ask", given_up())
+            batch = pa.Table.from_pylist(rows, schema=batch.schema)
         for stage in self._stages:
             batch = stage(batch)
         return batch

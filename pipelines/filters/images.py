@@ -15,7 +15,7 @@ from pipelines.filters import measures, scorers
 from pipelines.filters.gauge import Gauge
 from pipelines.filters.rules import ImageRules
 from pipelines.filters.signatures import Signer
-from pipelines.outcome import Rejection, Row, to_rows, to_table, work_on
+from pipelines.outcome import Rejection, Row, failed, to_rows, to_table, work_on
 
 STAGE = "filter"
 
@@ -36,6 +36,10 @@ class FilterImages:
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Raw images in, the same with outcomes out."""
         return to_table(self.verdicts(batch), self.schema)
+
+    def lost(self, record: pa.Table, why: str) -> pa.Table:
+        """A record that the filters do not survive, as a failed one."""
+        return to_table(failed(record, STAGE, why), self.schema)
 
     def verdicts(self, batch: pa.Table) -> list[Row]:
         """The rows of a batch with their outcomes, measures and signatures."""

@@ -19,14 +19,16 @@ import ray.data
 
 from dim.errors import InputError
 from infra.storage import Store
+from pipelines.attempts import stop_after
 from pipelines.filters import FilterImages, FilterPairs, scorers
 from pipelines.filters.duplicates import SIGNATURE, TWINS, DuplicateRules, drop_duplicates
+from pipelines.filters.images import STAGE
 from pipelines.filters.rules import ImageRules
 from pipelines.filters.signatures import Signer
-from pipelines.outcome import IMAGES, KEPT, OUTCOMES, Row, to_table, travelling
+from pipelines.outcome import IMAGES, KEPT, OUTCOMES, Row, failed, to_table, travelling
 from pipelines.outputs.commit import Piece, by_place, count_reasons, fit, row_bytes
 from pipelines.outputs.shards import Shards
-from pipelines.ranges import Range, Stage, gather
+from pipelines.ranges import TIMEOUT_S, FallibleStage, Range, Stage, gather
 
 _MATCHED_PER_TASK = 20_000  # signatures
 _SIZE = pa.field("bytes", pa.int64())
@@ -39,11 +41,13 @@ def without_duplicates(
     rows: int,
     *,
     num_cpus: float = 1,
+    timeout_s: float = TIMEOUT_S,
 ) -> Stage:
     """The stage that keeps what ``stage`` keeps of raw records, but of several alike one.
 
     Without anything to look for that is ``stage`` itself; else all records are read here, by tasks
-    of ``num_cpus`` on ``rows`` at a time, and the stage says what was found of each.
+    of ``num_cpus`` on ``rows`` at a time, and the stage says what was found of each. A range may
+    take ``timeout_s``.
 
     Raises:
         InputError: a model's folder is not there.
@@ -51,7 +55,8 @@ def without_duplicates(
     check_models(stage.rules, rules)
     if not rules.wanted:
         return stage
-    found = gather(raw, GiveVerdicts.of(stage, rules), rows, num_cpus=num_cpus)
+    signed = GiveVerdicts.of(stage, rules)
+    found = gather(raw, signed, rows, num_cpus=num_cpus, timeout_s=timeout_s)
     verdicts = drop_duplicates(pa.concat_tables(found.values()), rules, _find)
     return WithTable(ApplyVerdicts(stage.schema), ray.put(verdicts))
 
@@ -63,6 +68,7 @@ def verdict_pieces(
     rows: int,
     *,
     num_cpus: float = 1,
+    timeout_s: float = TIMEOUT_S,
 ) -> list[InPlace]:
     """The same for a job that only filters: its records, by outcome, where they lie.
 
@@ -72,7 +78,8 @@ def verdict_pieces(
         InputError: a model's folder is not there.
     """
     check_models(stage.rules, rules)
-    found = gather(raw, WithSizes(GiveVerdicts.of(stage, rules)), rows, num_cpus=num_cpus)
+    signed = WithSizes(GiveVerdicts.of(stage, rules))
+    found = gather(raw, signed, rows, num_cpus=num_cpus, timeout_s=timeout_s)
     verdicts = drop_duplicates(pa.concat_tables(found.values()), rules, _find)
     return [piece for each, seen in found.items() for piece in _pieces(raw, each, seen, verdicts)]
 
@@ -86,6 +93,10 @@ class GiveVerdicts:
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Raw records in; their outcomes, measures and :data:`SIGNATURE` out."""
         return to_table(self.filter.verdicts(batch), SIGNATURE)
+
+    def lost(self, record: pa.Table, why: str) -> pa.Table:
+        """The verdict on a record that the filter does not survive."""
+        return to_table(failed(record, STAGE, why), SIGNATURE)
 
     @classmethod
     def of(cls, chosen: FilterImages | FilterPairs, rules: DuplicateRules) -> GiveVerdicts:
@@ -143,7 +154,12 @@ class WithTable:
     table: ray.ObjectRef
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        """What ``stage`` makes of the batch."""
+        """What ``stage`` makes of the batch.
+
+        Raises:
+            DimError: the task was begun too often; nothing of it can fail by itself.
+        """
+        stop_after()
         return self.stage(batch, ray.get(self.table))
 
 
@@ -155,11 +171,18 @@ class WithSizes:
         stage: from a batch to a batch of the same records.
     """
 
-    stage: Stage
+    stage: FallibleStage
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """What ``stage`` makes of the batch, and the column ``bytes``."""
-        return self.stage(batch).append_column(_SIZE, pa.array(row_bytes(batch)))
+        return self._sized(self.stage(batch), batch)
+
+    def lost(self, record: pa.Table, why: str) -> pa.Table:
+        """What ``stage`` says of the record, and its size without pictures."""
+        return self._sized(self.stage.lost(record, why), record)
+
+    def _sized(self, made: pa.Table, batch: pa.Table) -> pa.Table:
+        return made.append_column(_SIZE, pa.array(row_bytes(batch)))
 
 
 @dataclass(frozen=True)

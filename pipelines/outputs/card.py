@@ -40,7 +40,10 @@ _SIZES = ((1_000, "n<1K"), (10_000, "1K<n<10K"), (100_000, "10K<n<100K"), (1_000
           (10_000_000, "1M<n<10M"), (100_000_000, "10M<n<100M"))  # fmt: skip
 _UNKNOWN = "not declared"
 # What says where and how a job ran, or is told elsewhere on the card.
-_NOT_SHOWN = ("out", "raw", "tracking", "licences", "workers", "cpus_per_worker", "batch_size")
+_NOT_SHOWN = (
+    *("out", "raw", "tracking", "licences", "workers", "cpus_per_worker", "batch_size"),
+    "range_timeout_s",
+)
 
 
 class CardConfig(StrictModel):

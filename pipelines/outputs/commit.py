@@ -24,6 +24,7 @@ from dim.errors import DimError
 from dim.records import FAILED as FAILED_SCHEMA
 from dim.records import REJECT as REJECT_SCHEMA
 from infra.storage import Store
+from pipelines.attempts import stop_after
 from pipelines.outcome import FAILED, KEPT, REJECTED
 from pipelines.outputs.manifest import FileEntry
 
@@ -100,7 +101,7 @@ def commit(
     if sum(int(piece.sizes.sum()) for piece in pieces) < _COMMIT_IN_DRIVER:
         files = [plan.write(store) for plan in plans]
     else:
-        write = ray.remote(_FilePlan.write)
+        write = ray.remote(_FilePlan.write_on_cluster)
         files = ray.get([write.remote(plan, store) for plan in plans])
     return sorted(files, key=lambda file: file.path)
 
@@ -139,6 +140,11 @@ class _FilePlan:
     pieces: list[Piece]
     groups: list[tuple[int, int]]
     rows: int
+
+    def write_on_cluster(self, store: Store) -> FileEntry:
+        """The same by a task; Ray would try for ever what takes more memory than there is."""
+        stop_after()
+        return self.write(store)
 
     def write(self, store: Store) -> FileEntry:
         """Put the file together; the same bytes for the same records."""

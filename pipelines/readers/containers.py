@@ -277,7 +277,7 @@ class Cutter:
     """
 
     def __init__(self, rows_per_range: int, source: str) -> None:
-        self.units: list[dict[str, Any]] = []
+        self.ranges: list[dict[str, Any]] = []
         self.rows = 0
         self._per_range = rows_per_range
         self._seen: set[bytes] = set()
@@ -291,14 +291,15 @@ class Cutter:
 
     def begin(self, **more: Any) -> None:
         """Start a range. ``repeated`` is never empty, so that its type is known."""
-        self.units.append({"first": self.rows, "repeated": [-1], **more})
+        self.ranges.append({"first": self.rows, "count": 0, "repeated": [-1], **more})
 
     def add(self, identity: str | None, place: int | None = None) -> None:
         """Count one record in; ``place`` names it among the repeated, its index if not given."""
         if self._is_repeated(identity):
-            self.units[-1]["repeated"].append(self.rows if place is None else place)
+            self.ranges[-1]["repeated"].append(self.rows if place is None else place)
         self._named.append(identity is not None)
         self._claimed.discard(self.rows)
+        self.ranges[-1]["count"] += 1
         self.rows += 1
 
     def _is_repeated(self, identity: str | None) -> bool:
@@ -340,7 +341,7 @@ def cut(
         for offset, key, damage in _scan_allowed(found, addresses, name, size, layout, hidden):
             if cutter.begins():
                 _close(cutter, parts)
-                cutter.begin(parts="")
+                cutter.begin(files="")
             if parts and parts[-1]["file"] == name and not (damage or parts[-1]["damage"]):
                 parts[-1]["count"] += 1
             else:
@@ -369,6 +370,6 @@ def _scan_allowed(
 
 
 def _close(cutter: Cutter, parts: list[dict[str, Any]]) -> None:
-    if cutter.units and parts:
-        cutter.units[-1]["parts"] = json.dumps(parts)
+    if cutter.ranges and parts:
+        cutter.ranges[-1]["files"] = json.dumps(parts)
         parts.clear()

@@ -30,6 +30,7 @@ from pipelines.readers.bounds import (
 from pipelines.readers.compression import Layers
 from pipelines.readers.json_values import Walk
 from pipelines.readers.layout import Layout
+from pipelines.readers.media import Places
 from pipelines.readers.names import is_hidden, said
 
 IMAGE_SUFFIXES = frozenset(
@@ -54,6 +55,7 @@ class Entry:
         error: why it cannot be read.
         id: what its container calls it; ``None`` leaves that to its columns.
         repeated: whether an earlier entry has its id.
+        places: where the images lie in the media that the records of its range name, by key.
     """
 
     index: int
@@ -63,6 +65,7 @@ class Entry:
     error: str | None = None
     id: str | None = None
     repeated: bool = False
+    places: Places = field(default_factory=dict)
 
 
 class Entries(Protocol):
@@ -78,7 +81,7 @@ class Entries(Protocol):
         """What the records call it."""
         ...
 
-    def of(self, unit: dict[str, Any]) -> Iterator[Entry]:
+    def of(self, each: dict[str, Any]) -> Iterator[Entry]:
         """Exactly as many entries as the range has records, in order."""
         ...
 
@@ -99,11 +102,11 @@ class JsonLines:
     source: str
     layers: Layers = ()
 
-    def of(self, unit: dict[str, Any]) -> Iterator[Entry]:
+    def of(self, each: dict[str, Any]) -> Iterator[Entry]:
         """One entry per line that is not blank."""
-        data = read_range(self.store, self.name, self.layers, unit)
-        index, repeated = unit["first"], set(unit["repeated"])
-        for number, text in enumerate(data.split(b"\n"), start=unit["line"]):
+        data = read_range(self.store, self.name, self.layers, each)
+        index, repeated = each["first"], set(each["repeated"])
+        for number, text in enumerate(data.split(b"\n"), start=each["line"]):
             if text.strip():
                 where = {"file": self.store.address(self.name), "line": number}
                 entry = Entry(index, f"line {number}", where, repeated=number in repeated)
@@ -131,10 +134,10 @@ class JsonValues:
     source: str
     layers: Layers = ()
 
-    def of(self, unit: dict[str, Any]) -> Iterator[Entry]:
+    def of(self, each: dict[str, Any]) -> Iterator[Entry]:
         """One entry per value."""
-        data = io.BytesIO(read_range(self.store, self.name, self.layers, unit))
-        index, repeated = unit["first"], set(unit["repeated"])
+        data = io.BytesIO(read_range(self.store, self.name, self.layers, each))
+        index, repeated = each["first"], set(each["repeated"])
         walk = Walk(data.read)
         while walk.peek():
             _, text, _ = walk.value()
@@ -149,11 +152,11 @@ class JsonValues:
             index += 1
 
 
-def read_range(store: Store, name: str, layers: Layers, unit: dict[str, Any]) -> bytes:
-    """The bytes of a text file from ``unit["start"]`` to ``unit["end"]``."""
+def read_range(store: Store, name: str, layers: Layers, each: dict[str, Any]) -> bytes:
+    """The bytes of a text file from ``each["start"]`` to ``each["end"]``."""
     with io.BufferedReader(compression.open_input(store, name, layers)) as file:
-        file.seek(unit["start"])
-        return file.read(unit["end"] - unit["start"])
+        file.seek(each["start"])
+        return file.read(each["end"] - each["start"])
 
 
 @dataclass(frozen=True)
@@ -172,16 +175,17 @@ class Files:
     columns: frozenset[str]
     max_bytes: int = MAX_BYTES
 
-    def of(self, unit: dict[str, Any]) -> Iterator[Entry]:
+    def of(self, each: dict[str, Any]) -> Iterator[Entry]:
         """The entries of each part of the range; a damaged rest of a file fails one by one."""
-        index, repeated = unit["first"], set(unit["repeated"])
-        for part in json.loads(unit["parts"]):
+        index, repeated = each["first"], set(each["repeated"])
+        for part in json.loads(each["files"]):
             end = index + part["count"]
             for entry in self._part(part, index):
                 entry.repeated = entry.index in repeated
                 index = entry.index + 1
                 yield entry
-            assert index == end, f"{part['file']} was cut into {end}, read {index}"
+            if index != end:
+                raise InputError(f"{part['file']} changed while it was read")
 
     def _part(self, part: dict[str, Any], first: int) -> Iterator[Entry]:
         name, count = part["file"], part["count"]

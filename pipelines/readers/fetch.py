@@ -66,6 +66,11 @@ class FetchConfig(StrictModel):
     ports: tuple[Annotated[int, Field(ge=1, le=65535)], ...] | None = None
     """Ports that may be asked besides 80 and 443."""
 
+    def longest_s(self, urls: int) -> float:
+        """Seconds that so many URLs take at most, fetched together from one host that answers."""
+        attempts = self.attempts * self.timeout_s + (self.attempts - 1) * self.max_wait_s
+        return attempts + self.attempts * urls * self.workers / self.per_host_per_second
+
     @model_validator(mode="after")
     def _check(self) -> FetchConfig:
         if self.per_host < self.workers:

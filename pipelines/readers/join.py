@@ -111,12 +111,12 @@ class MediaIndex:
         found = {table[short] for short in hashes for table in tables if short in table}
         return found.pop() if len(found) == 1 else (_SEVERAL if found else None)
 
-    def join(self, units: list[dict[str, Any]], reader: Entries, layout: Layout) -> None:
+    def join(self, ranges: list[dict[str, Any]], reader: Entries, layout: Layout) -> None:
         """Give each range the places of the images that its records name, and nothing for those
         names that fit several."""
-        for unit in units:
+        for each in ranges:
             places: dict[str, tuple[str, int] | None] = {}
-            for entry in reader.of(unit):
+            for entry in reader.of(each):
                 for name in image_names(entry, layout):
                     found = self._find(name)
                     if found is None or found == _SEVERAL:
@@ -126,7 +126,7 @@ class MediaIndex:
                     if found is not None:
                         place = (self._files[found[0]], found[1])
                         places[name] = None if found == _SEVERAL else place
-            unit["places"] = json.dumps(places)
+            each["places"] = json.dumps(places)
 
     @property
     def unused(self) -> int:

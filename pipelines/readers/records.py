@@ -1,7 +1,8 @@
 """Readers: from the description of a fixed range of records to the raw records themselves.
 
-The driver cuts an input into ranges (see :mod:`pipelines.readers.sources`), a worker turns a batch
-of ranges into tables. What is wrong with a single record becomes that record's outcome.
+The driver cuts an input into ranges (see :mod:`pipelines.readers.sources`), a worker turns them
+into tables, part by part (see :mod:`pipelines.attempts`). What is wrong with a single record
+becomes that record's outcome.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from dim.images import encode_png
 from dim.redaction import redact
 from infra.storage import Store
 from pipelines.filters import probe
-from pipelines.outcome import KEPT, Rejection, Row, to_table, work_on
+from pipelines.outcome import KEPT, Rejection, Row, fail, to_table, work_on
 from pipelines.readers import inline
 from pipelines.readers.addresses import Addresses, Place
 from pipelines.readers.bounds import MAX_BYTES, read_file, too_many_bytes
@@ -38,8 +39,10 @@ from pipelines.readers.names import shown, without_suffix
 
 _FETCHES = 8  # images of one range that are fetched at once: an object store's latency is its cost
 _LONGEST_URL = 8192  # characters
-_ROWS_PER_TABLE = 64  # so that no more encoded images than this are held as Python objects,
-_BYTES_PER_TABLE = 256 << 20  # and of those that a container holds no more than this and one
+ROWS_PER_PART = 64
+"""No more records than this, with their encoded images, are held as Python objects at a time."""
+
+_BYTES_PER_PART = 256 << 20  # of images that the container holds, with one that goes beyond it
 
 STAGE = "ingest"
 
@@ -81,20 +84,38 @@ class Records:
         """What the records are."""
         return records.RAW_PAIR if self.layout.target else records.RAW_IMAGE
 
-    def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
-        """Ranges in, raw records with outcomes out."""
-        fetcher = Fetcher(self.fetch) if self.fetch else None
-        with ThreadPoolExecutor(_FETCHES) as pool:
-            for unit in batch.to_pylist():
-                places = json.loads(unit.get("places") or "{}")
-                for part in _in_parts(self.entries.of(unit), _bytes_of):
-                    found = self._find(part, places, fetcher)
-                    rows = pool.map(lambda entry, found=found: self._read(entry, found), part)
-                    yield to_table(rows, self.schema)
+    @cached_property
+    def _fetcher(self) -> Fetcher | None:
+        return Fetcher(self.fetch) if self.fetch else None
 
-    def _find(self, part: list[Entry], places: Places, fetcher: Fetcher | None) -> Found:
+    def count(self, each: Row) -> int:
+        """How many records a range has."""
+        return int(each["count"])
+
+    def parts(self, each: Row) -> Iterator[list[Entry]]:
+        """The entries of a range."""
+        places: Places = json.loads(each.get("places") or "{}")
+        for part in _in_parts(self.entries.of(each), _bytes_of):
+            for entry in part:
+                entry.places = places
+            yield part
+
+    def table(self, part: list[Entry]) -> pa.Table:
+        """Entries in, raw records with outcomes out."""
+        found = self._find(part)
+        with ThreadPoolExecutor(_FETCHES) as pool:
+            return to_table(pool.map(lambda entry: self._read(entry, found), part), self.schema)
+
+    def lost(self, each: Row, number: int, why: str) -> pa.Table:
+        """A record that could not be read, by its place; nothing else of it is known."""
+        index = each["first"] + number
+        entry = Entry(index, f"record {index}", {"file": self.entries.store.uri})
+        return _failed(self._begun(entry), why, self.schema)
+
+    def _find(self, part: list[Entry]) -> Found:
         """What lies behind the keys and URLs of a few records."""
         named = {name for entry in part for name in image_names(entry, self.layout)}
+        places, fetcher = part[0].places, self._fetcher
         found: Found = {}
         if self.media is not None:
             found = self.media.read({key: places[key] for key in named if places.get(key)})
@@ -109,15 +130,18 @@ class Records:
         return {**found, **fetcher(urls)}
 
     def _read(self, entry: Entry, found: Found) -> Row:
-        row: Row = {
+        row = self._begun(entry)
+        work_on([row], STAGE, lambda row: self._columns(row, entry, found))
+        return row
+
+    def _begun(self, entry: Entry) -> Row:
+        return {
             "id": entry.id or f"{self.entries.source}-{entry.index:08d}",
             "index": entry.index,
             "source": self.entries.source,
             "provenance": json.dumps(entry.where),
             "outcome": KEPT,
         }
-        work_on([row], STAGE, lambda row: self._columns(row, entry, found))
-        return row
 
     def _columns(self, row: Row, entry: Entry, found: Found) -> Row:
         try:
@@ -215,26 +239,39 @@ class ImageFiles:
     source: str
     max_bytes: int = MAX_BYTES
 
-    def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
-        """Ranges of file names in, raw images with outcomes out."""
-        with ThreadPoolExecutor(_FETCHES) as pool:
-            for unit in batch.to_pylist():
-                called = json.loads(unit["called"])
-                numbered = enumerate(unit["names"], start=unit["first"])
-                for part in _in_parts(numbered):
-                    rows = pool.map(partial(self._read, called), part)
-                    yield to_table(rows, records.RAW_IMAGE)
+    def count(self, each: Row) -> int:
+        """How many files a range has."""
+        return len(each["names"])
 
-    def _read(self, called: dict[str, str], numbered: tuple[int, str]) -> Row:
-        (index, name), store = numbered, self.addresses.home
-        row = {
+    def parts(self, each: Row) -> Iterator[list[Row]]:
+        """The files of a range, as the records that are begun of them."""
+        called = json.loads(each["called"])
+        numbered = enumerate(each["names"], start=each["first"])
+        return _in_parts(self._begun(called, name, index) for index, name in numbered)
+
+    def table(self, part: list[Row]) -> pa.Table:
+        """Records that are begun in, raw images with outcomes out."""
+        with ThreadPoolExecutor(_FETCHES) as pool:
+            return to_table(pool.map(self._read, part), records.RAW_IMAGE)
+
+    def lost(self, each: Row, number: int, why: str) -> pa.Table:
+        """A file that could not be read."""
+        name, called = each["names"][number], json.loads(each["called"])
+        row = self._begun(called, name, each["first"] + number)
+        return _failed(row, f"{shown(name)}: {why}", records.RAW_IMAGE)
+
+    def _begun(self, called: dict[str, str], name: str, index: int) -> Row:
+        return {
             "id": called.get(name) or without_suffix(name),
             "index": index,
             "source": self.source,
-            "provenance": json.dumps({"file": store.address(name)}),
+            "provenance": json.dumps({"file": self.addresses.home.address(name)}),
             "outcome": KEPT,
+            "name": name,
         }
-        work_on([row], STAGE, lambda _: image_columns(self._image(name), None))
+
+    def _read(self, row: Row) -> Row:
+        work_on([row], STAGE, lambda row: image_columns(self._image(row["name"]), None))
         return row
 
     def _image(self, name: str) -> bytes:
@@ -253,10 +290,22 @@ class TabletopPairs:
     objects: tuple[int, int]
     outlines: float
 
-    def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
-        """Ranges of places in, raw pairs out."""
-        for places in _places(batch):
-            yield to_table(map(self._draw, places), records.RAW_PAIR)
+    def count(self, each: Row) -> int:
+        """How many places a range has."""
+        return int(each["count"])
+
+    def parts(self, each: Row) -> Iterator[list[int]]:
+        """The places of a range."""
+        return _in_parts(range(each["first"], each["first"] + each["count"]))
+
+    def table(self, part: list[int]) -> pa.Table:
+        """Places in, raw pairs out."""
+        return to_table(map(self._draw, part), records.RAW_PAIR)
+
+    def lost(self, each: Row, number: int, why: str) -> pa.Table:
+        """A place that could not be drawn."""
+        row = _tabletop_identity(self.seed, each["first"] + number, {})
+        return _failed(row, why, records.RAW_PAIR)
 
     def _draw(self, index: int) -> Row:
         rng = np.random.default_rng([self.seed, index])
@@ -290,10 +339,22 @@ class TabletopImages:
     objects: tuple[int, int]
     outlines: float
 
-    def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
-        """Ranges of places in, raw images out."""
-        for places in _places(batch):
-            yield to_table(map(self._draw, places), records.RAW_IMAGE)
+    def count(self, each: Row) -> int:
+        """How many places a range has."""
+        return int(each["count"])
+
+    def parts(self, each: Row) -> Iterator[list[int]]:
+        """The places of a range."""
+        return _in_parts(range(each["first"], each["first"] + each["count"]))
+
+    def table(self, part: list[int]) -> pa.Table:
+        """Places in, raw images out."""
+        return to_table(map(self._draw, part), records.RAW_IMAGE)
+
+    def lost(self, each: Row, number: int, why: str) -> pa.Table:
+        """A place that could not be drawn."""
+        row = _tabletop_identity(self.seed, each["first"] + number, {})
+        return _failed(row, why, records.RAW_IMAGE)
 
     def _draw(self, index: int) -> Row:
         rng = np.random.default_rng([self.seed, index])
@@ -420,7 +481,7 @@ def _in_parts(
     for item in items:
         part.append(item)
         size += weigh(item)
-        if len(part) == _ROWS_PER_TABLE or size > _BYTES_PER_TABLE:
+        if len(part) == ROWS_PER_PART or size > _BYTES_PER_PART:
             yield part
             part, size = [], 0
     if part:
@@ -433,10 +494,9 @@ def _bytes_of(entry: Entry) -> int:
     return sum(len(value) for value in values if isinstance(value, bytes))
 
 
-def _places(batch: pa.Table) -> Iterator[list[int]]:
-    for unit in batch.to_pylist():
-        places = range(unit["first"], unit["first"] + unit["count"])
-        yield from _in_parts(places)
+def _failed(row: Row, why: str, schema: pa.Schema) -> pa.Table:
+    fail(row, STAGE, why)
+    return to_table([row], schema)
 
 
 def _tabletop_identity(seed: int, index: int, provenance: dict[str, Any]) -> Row:

@@ -7,7 +7,7 @@ alone, never on the cluster, so that the same input always gives the same files.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
@@ -17,6 +17,7 @@ import pyarrow as pa
 from dim import records
 from dim.errors import InputError
 from infra import storage
+from pipelines.attempts import Work
 from pipelines.readers import compression, containers, ids
 from pipelines.readers.addresses import Addresses
 from pipelines.readers.bounds import MAX_BYTES
@@ -44,15 +45,15 @@ class Source:
     """An input, cut up.
 
     Attributes:
-        units: one row per range, as :attr:`reader` wants it.
-        reader: from a batch of ranges to tables of records.
+        ranges: one row per range, as :attr:`reader` wants it.
+        reader: of the records of a range.
         rows: records in all ranges.
         identity: the same exactly when the input is.
         schema: what the records are.
     """
 
-    units: list[dict[str, Any]]
-    reader: Callable[[pa.Table], Iterator[pa.Table]]
+    ranges: list[dict[str, Any]]
+    reader: Work[dict[str, Any]]
     rows: int
     identity: dict[str, Any]
     schema: pa.Schema
@@ -101,12 +102,12 @@ def from_records(
         raise InputError(f"{uri} is empty")
     index = MediaIndex(media, max_bytes, roots) if media is not None else None
     if index is not None:
-        index.join(cutter.units, reader, layout)
+        index.join(cutter.ranges, reader, layout)
         hidden += index.hidden
         identity["media"] = records.sha256_hex(repr(index.identity).encode())
         identity |= {"keys_unmatched": index.unmatched, "images_unused": index.unused}
     made = Records(reader, layout, fetch, index.media if index else None, max_bytes, roots)
-    return Source(cutter.units, made, cutter.rows, _with(identity, hidden), made.schema)
+    return Source(cutter.ranges, made, cutter.rows, _with(identity, hidden), made.schema)
 
 
 def images_from_folder(
@@ -139,14 +140,14 @@ def images_from_folder(
     shared = ids.apart(names, without_suffix)
     if listed.closed:
         names = sorted([*names, *(name for name in listed.closed if not is_hidden(name))])
-    units = []
+    ranges = []
     for first in range(0, len(names), rows_per_file):
         part = names[first : first + rows_per_file]
         called = {name: shared[name] for name in part if name in shared} if shared else {}
-        units.append({"first": first, "names": part, "called": json.dumps(called)})
+        ranges.append({"first": first, "names": part, "called": json.dumps(called)})
     identity = {"images": records.sha256_hex(repr(found).encode())}
     reader = ImageFiles(addresses, source or PurePosixPath(store.root).name, max_bytes)
-    return Source(units, reader, len(names), _with(identity, hidden), records.RAW_IMAGE)
+    return Source(ranges, reader, len(names), _with(identity, hidden), records.RAW_IMAGE)
 
 
 def _with(identity: dict[str, Any], hidden: int) -> dict[str, Any]:
@@ -187,7 +188,7 @@ def _json(
         if cutter.begins():
             cutter.begin(start=start, line=number or 0)
         cutter.add(_id_of(text, layout), number)
-        cutter.units[-1]["end"] = end
+        cutter.ranges[-1]["end"] = end
     kind = JsonLines if file.in_lines else JsonValues
     where = storage.join(store.uri, name)
     identity = {"file": where, "sha256": file.digest.hexdigest()}

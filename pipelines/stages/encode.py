@@ -1,9 +1,9 @@
 """Run the frozen parts on shards: hidden states of every text, latents of source and target.
 
-The input comes as units, each a row group of a file of the shards. A unit is worked on by one
-process from beginning to end, in groups of similar length that depend on nothing else, so the same
-unit gives the same features whatever the parallelism. What a unit gave lies in the output folder
-until the job ends: a job that was killed goes on with the next unit.
+The input comes as row groups of the shards' files. Each is worked on by one process from beginning
+to end, in groups of similar length that depend on nothing else, so the same row group gives the
+same features whatever the parallelism. What it gave lies in the output folder until the job ends: a
+job that was killed goes on with the next one.
 """
 
 from __future__ import annotations
@@ -32,12 +32,13 @@ from dim.features.format import (
 from dim.records import TextName
 from infra.models import FrozenModel, load_frozen
 from infra.storage import Store
-from pipelines.outcome import Rejection, Row, fail, reject, to_table, travelling
+from pipelines.attempts import given_up, is_given_up, limited, stop_after_restarts
+from pipelines.outcome import Rejection, Row, fail, failed, reject, to_table, travelling
 
 ENCODED = "encoded"
-"""Folder in the output with the units that are done while the job is not."""
+"""Folder in the output with the row groups that are done while the job is not."""
 
-UNIT = pa.schema(
+ROW_GROUP = pa.schema(
     [
         pa.field("file", pa.string(), nullable=False),
         pa.field("sha256", pa.string(), nullable=False),
@@ -45,6 +46,9 @@ UNIT = pa.schema(
     ]
 )
 """A row group of a file of the input, and the file's hash."""
+
+TIMEOUT_S = 14_400.0
+"""Seconds that a row group may take unless a job says otherwise; it may be 256 pictures."""
 
 _STAGE = "features"
 
@@ -70,6 +74,7 @@ class EncodeFeatures:
         target: the job's output folder.
         use_gpu: compute on the GPU.
         threads: of the processor, for one worker.
+        timeout_s: a row group may take; what takes longer ends the process, and in the end fails.
 
     Raises:
         InputError: the frozen parts are not those of ``preparation``.
@@ -84,7 +89,10 @@ class EncodeFeatures:
         target: Store,
         use_gpu: bool,
         threads: int,
+        timeout_s: float = TIMEOUT_S,
     ) -> None:
+        stop_after_restarts()
+        self._timeout_s = timeout_s
         torch.set_num_threads(threads)
         frozen = load_frozen(model)
         edits = options.kind == "edit"
@@ -98,19 +106,21 @@ class EncodeFeatures:
         self._source, self._target = source, target
         self._images = ("image", "image_target") if edits else ("image",)
 
-    def __call__(self, units: pa.Table) -> Iterator[pa.Table]:
-        """``UNIT`` rows in; records of ``travelling(schema_of(...))`` out, a few at a time."""
-        for unit in units.to_pylist():
-            name = f"{ENCODED}/{self._key(unit)}.arrow"
+    def __call__(self, row_groups: pa.Table) -> Iterator[pa.Table]:
+        """``ROW_GROUP`` rows in; records of ``travelling(schema_of(...))`` out, a few at a time."""
+        for row_group in row_groups.to_pylist():
+            name = f"{ENCODED}/{self._key(row_group)}.arrow"
             if self._target.is_file(name):
                 yield from _read_back(self._target, name)
+            elif is_given_up():
+                yield self._lost(row_group)
             else:
-                yield from self._write_down(name, unit)
+                yield from limited(self._write_down(name, row_group), self._timeout_s)
 
     def encode(self, table: pa.Table) -> Iterator[pa.Table]:
-        """Features of the records of one unit, in groups of similar length."""
+        """Features of the records of one row group, in groups of similar length."""
         rows, whole = [], []
-        for number, row in enumerate(table.select(self._traced(table)).to_pylist()):
+        for number, row in enumerate(table.select(self._traced(table.schema)).to_pylist()):
             rows.append(row)
             missing = next((text for text in self.options.texts if not row[text]), None)
             if missing:
@@ -168,24 +178,31 @@ class EncodeFeatures:
             f"{text}_error": relative_error(states, kept),
         }
 
-    def _write_down(self, name: str, unit: dict[str, Any]) -> Iterator[pa.Table]:
-        with self._source.open_parquet(unit["file"]) as parquet:
-            table = parquet.read_row_group(unit["row_group"])
+    def _write_down(self, name: str, row_group: dict[str, Any]) -> Iterator[pa.Table]:
+        with self._source.open_parquet(row_group["file"]) as parquet:
+            table = parquet.read_row_group(row_group["row_group"])
         schema = travelling(self._schema)
         with self._target.open_output(name) as file, pa.ipc.new_stream(file, schema) as writer:
             for part in self.encode(table):
                 writer.write_table(part)
                 yield part
 
-    def _key(self, unit: dict[str, Any]) -> str:
+    def _lost(self, row_group: dict[str, Any]) -> pa.Table:
+        """The records of a row group that ends the process that works on it, as failed ones."""
+        with self._source.open_parquet(row_group["file"]) as parquet:
+            names = self._traced(parquet.schema_arrow)
+            table = parquet.read_row_group(row_group["row_group"], columns=names)
+        return to_table(failed(table, _STAGE, given_up()), self._schema)
+
+    def _key(self, row_group: dict[str, Any]) -> str:
         return records.sha256_hex(
-            json.dumps([unit, dump_config(self.options), str(self._schema.metadata)]).encode()
+            json.dumps([row_group, dump_config(self.options), str(self._schema.metadata)]).encode()
         )
 
-    def _traced(self, table: pa.Table) -> list[str]:
+    def _traced(self, schema: pa.Schema) -> list[str]:
         """The columns that a record keeps: what it is, where it came from, and its texts."""
         names = ["id", "index", "source", "content_hash", "provenance", *self.options.texts]
-        return [name for name in names if name in table.schema.names]
+        return [name for name in names if name in schema.names]
 
 
 def schema_of(options: EncodeOptions, preparation: Preparation) -> pa.Schema:

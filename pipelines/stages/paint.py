@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import pyarrow as pa
@@ -14,6 +15,8 @@ from dim.blueprint import Blueprint
 from dim.errors import BlueprintError
 from dim.images import decode_image, encode_png
 from dim.tabletop import Scene
+from infra.models import on_this_machine
+from pipelines.attempts import stop_after, stop_after_restarts
 
 # Whose words a held-out edit is painted from.
 BLUEPRINT, SELF, INSTRUCTION = "blueprint", "self", "instruction"
@@ -54,16 +57,18 @@ class PaintEdits:
     def __init__(
         self, model: str, ways: tuple[str, ...], steps: int | None, guidance_scale: float | None
     ) -> None:
+        stop_after_restarts()
         torch.set_num_threads(1)
-        self._model = models.load(model)
+        self._model = models.load(on_this_machine(model))
         self._ways = ways
         self._steps, self._scale = steps, guidance_scale
 
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        """DIM-Edit records with a tabletop provenance in, ``PAINTED`` rows out."""
+    def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
+        """DIM-Edit records with a tabletop provenance in, ``PAINTED`` rows out, way by way."""
+        stop_after()
         rows = batch.to_pylist()
-        painted = [row for way in self._ways for row in self._paint(rows, way)]
-        return pa.Table.from_pylist(painted, PAINTED)
+        for way in self._ways:
+            yield pa.Table.from_pylist(self._paint(rows, way), PAINTED)
 
     def _paint(self, rows: list[dict[str, Any]], way: str) -> list[dict[str, Any]]:
         texts = self._texts(rows, way)

@@ -143,6 +143,7 @@ FORMS = {
     "circled": each(lambda n, t, b: f"{'①②③④⑤'[n - 1]} {t}: {b}"),
     "escaped": each(lambda n, t, b: f"{n}\\. {t}: {b}"),
     "brackets": each(lambda n, t, b: f"[{t}]: {b}"),
+    "fences": each(lambda n, t, b: f"### {n}. {t}\n```text\n{b}\n```"),
     "code": each(lambda n, t, b: f"{n}. `{t}`: {b}"),
     "quotation marks": each(lambda n, t, b: f'{n}. "{t}": {b}'),
     "a note in the heading": each(lambda n, t, b: f"**{n}. {t} (before):**\n{b}"),

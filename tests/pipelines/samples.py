@@ -6,11 +6,21 @@ import io
 import json
 import struct
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from PIL import Image
+
+from pipelines.readers.sources import Source
+
+
+def read_here(source: Source, *ranges: dict[str, Any]) -> Iterator[pa.Table]:
+    """The records of some ranges of a source, or of all, in this process."""
+    for each in ranges or source.ranges:
+        yield from map(source.reader.table, source.reader.parts(each))
 
 
 def photo(seed: int = 0, size: tuple[int, int] = (64, 48)) -> Image.Image:

@@ -171,7 +171,7 @@ def test_a_driver_that_was_killed_goes_on(settings: dict[str, Any], tmp_path: Pa
 
 
 def _mark(store: Store, name: str) -> None:
-    """Make the records of a unit that is done known, to see that it is not done again."""
+    """Make the records of a row group that is done known, to see that it is not done again."""
     with pa.ipc.open_stream(store.read(name)) as reader:
         table = reader.read_all()
     place = table.schema.get_field_index("source")

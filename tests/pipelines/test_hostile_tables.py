@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pytest
 import ray
 
@@ -113,8 +112,8 @@ def test_a_worker_that_is_given_such_a_file_reads_nothing_of_it(
     reader = Records(Files(store, "evil", LAYOUT.columns), LAYOUT)
     part = {"file": f"evil{suffix}", "kind": forms.TABLE, "called": "evil", "offset": 0}
     parts = json.dumps([{**part, "count": 1, "damage": None}])
-    unit = pa.Table.from_pylist([{"first": 0, "repeated": [-1], "parts": parts}])
-    (table,) = in_a_worker(lambda: list(reader(unit)))
+    each = {"first": 0, "count": 1, "repeated": [-1], "files": parts}
+    (table,) = in_a_worker(lambda: list(map(reader.table, reader.parts(each))))
     (row,) = table.to_pylist()
     assert row["outcome"] == "failed" and row["image"] is None
     assert f"the column '{column}' of {tmp_path}/evil{suffix} is of the ext" in row["error"]

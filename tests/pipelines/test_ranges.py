@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,6 +19,7 @@ from dim.errors import InputError
 from dim.records import RAW_IMAGE
 from infra.storage import open_store
 from pipelines import ingest
+from pipelines.attempts import Work
 from pipelines.ingest import IngestConfig
 from pipelines.outputs.manifest import FileEntry
 from pipelines.outputs.shards import Shards
@@ -47,14 +49,23 @@ def broken(batch: pa.Table) -> pa.Table:
 class Seen:
     """A reader that notes which task read what, one file a task."""
 
-    reader: Callable[[pa.Table], Iterator[pa.Table]]
+    reader: Work[dict[str, Any]]
     folder: Path
 
-    def __call__(self, units: pa.Table) -> Iterator[pa.Table]:
+    def parts(self, each: dict[str, Any]) -> Iterator[Any]:
         task = ray.get_runtime_context().get_task_id()
         with (self.folder / task).open("a") as file:
-            file.write("".join(f"{first}\n" for first in units["first"].to_pylist()))
-        return self.reader(units)
+            file.write(f"{each['first']}\n")
+        return self.reader.parts(each)
+
+    def table(self, part: Any) -> pa.Table:
+        return self.reader.table(part)
+
+    def count(self, each: dict[str, Any]) -> int:
+        return self.reader.count(each)
+
+    def lost(self, each: dict[str, Any], number: int, why: str) -> pa.Table:
+        return self.reader.lost(each, number, why)
 
 
 def collected(shards: Shards, rows: int) -> pa.Table:

@@ -34,6 +34,20 @@ async def enter(gate: Gate, usd: float) -> None:
     gate.leave(await asyncio.wait_for(gate.enter(1, usd), 30), 1, usd)
 
 
+async def end(meter: ray.actor.ActorHandle) -> None:
+    """Kill a meter, and see that it is gone: until then it may still answer."""
+    ray.kill(meter)
+    for _ in range(300):
+        try:
+            await meter.__ray_ready__.remote()
+        except ray.exceptions.ActorDiedError:
+            return
+        except ray.exceptions.ActorUnavailableError:
+            pass
+        await asyncio.sleep(0.1)
+    raise TimeoutError("the meter lives on")
+
+
 @ray.remote(num_cpus=0.1)
 def ask(spec: str, calls: CallOptions, exchange: ClusterExchange, count: int) -> list[str]:
     """What a worker does."""
@@ -85,7 +99,7 @@ def test_a_meter_that_dies_is_made_again(tmp_path: Path) -> None:
         gate = Gate(exchange, 60.0)
         await enter(gate, 0.5)
         Answers(store).add("k", Answer("x", Usage(1, 1, 0.5, 0.1)), "r")
-        ray.kill(exchange.meter)
+        await end(exchange.meter)
         await enter(gate, 0.1)
         with pytest.raises(CallsStopped, match="is spent"):
             await enter(gate, 0.5)  # what the answers say was spent was read again

@@ -19,7 +19,7 @@ from pipelines.readers import sources
 from pipelines.readers.layout import load_layout
 from tests.image_files import packed_text, with_chunks
 from tests.pipelines.finished import edit_rows, finish
-from tests.pipelines.samples import encoded, photo
+from tests.pipelines.samples import encoded, photo, read_here
 
 
 def finished(store: Store, rows: list[dict], schema: pa.Schema = records.EDIT) -> str:
@@ -152,7 +152,7 @@ def test_whatever_is_read_is_exported_and_taken_in_again(tmp_path: Path) -> None
         out = tmp_path / format
         export.run(ExportConfig(data=data, out=str(out), format=format))
         again = sources.from_records(str(out / layout), load_layout("pairs", pairs=True), None, 100)
-        table = pa.concat_tables(again.reader(pa.Table.from_pylist(again.units)))
+        table = pa.concat_tables(read_here(again))
         assert table["outcome"].to_pylist() == ["kept"] * len(rows), table["error"].to_pylist()
         assert table["image"].to_pylist() == [row["image"] for row in rows]
     ends = [line["image_path"].rpartition(".")[2] for line in read(tmp_path / "public")]

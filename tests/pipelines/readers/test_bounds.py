@@ -26,6 +26,7 @@ from pipelines.readers.media import Media
 from tests.image_server import ok, serving
 from tests.pipelines.containers import IMAGE, source, struct, target, write_lines, write_tar
 from tests.pipelines.readers.test_containers import IMAGES, PAIRS, read
+from tests.pipelines.samples import read_here
 
 MOST = 20_000  # more than the small pictures have
 BIG = bytes(30_000)
@@ -116,7 +117,7 @@ def test_a_sample_is_no_more_than_the_columns_that_are_read(tmp_path: Path) -> N
     members += [(f"a.view{n}.png", source(1)) for n in range(50)]
     path = write_tar(tmp_path / "in.tar", members)
     made = sources.from_records(str(path), Layout(image=("image",), caption=("caption",)), None, 4)
-    (entry,) = made.reader.entries.of(made.units[0])  # type: ignore[attr-defined]
+    (entry,) = made.reader.entries.of(made.ranges[0])  # type: ignore[attr-defined]
     assert entry.values == {"image": source(0), "caption": "x"}
 
 
@@ -218,17 +219,17 @@ def test_large_cells_of_media_and_of_texts(tmp_path: Path) -> None:
     check_rejected(row, "'instruction'")
 
 
-# What a process needs at most while it reads a file, in units of 2**20 bytes.
+# What a process needs at most while it reads a file, in ranges of 2**20 bytes.
 PEAK = """
-import json, resource, sys, pyarrow as pa
+import json, resource, sys
 from pipelines.readers import sources
 from pipelines.readers.layout import load_layout
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 layout = load_layout("images", pairs=False)
 try:
     made = sources.from_records(sys.argv[1], layout, None, 512)
-    rows = [row for unit in made.units for table in made.reader(pa.Table.from_pylist([unit]))
-            for row in table.to_pylist()]
+    rows = [row for each in made.ranges for part in made.reader.parts(each)
+            for row in made.reader.table(part).to_pylist()]
     said = sorted({row["reason"] or row["error"] for row in rows})
 except Exception as error:
     said = [str(error)]
@@ -306,13 +307,13 @@ def test_images_in_a_table_are_held_by_bytes_and_not_only_by_number(
     column = pa.array([struct(source(n)) for n in range(8)], IMAGE)
     path = write_table(tmp_path / "in.parquet", {"image": column})
     made = sources.from_records(str(path), IMAGES, None, 8)
-    (unit,) = made.units
+    (each,) = made.ranges
 
     def sizes() -> list[int]:
-        return [table.num_rows for table in made.reader(pa.Table.from_pylist([unit]))]
+        return [table.num_rows for table in read_here(made, each)]
 
     assert sizes() == [8]
-    monkeypatch.setattr(records, "_BYTES_PER_TABLE", 2 * len(source(0)))
+    monkeypatch.setattr(records, "_BYTES_PER_PART", 2 * len(source(0)))
     assert sum(sizes()) == 8 and max(sizes()) <= 4
 
 
@@ -402,7 +403,7 @@ def test_inline_bytes_of_a_line_are_measured(tmp_path: Path) -> None:
     made = sources.from_records(
         str(write_lines(tmp_path / "l.jsonl", [{"image": "x"}])), IMAGES, None, 4, max_bytes=10
     )
-    entry = next(iter(made.reader.entries.of(made.units[0])))  # type: ignore[attr-defined]
+    entry = next(iter(made.reader.entries.of(made.ranges[0])))  # type: ignore[attr-defined]
     entry.values = {"image": {"bytes": source(0), "path": None}}
     row = made.reader._read(entry, {})  # type: ignore[attr-defined]
     assert row["reason"] == "image.too_many_bytes"

@@ -27,7 +27,7 @@ from tests.pipelines.containers import (
     write_parquet,
     write_tar,
 )
-from tests.pipelines.samples import encoded, photo
+from tests.pipelines.samples import encoded, photo, read_here
 
 PAIRS = load_layout("pairs", pairs=True)
 IMAGES = load_layout("images", pairs=False)
@@ -38,8 +38,7 @@ def opened(uri: str | Path, layout: Layout = PAIRS, rows_per_range: int = 4) -> 
 
 
 def read(made: Source) -> list[dict[str, Any]]:
-    tables = [t for unit in made.units for t in made.reader(pa.Table.from_pylist([unit]))]
-    rows = pa.concat_tables(tables).to_pylist()
+    rows = pa.concat_tables(read_here(made)).to_pylist()
     assert [row["index"] for row in rows] == list(range(made.rows))
     return rows
 
@@ -64,7 +63,7 @@ def test_parquet_files_of_a_folder_are_one_input_in_order_of_name(tmp_path: Path
     write_parquet(tmp_path / "in" / "b.parquet", rows(5, 5))
     write_parquet(tmp_path / "in" / "a.parquet", rows(5))
     made = opened(tmp_path / "in")
-    assert [unit["first"] for unit in made.units] == [0, 4, 8]
+    assert [each["first"] for each in made.ranges] == [0, 4, 8]
     found = read(made)
     assert [row["id"] for row in found] == [f"p{n}" for n in range(10)]
     assert [row["image"] for row in found] == [source(n) for n in range(10)]

@@ -298,7 +298,7 @@ def test_the_ids_of_an_output_taken_in_again_cost_nothing() -> None:
             cutter.begin()
         cutter.add(f"list-{number + 3:08d}")
     assert len(cutter._claimed) <= 3
-    assert all(unit["repeated"] == [-1] for unit in cutter.units)
+    assert all(each["repeated"] == [-1] for each in cutter.ranges)
 
 
 def test_tars_keep_the_ids_they_had(tmp_path: Path) -> None:

@@ -124,7 +124,7 @@ def test_with_media_an_image_given_as_text_is_no_key(tmp_path: Path) -> None:
     (found,) = read(made)
     assert (found["image"], found["image_target"]) == (source(1), source(2))
     assert made.identity["keys_unmatched"] == 0
-    assert all(len(unit["places"]) < 100 for unit in made.units)
+    assert all(len(each["places"]) < 100 for each in made.ranges)
 
 
 LONG = 600_000

@@ -14,15 +14,12 @@ from pipelines.readers import sources
 from pipelines.readers.layout import load_layout
 from pipelines.readers.records import TabletopImages, TabletopPairs
 from pipelines.readers.sources import Source
-from tests.pipelines.samples import edited, encoded, photo, write_pairs
+from tests.pipelines.samples import edited, encoded, photo, read_here, write_pairs
 
 
 def read(source: Source) -> list[dict]:
     """All records of a source, range by range."""
-    tables = [
-        table for unit in source.units for table in source.reader(pa.Table.from_pylist([unit]))
-    ]
-    return pa.concat_tables(tables).to_pylist()
+    return pa.concat_tables(read_here(source)).to_pylist()
 
 
 def from_pairs(uri: str, rows_per_range: int = 3, layout: str = "pairs", **more: Any) -> Source:
@@ -57,7 +54,7 @@ def test_ranges_are_cut_by_lines_whatever_is_between_them(tmp_path: Path) -> Non
     plain = read(pairs(path))
     path.write_text("\n\n" + path.read_text().replace("\n", "\r\n\n  \n").rstrip())
     source = pairs(path, rows_per_file=2)
-    assert [unit["first"] for unit in source.units] == [0, 2, 4]
+    assert [each["first"] for each in source.ranges] == [0, 2, 4]
     spaced = read(source)
     assert [row["content_hash"] for row in spaced] == [row["content_hash"] for row in plain]
     assert [json.loads(row["provenance"])["line"] for row in spaced] == [3, 6, 9, 12, 15]

@@ -23,7 +23,7 @@ from pipelines.readers.records import pair_columns
 from pipelines.stages.blueprint import WriteBlueprints
 from pipelines.stages.triage import TriageBy, TriageInstructions
 from tests.chat_server import ChatServer, Response, completion, images_of, text_of
-from tests.pipelines.samples import encoded, photo, write_pairs
+from tests.pipelines.samples import encoded, photo, read_here, write_pairs
 
 QUICK = CallOptions(retries=0, timeout_s=5)
 PLAN = Blueprint("Add a red box on the left.", "A field.", "- grass", "The left.", "A box.")
@@ -33,7 +33,7 @@ def raw_pairs(folder: Path, count: int) -> pa.Table:
     source = sources.from_records(
         str(write_pairs(folder, count)), load_layout("pairs", pairs=True), None, 100
     )
-    table = pa.concat_tables(source.reader(pa.Table.from_pylist(source.units)))
+    table = pa.concat_tables(read_here(source))
     return table.select(records.RAW_PAIR.names)
 
 

@@ -17,7 +17,7 @@ from pipelines.calls.worker import CalledModel
 from pipelines.readers import sources
 from pipelines.stages.caption import CaptionRules, WriteCaptions
 from tests.chat_server import ChatServer, Response, completion, text_of
-from tests.pipelines.samples import encoded, photo
+from tests.pipelines.samples import encoded, photo, read_here
 
 GOOD = "A calm field of colours\nunder a wide sky."
 FIELDS = {name: "not present" for name in SCHEMA["required"]} | {
@@ -34,7 +34,7 @@ def raw_images(folder: Path, count: int) -> pa.Table:
     for number in range(count):
         (folder / f"{number}.png").write_bytes(encoded(photo(number, (40 + number, 40))))
     source = sources.images_from_folder(str(folder), None, 10)
-    batch = pa.concat_tables(source.reader(pa.Table.from_pylist(source.units)))
+    batch = pa.concat_tables(read_here(source))
     return batch.select(records.RAW_IMAGE.names)
 
 

@@ -14,9 +14,10 @@ from dim.errors import InputError
 from dim.features.encoder import FrozenEncoder
 from dim.features.format import unpack_bf16, unpack_int8
 from infra.storage import open_store
+from pipelines import attempts
 from pipelines.stages.encode import ENCODED, EncodeFeatures, EncodeOptions
 from tests.datasets import edit_rows, t2i_rows
-from tests.feature_shards import encoder, prepare, units_in
+from tests.feature_shards import encoder, prepare, row_groups_in
 from tests.pipelines.finished import finish
 
 Made = tuple[EncodeFeatures, pa.Table]
@@ -24,20 +25,20 @@ Made = tuple[EncodeFeatures, pa.Table]
 
 @pytest.fixture
 def made(tmp_path: Path, tiny_model_dir: Path) -> Callable[..., Made]:
-    """``made(rows, **options)``: the stage over these records, and their units."""
+    """``made(rows, **options)``: the stage over these records, and their row groups."""
 
     def make(rows: list[dict[str, Any]], schema: pa.Schema = records.EDIT, **options: Any) -> Made:
         plain = tmp_path / "plain"
         if not plain.exists():
             finish(open_store(str(plain)), rows, schema)
         stage, _ = encoder(str(plain), str(tmp_path / "out"), tiny_model_dir, **options)
-        return stage, units_in(open_store(str(plain)))
+        return stage, row_groups_in(open_store(str(plain)))
 
     return make
 
 
-def run(stage: EncodeFeatures, units: pa.Table) -> list[dict[str, Any]]:
-    rows = [row for part in stage(units) for row in part.to_pylist()]
+def run(stage: EncodeFeatures, row_groups: pa.Table) -> list[dict[str, Any]]:
+    rows = [row for part in stage(row_groups) for row in part.to_pylist()]
     return sorted(rows, key=lambda row: row["index"])
 
 
@@ -45,8 +46,8 @@ def test_edits_become_what_the_frozen_parts_say(
     made: Callable[..., Made], tiny_model_dir: Path
 ) -> None:
     source = edit_rows(7)
-    stage, units = made(source)
-    rows = run(stage, units)
+    stage, row_groups = made(source)
+    rows = run(stage, row_groups)
     assert [row["id"] for row in rows] == [row["id"] for row in source]
     assert {row["outcome"] for row in rows} == {"kept"}
     model = models.load(tiny_model_dir)
@@ -83,8 +84,8 @@ def test_8_bit_states_say_how_far_they_are_off(made: Callable[..., Made]) -> Non
 
 
 def test_images_have_no_source(made: Callable[..., Made]) -> None:
-    stage, units = made(t2i_rows(2), records.T2I, kind="t2i", texts=("caption",))
-    rows = run(stage, units)
+    stage, row_groups = made(t2i_rows(2), records.T2I, kind="t2i", texts=("caption",))
+    rows = run(stage, row_groups)
     assert [row["outcome"] for row in rows] == ["kept", "kept"]
     assert "source_latent" not in rows[0] and rows[0]["caption_states"]
 
@@ -105,7 +106,7 @@ def test_a_bad_record_spoils_no_other(made: Callable[..., Made]) -> None:
 
 
 def test_numbers_that_are_none_fail_their_record(made: Callable[..., Made]) -> None:
-    stage, units = made(edit_rows(2))
+    stage, row_groups = made(edit_rows(2))
     states = stage._encoder.states
 
     def broken(texts: list[str], seen: Any) -> Any:
@@ -113,17 +114,17 @@ def test_numbers_that_are_none_fail_their_record(made: Callable[..., Made]) -> N
         return hidden * float("nan"), mask
 
     stage._encoder.states = broken  # type: ignore[method-assign]
-    assert [row["error"] for row in run(stage, units)] == [
+    assert [row["error"] for row in run(stage, row_groups)] == [
         "its hidden states are not finite numbers"
     ] * 2
 
 
 def test_a_unit_that_is_done_is_not_done_again(made: Callable[..., Made], tmp_path: Path) -> None:
-    stage, units = made(edit_rows(16))
-    assert len(units) == 2
-    done = run(stage, units.slice(0, 1))
+    stage, row_groups = made(edit_rows(16))
+    assert len(row_groups) == 2
+    done = run(stage, row_groups.slice(0, 1))
     # The second is broken off in its middle, as by a kill.
-    second = stage(units.slice(1, 1))
+    second = stage(row_groups.slice(1, 1))
     next(second)
     second.close()
     store = open_store(str(tmp_path / "out"))
@@ -138,7 +139,7 @@ def test_a_unit_that_is_done_is_not_done_again(made: Callable[..., Made], tmp_pa
         return see(table)
 
     again._encoder.see = watched  # type: ignore[method-assign]
-    rows = run(again, units)
+    rows = run(again, row_groups)
     assert sorted(worked) == sorted(row["id"] for row in rows[8:])
     assert rows[:8] == done and len(rows) == 16
 
@@ -155,9 +156,10 @@ def test_groups_are_of_similar_length(made: Callable[..., Made]) -> None:
     source = edit_rows(8)
     for number, row in enumerate(source):
         row["blueprint"] = row["instruction"] = "word " * (1 + 40 * (number % 2))
-    stage, units = made(source)
+    stage, row_groups = made(source)
     lengths = [
-        {row["blueprint_tokens"] for row in part.to_pylist()} for part in stage(units.slice(0, 1))
+        {row["blueprint_tokens"] for row in part.to_pylist()}
+        for part in stage(row_groups.slice(0, 1))
     ]
     assert [len(group) for group in lengths] == [1, 1]
 
@@ -171,3 +173,14 @@ def test_a_model_that_is_another_one_on_the_workers_machine(
     options = EncodeOptions.model_validate(stage.options.model_dump())
     with pytest.raises(InputError, match="is not the same on every machine: the weights or the"):
         EncodeFeatures(str(tiny_model_dir), options, needed, store, store, False, 1)
+
+
+def test_a_unit_that_no_process_survives_is_failed_records(
+    made: Callable[..., Made], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage, row_groups = made(edit_rows(3))
+    monkeypatch.setattr(attempts, "attempt", lambda: attempts.MOST_ATTEMPTS)
+    rows = run(stage, row_groups)
+    assert [row["id"] for row in rows] == [row["id"] for row in edit_rows(3)]
+    assert {row["outcome"] for row in rows} == {"failed"}
+    assert {row["stage"] for row in rows} == {"features"} and "ended 4 times" in rows[0]["error"]
