@@ -19,7 +19,9 @@ class PainterDeployment:
     """Holds one DIM and paints with it. One batch is on the device at any time."""
 
     def __init__(self, config: ServingConfig) -> None:
-        self._model = models.load(config.model, device=best_device(), dtype=config.dtype)
+        self._model = models.load(
+            config.model, device=best_device(), dtype=config.dtype, lora=config.lora
+        )
         self._worker = ThreadPoolExecutor(max_workers=1)
         batched = serve.batch(
             max_batch_size=config.max_batch_size, batch_wait_timeout_s=config.batch_wait_s

@@ -92,15 +92,19 @@ def start_ray() -> None:
 
 def check(config: ServingConfig) -> None:
     """Everything that can be known to fail before Ray is started; errors as of ``start``."""
-    check_model(config.model)
+    check_model(config.model, config.lora)
     check_designers(config.designers)
     check_port(config.host, config.port)
 
 
-def check_model(path: str) -> None:
-    """Say at once that there is no model, before Ray is started."""
+def check_model(path: str, lora: Sequence[str] = ()) -> None:
+    """Say at once that there is no model, or an adapter that is none of its, before Ray starts."""
     if not (Path(path) / "dim.json").is_file():
         raise CheckpointError(f"no model at {path} (a model folder holds a dim.json)")
+    if lora:
+        from dim.model.lora.merge import check_folder
+
+        check_folder(path, lora)
 
 
 def check_designers(specs: Sequence[str]) -> None:
@@ -151,6 +155,9 @@ def failure_of_application() -> str | None:
 
 def main(
     model: str = typer.Option(..., "--model", "-m", help="Folder of a DIM, as `dim train` makes."),
+    lora: list[str] = typer.Option(
+        [], metavar="PATH[:WEIGHT]", help="A LoRA adapter to paint with; may be repeated."
+    ),
     port: int = typer.Option(8000, help="The port to listen on."),
     host: str = typer.Option("127.0.0.1", help="The address to listen on; 0.0.0.0 is everywhere."),
     designer: list[str] = typer.Option(
@@ -165,6 +172,7 @@ def main(
     """Serve edits and generations over HTTP, with OpenAI's routes, until stopped."""
     settings = [
         f"model={model!r}",
+        f"lora={list(lora)!r}",
         f"port={port}",
         f"host={host!r}",
         f"designers={list(designer)!r}",
