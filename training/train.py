@@ -34,6 +34,7 @@ from training.log import OnProgress, progress_bar, watch
 from training.loop import train_loop_per_worker
 from training.plan import Plan, absolute, measure
 from training.record import (
+    ADAPTER_FOLDER,
     CHECKPOINTS_FOLDER,
     MODEL_FOLDER,
     StageRecord,
@@ -46,7 +47,11 @@ from training.stage import StageConfig
 
 @dataclass(frozen=True)
 class StageResult:
-    """What a stage leaves behind. ``model_dir`` is a folder for ``dim.model.load``."""
+    """What a stage leaves behind.
+
+    ``model_dir`` is a folder for ``dim.model.load``; of a stage with ``lora``, the adapter's, which
+    ``load`` takes beside the folder that the stage began with.
+    """
 
     model_dir: str
     checkpoint: str
@@ -153,7 +158,8 @@ def main(
     for name, value in result.metrics.items():
         if name == "loss" or name.startswith("validation_"):
             console.print(f"{name}: {value:.4g}")
-    console.print(f"model: {result.model_dir}", soft_wrap=True)
+    made = "model" if config.lora is None else "LoRA adapter"
+    console.print(f"{made}: {result.model_dir}", soft_wrap=True)
     console.print(f"MLflow run: {result.mlflow_run_id}")
 
 
@@ -239,7 +245,7 @@ def _restored_sigint() -> Iterator[None]:
 
 def _result(config: StageConfig, record: StageRecord) -> StageResult:
     return StageResult(
-        model_dir=storage.join(config.out, MODEL_FOLDER),
+        model_dir=storage.join(config.out, ADAPTER_FOLDER if config.lora else MODEL_FOLDER),
         checkpoint=record.checkpoint,
         metrics=record.metrics,
         mlflow_run_id=record.run_id,
