@@ -238,15 +238,20 @@ def test_a_wrong_target_is_an_error_before_the_first_step(start: Callable[..., A
     assert "no layer is called to_z; there are" in str(answer["error"])
 
 
-def test_an_existing_export_is_replaced_as_a_whole(
+def test_an_export_that_was_cut_off_leaves_nothing_behind(
     start: Callable[..., Any], tmp_path: Path
 ) -> None:
-    stale = tmp_path / "out" / "adapter" / "dim_adapter.safetensors"
-    stale.parent.mkdir(parents=True)
-    stale.write_bytes(b"of an export that was cut off")
+    folder = tmp_path / "out" / "adapter"
+    folder.mkdir(parents=True)
+    for name in ("dim_adapter.safetensors", ".dim_adapter.safetensors.part"):
+        (folder / name).write_bytes(b"half of it")
     answer, _ = start(steps=1, lora={"targets": ["attn1.to_q"], "train": ["patch_embed"]})
     assert answer["error"] is None
-    assert load_file(stale).keys() == {
+    assert {file.name for file in folder.iterdir()} == {
+        "pytorch_lora_weights.safetensors",
+        "dim_adapter.safetensors",
+    }
+    assert load_file(folder / "dim_adapter.safetensors").keys() == {
         "transformer.patch_embed.proj.weight",
         "transformer.patch_embed.proj.bias",
     }

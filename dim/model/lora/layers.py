@@ -72,10 +72,10 @@ def attach(
     model.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network.add_adapter(_peft(settings, [x for x in chosen if not x.startswith(CONNECTOR)]))
-        if of_connector := [x for x in chosen if x.startswith(CONNECTOR)]:
-            names = [name.removeprefix(CONNECTOR) for name in of_connector]
-            inject_adapter_in_model(_peft(settings, names), connector, ADAPTER)
+        of_painter = [name for name in chosen if not name.startswith(CONNECTOR)]
+        network.add_adapter(_peft(settings, of_painter), ADAPTER)
+        if of_connector := [x.removeprefix(CONNECTOR) for x in chosen if x.startswith(CONNECTOR)]:
+            inject_adapter_in_model(_peft(settings, of_connector), connector, ADAPTER)
     if settings.dropout:
         for number, layer in enumerate(_lora_layers(model)):
             layer.lora_dropout[ADAPTER] = RowDropout(settings.dropout, number)

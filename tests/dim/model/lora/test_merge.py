@@ -10,7 +10,8 @@ import torch
 from dim import model as models
 from dim.errors import CheckpointError, InputError
 from dim.model import DIM
-from dim.model.lora.merge import merge, merge_folder, parse
+from dim.model.lora.adapter import Adapter, LowRank
+from dim.model.lora.merge import Weighted, merge, merge_folder, merged, parse
 from tests.dim.model.lora.adapters import EVERYTHING, make_adapter, velocity, with_adapter
 
 
@@ -55,6 +56,9 @@ def test_a_weight_of_zero_changes_no_bit(editor: Path, tmp_path: Path) -> None:
     adapter = make_adapter(editor, tmp_path / "adapter", **EVERYTHING)
     model = models.load(editor, lora=[f"{adapter}:0"])
     assert same(weights(model), weights(models.load(editor)))
+    change = LowRank(torch.ones(1, 2), torch.ones(2, 1), 1.0)
+    base = torch.tensor([[-0.0, 1.0], [2.0, 3.0]])  # a sum with zeros would turn -0.0 into 0.0
+    assert merged("layer", base, [Weighted(Adapter({"layer": change}, {}), 0.0)]) is base
 
 
 def test_several_adapters_add_up_by_weight(editor: Path, tmp_path: Path) -> None:
