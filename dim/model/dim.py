@@ -20,7 +20,7 @@ from dim.model.checkpoint.folder import Provenance
 from dim.model.conditioner import Conditioner, ImageFeatures
 from dim.model.config import Fit, ModelConfig, SamplingConfig, require_choice
 from dim.model.connector import Connector
-from dim.model.lora.merge import merge
+from dim.model.lora.merge import merge_for_good
 from dim.model.paint import encode_sources, paint
 from dim.model.painter import Painter
 from dim.model.pixels import upright_rgb
@@ -440,7 +440,7 @@ def load(
         provenance=description.provenance,
     )
     dim = dim.to(device) if device is not None else dim
-    merge(dim, lora)
+    merge_for_good(dim, lora)
     return dim
 
 

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dim.errors import InputError
+from dim.errors import CheckpointError, InputError
 from dim.model import parts
 from dim.model.checkpoint import folder, tensorfile
+from dim.model.checkpoint.finite import is_finite
 from dim.model.checkpoint.tensorfile import MAX_SHARD_BYTES, Produce, Shape, TensorFiles
 from dim.model.lora.adapter import CONNECTOR, NULL_CONDITION, TRANSFORMER, Adapter, read_adapter
 
@@ -99,15 +100,35 @@ def merge(model: DIM, specs: Sequence[str]) -> Merged:
     Raises:
         InputError, CheckpointError: as for ``read_all``; the model is left as it was.
     """
+    kept: list[tuple[nn.Parameter, Tensor]] = []
+    try:
+        for pair in _replace(model, specs):
+            kept.append(pair)
+    except CheckpointError:
+        Merged(tuple(kept)).unmerge()
+        raise
+    return Merged(tuple(kept))
+
+
+def merge_for_good(model: DIM, specs: Sequence[str]) -> None:
+    """``merge``, without keeping what it replaces: memory holds one weight twice, not all.
+
+    Raises:
+        InputError, CheckpointError: as for ``merge``; the model may be changed in part.
+    """
+    for _ in _replace(model, specs):
+        pass
+
+
+def _replace(model: DIM, specs: Sequence[str]) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    """Merge a weight at a time; the parameter and what it was before."""
     named = dict(_named_parameters(model))
     adapters = read_all(specs, {name: tuple(each.shape) for name, each in named.items()})
-    kept = []
     for name, parameter in named.items():
         base = parameter.data
         if (changed := merged(name, base, adapters)) is not base:
-            kept.append((parameter, base))
             parameter.data = changed
-    return Merged(tuple(kept))
+            yield parameter, base
 
 
 def merged(name: str, base: Tensor, adapters: Iterable[Weighted]) -> Tensor:
@@ -116,6 +137,9 @@ def merged(name: str, base: Tensor, adapters: Iterable[Weighted]) -> Tensor:
     ``base + Σ weight · scale · up @ down``; of an adapter that has the weight itself, the step from
     ``base`` to it counts. Sums are of single precision or better. ``base`` itself where nothing
     changes it.
+
+    Raises:
+        CheckpointError: the sum is beyond the type's range.
     """
     wide = torch.promote_types(base.dtype, torch.float32)
     total, rest = None, 1.0
@@ -132,7 +156,12 @@ def merged(name: str, base: Tensor, adapters: Iterable[Weighted]) -> Tensor:
         else:
             continue
         total = change if total is None else total + change
-    return base if total is None else (base.to(wide) * rest + total).to(base.dtype)
+    if total is None:
+        return base
+    changed = (base.to(wide) * rest + total).to(base.dtype)
+    if not is_finite(changed):
+        raise CheckpointError(f"{name} is no longer finite with these adapters: lower the weights")
+    return changed
 
 
 def merge_folder(

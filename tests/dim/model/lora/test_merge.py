@@ -144,3 +144,17 @@ def test_an_adapter_that_does_not_fit_leaves_the_model_as_it_was(
     with pytest.raises(CheckpointError, match="not found"):
         merge(model, [str(adapter), str(tmp_path / "gone")])
     assert same(weights(model), before)
+
+
+def test_weights_beyond_a_types_range_are_refused(editor: Path, tmp_path: Path) -> None:
+    adapter = make_adapter(editor, tmp_path / "adapter", rank=1)
+    model = models.load(editor, dtype="float16")
+    before = weights(model)
+    with pytest.raises(CheckpointError, match="no longer finite"):
+        merge(model, [f"{adapter}:1e9"])
+    assert same(weights(model), before)
+    merge_folder(editor, [str(adapter)], tmp_path / "out")
+    with pytest.raises(CheckpointError, match="no longer finite"):
+        merge_folder(editor, [f"{adapter}:1e39"], tmp_path / "out")
+    merged = models.load(editor, lora=[str(adapter)])
+    assert same(weights(models.load(tmp_path / "out")), weights(merged))
