@@ -58,6 +58,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "dim.commands.model_export:main",
         "A DIM folder in the published checkpoints' layout.",
     ),
+    "model merge": (
+        "dim.commands.model_merge:main",
+        "LoRA adapters merged into a DIM folder.",
+    ),
     "model info": ("dim.commands.model_info:main", "What a DIM folder holds."),
     "submit": ("infra.submit:main", "Run a sub-command as a job on a Ray cluster."),
     "tiny build": ("dim.tiny.build:main", "Pretrain the tiny models that ship with the package."),

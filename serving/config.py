@@ -17,6 +17,8 @@ class ServingConfig(StrictModel):
 
     model: str
     """Folder of a DIM, readable from every node that runs a replica."""
+    lora: tuple[str, ...] = ()
+    """LoRA adapters to merge into the model, ``PATH[:WEIGHT]`` each; readable from there too."""
     designers: tuple[str, ...] = ("self",)
     """Designer specs that a request may choose from; the first is the default. ``self`` is the
     served model's own understanding. ``none`` is always allowed and needs no entry."""

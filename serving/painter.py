@@ -21,7 +21,10 @@ class PainterDeployment:
 
     def __init__(self, config: ServingConfig) -> None:
         self._model = models.load(
-            on_this_machine(config.model), device=best_device(), dtype=config.dtype
+            on_this_machine(config.model),
+            device=best_device(),
+            dtype=config.dtype,
+            lora=config.lora,
         )
         self._worker = ThreadPoolExecutor(max_workers=1)
         batched = serve.batch(

@@ -16,6 +16,7 @@ import typer
 
 from dim.config import load_config
 from dim.errors import CheckpointError, DimError
+from infra.models import on_this_machine
 from infra.registry import located
 from infra.storage import open_store
 from serving.config import NO_DESIGNER, ServingConfig
@@ -93,15 +94,19 @@ def start_ray() -> None:
 
 def check(config: ServingConfig) -> None:
     """Everything that can be known to fail before Ray is started; errors as of ``start``."""
-    check_model(config.model)
+    check_model(config.model, config.lora)
     check_designers(config.designers)
     check_port(config.host, config.port)
 
 
-def check_model(address: str) -> None:
-    """Say at once that there is no model, before Ray is started."""
+def check_model(address: str, lora: Sequence[str] = ()) -> None:
+    """Say at once that there is no model, or an adapter that is none of its, before Ray starts."""
     if not open_store(address).is_file("dim.json"):
         raise CheckpointError(f"no model at {address} (a model folder holds a dim.json)")
+    if lora:
+        from dim.model.lora.merge import check_folder
+
+        check_folder(on_this_machine(address), lora)
 
 
 def check_designers(specs: Sequence[str]) -> None:
@@ -154,6 +159,9 @@ def main(
     model: str = typer.Option(
         ..., "--model", "-m", help="Folder of a DIM, as `dim train` makes, or models:/NAME@ALIAS."
     ),
+    lora: list[str] = typer.Option(
+        [], metavar="PATH[:WEIGHT]", help="A LoRA adapter to paint with; may be repeated."
+    ),
     port: int = typer.Option(8000, help="The port to listen on."),
     host: str = typer.Option("127.0.0.1", help="The address to listen on; 0.0.0.0 is everywhere."),
     designer: list[str] = typer.Option(
@@ -168,6 +176,7 @@ def main(
     """Serve edits and generations over HTTP, with OpenAI's routes, until stopped."""
     settings = [
         f"model={located(model)!r}",
+        f"lora={list(lora)!r}",
         f"port={port}",
         f"host={host!r}",
         f"designers={list(designer)!r}",

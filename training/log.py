@@ -9,6 +9,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import torch
 from PIL import Image
@@ -87,6 +88,15 @@ class RunLog:
             self._run.log_figure(image, name)
         except TrackingError as error:
             self.say(f"warning: {error}; training goes on without this picture")
+
+    def file(self, file: Path, folder: str) -> None:
+        """Store a file as the run's artifact in ``folder``."""
+        if self._run is None:
+            return
+        try:
+            self._run.log_artifact(file, folder)
+        except TrackingError as error:
+            self.say(f"warning: {error}; {file.name} is in the stage's output only")
 
     def validation(self, step: int, metrics: Mapping[str, float], sheet: Image.Image) -> None:
         """Note, show and say what validation after ``step`` found."""

@@ -15,13 +15,11 @@ from dim.learning.ema import averaged
 from dim.learning.step import changed_cells
 from dim.model import DIM
 from dim.model.flow import FlowSchedule, squared_error
-from infra import storage
-from infra.models import load_initial, save_model
-from training import parallel
+from infra.models import load_initial
+from training import finetune, parallel
 from training.data import Feed, choose_source, make_feed, open_shards
 from training.log import RunLog, StepLog, open_log, silence_repeats
 from training.plan import Plan, announcement
-from training.record import MODEL_FOLDER
 from training.stage import StageConfig, learning_rate_at
 from training.state import TrainState, check_updates, new_state, restore, save
 from training.validation import Validation, open_validation
@@ -76,7 +74,7 @@ def train_loop_per_worker(config: dict[str, Any]) -> dict[str, Any]:
         return {"error": diverged}
     if worker.rank == 0:
         with averaged(worker.state.ema):
-            save_model(worker.model, storage.join(plan.config.out, MODEL_FOLDER))
+            finetune.export(worker.model, plan.config, worker.log)
         worker.log.close()
     return {"error": None, "metrics": metrics}
 
@@ -94,6 +92,7 @@ def prepare(plan: Plan) -> Worker:
     shards = open_shards(plan, model, rank)
     frozen_are_used = shards is None or config.validation is not None
     parallel.place(model, device, config.precision, frozen=frozen_are_used)
+    finetune.attach(model, config)
     model.painter.checkpoint_gradients(config.gradient_checkpointing)
     state = new_state(model, config)
     resumed = restore(state, device)
@@ -123,6 +122,7 @@ def update(worker: Worker, step: int) -> tuple[torch.Tensor, torch.Tensor]:
     draws, batch = worker.feed.get(step)
     batch, index = batch.to(worker.device), draws.index
     noise, dropped = draws.noise.to(worker.device), draws.dropped.to(worker.device)
+    finetune.key_dropout(worker.model, config, draws.noise)
 
     noisy = schedule.add_noise(batch.latent, noise, index)
     with parallel.autocast(worker.device, config.precision):
@@ -184,11 +184,11 @@ def validate(worker: Worker) -> dict[str, float]:
     """Paint the held-out samples with the averaged weights; all workers take part."""
     if worker.validation is None:
         return {}
-    worker.model.painter.eval()
+    worker.model.eval()
     autocast = parallel.autocast(worker.device, worker.config.precision)
     with autocast, averaged(worker.state.ema):
         outcome = worker.validation.run()
-    worker.model.painter.train()
+    worker.model.train()
     if outcome is None:
         return {}
     metrics, sheet = outcome

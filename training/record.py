@@ -20,6 +20,7 @@ from training.stage import OPERATIONAL_KEYS, StageConfig
 
 STAGE_FILE = "stage.json"
 MODEL_FOLDER = "model"  # what ``dim.model.load`` reads
+ADAPTER_FOLDER = "adapter"  # instead of it, where a LoRA was trained: see ``dim.model.lora``
 CHECKPOINTS_FOLDER = "checkpoints"  # Ray Train's
 _VERSION = 1
 
@@ -81,7 +82,7 @@ def read_record(out: str) -> StageRecord | None:
 def discard(out: str) -> None:
     """Remove all that a stage has left in ``out``."""
     store = storage.open_store(out)
-    for name in (CHECKPOINTS_FOLDER, MODEL_FOLDER, STAGE_FILE):
+    for name in (CHECKPOINTS_FOLDER, MODEL_FOLDER, ADAPTER_FOLDER, STAGE_FILE):
         store.delete(name)
 
 

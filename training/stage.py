@@ -9,6 +9,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_va
 
 from dim.config import StrictModel
 from dim.learning.config import StageInputs
+from dim.model.lora.settings import LoraSettings
 from dim.records import TextName
 
 # What may change between an interrupted run and its continuation: nothing that moves a weight.
@@ -79,6 +80,7 @@ class StageConfig(StageInputs):
     # How much more a latent cell counts whose source and target differ. 1 = the published loss.
     changed_cell_weight: float = Field(default=1.0, ge=1)
     seed: NonNegativeInt = 0
+    lora: LoraSettings | None = None  # train an adapter of painter and connector; else all of both
 
     workers: PositiveInt = 1
     cpus_per_worker: PositiveInt = 1

@@ -1,7 +1,8 @@
 """What is saved so that a run goes on as if nothing had happened.
 
-Weights, optimizer, EMA and the number of updates done. The step stands for the rest: epoch, place
-in the data and random numbers are functions of seed and step (see ``dim.learning.batch``).
+Weights that learn, optimizer, EMA and the number of updates done. The step stands for the rest:
+epoch, place in the data and random numbers are functions of seed and step (see
+``dim.learning.batch``).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from dim.errors import CheckpointError
 from dim.learning.ema import Ema
 from dim.learning.optimizer import adamw, updates_made
 from dim.learning.step import Trainable
+from dim.learning.trained import load_trained_weights, trained_weights
 from dim.model import DIM
 from training.stage import StageConfig
 
@@ -94,7 +96,7 @@ def _pack(state: TrainState) -> dict[str, Any]:
     return {
         "version": _VERSION,
         "step": state.step,
-        "module": state.module.state_dict(),
+        "module": trained_weights(state.module),
         "optimizer": state.optimizer.state_dict(),
         "ema": None if state.ema is None else state.ema.state_dict(),
     }
@@ -110,7 +112,7 @@ def _unpack(state: TrainState, path: Path, device: torch.device, *, where: str) 
             f"the checkpoint {where} has format {saved['version']}, this program reads {_VERSION}"
         )
     try:
-        state.module.load_state_dict(saved["module"])
+        load_trained_weights(state.module, saved["module"])
         state.optimizer.load_state_dict(saved["optimizer"])
         if state.ema is not None:
             state.ema.load_state_dict(saved["ema"])

@@ -36,6 +36,7 @@ from training.log import OnProgress, progress_bar, watch
 from training.loop import train_loop_per_worker
 from training.plan import Plan, absolute, measure
 from training.record import (
+    ADAPTER_FOLDER,
     CHECKPOINTS_FOLDER,
     MODEL_FOLDER,
     StageRecord,
@@ -49,7 +50,11 @@ from training.stage import StageConfig
 
 @dataclass(frozen=True)
 class StageResult:
-    """What a stage leaves behind. ``model_dir`` is a folder for ``dim.model.load``."""
+    """What a stage leaves behind.
+
+    ``model_dir`` is a folder for ``dim.model.load``; of a stage with ``lora``, the adapter's, which
+    ``load`` takes beside the folder that the stage began with.
+    """
 
     model_dir: str
     checkpoint: str
@@ -159,7 +164,8 @@ def main(
     for name, value in result.metrics.items():
         if name == "loss" or name.startswith("validation_"):
             console.print(f"{name}: {value:.4g}")
-    console.print(f"model: {result.model_dir}", soft_wrap=True)
+    made = "model" if config.lora is None else "LoRA adapter"
+    console.print(f"{made}: {result.model_dir}", soft_wrap=True)
     console.print(f"MLflow run: {result.mlflow_run_id}")
     if result.registered:
         console.print(f"registered: {result.registered} (models:/NAME@{config.stage})")
@@ -187,7 +193,7 @@ def _registered(config: StageConfig, record: StageRecord) -> StageRecord:
 
     The model stands without it, so what goes wrong here is said, and done by the next call.
     """
-    if record.registered or config.registry is None:
+    if record.registered or config.registry is None or config.lora is not None:
         return record
     try:
         uri = config.tracking.uri or default_uri(config.out)
@@ -282,7 +288,7 @@ def _restored_sigint() -> Iterator[None]:
 
 def _result(config: StageConfig, record: StageRecord) -> StageResult:
     return StageResult(
-        model_dir=storage.join(config.out, MODEL_FOLDER),
+        model_dir=storage.join(config.out, ADAPTER_FOLDER if config.lora else MODEL_FOLDER),
         checkpoint=record.checkpoint,
         metrics=record.metrics,
         mlflow_run_id=record.run_id,

@@ -16,6 +16,9 @@ def main(
     image: Path = typer.Argument(..., help="The image to edit (PNG, JPEG, WebP, …)."),
     instruction: str = typer.Argument(..., help="What to change, in words."),
     model: Path = typer.Option(..., "--model", "-m", help="Folder of a DIM, as `dim train` makes."),
+    lora: list[str] = typer.Option(
+        [], metavar="PATH[:WEIGHT]", help="A LoRA adapter to paint with; may be repeated."
+    ),
     out: Path = typer.Option(Path("edited.png"), "--out", "-o", help="Where the PNG goes."),
     designer: str | None = typer.Option(
         None,
@@ -48,7 +51,7 @@ def main(
 
     source = read_image(image)
     asked = designer_of(designer)
-    dim = models.load(model, device=device or best_device())
+    dim = models.load(model, device=device or best_device(), lora=lora)
     result = dim.edit(
         [source],
         [instruction],

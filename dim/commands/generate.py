@@ -10,6 +10,9 @@ import typer
 def main(
     prompt: str = typer.Argument(..., help="What the image shows, in words."),
     model: Path = typer.Option(..., "--model", "-m", help="Folder of a DIM, as `dim train` makes."),
+    lora: list[str] = typer.Option(
+        [], metavar="PATH[:WEIGHT]", help="A LoRA adapter to paint with; may be repeated."
+    ),
     out: Path = typer.Option(Path("generated.png"), "--out", "-o", help="Where the PNG goes."),
     size: str | None = typer.Option(
         None, metavar="WIDTHxHEIGHT", help="In pixels; the model's own resolution by default."
@@ -29,7 +32,7 @@ def main(
     from dim.images import parse_size, save_png
 
     wanted = None if size is None else parse_size(size)
-    dim = models.load(model, device=device or best_device())
+    dim = models.load(model, device=device or best_device(), lora=lora)
     image = dim.generate(
         [prompt],
         size=wanted,

@@ -9,10 +9,9 @@ from torch.optim import AdamW, Optimizer
 def adamw(
     module: nn.Module, *, learning_rate: float, betas: tuple[float, float], weight_decay: float
 ) -> Optimizer:
-    """AdamW over all parameters of ``module``, each update in one fused pass."""
-    return AdamW(
-        module.parameters(), lr=learning_rate, betas=betas, weight_decay=weight_decay, fused=True
-    )
+    """AdamW over all parameters of ``module`` that learn, each update in one fused pass."""
+    learning = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    return AdamW(learning, lr=learning_rate, betas=betas, weight_decay=weight_decay, fused=True)
 
 
 def updates_made(optimizer: Optimizer) -> set[int]:

@@ -53,7 +53,8 @@ def sampling_block(
 
 def feed_forward(layer: Any, states: Tensor, size: tuple[int, int]) -> Tensor:
     """What the ``GLUMBConv`` ``layer`` makes of ``states`` (R, L, F), a few rows at a time."""
-    wide = states.shape[1] * layer.conv_inverted.out_channels
+    # Of the weight and not of the layer, which may be one with an adapter around it.
+    wide = states.shape[1] * layer.conv_inverted.weight.shape[0]
     cells = states.unflatten(1, size).permute(0, 3, 1, 2)
     pieces = [_gated(layer, piece) for piece in cells.split(max(1, WIDE_NUMBERS // wide))]
     painted = pieces[0] if len(pieces) == 1 else torch.cat(pieces)

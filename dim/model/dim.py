@@ -20,6 +20,7 @@ from dim.model.checkpoint.folder import Provenance
 from dim.model.conditioner import Conditioner, ImageFeatures
 from dim.model.config import Fit, ModelConfig, SamplingConfig, require_choice
 from dim.model.connector import Connector
+from dim.model.lora.merge import merge_for_good
 from dim.model.paint import encode_sources, paint
 from dim.model.painter import Painter
 from dim.model.pixels import upright_rgb
@@ -416,6 +417,7 @@ def load(
     *,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
+    lora: Sequence[str] = (),
 ) -> DIM:
     """Read a folder that ``DIM.save`` wrote.
 
@@ -423,9 +425,12 @@ def load(
         path: the folder.
         device: where to put the model, for example ``"cuda"``; default is the CPU.
         dtype: floating type such as ``torch.bfloat16`` or ``"bfloat16"``; default is as saved.
+        lora: adapters to merge into the weights, ``PATH[:WEIGHT]`` each (``dim.model.lora``).
 
     Raises:
-        CheckpointError: no such folder, not a DIM, incomplete or damaged.
+        CheckpointError: no such folder, not a DIM, incomplete or damaged; or an adapter is so, or
+            is another model's.
+        InputError: an adapter's weight is no number.
     """
     description, modules = folder.read(Path(path), _dtype(dtype))
     dim = DIM(
@@ -434,7 +439,9 @@ def load(
         understanding_source=description.understanding,
         provenance=description.provenance,
     )
-    return dim.to(device) if device is not None else dim
+    dim = dim.to(device) if device is not None else dim
+    merge_for_good(dim, lora)
+    return dim
 
 
 def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:

@@ -1,0 +1,1 @@
+"""LoRA adapters: small files of changes to painter and connector, learnt, read and merged."""

@@ -1,0 +1,36 @@
+"""A painter that was started with an adapter paints with it."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dim import model as models
+from serving.config import ServingConfig
+from serving.jobs import GenerateJob, Painted
+from serving.painter import PainterDeployment
+from tests.dim.model.lora.adapters import make_adapter
+
+
+@pytest.mark.parametrize("weight", ["", ":0"])
+def test_the_painter_merges_the_adapters_it_is_given(
+    weight: str, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "adapter"
+    adapter = f"{make_adapter(tiny_model_dir, folder, rank=2, train=['patch_embed'])}{weight}"
+    painter = PainterDeployment(ServingConfig(model=str(tiny_model_dir), lora=(adapter,)))
+    job = GenerateJob("a blue star", (64, 64), 5, 2, 1.0)
+    (painted,) = painter._generate_all([job])
+    assert isinstance(painted, Painted)
+    made = np.asarray(Image.open(io.BytesIO(painted.png)))
+    images = [
+        models.load(tiny_model_dir, lora=lora).generate(["a blue star"], seeds=[5], steps=2)[0]
+        for lora in ([adapter], [])
+    ]
+    with_adapter, without = map(np.asarray, images)
+    assert np.array_equal(made, with_adapter)
+    assert np.array_equal(made, without) == bool(weight)
