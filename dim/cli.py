@@ -63,6 +63,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "LoRA adapters merged into a DIM folder.",
     ),
     "model info": ("dim.commands.model_info:main", "What a DIM folder holds."),
+    "experiment ablation": (
+        "workflows.ablation:main",
+        "Instruction, blueprint or noisy blueprint: what a painter makes of each.",
+    ),
     "submit": ("infra.submit:main", "Run a sub-command as a job on a Ray cluster."),
     "tiny build": ("dim.tiny.build:main", "Pretrain the tiny models that ship with the package."),
     "tiny report": ("dim.tiny.report:main", "Measure the tiny models that ship with the package."),
@@ -70,6 +74,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
 GROUPS = {
     "data": "Make DIM-T2I and DIM-Edit data sets.",
     "model": "Published checkpoints and model folders.",
+    "experiment": "What is claimed, measured.",
     "tiny": "The tiny pretrained models of the package.",
 }
 MARKUP: Any = "rich"

@@ -32,7 +32,7 @@ from dim.errors import DimError
 from dim.model.config import ModelConfig
 from infra.ports import free_port
 from infra.tracking import Tracking
-from pipelines import edit, evaluate, ingest, t2i
+from pipelines import evaluate
 from pipelines.cluster import connect
 from pipelines.command import Overrides
 from pipelines.job import TrackingConfig
@@ -43,6 +43,7 @@ from serving.serve import check_port
 from training import train
 from training.log import progress_bar
 from training.stage import StageConfig
+from workflows import tabletop
 from workflows.report import Report
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -156,73 +157,28 @@ def run(config: DemoConfig, console: Console) -> Path:
 def make_data(config: DemoConfig, places: Places, console: Console) -> list[tuple[str, Manifest]]:
     """Tabletop → raw shards → DIM-T2I, DIM-Edit and held-out DIM-Edit shards."""
     tracking = TrackingConfig(uri=places.tracking, experiment="dim-data")
-    # Flat colours and drawn things are no photographs, and tables are alike on purpose.
-    photographic = dict.fromkeys(("min_entropy", "min_sharpness", "max_text_area"))
-    filters = {"min_side": min(config.size, 256), **photographic}
-    duplicates = {"exact": False, "max_distance": None}
-    # A new table changes most pixels, a small thing very few: both are edits here.
-    pair_filters = {**filters, "max_shift": None, "min_ssim": -1, "min_changed": 0.0005}
-    world = {
-        "size": config.size,
-        "objects": config.objects,
-        "outlines": config.outlines,
-        "tracking": tracking,
-    }
-    edits = {**world, "kinds": config.kinds, "referential": config.referential}
-    raw, raw_images, raw_held_out = (places.data(f"raw-{n}") for n in ("edit", "t2i", "held-out"))
-    designed = {
-        "designer": "oracle",
-        "filters": pair_filters,
-        "duplicates": duplicates,
-        "workers": 2,
-        "tracking": tracking,
-    }
+    raw, images, held_out = (places.data(f"raw-{n}") for n in ("edit", "t2i", "held-out"))
+    seed = config.seed
+
+    def design(raw: str, out: str) -> Manifest:
+        return tabletop.designed(config, raw, places.data(out), tracking, designer="oracle")
+
     steps: list[tuple[str, Callable[[], Manifest]]] = [
         (
             "ingest pairs",
-            lambda: ingest.run(
-                ingest.IngestConfig(out=raw, tabletop=config.pairs, seed=config.seed, **edits)
-            ),
+            lambda: tabletop.raw_pairs(config, raw, config.pairs, tracking, seed=seed),
         ),
         (
             "ingest held-out pairs",
-            lambda: ingest.run(
-                ingest.IngestConfig(
-                    out=raw_held_out, tabletop=config.held_out, seed=config.seed + 1, **edits
-                )
-            ),
+            lambda: tabletop.raw_pairs(config, held_out, config.held_out, tracking, seed=seed + 1),
         ),
         (
             "ingest images",
-            lambda: ingest.run(
-                ingest.IngestConfig(
-                    out=raw_images, tabletop_images=config.images, seed=config.seed + 2, **world
-                )
-            ),
+            lambda: tabletop.raw_images(config, images, config.images, tracking, seed=seed + 2),
         ),
-        (
-            "DIM-Edit",
-            lambda: edit.run(edit.EditConfig(raw=raw, out=places.data("edit"), **designed)),
-        ),
-        (
-            "held-out DIM-Edit",
-            lambda: edit.run(
-                edit.EditConfig(raw=raw_held_out, out=places.data("held-out"), **designed)
-            ),
-        ),
-        (
-            "DIM-T2I",
-            lambda: t2i.run(
-                t2i.T2IConfig(
-                    raw=raw_images,
-                    out=places.data("t2i"),
-                    captioner="oracle",
-                    filters=filters,
-                    duplicates=duplicates,
-                    tracking=tracking,
-                )
-            ),
-        ),
+        ("DIM-Edit", lambda: design(raw, "edit")),
+        ("held-out DIM-Edit", lambda: design(held_out, "held-out")),
+        ("DIM-T2I", lambda: tabletop.captioned(config, images, places.data("t2i"), tracking)),
     ]
     done = []
     for name, step in steps:

@@ -4,6 +4,7 @@
 ``openai:MODEL@URL``  a vision-language model over HTTP (``openai:MODEL`` alone: OpenAI's own)
 ``replay:PATH``       recorded answers from a JSONL file
 ``oracle``            exact answers for images of the tabletop world
+``noisy:SHARE``       the oracle, wrong in such a share of its plans: for experiments
 ``vllm:MODEL``        a vision-language model on this cluster's GPUs; in data jobs only
 ``self``              the shipped tiny model's own understanding; ``self:FOLDER`` a saved model's
 ==================  ===========================================================================
@@ -44,7 +45,10 @@ __all__ = [
     "engine_model",
 ]
 
-DESIGNERS = ("openai:MODEL@URL", "replay:PATH", "oracle", "self", "self:MODEL_FOLDER", "vllm:MODEL")
+DESIGNERS = (
+    *("openai:MODEL@URL", "replay:PATH", "oracle", "noisy:SHARE"),
+    *("self", "self:MODEL_FOLDER", "vllm:MODEL"),
+)
 CAPTIONERS = ("openai:MODEL@URL", "replay:PATH", "oracle", "vllm:MODEL")
 
 _MODEL_AT_URL = re.compile(r"(?P<model>\S+?)(?:@(?P<url>https?://\S+))?")
@@ -78,6 +82,10 @@ def create(
         from dim.designers.tabletop import TabletopOracle
 
         return TabletopOracle()
+    if kind == "noisy":
+        from dim.designers.tabletop import NoisyOracle
+
+        return NoisyOracle(_share(argument, spec))
     return _create_self(argument)
 
 
@@ -124,6 +132,8 @@ def check(spec: str, *, captioner: bool = False) -> None:
         _model_and_url(argument, spec)
     elif kind == "replay" and not Path(argument).is_file():
         raise DesignerError(f"recorded answers not found: {argument}")
+    elif kind == "noisy":
+        _share(argument, spec)
     elif kind == "self" and argument and not Path(argument).is_dir():
         raise DesignerError(f"model folder not found: {argument}")
 
@@ -151,6 +161,16 @@ def _model_and_url(argument: str, spec: str) -> tuple[str, str | None]:
     if found is None or "://" in found["model"] or (not found["url"] and "@" in found["model"]):
         raise DesignerError(f"{spec!r} is not of the form openai:MODEL@http://host:port/v1")
     return found["model"], found["url"]
+
+
+def _share(argument: str, spec: str) -> float:
+    try:
+        share = float(argument)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share <= 1:
+        raise DesignerError(f"{spec!r} is not of the form noisy:SHARE, with a share from 0 to 1")
+    return share
 
 
 def _create_self(folder: str) -> Designer:

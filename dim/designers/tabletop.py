@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from PIL import Image
@@ -11,6 +12,7 @@ from dim import tabletop
 from dim.designers.base import DesignRequest, OnAnswer, Reply, answer_each
 from dim.errors import DesignerError, InputError
 from dim.images import decode_image
+from dim.records import sha256_hex, short_hash
 
 # A target is the expected one if no 4x4-pixel patch is further off than this (8-bit levels). The
 # source is read to a quarter of a pixel, which costs at most 2.5; one wrong small shape costs 8.
@@ -29,6 +31,40 @@ class TabletopOracle:
     ) -> list[Reply]:
         """See :meth:`dim.designers.Designer.design`."""
         return answer_each(requests, _plan, on_answer)
+
+
+class NoisyOracle:
+    """A designer that means well: some of its plans are of another edit of the same kind.
+
+    It keeps the user's words, sees the scene, and picks the wrong thing, place or attribute.
+
+    Args:
+        share: of the plans that are wrong, from 0 to 1. Which ones are, the request decides.
+    """
+
+    costly = False
+
+    def __init__(self, share: float) -> None:
+        self.name = self.fingerprint = f"noisy:{share:g}"
+        self._share = share
+
+    def design(
+        self, requests: Sequence[DesignRequest], *, on_answer: OnAnswer | None = None
+    ) -> list[Reply]:
+        """See :meth:`dim.designers.Designer.design`."""
+        return answer_each(requests, self._plan, on_answer)
+
+    def _plan(self, request: DesignRequest) -> str:
+        edit = tabletop.understand(_read(request.image), request.instruction)
+        seed = short_hash(f"{request.instruction} {sha256_hex(request.image)}")
+        rng = np.random.default_rng(int.from_bytes(seed, "big"))
+        if rng.random() >= self._share:
+            return edit.blueprint.render()
+        try:
+            other = tabletop.another_edit(rng, edit)
+        except InputError:  # on a table on which there is only one such edit, nobody errs
+            return edit.blueprint.render()
+        return replace(other.blueprint, instruction=request.instruction).render()
 
 
 class TabletopCaptioner:

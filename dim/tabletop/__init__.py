@@ -8,7 +8,15 @@ for photographs wherever a number must be measured and not judged.
 from __future__ import annotations
 
 from dim.tabletop.checker import Judgement, Reading, exact, exact_strictly, judge, matches, read
-from dim.tabletop.edits import KINDS, Edit, caption, lay_out, sample_edit, understand
+from dim.tabletop.edits import (
+    KINDS,
+    Edit,
+    another_edit,
+    caption,
+    lay_out,
+    sample_edit,
+    understand,
+)
 from dim.tabletop.world import (
     BACKGROUNDS,
     COLOURS,
@@ -35,6 +43,7 @@ __all__ = [
     "Reading",
     "Scene",
     "Thing",
+    "another_edit",
     "caption",
     "exact",
     "exact_strictly",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,6 +30,7 @@ KINDS = (
 Sampler = Callable[[np.random.Generator, Scene, bool], ops.Operation]
 # A move shorter than this could be missed by a reader of the image.
 _SHORTEST_MOVE = 0.25
+_TRIES = 50
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,20 @@ def sample_edit(
             continue
         if kind == "count" or edit.referential == (indirect and kind not in _DIRECT_ONLY):
             return edit
+
+
+def another_edit(rng: np.random.Generator, edit: Edit) -> Edit:
+    """Another edit of the same kind on the same source, with another target.
+
+    Raises:
+        InputError: the scene allows none that is found in a few tries.
+    """
+    for _ in range(_TRIES):
+        with suppress(InputError):
+            other = _edit(edit.source, _SAMPLERS[edit.kind](rng, edit.source, edit.referential))
+            if other.target != edit.target:
+                return other
+    raise InputError(f"there is no other edit like {edit.instruction!r}")
 
 
 def lay_out(scene: Scene) -> str:

@@ -63,3 +63,29 @@ def test_captions_what_is_on_the_table() -> None:
 
 def tabletop_image(pixels: np.ndarray) -> Image.Image:
     return Image.fromarray(pixels)
+
+
+def test_a_noisy_oracle_errs_as_often_as_it_is_told_and_always_in_the_same_plans() -> None:
+    rng = np.random.default_rng(5)
+    kinds = ("add", "remove", "replace", "adjust", "background")
+    edits = [tabletop.sample_edit(rng, kinds=kinds) for _ in range(60)]
+    requests = [
+        DesignRequest(edit.instruction, encode_png(tabletop.render(edit.source, 64)))
+        for edit in edits
+    ]
+    right = [Blueprint.parse(str(reply)) for reply in create("oracle").design(requests)]
+    for share, fewest, most in ((0, 0, 0), (0.3, 8, 28), (1, 60, 60)):
+        replies = create(f"noisy:{share}").design(requests)
+        plans = [Blueprint.parse(str(reply)) for reply in replies]
+        wrong = [a.imagination != b.imagination for a, b in zip(plans, right, strict=True)]
+        assert fewest <= sum(wrong) <= most
+        assert [plan.instruction for plan in plans] == [plan.instruction for plan in right]
+        assert [plan.local_objects for plan in plans] == [plan.local_objects for plan in right]
+        assert create(f"noisy:{share}").design(requests[::-1]) == replies[::-1]
+
+
+def test_where_there_is_one_edit_only_nobody_errs() -> None:
+    thing = tabletop.Thing("circle", "red", "large", 0.5, 0.5)
+    image = encode_png(tabletop.render(tabletop.Scene((thing,)), 64))
+    request = DesignRequest("remove the red circle", image)
+    assert create("noisy:1").design([request]) == create("oracle").design([request])
