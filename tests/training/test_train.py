@@ -23,6 +23,7 @@ from infra.models import load_initial
 from infra.tracking import TrackingError
 from tests.feature_shards import write_features
 from training import train
+from training.bad_samples import TooManyBadSamples
 from training.stage import StageConfig
 from training.train import StageResult, TrainingError
 
@@ -242,7 +243,7 @@ def test_a_bad_sample_of_one_worker_stops_all_with_its_name(
     row = {"id": "bad", "index": 0, "source": "s", "instruction": "x", "blueprint": "y"}
     broken = make_dataset("broken", [row | {"image": b"no", "image_target": b"no"}], records.EDIT)
     config = settings.stage(tmp_path / "out", data=[edit_data, broken], validation=None)
-    with pytest.raises(InputError, match="the image of sample bad"):
+    with pytest.raises(TooManyBadSamples, match="1 undecodable.*, more than .*sample bad"):
         train.run(config.model_copy(update={"max_failures": 5}))
 
 

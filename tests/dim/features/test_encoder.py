@@ -5,12 +5,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
 
 from dim import model, records
-from dim.errors import InputError
+from dim.errors import SampleError
 from dim.features.encoder import (
     CachedFeatures,
     Features,
@@ -19,7 +18,8 @@ from dim.features.encoder import (
     ShardFeatures,
 )
 from dim.features.format import relative_error, unpack_bf16
-from dim.features.shards import FeatureShards
+from dim.features.row_groups import whole
+from dim.features.shards import FeatureShards, Share, TableSamples
 from dim.model import DIM
 from infra.samples import open_features, open_images
 from tests.feature_shards import write_features
@@ -36,21 +36,23 @@ def tiny(tiny_model_dir: Path) -> DIM:
 
 
 @pytest.fixture(scope="module")
-def table(edit_data: str) -> pa.Table:
-    return open_images([edit_data], COLUMNS).read(np.arange(6))
+def samples(edit_data: str) -> TableSamples:
+    return TableSamples(open_images([edit_data], COLUMNS).read(np.arange(6)))
 
 
 @pytest.fixture(scope="module")
-def cached(tiny: DIM, table: pa.Table) -> CachedFeatures:
-    return CachedFeatures(encoder_of(tiny), table, TEXTS, encode_batch=4)
+def cached(tiny: DIM, samples: TableSamples) -> CachedFeatures:
+    return CachedFeatures(encoder_of(tiny), samples, TEXTS, encode_batch=4)
 
 
 def encoder_of(tiny: DIM, edits: bool = True) -> FrozenEncoder:
     return FrozenEncoder(tiny, edits=edits, resolution=64)
 
 
-def test_cached_and_live_features_agree(tiny: DIM, table: pa.Table, cached: CachedFeatures) -> None:
-    live = LiveFeatures(encoder_of(tiny), table, TEXTS)
+def test_cached_and_live_features_agree(
+    tiny: DIM, samples: TableSamples, cached: CachedFeatures
+) -> None:
+    live = LiveFeatures(encoder_of(tiny), samples, TEXTS)
     rows, texts = np.array([5, 0, 3]), np.array([0, 1, 0])
     kept, fresh = cached.batch(rows, texts), live.batch(rows, texts)
     assert torch.equal(kept.mask, fresh.mask)
@@ -70,18 +72,20 @@ def test_a_batch_is_padded_to_its_longest_row_only(cached: CachedFeatures) -> No
     assert not both.hidden_states[0, tokens:].any()
 
 
-def test_source_and_target_are_not_mixed_up(tiny: DIM, table: pa.Table) -> None:
-    latent, source = encoder_of(tiny).latents(table.slice(0, 2))
-    alone, nothing = encoder_of(tiny, edits=False).latents(table.slice(0, 2))
+def test_source_and_target_are_not_mixed_up(tiny: DIM, samples: TableSamples) -> None:
+    rows = whole(samples.fetch(np.arange(2)))
+    edits, plain = encoder_of(tiny), encoder_of(tiny, edits=False)
+    latent, source = edits.latents([edits.prepare(row) for row in rows])
+    alone, nothing = plain.latents([plain.prepare(row) for row in rows])
     assert nothing is None and source is not None
     assert torch.equal(alone, source) and not torch.equal(latent, source)
 
 
-def test_progress_counts_rows(tiny: DIM, table: pa.Table) -> None:
+def test_progress_counts_rows(tiny: DIM, samples: TableSamples) -> None:
     seen: list[tuple[int, int]] = []
     CachedFeatures(
         encoder_of(tiny),
-        table,
+        samples,
         ["instruction"],
         encode_batch=4,
         progress=lambda *at: seen.append(at),
@@ -98,9 +102,8 @@ def test_a_broken_image_is_named(tiny: DIM, make_dataset: Callable[..., str]) ->
     row = {"id": "bad", "index": 0, "source": "s", "image": b"no image", "image_target": b"?"}
     row |= {"blueprint": "b", "instruction": "i"}
     images = open_images([make_dataset("broken", [row], records.EDIT)], COLUMNS)
-    rows = images.read(np.arange(1))
-    with pytest.raises(InputError, match="the image of sample bad"):
-        CachedFeatures(encoder_of(tiny), rows, TEXTS)
+    with pytest.raises(SampleError, match="the image of sample bad"):
+        CachedFeatures(encoder_of(tiny), Share(images, np.arange(1)), TEXTS)
 
 
 @pytest.fixture(scope="module")
@@ -129,10 +132,10 @@ def batch_of(shards: FeatureShards, in_memory: bool) -> Features:
 
 @pytest.mark.parametrize("in_memory", [True, False])
 def test_features_from_shards_are_the_live_ones(
-    tiny: DIM, table: pa.Table, shards: dict[str, FeatureShards], in_memory: bool
+    tiny: DIM, samples: TableSamples, shards: dict[str, FeatureShards], in_memory: bool
 ) -> None:
     stored = batch_of(shards["bf16"], in_memory)
-    live = LiveFeatures(encoder_of(tiny), table, TEXTS).batch(ROWS, CHOSEN)
+    live = LiveFeatures(encoder_of(tiny), samples, TEXTS).batch(ROWS, CHOSEN)
     assert torch.equal(stored.mask, live.mask)
     for name in ("hidden_states", "latent", "source_latent"):
         one, other = getattr(stored, name), getattr(live, name)
@@ -167,13 +170,13 @@ def test_texts_that_fill_the_condition_are_counted(shards: dict[str, FeatureShar
 def test_a_damaged_value_is_named_with_its_sample(
     shards: dict[str, FeatureShards], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read = FeatureShards.read
+    fetch = FeatureShards.fetch
 
     def damaged(self: FeatureShards, rows: np.ndarray, columns: list[str]) -> list[dict]:
-        found = read(self, rows, columns)
+        found = whole(fetch(self, rows, columns))
         return [{**row, "blueprint_states": row["blueprint_states"][:-2]} for row in found]
 
-    monkeypatch.setattr(FeatureShards, "read", damaged)
+    monkeypatch.setattr(FeatureShards, "fetch", damaged)
     features = ShardFeatures(shards["bf16"], np.arange(6), TEXTS, in_memory=False)
-    with pytest.raises(InputError, match="the blueprint_states of sample 'edit-2' are damaged"):
+    with pytest.raises(SampleError, match="the blueprint_states of sample 'edit-2' are damaged"):
         features.batch(np.array([2]), np.array([0]))
