@@ -82,6 +82,7 @@ class RowGroups:
         self._footers: OrderedDict[int, _Footer] = OrderedDict()
         self._lock = Lock()
         self._walks: tuple[int, int, int] | None = None
+        self._largest = 0
         self.held = HeldGroups()
 
     def hold(self, walks: int, span: int, runs: int) -> None:
@@ -93,6 +94,8 @@ class RowGroups:
             runs: Runs of neighbouring rows that these may belong to.
         """
         self._walks = walks, span, runs
+        with self._lock:
+            self._make_room(0)
 
     @property
     def rows(self) -> int:
@@ -219,11 +222,17 @@ class RowGroups:
         self._check(file, metadata.schema.to_arrow_schema())
         groups = range(metadata.num_row_groups)
         sizes = [metadata.row_group(group).num_rows for group in groups]
+        with self._lock:
+            self._make_room(max(sizes, default=0))
+        return _Footer(metadata, np.cumsum(sizes, dtype=np.int64))
+
+    def _make_room(self, rows: int) -> None:
+        """For row groups as large as any met so far, and of ``rows`` rows."""
+        self._largest = max(self._largest, rows)
         if self._walks is not None:
             walks, span, runs = self._walks
             # Both ends of a run may lie in the middle of a row group.
-            self.held.rows = max(self.held.rows, walks * (span + 2 * runs * max(sizes, default=0)))
-        return _Footer(metadata, np.cumsum(sizes, dtype=np.int64))
+            self.held.rows = walks * (span + 2 * runs * self._largest)
 
 
 class HeldGroups:
