@@ -202,14 +202,14 @@ def choose_source(
     """
     config = plan.config
     if shards is not None:
-        _hold(config, order, shards.groups)
+        hold_groups(config, order, shards.groups)
         device = next(model.painter.parameters()).device
         return ShardFeatures(
             shards, order.rows, config.texts, in_memory=config.cache_features, device=device
         )
     images = open_images(config.data, config.columns, every_file=False)
     _check_rows(plan, images.rows)
-    _hold(config, order, images.groups)
+    hold_groups(config, order, images.groups)
     share, threads = Share(images, order.rows), config.cpus_per_worker
     encoder = FrozenEncoder(model, edits=config.edits, resolution=model.config.sampling.resolution)
     if not config.cache_features:
@@ -224,7 +224,7 @@ def choose_source(
     )
 
 
-def _hold(config: StageConfig, order: WorkerOrder, groups: RowGroups) -> None:
+def hold_groups(config: StageConfig, order: WorkerOrder, groups: RowGroups) -> None:
     """Where samples are mixed within a window, each row group is read once and kept for a while."""
     window = config.shuffle_window
     if window is not None and not config.cache_features:

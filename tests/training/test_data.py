@@ -13,13 +13,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from dim import model as models
 from dim.errors import InputError, SampleError, StorageError
 from dim.features import row_groups
-from dim.features.encoder import Features
+from dim.features.encoder import CachedFeatures, Features, FrozenEncoder, LiveFeatures
 from dim.features.shards import Share
 from dim.learning.batch import SampleOrder, WorkerOrder, draw
 from infra.samples import open_images
-from training.data import Feed, _hold
+from training.data import Feed, hold_groups, make_feed
 from training.stage import StageConfig
 
 SHAPE = (2, 3, 3)
@@ -227,7 +228,7 @@ def test_a_worker_holds_and_reads_no_more_when_data_grow_tenfold(
         uri = write_images(tmp_path / str(rows), rows)
         images = open_images([uri], ["id", "image", "caption"], every_file=False)
         order = WorkerOrder(SampleOrder(rows, 4, 5, window=window), 0, 1)
-        _hold(config, order, images.groups)
+        hold_groups(config, order, images.groups)
         feed = Feed(config, order, Undecoded(Share(images, order.rows)), SHAPE, rows=rows, ahead=2)
         read.clear()
         before = pa.total_allocated_bytes()
@@ -261,9 +262,25 @@ def test_within_a_window_a_row_group_is_read_about_once_an_epoch(
     images = open_images([uri], ["id", "image", "caption"])
     config = CONFIG.model_copy(update={"shuffle_window": 16, "cache_features": False})
     order = WorkerOrder(SampleOrder(2000, 4, 5, window=16), 0, 1)
-    _hold(config, order, images.groups)
+    hold_groups(config, order, images.groups)
     feed = Feed(config, order, Undecoded(Share(images, order.rows)), SHAPE, rows=2000, ahead=2)
     seen = [row for step in range(500) for row in feed.get(step)[1].latent.tolist()]
     assert sorted(seen) == list(range(2000))
     assert 250 <= len(read) <= 250 * 1.15  # runs of 256 do not end where row groups of 8 do
     assert images.groups.held.nbytes <= images.groups.held.rows * 21_000
+
+
+def test_what_waits_for_reading_is_fetched_ahead_and_what_is_held_is_not(
+    edit_data: str, tiny_model_dir: Path
+) -> None:
+    config = CONFIG.model_copy(update={"prefetch_steps": 3})
+    model = models.load(tiny_model_dir)
+    encoder = FrozenEncoder(model, edits=True, resolution=64)
+    share = Share(open_images([edit_data], config.columns), np.arange(4))
+    order = WorkerOrder(SampleOrder(4, 4, CONFIG.seed), 0, 1)
+    live = make_feed(config, order, LiveFeatures(encoder, share, config.texts))
+    held = make_feed(config, order, CachedFeatures(encoder, share, config.texts))
+    for feed, ahead in ((live, 3), (held, 0)):
+        draws, features = feed.get(0)
+        assert draws.noise.shape == features.latent.shape == (4, 8, 8, 8)
+        assert len(feed._coming) == ahead
