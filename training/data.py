@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dim.errors import InputError, SampleError
 from dim.features.encoder import (
@@ -119,21 +120,7 @@ class Feed:
             dropout=self._config.condition_dropout,
         )
         texts = choose_texts(draws.choice, self._config.text_shares)
-        samples = self._features.fetch(place.positions(), texts)
-        bad: list[SampleError] = []
-        for slot, sample in enumerate(samples):
-            found, tries = sample, 0
-            while isinstance(found, SampleError):
-                bad.append(found)
-                tries += 1
-                following = place.instead(slot, tries)
-                if following is None:
-                    raise InputError(
-                        f"none of the {tries} samples of slot {self._order.slots[slot]} can be "
-                        f"used, such as: {found}"
-                    )
-                (found,) = self._features.fetch(following, texts[slot : slot + 1])
-            samples[slot] = found
+        samples, bad = _usable(self._features, place, texts)
         return _Fetched(draws, samples, bad)
 
 
@@ -141,9 +128,11 @@ def make_feed(config: StageConfig, order: WorkerOrder, features: FeatureSource[A
     """The feed of one worker, whose features are those of ``order.rows``.
 
     Raises:
-        DimError: the samples cannot be read; none of its first slot's can be used.
+        DimError: the samples cannot be read; none of a slot's can be used.
     """
-    shape = _first_usable(order, features).latent.shape
+    # Of all slots, so that one without a usable sample is found before the first step.
+    samples, _ = _usable(features, order.at(0), np.zeros(len(order.slots), np.int64))
+    shape = features.collate(samples[:1]).latent.shape
     return Feed(
         config,
         order,
@@ -154,18 +143,26 @@ def make_feed(config: StageConfig, order: WorkerOrder, features: FeatureSource[A
     )
 
 
-def _first_usable(order: WorkerOrder, features: FeatureSource[Any]) -> Features:
-    """A batch of the first sample of a worker's first slot that can be used."""
-    text = np.zeros(1, np.int64)
-    place, tries = order.at(0), 0
-    (found,) = features.fetch(place.positions()[:1], text)
-    while isinstance(found, SampleError):
-        tries += 1
-        following = place.instead(0, tries)
-        if following is None:
-            raise found
-        (found,) = features.fetch(following, text)
-    return features.collate([found])
+def _usable(
+    features: FeatureSource[Any], place: Place, texts: NDArray[np.int64]
+) -> tuple[list[Any], list[SampleError]]:
+    """What was fetched for each slot at ``place``, and what could not be used in its stead."""
+    samples = features.fetch(place.positions(), texts)
+    bad: list[SampleError] = []
+    for slot, found in enumerate(samples):
+        tries = 0
+        while isinstance(found, SampleError):
+            bad.append(found)
+            tries += 1
+            following = place.instead(slot, tries)
+            if following is None:
+                raise InputError(
+                    f"a slot of the batch has {tries} samples and none can be used ({found}): take "
+                    "these out of the data, or a smaller batch_size, which gives a slot more"
+                )
+            (found,) = features.fetch(following, texts[slot : slot + 1])
+        samples[slot] = found
+    return samples, bad
 
 
 def _reads(features: FeatureSource[Any]) -> bool:

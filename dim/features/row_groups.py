@@ -143,22 +143,26 @@ class RowGroups:
                 jobs.append(partial(self._unreadable, number, within, footer))
                 continue
             jobs.extend(
-                partial(self._read, number, group, places, columns)
+                partial(self._read, number, footer, group, places, columns)
                 for group, places in _by_group(within, footer)
             )
         found = [row for part in self._pool.map(lambda job: job(), jobs) for row in part]
         return [found[place] for place in inverse]
 
     def _read(
-        self, number: int, group: int, places: NDArray[np.int64], columns: Sequence[str]
+        self,
+        number: int,
+        footer: _Footer,
+        group: int,
+        places: NDArray[np.int64],
+        columns: Sequence[str],
     ) -> list[Row | SampleError]:
         """Rows of a row group by their places in their file."""
         try:
-            begin, table = self._group(number, group, ["id", *columns])
+            table = self._group(number, footer, group, ["id", *columns])
+            begin = int(footer.ends[group]) - table.num_rows
             rows = table.take(pa.array(places - begin)).to_pylist()
-        except UnreadableFile as error:
-            return self._unreadable(number, places, error)
-        except UnicodeDecodeError as error:
+        except (UnreadableFile, UnicodeDecodeError) as error:
             return self._unreadable(number, places, error)
         return [self._whole(number, row, columns) for row in rows]
 
@@ -178,16 +182,12 @@ class RowGroups:
             for place in places.tolist()
         ]
 
-    def _group(self, number: int, group: int, columns: list[str]) -> tuple[int, pa.Table]:
-        """The place in its file of a row group's first row, and the row group."""
-        footer = self._footer(number)
-        rows = footer.metadata.row_group(group).num_rows
-        table = self.held.get(
+    def _group(self, number: int, footer: _Footer, group: int, columns: list[str]) -> pa.Table:
+        return self.held.get(
             (number, group, *columns),
-            rows,
+            footer.metadata.row_group(group).num_rows,
             partial(_patiently(self._read_group), number, footer, group, columns),
         )
-        return int(footer.ends[group]) - rows, table
 
     def _read_group(self, number: int, footer: _Footer, group: int, columns: list[str]) -> pa.Table:
         with self.files[number].open(metadata=footer.metadata, pre_buffer=True) as parquet:

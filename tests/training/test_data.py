@@ -155,8 +155,10 @@ def test_what_is_fetched_and_not_used_is_not_counted() -> None:
 def test_a_slot_without_a_usable_sample_is_an_error() -> None:
     order = WorkerOrder(SampleOrder(11, 4, CONFIG.seed), 0, 1)
     walk = order.at(0).walks[2].tolist()
-    with pytest.raises(InputError, match=rf"none of the {len(walk)} samples of slot 2 can be used"):
+    with pytest.raises(InputError, match=rf"has {len(walk)} samples and none can be used"):
         feed_of(Flawed(set(walk)), ahead=0).get(0)
+    with pytest.raises(InputError, match="a smaller batch_size"):
+        make_feed(CONFIG, order, Flawed(set(walk)))
 
 
 def test_a_step_may_be_taken_in_parts_and_is_fetched_once() -> None:

@@ -278,3 +278,23 @@ def test_nothing_that_can_be_cached_is_an_error(
     share = Share(open_images([make_dataset("bad", rows, records.EDIT)], COLUMNS), np.arange(2))
     with pytest.raises(SampleError, match="sample edit-"):
         CachedFeatures(encoder_of(tiny), share, TEXTS)
+
+
+def test_what_goes_to_a_gpu_is_in_pinned_memory(
+    tiny: DIM, samples: TableSamples, shards: dict[str, FeatureShards], monkeypatch: Any
+) -> None:
+    gpu, kept = torch.device("cuda"), []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: (kept.append(self), self)[1])
+    frozen = encoder_of(tiny)
+    frozen.prepare(whole(samples.fetch(np.arange(1)))[0])
+    assert kept == []
+    monkeypatch.setattr(FrozenEncoder, "device", gpu)
+    pictures = frozen.prepare(whole(samples.fetch(np.arange(1)))[0])
+    assert pictures.patches is not None and len(kept) == 3
+    assert any(one is pictures.patches.pixels for one in kept)
+    kept.clear()
+    features = ShardFeatures(shards["bf16"], np.arange(2), TEXTS, in_memory=False, device=gpu)
+    stored = whole(features.fetch(np.arange(1), np.zeros(1, np.int64)))[0]
+    assert {id(one) for one in kept} == {
+        id(one) for one in (stored.states, stored.latent, stored.source_latent)
+    }
