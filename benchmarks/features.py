@@ -19,11 +19,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from dim.config import load_config
 from dim.features.encoder import FeatureSource, FrozenEncoder, LiveFeatures, ShardFeatures
+from dim.features.shards import Share
 from dim.learning.batch import SampleOrder, WorkerOrder
 from dim.model import DIM
 from dim.model.flow import FlowSchedule
@@ -97,8 +99,8 @@ def _compare(options: argparse.Namespace, plain: str, made: str) -> Result:
     model = load_initial(options.model, edits=True)
     encoder = FrozenEncoder(model, edits=True, resolution=model.config.sampling.resolution)
     shards = open_features([made], config.texts, edits=True)
-    sources: dict[str, FeatureSource] = {
-        LIVE: LiveFeatures(encoder, images.read(order.rows), config.texts),
+    sources: dict[str, FeatureSource[Any]] = {
+        LIVE: LiveFeatures(encoder, Share(images, order.rows), config.texts),
         "read": ShardFeatures(shards, order.rows, config.texts, in_memory=False),
         "held": ShardFeatures(shards, order.rows, config.texts, in_memory=True),
     }

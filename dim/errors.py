@@ -27,8 +27,28 @@ class InputError(DimError, ValueError):
     """An argument, an image or a record does not have the required form."""
 
 
+class SampleError(InputError):
+    """One sample of the training data cannot be used; others can.
+
+    Attributes:
+        reason: a word for the kind of trouble, by which such samples are counted.
+    """
+
+    def __init__(self, message: str, reason: str = "unreadable") -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
 class StorageError(DimError):
     """The object store or the disk refused a read or a write."""
+
+
+class StorageUnavailable(StorageError):
+    """The store does not answer, is too busy, or broke off: another try may find it well."""
+
+
+class UnreadableFile(StorageError):
+    """A file is not there, or its bytes are not what they must be."""
 
 
 class DesignerError(DimError):

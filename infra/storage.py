@@ -32,7 +32,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from dim import records, tables
-from dim.errors import StorageError
+from dim.errors import StorageError, StorageUnavailable, UnreadableFile
 from infra.s3 import ATTEMPTS, Connection, Files, PatientFile, squeezed
 
 _PART = 16 << 20
@@ -55,6 +55,36 @@ _MEANINGS = (
     ("HTTP STATUS 400) DURING HEAD", f"refused, as a store does where {_EXPIRED}"),
     ("NETWORK_CONNECTION", "the store cannot be reached"),
     ("CURLCODE", "the store cannot be reached"),
+)
+# What a store takes back, and what a network or a disk on one does: another try may go well.
+_PASSING = (
+    "SLOW_DOWN",
+    "SERVICE_UNAVAILABLE",
+    "INTERNAL_FAILURE",
+    "INTERNAL_ERROR",
+    "REQUEST_TIMEOUT",
+    "THROTTLING",
+    "NETWORK_CONNECTION",
+    "CURLCODE",
+    *(f"HTTP STATUS {code}" for code in (429, 500, 502, 503, 504)),
+)
+_PASSING_NUMBERS = frozenset(
+    {
+        errno.EAGAIN,
+        errno.EBUSY,
+        errno.ECONNABORTED,
+        errno.ECONNREFUSED,
+        errno.ECONNRESET,
+        errno.EHOSTUNREACH,
+        errno.EINTR,
+        errno.EIO,
+        errno.ENETDOWN,
+        errno.ENETUNREACH,
+        errno.ENOTCONN,
+        errno.EPIPE,
+        errno.ESTALE,
+        errno.ETIMEDOUT,
+    }
 )
 
 
@@ -497,11 +527,21 @@ def open_dataset(uris: str | Sequence[str]) -> ds.Dataset:
     return parts[0] if len(parts) == 1 else ds.dataset(parts)
 
 
-def _open_shards(uri: str) -> ds.Dataset:
+def open_finished(uri: str) -> Store:
+    """The output folder of a job that is finished.
+
+    Raises:
+        StorageError: there is none, or it is not finished.
+    """
     store = open_store(uri)
     if not store.exists("manifest.json"):
         there = "is not finished (it has no manifest.json)" if store.exists() else "does not exist"
         raise StorageError(f"the dataset {uri} {there}")
+    return store
+
+
+def _open_shards(uri: str) -> ds.Dataset:
+    store = open_finished(uri)
     names = [name for name, _ in store.list("data", suffix=".parquet")]
     if not names:
         raise StorageError(f"the dataset {uri} has no data/*.parquet")
@@ -600,9 +640,21 @@ def _errors(action: str, address: str) -> Iterator[None]:
     except FileNotFoundError as error:
         if action in ("write", "copy"):
             raise StorageError(f"cannot {action} {address}: {_explain(error)}") from None
-        raise StorageError(f"not found: {address}") from None
+        raise UnreadableFile(f"not found: {address}") from None
     except (OSError, pa.ArrowException, shutil.Error) as error:
-        raise StorageError(f"cannot {action} {address}: {_explain(error)}") from None
+        kind = _kind(error) if action == "read" else StorageError
+        raise kind(f"cannot {action} {address}: {_explain(error)}") from None
+
+
+def _kind(error: Exception) -> type[StorageError]:
+    """Whether another try may go well, the file is damaged, or the store refuses."""
+    number, said = getattr(error, "errno", None), squeezed(str(error))
+    if number in _PASSING_NUMBERS or any(squeezed(code) in said for code in _PASSING):
+        return StorageUnavailable
+    # Parquet's and Arrow's own complaints have no number; a store's name the library.
+    if number is None and "AWSERROR" not in said and not isinstance(error, shutil.Error):
+        return UnreadableFile
+    return StorageError
 
 
 def _explain(error: Exception) -> str:

@@ -69,7 +69,8 @@ def write_dataset(folder: Path, rows: Rows, schema: pa.Schema) -> str:
     for number, part in enumerate([rows[:half], rows[half:]]):
         path = folder / "data" / f"part-{number:05d}.parquet"
         pq.write_table(pa.Table.from_pylist(part, schema), path)
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        files.append({"path": f"data/{path.name}", "rows": len(part), "sha256": digest})
+        data = path.read_bytes()
+        entry = {"path": f"data/{path.name}", "rows": len(part), "bytes": len(data)}
+        files.append(entry | {"sha256": hashlib.sha256(data).hexdigest()})
     (folder / "manifest.json").write_text(json.dumps({"files": files}), encoding="utf-8")
     return str(folder)

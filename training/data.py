@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from dim.errors import InputError
+from dim.errors import InputError, SampleError
 from dim.features.encoder import (
     CachedFeatures,
     Features,
@@ -16,60 +20,98 @@ from dim.features.encoder import (
     ShardFeatures,
 )
 from dim.features.format import preparation_of
-from dim.features.shards import FeatureShards
-from dim.learning.batch import Draws, WorkerOrder, choose_texts, draw
+from dim.features.row_groups import RowGroups
+from dim.features.shards import FeatureShards, Share
+from dim.learning.batch import BLOCK, Draws, Place, WorkerOrder, choose_texts, draw
 from dim.model import DIM
 from infra.samples import holds_features, open_features, open_images
+from training.bad_samples import BadSamples
 from training.log import RunLog
 from training.plan import Plan
 from training.stage import StageConfig
 
 
+@dataclass(frozen=True)
+class _Fetched:
+    """What a step needs before the frozen parts run, one a slot, and what it could not use."""
+
+    draws: Draws
+    samples: list[Any]
+    bad: list[SampleError]
+
+
 class Feed:
     """Draws and features by step.
+
+    Samples are read and decoded in threads, ``prefetch_steps`` steps ahead and no more; what runs
+    on the worker's device runs when a step asks for it. A sample that cannot be used is replaced by
+    its slot's next one.
 
     Args:
         config: The stage.
         order: Which samples a step takes.
         features: Where their features come from.
         latent_shape: (C, h, w) of the noise.
-        ahead: Fetch the features of the next step while one is computed; for features that wait
-            for a disk or an object store.
+        rows: Samples of the data.
+        ahead: Steps that are fetched while one is computed; 0 where nothing is waited for.
+
+    Attributes:
+        bad: The samples that could not be used, as far as steps have asked for them.
     """
 
     def __init__(
         self,
         config: StageConfig,
         order: WorkerOrder,
-        features: FeatureSource,
+        features: FeatureSource[Any],
         latent_shape: tuple[int, int, int],
         *,
-        ahead: bool,
+        rows: int,
+        ahead: int,
     ) -> None:
+        self.bad = BadSamples(config.bad_samples, rows)
         self._config = config
         self._order = order
         self._features = features
         self._latent_shape = latent_shape
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="feed") if ahead else None
-        self._next: tuple[int, Future[tuple[Draws, Features]]] | None = None
+        self._threads = ThreadPoolExecutor(ahead, thread_name_prefix="feed") if ahead else None
+        self._ahead = ahead
+        self._coming: dict[int, Future[_Fetched]] = {}
+        self._now: tuple[int, _Fetched] | None = None
 
-    def get(self, step: int) -> tuple[Draws, Features]:
-        """Draws and features of ``step`` (from 0), on the CPU.
+    def get(self, step: int, places: Sequence[int] | None = None) -> tuple[Draws, Features]:
+        """Draws (on the CPU) and features of this worker's slots at ``step`` (from 0).
+
+        Args:
+            step: Of the run.
+            places: Only these of the worker's slots, by their places in ``order.slots``; what a
+                step takes in parts is fetched once, and the frozen parts run on a part at a time.
 
         Raises:
-            DimError: a sample cannot be read.
+            DimError: a sample cannot be read, see ``FeatureSource.fetch``, or none of a slot's can.
         """
-        if self._thread is None:
-            return self._make(step)
-        if self._next is not None and self._next[0] == step:
-            future = self._next[1]
-        else:
-            future = self._thread.submit(self._make, step)
-        # Also past the last step: the order has no end, and what is fetched there is not used.
-        self._next = step + 1, self._thread.submit(self._make, step + 1)
-        return future.result()
+        if self._now is None or self._now[0] != step:
+            self._now = None  # or two steps would be held while one is waited for
+            self._now = step, self._fetched(step)
+            self.bad.add(len(self._order.slots), self._now[1].bad)
+        fetched = self._now[1]
+        chosen = range(len(fetched.samples)) if places is None else places
+        samples = [fetched.samples[place] for place in chosen]
+        return fetched.draws.take(chosen), self._features.collate(samples)
 
-    def _make(self, step: int) -> tuple[Draws, Features]:
+    def _fetched(self, step: int) -> _Fetched:
+        if self._threads is None:
+            return self._fetch(step, self._order.at(step))
+        # Also past the last step: the order has no end, and what is fetched there is not used.
+        window = range(step, step + self._ahead + 1)
+        self._coming = {at: self._coming.get(at) or self._begin(at) for at in window}
+        return self._coming.pop(step).result()
+
+    def _begin(self, step: int) -> Future[_Fetched]:
+        assert self._threads is not None
+        return self._threads.submit(self._fetch, step, self._order.at(step))
+
+    def _fetch(self, step: int, place: Place) -> _Fetched:
         draws = draw(
             self._config.seed,
             step,
@@ -78,19 +120,56 @@ class Feed:
             dropout=self._config.condition_dropout,
         )
         texts = choose_texts(draws.choice, self._config.text_shares)
-        return draws, self._features.batch(self._order.batch(step), texts)
+        samples, bad = _usable(self._features, place, texts)
+        return _Fetched(draws, samples, bad)
 
 
-def make_feed(config: StageConfig, order: WorkerOrder, features: FeatureSource) -> Feed:
+def make_feed(config: StageConfig, order: WorkerOrder, features: FeatureSource[Any]) -> Feed:
     """The feed of one worker, whose features are those of ``order.rows``.
 
     Raises:
-        DimError: the first sample cannot be read.
+        DimError: the samples cannot be read; none of a slot's can be used.
     """
-    one = features.batch(np.zeros(1, np.int64), np.zeros(1, np.int64)).latent
-    ahead = isinstance(features, ShardFeatures) and not features.in_memory
-    shape = (one.shape[1], one.shape[2], one.shape[3])
-    return Feed(config, order, features, shape, ahead=ahead)
+    # Of all slots, so that one without a usable sample is found before the first step.
+    samples, _ = _usable(features, order.at(0), np.zeros(len(order.slots), np.int64))
+    shape = features.collate(samples[:1]).latent.shape
+    return Feed(
+        config,
+        order,
+        features,
+        (shape[1], shape[2], shape[3]),
+        rows=order.total,
+        ahead=config.prefetch_steps if _reads(features) else 0,
+    )
+
+
+def _usable(
+    features: FeatureSource[Any], place: Place, texts: NDArray[np.int64]
+) -> tuple[list[Any], list[SampleError]]:
+    """What was fetched for each slot at ``place``, and what could not be used in its stead."""
+    samples = features.fetch(place.positions(), texts)
+    bad: list[SampleError] = []
+    for slot, found in enumerate(samples):
+        tries = 0
+        while isinstance(found, SampleError):
+            bad.append(found)
+            tries += 1
+            following = place.instead(slot, tries)
+            if following is None:
+                raise InputError(
+                    f"a slot of the batch has {tries} samples and none can be used ({found}): take "
+                    "these out of the data, or a smaller batch_size, which gives a slot more"
+                )
+            (found,) = features.fetch(following, texts[slot : slot + 1])
+        samples[slot] = found
+    return samples, bad
+
+
+def _reads(features: FeatureSource[Any]) -> bool:
+    """Whether samples are read or decoded when they are needed."""
+    if isinstance(features, ShardFeatures):
+        return not features.in_memory
+    return isinstance(features, LiveFeatures)
 
 
 def open_shards(plan: Plan, model: DIM, rank: int) -> FeatureShards | None:
@@ -102,7 +181,7 @@ def open_shards(plan: Plan, model: DIM, rank: int) -> FeatureShards | None:
     config = plan.config
     if not holds_features(config.data):
         return None
-    shards = open_features(config.data, config.texts, edits=config.edits)
+    shards = open_features(config.data, config.texts, edits=config.edits, every_file=False)
     _check_rows(plan, shards.rows)
     if rank == 0:
         resolution = model.config.sampling.resolution
@@ -112,28 +191,41 @@ def open_shards(plan: Plan, model: DIM, rank: int) -> FeatureShards | None:
 
 def choose_source(
     plan: Plan, model: DIM, shards: FeatureShards | None, order: WorkerOrder, log: RunLog
-) -> FeatureSource:
+) -> FeatureSource[Any]:
     """Where the features of a worker's samples come from: shards, memory, or the frozen parts.
 
     Raises:
-        DimError: a sample cannot be read.
+        DimError: the data cannot be read, or none of the samples that are cached can be used.
     """
     config = plan.config
     if shards is not None:
-        return ShardFeatures(shards, order.rows, config.texts, in_memory=config.cache_features)
-    images = open_images(config.data, config.columns)
+        hold_groups(config, order, shards.groups)
+        device = next(model.painter.parameters()).device
+        return ShardFeatures(
+            shards, order.rows, config.texts, in_memory=config.cache_features, device=device
+        )
+    images = open_images(config.data, config.columns, every_file=False)
     _check_rows(plan, images.rows)
-    table = images.read(order.rows)
+    hold_groups(config, order, images.groups)
+    share, threads = Share(images, order.rows), config.cpus_per_worker
     encoder = FrozenEncoder(model, edits=config.edits, resolution=model.config.sampling.resolution)
     if not config.cache_features:
-        return LiveFeatures(encoder, table, config.texts)
+        return LiveFeatures(encoder, share, config.texts, threads=threads)
     return CachedFeatures(
         encoder,
-        table,
+        share,
         config.texts,
         encode_batch=config.encode_batch,
+        threads=threads,
         progress=lambda done, total: log.add(0, {"features_done": done / total}),
     )
+
+
+def hold_groups(config: StageConfig, order: WorkerOrder, groups: RowGroups) -> None:
+    """Where samples are mixed within a window, each row group is read once and kept for a while."""
+    window = config.shuffle_window
+    if window is not None and not config.cache_features:
+        groups.hold(len(order.slots), window, 2 + window // BLOCK)
 
 
 def _check_rows(plan: Plan, count: int) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dim.errors import DimError
+from dim.errors import DimError, StorageUnavailable
 from dim.learning.batch import SampleOrder, WorkerOrder
 from dim.learning.ema import averaged
 from dim.learning.step import changed_cells
@@ -17,6 +17,7 @@ from dim.model import DIM
 from dim.model.flow import FlowSchedule, squared_error
 from infra.models import load_initial
 from training import finetune, parallel
+from training.bad_samples import TooManyBadSamples
 from training.data import Feed, choose_source, make_feed, open_shards
 from training.log import RunLog, StepLog, open_log, silence_repeats
 from training.plan import Plan, announcement
@@ -66,12 +67,14 @@ def train_loop_per_worker(config: dict[str, Any]) -> dict[str, Any]:
     except DimError as problem:
         error = problem
     if (error := parallel.agree(error)) is not None or worker is None:
+        if isinstance(error, StorageUnavailable):
+            raise error  # Ray Train starts the workers again, at most max_failures times
         return {"error": error}
     worker.trainable = parallel.wrap(worker.state.module)
     try:
         metrics = train(worker)
-    except DivergedError as diverged:
-        return {"error": diverged}
+    except (DivergedError, TooManyBadSamples) as stopped:
+        return {"error": stopped}
     if worker.rank == 0:
         with averaged(worker.state.ema):
             finetune.export(worker.model, plan.config, worker.log)
@@ -96,7 +99,8 @@ def prepare(plan: Plan) -> Worker:
     model.painter.checkpoint_gradients(config.gradient_checkpointing)
     state = new_state(model, config)
     resumed = restore(state, device)
-    order = WorkerOrder(SampleOrder(plan.rows, config.batch_size, config.seed), rank, world_size)
+    every = SampleOrder(plan.rows, config.batch_size, config.seed, window=config.shuffle_window)
+    order = WorkerOrder(every, rank, world_size)
     features = choose_source(plan, model, shards, order, log)
     validation = open_validation(config, model, rank, world_size)
     feed = make_feed(config, order, features)
@@ -165,7 +169,7 @@ def train(worker: Worker) -> dict[str, float]:
         log.add(*update(worker, step))
         done, last = state.step, state.step == steps
         if last or due(done, config.log_every):
-            metrics |= log.read(done)
+            metrics |= log.read(done) | worker.feed.bad.read(worker.log, worker.device)
             log.write(done, metrics)
         if not last and due(done, validate_every):
             metrics |= validate(worker)

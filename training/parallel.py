@@ -65,11 +65,16 @@ def agree(error: Exception | None) -> Exception | None:
 
 def mean(value: torch.Tensor) -> torch.Tensor:
     """The mean of all workers' ``value``, on every worker (a collective)."""
+    return value if _alone() else total(value) / dist.get_world_size()
+
+
+def total(value: torch.Tensor) -> torch.Tensor:
+    """The sum of all workers' ``value``, on every worker (a collective)."""
     if _alone():
         return value
-    total = value.clone()
-    dist.all_reduce(total)
-    return total / dist.get_world_size()
+    summed = value.clone()
+    dist.all_reduce(summed)
+    return summed
 
 
 def gather(items: list[T]) -> list[T] | None:

@@ -72,7 +72,7 @@ def count_samples(config: StageConfig) -> int:
 
 
 def announcement(
-    plan: Plan, state: TrainState, features: FeatureSource, *, token_limit: int, resumed: bool
+    plan: Plan, state: TrainState, features: FeatureSource[Any], *, token_limit: int, resumed: bool
 ) -> str:
     """What will happen and what memory it takes, said before it happens."""
     config = plan.config

@@ -20,6 +20,8 @@ OPERATIONAL_KEYS = frozenset(
         "cpus_per_worker",
         "use_gpu",
         "encode_batch",
+        "prefetch_steps",
+        "bad_samples",
         "gradient_checkpointing",
         "log_every",
         "checkpoint_every",
@@ -88,6 +90,10 @@ class StageConfig(StageInputs):
     cache_features: bool = True  # in memory; else computed, or read from their shards, as needed
     gradient_checkpointing: bool = False  # less memory for a second forward pass; the same weights
     encode_batch: PositiveInt = 64
+    prefetch_steps: PositiveInt = 2  # read and decoded while a step is computed, where not cached
+    # How many neighbours a slot mixes; None = all of its samples, each for a row group's reading.
+    shuffle_window: PositiveInt | None = None
+    bad_samples: float = Field(default=0.01, ge=0, le=1)  # share that may be replaced by others
 
     log_every: PositiveInt = 10
     checkpoint_every: PositiveInt | None = None  # steps; None = at the end only

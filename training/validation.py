@@ -19,6 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 from dim import tabletop
 from dim.errors import InputError
 from dim.features.encoder import CachedFeatures, Features, FrozenEncoder
+from dim.features.shards import TableSamples
 from dim.images import decode_image
 from dim.learning.batch import Draws, draw
 from dim.model import DIM, flow, sampler
@@ -76,8 +77,14 @@ class Validation:
                 model, edits=config.edits, resolution=model.config.sampling.resolution
             )
             self._features = CachedFeatures(
-                encoder, self._table, [self._text], encode_batch=config.encode_batch
+                encoder,
+                TableSamples(self._table),
+                [self._text],
+                encode_batch=config.encode_batch,
+                threads=config.cpus_per_worker,
             )
+            for error in self._features.bad.values():
+                raise error  # another sample in its place would make other numbers
 
     @torch.no_grad()
     def run(self) -> tuple[dict[str, float], Image.Image] | None:
@@ -183,7 +190,7 @@ def read_validation(config: StageConfig) -> pa.Table:
         InputError: there are none, or a column is missing.
     """
     assert config.validation is not None
-    images = open_images(config.validation.data, config.columns)
+    images = open_images(config.validation.data, config.columns, every_file=False)
     count = min(images.rows, config.validation.samples)
     table, origin = images.read(np.arange(count)), images.head(count, "provenance")
     return table if origin is None else table.append_column("provenance", origin)

@@ -3,28 +3,42 @@
 They never change while the painter learns, so each worker computes them once for its own samples
 and keeps them as float16 (``CachedFeatures``). Where they would not fit, ``LiveFeatures`` computes
 those of a batch when it is needed. Where ``dim data features`` has computed them before,
-``ShardFeatures`` reads them. All answer ``batch``.
+``ShardFeatures`` reads them.
+
+All work in two parts. ``fetch`` reads and decodes, sample by sample, and may run in any thread
+while the step before is computed; what is wrong with a sample takes its place. ``collate`` makes a
+batch of what was fetched, on the worker's device.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
+from typing import Protocol, TypeVar
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from dim.errors import InputError
+from dim.errors import InputError, SampleError
 from dim.features.format import FrozenParts, unpack_bf16, unpack_int8
-from dim.features.shards import FeatureShards, Row
+from dim.features.row_groups import Row, whole
+from dim.features.shards import FeatureShards, Samples
 from dim.images import decode_image
-from dim.model.conditioner import ImageFeatures
+from dim.model.conditioner import ImageFeatures, Patches
+from dim.model.pixels import centre_crop, from_bytes, to_bytes
+from dim.model.sizes import check_size
+
+FetchedT = TypeVar("FetchedT")
+
+UNDECODABLE = "undecodable"
+DAMAGED = "damaged_features"
+
+_READ_AT_ONCE = 4  # forward passes of the frozen parts whose encoded images are held
 
 
 @dataclass(frozen=True)
@@ -51,34 +65,93 @@ class Features:
         )
 
 
-class FeatureSource(Protocol):
-    """Batches of features by position in a worker's table."""
+class FeatureSource(Protocol[FetchedT]):
+    """Batches of features by position among a worker's samples."""
+
+    def fetch(
+        self, positions: NDArray[np.int64], texts: NDArray[np.int64]
+    ) -> list[FetchedT | SampleError]:
+        """Samples ``positions`` (B,), each with its text number ``texts`` (B,).
+
+        Raises:
+            InputError: the data are not what they must be.
+            StorageError: the store does not answer, or refuses.
+        """
+        ...
+
+    def collate(self, fetched: Sequence[FetchedT]) -> Features:
+        """The features of fetched samples, in that order."""
+        ...
 
     def batch(self, positions: NDArray[np.int64], texts: NDArray[np.int64]) -> Features:
-        """Features of rows ``positions`` (B,), each with its text number ``texts`` (B,)."""
+        """Both at once.
+
+        Raises:
+            SampleError: a sample cannot be used.
+        """
         ...
 
 
+@dataclass(frozen=True)
+class Pictures:
+    """A sample's images, decoded and cut to size, each once.
+
+    ``target``: uint8 (resolution, resolution, 3), the image to paint; ``source`` the same, and
+    ``patches`` what the vision tower takes of it, or ``None`` without a source.
+    """
+
+    target: torch.Tensor
+    source: torch.Tensor | None
+    patches: Patches | None
+
+
 class FrozenEncoder:
-    """Runs the frozen parts of a DIM on rows of an edit or text-to-image table.
+    """Runs the frozen parts of a DIM on samples of an edit or text-to-image table.
 
     Args:
         model: Its conditioner and autoencoder are used, without gradients.
-        edits: Whether rows have a source (``image``) and a target (``image_target``).
+        edits: Whether samples have a source (``image``) and a target (``image_target``).
         resolution: The side of the painted image in pixels.
+
+    Raises:
+        InputError: the autoencoder cannot work at ``resolution``.
     """
 
     def __init__(self, model: FrozenParts, *, edits: bool, resolution: int) -> None:
+        check_size((resolution, resolution), model.autoencoder.factor)
         self._model = model
         self._edits = edits
         self._resolution = resolution
 
+    @property
+    def device(self) -> torch.device:
+        """Where the frozen parts are."""
+        return next(self._model.autoencoder.parameters()).device
+
+    def prepare(self, row: Row) -> Pictures:
+        """Decode and cut the images of a sample; needs no device, and may run in any thread.
+
+        For a GPU they come in pinned memory, from where a copy does not hold up the step.
+
+        Raises:
+            SampleError: one cannot be decoded.
+        """
+        if not self._edits:
+            return Pictures(self._square(_decoded(row, "image")), None, None)
+        source = _decoded(row, "image")
+        patches = self._model.conditioner.patches(source)
+        return Pictures(
+            self._square(_decoded(row, "image_target")),
+            self._square(source),
+            Patches(self._pinned(patches.pixels), patches.grid, patches.key),
+        )
+
     @torch.inference_mode()
-    def see(self, table: pa.Table) -> ImageFeatures | None:
-        """What the vision tower makes of the rows' source images; ``None`` without sources."""
+    def see(self, pictures: Sequence[Pictures]) -> ImageFeatures | None:
+        """What the vision tower makes of the samples' source images; ``None`` without sources."""
         if not self._edits:
             return None
-        return self._model.conditioner.see(self._images(table, "image"))
+        return self._model.conditioner.see([one.patches for one in pictures])
 
     @torch.inference_mode()
     def states(
@@ -88,67 +161,95 @@ class FrozenEncoder:
         return self._model.conditioner.encode(texts, seen)
 
     @torch.inference_mode()
-    def latents(self, table: pa.Table) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def latents(self, pictures: Sequence[Pictures]) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Latents of the images to paint and, for edits, of their sources: (B, C, h, w) each."""
-        if not self._edits:
-            return self._latent(table, "image"), None
-        return self._latent(table, "image_target"), self._latent(table, "image")
+        latent = self._latent([one.target for one in pictures])
+        sources = [one.source for one in pictures if one.source is not None]
+        return latent, self._latent(sources) if sources else None
 
-    def _images(self, table: pa.Table, column: str) -> list[Image.Image]:
-        ids = table.column("id").to_pylist()
-        data = table.column(column).to_pylist()
-        return [
-            decode_image(item, name=f"the {column} of sample {sample}")
-            for item, sample in zip(data, ids, strict=True)
-        ]
+    def _latent(self, images: Sequence[torch.Tensor]) -> torch.Tensor:
+        moved = [image.to(self.device, non_blocking=True) for image in images]
+        return self._model.autoencoder.encode(from_bytes(torch.stack(moved)))
 
-    def _latent(self, table: pa.Table, column: str) -> torch.Tensor:
-        autoencoder = self._model.autoencoder
-        images = self._images(table, column)
-        pixels = torch.stack([autoencoder.prepare(image, self._resolution) for image in images])
-        return autoencoder.encode(pixels.to(next(autoencoder.parameters()).device))
+    def _square(self, image: Image.Image) -> torch.Tensor:
+        return self._pinned(to_bytes(centre_crop(image, self._resolution)))
+
+    def _pinned(self, tensor: torch.Tensor) -> torch.Tensor:
+        return pinned(tensor, self.device)
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """One sample: hidden states (N, H) of each text, and latents, all float16 on the CPU."""
+
+    states: list[torch.Tensor]
+    latent: torch.Tensor
+    source: torch.Tensor | None
 
 
 class CachedFeatures:
-    """Every feature of a worker's rows, in memory.
+    """Every feature of a worker's samples, in memory.
 
-    Hidden states of all rows and texts lie in one (tokens, H) float16 tensor with offsets, so a
-    batch is a single gather.
+    Hidden states of all samples and texts lie in one (tokens, H) float16 tensor with offsets, so a
+    batch is a single gather. Encoded images are read in the order in which they lie, and no more
+    of them are held than a few forward passes take.
 
     Args:
         encoder: The frozen parts.
-        table: The worker's rows.
+        samples: The worker's samples.
         texts: The text columns; text number ``t`` of ``batch`` is ``texts[t]``.
-        encode_batch: Rows per forward pass of the frozen parts.
-        progress: Called with (rows done, rows to do).
+        encode_batch: Samples per forward pass of the frozen parts.
+        threads: That decode images.
+        progress: Called with (samples done, samples to do).
+
+    Attributes:
+        bad: What is wrong with samples that cannot be used, by position.
+
+    Raises:
+        SampleError: none of the samples can be used.
+        InputError: the data are not what they must be.
+        StorageError: the store does not answer, or refuses.
     """
 
     def __init__(
         self,
         encoder: FrozenEncoder,
-        table: pa.Table,
+        samples: Samples,
         texts: Sequence[str],
         *,
         encode_batch: int = 64,
+        threads: int = 1,
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
-        self._rows = table.num_rows
-        states: dict[int, torch.Tensor] = {}
+        self.bad: dict[int, SampleError] = {}
+        good: dict[int, _Encoded] = {}
         done = 0
-        for chosen in by_length(table, texts, encode_batch):
-            part = table.take(pa.array(chosen))
-            seen = encoder.see(part)
-            for number, column in enumerate(texts):
-                hidden, mask = encoder.states(part.column(column).to_pylist(), seen)
-                for row, one, tokens in zip(chosen, hidden, mask.sum(1).tolist(), strict=True):
-                    states[number * self._rows + int(row)] = one[:tokens].to("cpu", torch.float16)
-            done += len(chosen)
-            progress(done, self._rows)
-        in_order = [states.pop(entry) for entry in range(len(texts) * self._rows)]
+        with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
+            for places, rows in _groups(samples, texts, encode_batch):
+                pictures = list(pool.map(partial(_attempt, encoder.prepare), rows))
+                self.bad |= {
+                    place: found
+                    for place, found in zip(places, pictures, strict=True)
+                    if isinstance(found, SampleError)
+                }
+                good |= _encode(encoder, places, rows, pictures, texts)
+                done += len(rows)
+                progress(done, len(samples))
+        if not good:
+            raise next(iter(self.bad.values()))
+        places = sorted(good)
+        self._rows = len(places)
+        self._row_of = torch.full((len(samples),), -1)
+        self._row_of[places] = torch.arange(self._rows)
+        parts = [good[place] for place in places]
+        # Clones of what inference mode made, so that autograd may save them.
+        self._latents = torch.stack([one.latent for one in parts]).clone()
+        sources = [one.source for one in parts if one.source is not None]
+        self._sources = torch.stack(sources).clone() if sources else None
+        in_order = [one.states[text] for text in range(len(texts)) for one in parts]
         self._states = torch.cat(in_order)
         self._lengths = torch.tensor([len(one) for one in in_order])
         self._offsets = torch.cumsum(self._lengths, 0) - self._lengths
-        self._latents, self._sources = _all_latents(encoder, table, encode_batch)
 
     @property
     def nbytes(self) -> int:
@@ -160,10 +261,17 @@ class CachedFeatures:
         """How many texts reached ``limit`` tokens, so that they may have lost their beginning."""
         return int((self._lengths >= limit).sum())
 
-    def batch(self, positions: NDArray[np.int64], texts: NDArray[np.int64]) -> Features:
-        """See ``FeatureSource.batch``."""
-        row = torch.from_numpy(positions)
-        entry = row + torch.from_numpy(texts) * self._rows
+    def fetch(
+        self, positions: NDArray[np.int64], texts: NDArray[np.int64]
+    ) -> list[tuple[int, int] | SampleError]:
+        """See ``FeatureSource.fetch``; there is nothing to read."""
+        pairs = zip(positions.tolist(), texts.tolist(), strict=True)
+        return [self.bad.get(position, (position, text)) for position, text in pairs]
+
+    def collate(self, fetched: Sequence[tuple[int, int]]) -> Features:
+        """See ``FeatureSource.collate``."""
+        row = self._row_of[[position for position, _ in fetched]]
+        entry = row + torch.tensor([text for _, text in fetched]) * self._rows
         lengths = self._lengths[entry]
         place = torch.arange(int(lengths.max()))
         mask = place < lengths[:, None]
@@ -172,23 +280,51 @@ class CachedFeatures:
         source = None if self._sources is None else self._sources[row].float()
         return Features(hidden, mask, self._latents[row].float(), source)
 
-
-class LiveFeatures:
-    """Features computed when they are needed; only the encoded images are kept in memory."""
-
-    def __init__(self, encoder: FrozenEncoder, table: pa.Table, texts: Sequence[str]) -> None:
-        self._encoder = encoder
-        self._table = table
-        self._texts = list(texts)
-
     def batch(self, positions: NDArray[np.int64], texts: NDArray[np.int64]) -> Features:
         """See ``FeatureSource.batch``."""
-        part = self._table.take(pa.array(positions))
-        chosen = [
-            part.column(self._texts[text])[at].as_py() for at, text in enumerate(texts.tolist())
-        ]
-        hidden, mask = self._encoder.states(chosen, self._encoder.see(part))
-        latent, source = self._encoder.latents(part)
+        return self.collate(whole(self.fetch(positions, texts)))
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """A sample before the frozen parts: its text and its images."""
+
+    text: str
+    pictures: Pictures
+
+
+class LiveFeatures:
+    """Features computed when they are needed; nothing is held.
+
+    Args:
+        encoder: The frozen parts.
+        samples: The worker's samples.
+        texts: The text columns; text number ``t`` of ``batch`` is ``texts[t]``.
+        threads: That decode images.
+    """
+
+    def __init__(
+        self, encoder: FrozenEncoder, samples: Samples, texts: Sequence[str], *, threads: int = 1
+    ) -> None:
+        self._encoder = encoder
+        self._samples = samples
+        self._texts = list(texts)
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+
+    def fetch(
+        self, positions: NDArray[np.int64], texts: NDArray[np.int64]
+    ) -> list[Decoded | SampleError]:
+        """See ``FeatureSource.fetch``: reads and decodes."""
+        rows = self._samples.fetch(positions)
+        columns = [self._texts[text] for text in texts.tolist()]
+        return list(self._pool.map(self._decode, rows, columns))
+
+    def collate(self, fetched: Sequence[Decoded]) -> Features:
+        """See ``FeatureSource.collate``: runs the frozen parts."""
+        pictures = [one.pictures for one in fetched]
+        seen = self._encoder.see(pictures)
+        hidden, mask = self._encoder.states([one.text for one in fetched], seen)
+        latent, source = self._encoder.latents(pictures)
         # The clones leave inference mode, so that autograd may save them.
         return Features(
             hidden.float().clone(),
@@ -196,6 +332,22 @@ class LiveFeatures:
             latent.float().clone(),
             None if source is None else source.float().clone(),
         )
+
+    def batch(self, positions: NDArray[np.int64], texts: NDArray[np.int64]) -> Features:
+        """See ``FeatureSource.batch``."""
+        return self.collate(whole(self.fetch(positions, texts)))
+
+    def _decode(self, row: Row | SampleError, column: str) -> Decoded | SampleError:
+        return _attempt(lambda good: Decoded(good[column], self._encoder.prepare(good)), row)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A sample's features as they were kept: states (N, H), latents (C, h, w), float32 or less."""
+
+    states: torch.Tensor
+    latent: torch.Tensor
+    source_latent: torch.Tensor | None
 
 
 class ShardFeatures:
@@ -207,6 +359,7 @@ class ShardFeatures:
         texts: The text columns; text number ``t`` of ``batch`` is ``texts[t]``.
         in_memory: Read every row once and keep it as it is stored. Otherwise each batch is read
             when it is needed.
+        device: Where batches are put together.
     """
 
     def __init__(
@@ -216,11 +369,13 @@ class ShardFeatures:
         texts: Sequence[str],
         *,
         in_memory: bool,
+        device: torch.device | None = None,
     ) -> None:
         self._shards = shards
         self._rows = rows
         self._texts = list(texts)
-        self._held = shards.read(rows, self._columns(self._texts)) if in_memory else None
+        self._device = device or torch.device("cpu")
+        self._held = shards.fetch(rows, self._columns(self._texts)) if in_memory else None
 
     @property
     def encoding(self) -> str:
@@ -235,58 +390,161 @@ class ShardFeatures:
     @property
     def nbytes(self) -> int:
         """Memory the features take; 0 where they are read when needed."""
-        held = self._held or []
-        return sum(len(item) for row in held for item in row.values() if isinstance(item, bytes))
+        return sum(
+            len(item) for row in self._good() for item in row.values() if isinstance(item, bytes)
+        )
 
     def count_cut(self, limit: int) -> int:
         """How many of the texts held reached ``limit`` tokens, as ``CachedFeatures`` counts."""
-        held = self._held or []
-        return sum(row[f"{text}_tokens"] >= limit for row in held for text in self._texts)
+        return sum(row[f"{text}_tokens"] >= limit for row in self._good() for text in self._texts)
+
+    def fetch(
+        self, positions: NDArray[np.int64], texts: NDArray[np.int64]
+    ) -> list[Stored | SampleError]:
+        """See ``FeatureSource.fetch``: reads, where they are not held."""
+        found: list[Stored | SampleError | None] = [None] * len(positions)
+        for text in np.unique(texts).tolist():
+            (chosen,) = np.nonzero(texts == text)
+            name = self._texts[text]
+            unpack = partial(_attempt, partial(self._unpack, name))
+            for place, row in zip(chosen, self._read(positions[chosen], name), strict=True):
+                found[place] = unpack(row)
+        return [item for item in found if item is not None]
+
+    def collate(self, fetched: Sequence[Stored]) -> Features:
+        """See ``FeatureSource.collate``."""
+        states = [self._moved(one.states).float() for one in fetched]
+        lengths = torch.tensor([len(one) for one in states], device=self._device)
+        hidden = torch.nn.utils.rnn.pad_sequence(states, batch_first=True)
+        mask = torch.arange(hidden.shape[1], device=self._device) < lengths[:, None]
+        latent = torch.stack([self._moved(one.latent) for one in fetched]).float()
+        sources = [one.source_latent for one in fetched if one.source_latent is not None]
+        source = torch.stack([self._moved(one) for one in sources]).float() if sources else None
+        return Features(hidden, mask, latent, source)
 
     def batch(self, positions: NDArray[np.int64], texts: NDArray[np.int64]) -> Features:
-        """See ``FeatureSource.batch``.
+        """See ``FeatureSource.batch``."""
+        return self.collate(whole(self.fetch(positions, texts)))
 
-        Raises:
-            InputError: a row is damaged.
-            StorageError: a file cannot be read.
-        """
-        names = [self._texts[text] for text in texts]
-        rows = self._read(positions, sorted(set(names)))
-        states = [self._states(row, name) for row, name in zip(rows, names, strict=True)]
-        lengths = torch.tensor([len(one) for one in states])
-        hidden = torch.nn.utils.rnn.pad_sequence(states, batch_first=True)
-        latent = torch.stack([_latent(row, "latent") for row in rows])
-        source = None
-        if "source_latent" in rows[0]:
-            source = torch.stack([_latent(row, "source_latent") for row in rows])
-        return Features(hidden, torch.arange(hidden.shape[1]) < lengths[:, None], latent, source)
+    def _good(self) -> Iterator[Row]:
+        return (row for row in self._held or [] if not isinstance(row, SampleError))
 
-    def _read(self, positions: NDArray[np.int64], texts: Sequence[str]) -> list[Row]:
+    def _read(self, positions: NDArray[np.int64], text: str) -> list[Row | SampleError]:
         if self._held is not None:
             return [self._held[position] for position in positions]
-        return self._shards.read(self._rows[positions], self._columns(texts))
+        return self._shards.fetch(self._rows[positions], self._columns([text]))
 
     def _columns(self, texts: Sequence[str]) -> list[str]:
-        parts = ["tokens", "states"]
-        if self._shards.encoding == "int8":
-            parts.append("scales")
+        parts = ["states", "scales"] if self._shards.encoding == "int8" else ["states"]
         latents = ["latent", "source_latent"] if self._shards.edits else ["latent"]
         of_texts = [f"{text}_{part}" for text in texts for part in parts]
-        return [*of_texts, "hidden_size", *latents, "latent_shape"]
+        # Of the other texts the lengths, so that a sample without one is none whichever is drawn.
+        lengths = [f"{text}_tokens" for text in self._texts]
+        return [*of_texts, *lengths, "hidden_size", *latents, "latent_shape"]
+
+    def _unpack(self, text: str, row: Row) -> Stored:
+        source = self._latent(row, "source_latent") if self._shards.edits else None
+        return Stored(self._states(row, text), self._latent(row, "latent"), source)
 
     def _states(self, row: Row, text: str) -> torch.Tensor:
-        """Hidden states (N, H) float32 of one text of a row."""
+        """Hidden states (N, H) of one text of a row."""
         shape = (row[f"{text}_tokens"], row["hidden_size"])
         data = row[f"{text}_states"]
         with _of_sample(row, f"{text}_states"):
             if self._shards.encoding == "int8":
-                return unpack_int8(data, row[f"{text}_scales"], shape)
-            return unpack_bf16(data, shape).float()
+                return pinned(unpack_int8(data, row[f"{text}_scales"], shape), self._device)
+            return pinned(unpack_bf16(data, shape), self._device)
+
+    def _latent(self, row: Row, name: str) -> torch.Tensor:
+        with _of_sample(row, name):
+            return pinned(unpack_bf16(row[name], tuple(row["latent_shape"])), self._device)
+
+    def _moved(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(self._device, non_blocking=True)
 
 
-def _latent(row: Row, name: str) -> torch.Tensor:
-    with _of_sample(row, name):
-        return unpack_bf16(row[name], tuple(row["latent_shape"])).float()
+def pinned(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """``tensor`` where a copy to ``device`` does not hold up what runs there."""
+    return tensor.pin_memory() if device.type == "cuda" else tensor
+
+
+def by_length(rows: Sequence[Row], texts: Sequence[str], size: int) -> list[NDArray[np.int64]]:
+    """Row numbers in groups of ``size`` of similar text length, so that little is padding."""
+    lengths = [sum(len(row[name]) for name in texts) for row in rows]
+    order = np.argsort(lengths, kind="stable")
+    return [order[first : first + size] for first in range(0, len(order), size)]
+
+
+def _groups(
+    samples: Samples, texts: Sequence[str], size: int
+) -> Iterator[tuple[list[int], list[Row | SampleError]]]:
+    """All samples with their positions, ``size`` at a time; the next ones are read meanwhile."""
+    order = samples.stored_order()
+    parts = np.split(order, range(_READ_AT_ONCE * size, len(order), _READ_AT_ONCE * size))
+    with ThreadPoolExecutor(1, thread_name_prefix="read") as thread:
+        reading = thread.submit(samples.fetch, parts[0])
+        for part, following in zip(parts, [*parts[1:], None], strict=True):
+            found = reading.result()
+            if following is not None:
+                reading = thread.submit(samples.fetch, following)
+            places = part.tolist()
+            bad = [number for number, row in enumerate(found) if isinstance(row, SampleError)]
+            if bad:
+                yield [places[number] for number in bad], [found[number] for number in bad]
+            good = [number for number in range(len(found)) if number not in set(bad)]
+            for chosen in by_length(whole([found[number] for number in good]), texts, size):
+                numbers = [good[place] for place in chosen]
+                yield [places[number] for number in numbers], [found[number] for number in numbers]
+
+
+def _encode(
+    encoder: FrozenEncoder,
+    places: Sequence[int],
+    rows: Sequence[Row | SampleError],
+    pictures: Sequence[Pictures | SampleError],
+    texts: Sequence[str],
+) -> dict[int, _Encoded]:
+    """The usable ones of a group of samples after one forward pass, by position."""
+    usable = [
+        (place, row, found)
+        for place, row, found in zip(places, rows, pictures, strict=True)
+        if not isinstance(row, SampleError) and not isinstance(found, SampleError)
+    ]
+    if not usable:
+        return {}
+    shown = [found for _, _, found in usable]
+    seen = encoder.see(shown)
+    states: list[list[torch.Tensor]] = [[] for _ in usable]
+    for column in texts:
+        hidden, mask = encoder.states([row[column] for _, row, _ in usable], seen)
+        for kept, one, tokens in zip(states, hidden, mask.sum(1).tolist(), strict=True):
+            kept.append(one[:tokens].to("cpu", torch.float16))
+    latents, sources = encoder.latents(shown)
+    held = latents.to("cpu", torch.float16)
+    held_sources = [None] * len(held) if sources is None else sources.to("cpu", torch.float16)
+    return {
+        place: _Encoded(kept, latent, source)
+        for (place, _, _), kept, latent, source in zip(
+            usable, states, held, held_sources, strict=True
+        )
+    }
+
+
+def _attempt(action: Callable[[Row], FetchedT], row: Row | SampleError) -> FetchedT | SampleError:
+    """``action`` on a row, or what is wrong with it."""
+    if isinstance(row, SampleError):
+        return row
+    try:
+        return action(row)
+    except SampleError as error:
+        return error
+
+
+def _decoded(row: Row, column: str) -> Image.Image:
+    try:
+        return decode_image(row[column], name=f"the {column} of sample {row['id']}")
+    except InputError as error:
+        raise SampleError(str(error), UNDECODABLE) from None
 
 
 @contextmanager
@@ -294,24 +552,5 @@ def _of_sample(row: Row, name: str) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise InputError(f"the {name} of sample {row['id']!r} are damaged: {error}") from None
-
-
-def by_length(table: pa.Table, texts: Sequence[str], size: int) -> list[NDArray[np.int64]]:
-    """Row numbers in groups of ``size`` of similar text length, so that little is padding."""
-    lengths = sum(pc.utf8_length(table.column(name)).to_numpy() for name in texts)
-    order = np.argsort(lengths, kind="stable")
-    return [order[first : first + size] for first in range(0, len(order), size)]
-
-
-def _all_latents(
-    encoder: FrozenEncoder, table: pa.Table, size: int
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    latents, sources = [], []
-    for first in range(0, table.num_rows, size):
-        latent, source = encoder.latents(table.slice(first, size))
-        latents.append(latent.to("cpu", torch.float16))
-        if source is not None:
-            sources.append(source.to("cpu", torch.float16))
-    # Clones of what inference mode made, so that autograd may save them.
-    return torch.cat(latents).clone(), torch.cat(sources).clone() if sources else None
+        said = f"the {name} of sample {row['id']!r} are damaged: {error}"
+        raise SampleError(said, DAMAGED) from None

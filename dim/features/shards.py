@@ -1,66 +1,40 @@
-"""Rows of shards by number: of features, as ``dim data features`` wrote them, or of images.
-
-Files come opened. Where they lie and how they are reached is not known here.
-"""
+"""The samples of a stage by number: features, as ``dim data features`` wrote them, or images."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, cast
+from typing import Protocol, cast
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.dataset as ds
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from dim import records
 from dim.config import validate_config
-from dim.errors import InputError
+from dim.errors import InputError, SampleError
 from dim.features.format import Encoding, Preparation
-
-Row = dict[str, Any]
-
-_AT_ONCE = 8  # reads in flight: an object store answers each in tens of milliseconds
+from dim.features.row_groups import Row, RowGroups, ShardFile, whole
 
 
-@dataclass(frozen=True)
-class ShardFile:
-    """A Parquet file of kept records, wherever it lies.
+class Samples(Protocol):
+    """Some samples with their images, by position."""
 
-    ``folder`` and ``address`` are what to call its output and itself in a message. ``open`` gives
-    the file for a while, with options as pyarrow's ``ParquetFile`` takes them. It raises
-    ``StorageError`` where the file cannot be opened, or not be read inside.
-    """
+    def __len__(self) -> int: ...
 
-    folder: str
-    address: str
-    open: Callable[..., AbstractContextManager[pq.ParquetFile]]
+    def fetch(self, positions: NDArray[np.int64]) -> list[Row | SampleError]:
+        """The samples at ``positions``, in that order, or what is wrong with them."""
+        ...
 
-
-@dataclass(frozen=True)
-class _Known:
-    """A file and its footer."""
-
-    file: ShardFile
-    metadata: pq.FileMetaData
-
-    @cached_property
-    def schema(self) -> pa.Schema:
-        return self.metadata.schema.to_arrow_schema()
+    def stored_order(self) -> NDArray[np.int64]:
+        """All positions, in the order in which reading them costs least."""
+        ...
 
 
 class FeatureShards:
-    """The features of one or more outputs, in order; nothing but their footers is held.
-
-    A row is fetched with the row group that it lies in, which the features job makes small, so
-    rows can be read in any order from a disk or an object store, and need neither memory nor disk
-    of this machine. Footers stay in memory: about 2 kB a row group.
+    """The features of one or more outputs, in order.
 
     Args:
         files: The files, in order.
@@ -69,44 +43,45 @@ class FeatureShards:
         where: What to call the whole in a message.
 
     Raises:
-        InputError: they are of another kind of record, lack a text, were not all made alike, or
-            there are none.
+        InputError: the first file is of another kind of record or lacks a text, or there is no
+            sample. Other files are checked when they are first read, or by ``check_files``.
         StorageError: a file cannot be read.
     """
 
     def __init__(
         self, files: Sequence[ShardFile], texts: Sequence[str], *, edits: bool, where: str
     ) -> None:
-        self._pool = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="features")
-        self._files = list(self._pool.map(_footer, files))
-        groups = [
-            (number, group, known.metadata.row_group(group).num_rows)
-            for number, known in enumerate(self._files)
-            for group in range(known.metadata.num_row_groups)
-        ]
-        self._groups = np.array(groups, np.int64).reshape(-1, 3)
-        self._ends = np.cumsum(self._groups[:, 2])
-        self._check(texts, edits, where)
+        self._texts = list(texts)
+        self._kind = records.FEATURES_OF["edit" if edits else "t2i"]
+        self.groups = RowGroups(files, self._check)
+        self._first: tuple[ShardFile, pa.Schema] | None = None
+        if not self.groups.rows:
+            raise InputError(f"the training data in {where} is empty")
+        self._first = self.groups.files[0], self.groups.schema()
 
     @property
     def rows(self) -> int:
         """Samples in all."""
-        return int(self._ends[-1]) if len(self._ends) else 0
+        return self.groups.rows
+
+    def check_files(self) -> None:
+        """See ``RowGroups.check_files``."""
+        self.groups.check_files()
 
     @cached_property
     def edits(self) -> bool:
         """Whether there is a source latent."""
-        return records.kind_of(self._files[0].schema) == records.FEATURES_OF["edit"]
+        return self._kind == records.FEATURES_OF["edit"]
 
     @cached_property
     def encoding(self) -> Encoding:
         """How hidden states are kept."""
-        return cast(Encoding, self._files[0].schema.metadata[records.ENCODING_KEY].decode())
+        return cast(Encoding, self.groups.schema().metadata[records.ENCODING_KEY].decode())
 
     @cached_property
     def preparation(self) -> Preparation:
         """How the features were made."""
-        return _preparation(self._files[0])
+        return _preparation(self.groups.files[0], self.groups.schema())
 
     def check_preparation(self, needed: Preparation) -> None:
         """Refuse features that the model to be trained would not make itself.
@@ -116,136 +91,150 @@ class FeatureShards:
         """
         if differing := self.preparation.differences(needed):
             raise InputError(
-                f"the features in {self._files[0].file.folder} are stale, for they were made with "
+                f"the features in {self.groups.files[0].folder} are stale, for they were made with "
                 f"another preparation: {'; '.join(differing)}. Make them again with "
                 "`dim data features`"
             )
+
+    def fetch(self, rows: NDArray[np.int64], columns: Sequence[str]) -> list[Row | SampleError]:
+        """See ``RowGroups.fetch``."""
+        return self.groups.fetch(rows, columns)
 
     def read(self, rows: NDArray[np.int64], columns: Sequence[str]) -> list[Row]:
         """Rows by number, in the order asked for (a row may be asked for twice).
 
         Raises:
-            InputError: a value is missing in one of the rows.
-            StorageError: a file cannot be read.
+            SampleError: one of the rows cannot be used.
+            InputError, StorageError: as for ``fetch``.
         """
-        distinct, inverse = np.unique(rows, return_inverse=True)
-        group = np.searchsorted(self._ends, distinct, side="right")
-        files = self._groups[group, 0]
-        parts = self._pool.map(
-            lambda file: self._read(file, distinct[files == file], group[files == file], columns),
-            np.unique(files),
-        )
-        read = [row for part in parts for row in part]
-        return [read[place] for place in inverse]
+        return whole(self.fetch(rows, columns))
 
-    def _read(
-        self,
-        number: int,
-        rows: NDArray[np.int64],
-        groups: NDArray[np.int64],
-        columns: Sequence[str],
-    ) -> list[Row]:
-        """Ascending rows of one file, each of which lies in the group named beside it."""
-        known = self._files[number]
-        needed, at = np.unique(groups, return_inverse=True)
-        sizes = self._groups[needed, 2]
-        before = self._ends[needed] - sizes  # rows of the data before each group
-        start = np.cumsum(sizes) - sizes  # rows read before each group
-        with known.file.open(metadata=known.metadata, pre_buffer=True) as parquet:
-            table = parquet.read_row_groups(
-                self._groups[needed, 1].tolist(), columns=["id", *columns], use_threads=False
+    def _check(self, file: ShardFile, schema: pa.Schema) -> None:
+        records.check_version(schema, file.address)
+        kind = records.kind_of(schema)
+        if kind != self._kind:
+            raise InputError(f"{file.address} holds {kind} and this stage needs {self._kind}")
+        lacking = [text for text in self._texts if f"{text}_states" not in schema.names]
+        if lacking:
+            held = [name[:-7] for name in schema.names if name.endswith("_states")]
+            raise InputError(
+                f"the features in {file.folder} are of the texts {', '.join(held)}, and "
+                f"this stage also trains on {lacking[0]!r}: make them again with "
+                f"texts=[{','.join(self._texts)}]"
             )
-            found = table.take(pa.array(rows - before[at] + start[at])).to_pylist()
-        for row in found:
-            if missing := [name for name in columns if row[name] is None]:
-                raise InputError(
-                    f"sample {row['id']!r} in {known.file.address} has no {missing[0]}"
-                )
-        return found
-
-    def _check(self, texts: Sequence[str], edits: bool, where: str) -> None:
-        if not self.rows:
-            raise InputError(f"the training data in {where} is empty")
-        wanted = records.FEATURES_OF["edit" if edits else "t2i"]
-        first = self._files[0]
-        for known in self._files:
-            file, schema = known.file, known.schema
-            records.check_version(schema, file.address)
-            kind = records.kind_of(schema)
-            if kind != wanted:
-                raise InputError(f"{file.address} holds {kind} and this stage needs {wanted}")
-            lacking = [text for text in texts if f"{text}_states" not in schema.names]
-            if lacking:
-                held = [name[:-7] for name in schema.names if name.endswith("_states")]
-                raise InputError(
-                    f"the features in {file.folder} are of the texts {', '.join(held)}, and "
-                    f"this stage also trains on {lacking[0]!r}: make them again with "
-                    f"texts=[{','.join(texts)}]"
-                )
-            if schema.metadata != first.schema.metadata:
-                differing = _preparation(first).differences(_preparation(known))
-                raise InputError(
-                    f"{first.file.folder} and {file.folder} hold features that were made "
-                    f"differently: {(differing or ['the encoding'])[0]}"
-                )
+        if self._first is None:
+            return
+        first, other = self._first
+        if schema.metadata != other.metadata:
+            differing = _preparation(first, other).differences(_preparation(file, schema))
+            raise InputError(
+                f"{first.folder} and {file.folder} hold features that were made "
+                f"differently: {(differing or ['the encoding'])[0]}"
+            )
 
 
 class ImageShards:
     """The images and texts of one or more outputs, in order. Images stay encoded.
 
     Args:
-        dataset: Their files, in order.
-        columns: What the stage reads of them.
+        files: The files, in order.
+        columns: What the stage reads of them besides the id.
         where: What to call the whole in a message.
 
     Raises:
-        InputError: there is no sample, a column is missing, or these are features.
+        InputError: there is no sample, a column is missing, or these are features. Of the first
+            file; others are checked when they are first read, or by ``check_files``.
+        StorageError: a file cannot be read.
     """
 
-    def __init__(self, dataset: ds.Dataset, columns: Sequence[str], *, where: str) -> None:
-        if are_features(dataset.schema):
-            raise InputError(f"{where} holds features, and images are needed here")
-        missing = [name for name in columns if name not in dataset.schema.names]
-        if missing:
-            raise InputError(
-                f"the training data in {where} lacks the column {missing[0]!r}; "
-                f"it has {', '.join(dataset.schema.names)}"
-            )
-        self._dataset = dataset
-        self._columns = list(columns)
-        self.rows: int = dataset.count_rows()
-        if self.rows == 0:
+    def __init__(self, files: Sequence[ShardFile], columns: Sequence[str], *, where: str) -> None:
+        self._columns = [name for name in columns if name != "id"]
+        self._where = where
+        self.groups = RowGroups(files, self._check)
+        if not self.groups.rows:
             raise InputError(f"the training data in {where} is empty")
+        self.groups.schema()
+
+    @property
+    def rows(self) -> int:
+        """Samples in all."""
+        return self.groups.rows
+
+    def check_files(self) -> None:
+        """See ``RowGroups.check_files``."""
+        self.groups.check_files()
+
+    def fetch(self, rows: NDArray[np.int64]) -> list[Row | SampleError]:
+        """See ``RowGroups.fetch``."""
+        return self.groups.fetch(rows, self._columns)
 
     def read(self, rows: NDArray[np.int64]) -> pa.Table:
-        """Rows by number, in the order asked for (a row may be asked for twice).
-
-        The data are streamed once and only the rows asked for are kept.
+        """A few rows by number, in the order asked for (a row may be asked for twice).
 
         Raises:
-            InputError: a value is missing (null) in one of the rows.
+            SampleError: one of the rows cannot be used.
+            InputError, StorageError: as for ``fetch``.
         """
-        wanted, inverse = np.unique(rows, return_inverse=True)
-        kept: list[pa.RecordBatch] = []
-        first = 0
-        for batch in self._dataset.to_batches(columns=self._columns):
-            low, high = np.searchsorted(wanted, [first, first + batch.num_rows])
-            if high > low:
-                kept.append(batch.take(pa.array(wanted[low:high] - first)))
-            first += batch.num_rows
-        table = pa.Table.from_batches(kept)
-        for name in self._columns:
-            if table.column(name).null_count:
-                at = table.column(name).is_null().to_pylist().index(True)
-                sample = table.column("id")[at].as_py()
-                raise InputError(f"sample {sample!r} has no {name}, which this stage trains on")
-        return table.take(pa.array(inverse))
+        schema = self.groups.schema()
+        fields = [schema.field(name) for name in ["id", *self._columns]]
+        return pa.Table.from_pylist(whole(self.fetch(rows)), pa.schema(fields))
 
     def head(self, count: int, column: str) -> pa.ChunkedArray | None:
         """The first ``count`` values of a column that not all data have; ``None`` without it."""
-        if column not in self._dataset.schema.names:
+        schema = self.groups.schema()
+        if column not in schema.names:
             return None
-        return self._dataset.head(count, columns=[column]).column(column)
+        found = self.groups.fetch(np.arange(min(count, self.rows)), [column])
+        values = [None if isinstance(row, SampleError) else row[column] for row in found]
+        return pa.chunked_array([values], schema.field(column).type)
+
+    def _check(self, file: ShardFile, schema: pa.Schema) -> None:
+        if are_features(schema):
+            raise InputError(f"{file.folder} holds features, and images are needed here")
+        records.check_version(schema, file.address)
+        missing = [name for name in ["id", *self._columns] if name not in schema.names]
+        if missing:
+            raise InputError(
+                f"the training data in {self._where} lacks the column {missing[0]!r}; "
+                f"{file.address} has {', '.join(schema.names)}"
+            )
+
+
+@dataclass(frozen=True)
+class Share:
+    """A worker's rows of image shards."""
+
+    shards: ImageShards
+    rows: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def fetch(self, positions: NDArray[np.int64]) -> list[Row | SampleError]:
+        """See ``Samples.fetch``."""
+        return self.shards.fetch(self.rows[positions])
+
+    def stored_order(self) -> NDArray[np.int64]:
+        """See ``Samples.stored_order``."""
+        return np.argsort(self.rows, kind="stable")
+
+
+@dataclass(frozen=True)
+class TableSamples:
+    """A few samples in memory."""
+
+    table: pa.Table
+
+    def __len__(self) -> int:
+        return int(self.table.num_rows)
+
+    def fetch(self, positions: NDArray[np.int64]) -> list[Row | SampleError]:
+        """See ``Samples.fetch``."""
+        return list(self.table.take(pa.array(positions)).to_pylist())
+
+    def stored_order(self) -> NDArray[np.int64]:
+        """See ``Samples.stored_order``."""
+        return np.arange(len(self))
 
 
 def are_features(schema: pa.Schema) -> bool:
@@ -253,11 +242,6 @@ def are_features(schema: pa.Schema) -> bool:
     return records.kind_of(schema) in records.FEATURES_OF.values()
 
 
-def _footer(file: ShardFile) -> _Known:
-    with file.open() as parquet:
-        return _Known(file, parquet.metadata)
-
-
-def _preparation(known: _Known) -> Preparation:
-    stored = json.loads(known.schema.metadata[records.PREPARATION_KEY])
-    return validate_config(Preparation, stored, where=known.file.address)
+def _preparation(file: ShardFile, schema: pa.Schema) -> Preparation:
+    stored = json.loads(schema.metadata[records.PREPARATION_KEY])
+    return validate_config(Preparation, stored, where=file.address)

@@ -21,62 +21,121 @@ from numpy.typing import NDArray
 
 from dim.model.flow import noise_levels
 
+BLOCK = 256  # neighbouring rows: as many as data jobs put into a row group at most
+
 
 class SampleOrder:
     """The order of ``rows`` samples in global batches of ``batch_size``.
 
     An epoch is ``steps_per_epoch`` batches; the remainder rests, another one each epoch. With
     fewer rows than slots, rows repeat so that every slot has one.
+
+    Args:
+        rows: Samples of the data.
+        batch_size: Slots of a batch.
+        seed: Another one gives another order.
+        window: How far samples are mixed. ``None``: any sample may follow any other. A number: a
+            slot's samples are runs of ``BLOCK`` neighbours, the runs in random order, and in that
+            sequence each sample moves by up to ``window`` places. So what a slot needs next lies
+            in a few row groups, each of which has to be read once.
     """
 
-    def __init__(self, rows: int, batch_size: int, seed: int) -> None:
+    def __init__(self, rows: int, batch_size: int, seed: int, *, window: int | None = None) -> None:
         if rows < 1:
             raise ValueError("there is no sample to order")
+        self.rows = rows
         self.batch_size = batch_size
         self.steps_per_epoch = steps_per_epoch(rows, batch_size)
         self._seed = seed
-        shuffled = np.random.default_rng([seed, rows]).permutation(rows)
-        # Slots must not be residues of the row number: neighbouring rows may be of one kind.
-        self._base = np.resize(shuffled, max(rows, batch_size))
+        self._window = window
 
-    def slot_rows(self, slot: int) -> NDArray[np.int64]:
-        """The row numbers that ``slot`` owns."""
-        return self._base[slot :: self.batch_size]
+    def shares(self, slots: Sequence[int]) -> list[NDArray[np.int64]]:
+        """The row numbers that each of ``slots`` owns (8 bytes a row of the data meanwhile)."""
+        generator = np.random.default_rng([self._seed, self.rows])
+        size = max(self.rows, self.batch_size)
+        if self._window is None:
+            # Slots must not be residues of the row number: neighbours may be of one kind.
+            base = np.resize(generator.permutation(self.rows), size)
+            return [base[slot :: self.batch_size].copy() for slot in slots]
+        blocks = np.array_split(np.arange(self.rows), range(BLOCK, self.rows, BLOCK))
+        order = generator.permutation(len(blocks))
+        base = np.resize(np.concatenate([blocks[number] for number in order]), size)
+        cuts = np.arange(self.batch_size + 1) * size // self.batch_size
+        return [base[cuts[slot] : cuts[slot + 1]].copy() for slot in slots]
 
-    def position(self, slot: int, epoch: int) -> NDArray[np.int64]:
-        """The order in which ``slot`` walks its own rows in ``epoch``, as indices into them."""
-        order = np.random.default_rng([self._seed, 1 + epoch, slot])
-        return order.permutation(len(self.slot_rows(slot)))[: self.steps_per_epoch]
+    def walk(self, slot: int, epoch: int, share: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The order in which ``slot`` walks its ``share`` in ``epoch``, as indices into it.
+
+        The first ``steps_per_epoch`` are the epoch's; what is left over rests.
+        """
+        generator = np.random.default_rng([self._seed, 1 + epoch, slot])
+        if self._window is None:
+            return generator.permutation(len(share))
+        run = np.cumsum(np.diff(share // BLOCK, prepend=share[0] // BLOCK) != 0)
+        in_runs = np.argsort(generator.permutation(run[-1] + 1)[run], kind="stable")
+        moved = np.arange(len(share)) + self._window * generator.random(len(share))
+        return in_runs[np.argsort(moved, kind="stable")]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where each of a worker's slots stands at a step.
+
+    ``walks``: for each slot, all positions (into the worker's rows) that it owns, in this epoch's
+    order; ``step``: of the epoch.
+    """
+
+    walks: Sequence[NDArray[np.int64]]
+    step: int
+
+    def positions(self) -> NDArray[np.int64]:
+        """The samples of the step, one a slot."""
+        return np.array([walk[self.step] for walk in self.walks], np.int64)
+
+    def instead(self, slot: int, tries: int) -> NDArray[np.int64] | None:
+        """(1,): what ``slot`` takes where its sample and ``tries`` - 1 after it cannot be used.
+
+        It is the next one of its walk, which begins anew at its end; ``None`` when it has seen all.
+        So it depends on seed, step and which samples cannot be used, and on no other slot.
+        """
+        walk = self.walks[slot]
+        if tries >= len(walk):
+            return None
+        return walk[[(self.step + tries) % len(walk)]]
 
 
 class WorkerOrder:
     """One worker's part of a ``SampleOrder``: slots ``rank``, ``rank + world_size``, …
 
     ``rows`` (int64) are the dataset rows this worker needs, slot after slot, so that ``batch``
-    can answer with positions into them.
+    can answer with positions into them; ``total`` is how many the dataset has.
     """
 
     def __init__(self, order: SampleOrder, rank: int, world_size: int) -> None:
+        self.total = order.rows
         self.slots: Sequence[int] = range(rank, order.batch_size, world_size)
-        shares = [order.slot_rows(slot) for slot in self.slots]
+        shares = order.shares(self.slots)
         self.rows = np.concatenate(shares)
         self._starts = np.cumsum([0] + [len(share) for share in shares[:-1]])
+        self._shares = np.split(self.rows, self._starts[1:])  # views: a share may be millions
         self._order = order
         self._epoch = -1
-        self._walk = np.empty((0, 0), dtype=np.int64)
+        self._walks: list[NDArray[np.int64]] = []
 
     def batch(self, step: int) -> NDArray[np.int64]:
         """Positions into ``rows`` of this worker's part of the global batch of ``step``."""
+        return self.at(step).positions()
+
+    def at(self, step: int) -> Place:
+        """Where this worker's slots stand at ``step`` (from 0)."""
         epoch, place = divmod(step, self._order.steps_per_epoch)
         if epoch != self._epoch:
-            self._walk = np.stack(
-                [
-                    start + self._order.position(slot, epoch)
-                    for slot, start in zip(self.slots, self._starts, strict=True)
-                ]
-            )
+            self._walks = [
+                start + self._order.walk(slot, epoch, share)
+                for slot, share, start in zip(self.slots, self._shares, self._starts, strict=True)
+            ]
             self._epoch = epoch
-        return self._walk[:, place]
+        return Place(self._walks, place)
 
 
 def steps_per_epoch(rows: int, batch_size: int) -> int:
@@ -97,6 +156,11 @@ class Draws:
     index: torch.Tensor
     dropped: torch.Tensor
     choice: NDArray[np.float64]
+
+    def take(self, rows: Sequence[int]) -> Draws:
+        """The same for some of the rows."""
+        part = list(rows)
+        return Draws(self.noise[part], self.index[part], self.dropped[part], self.choice[part])
 
 
 def draw(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,6 +43,19 @@ class ImageFeatures:
         return ImageFeatures(
             [self.features[row] for row in rows], [self.grids[row] for row in rows]
         )
+
+
+@dataclass(frozen=True)
+class Patches:
+    """A picture as the vision tower takes it, made without a device and so in any thread.
+
+    ``pixels``: (patches, features) float32. ``grid``: (3,) int64, see ``ImageFeatures``. ``key``:
+    equal for equal pictures.
+    """
+
+    pixels: Tensor
+    grid: Tensor
+    key: bytes
 
 
 @dataclass(frozen=True)
@@ -92,34 +105,40 @@ class Conditioner(nn.Module):
         """Features of a hidden state."""
         return self.model.config.text_config.hidden_size
 
+    def patches(self, image: Image.Image) -> Patches:
+        """Cut a picture into patches.
+
+        Raises:
+            InputError: it cannot be read.
+        """
+        return self._cut(self._square(image), {})
+
     @torch.no_grad()
-    def see(self, images: Sequence[Image.Image | None]) -> ImageFeatures:
+    def see(self, images: Sequence[Image.Image | Patches | None]) -> ImageFeatures:
         """Look at a batch's images; equal ones pass the vision tower once.
 
         Raises:
             InputError: an image cannot be read.
         """
-        distinct: dict[bytes, Image.Image] = {}
-        keys: list[bytes | None] = []
+        distinct: dict[bytes, Patches] = {}
+        rows: list[Patches | None] = []
         for image in images:
-            if image is None:
-                keys.append(None)
-                continue
-            square = self._square(image)
-            key = hashlib.sha256(square.tobytes()).digest()
-            distinct.setdefault(key, square)
-            keys.append(key)
+            if image is not None and not isinstance(image, Patches):
+                image = self._cut(self._square(image), distinct)
+            rows.append(image)
+            if image is not None:
+                distinct.setdefault(image.key, image)
         if not distinct:
-            return ImageFeatures([None] * len(keys), [None] * len(keys))
-        patches = self.image_processor(images=list(distinct.values()), return_tensors="pt")
-        grids = patches["image_grid_thw"]
+            return ImageFeatures([None] * len(rows), [None] * len(rows))
         device = self.model.device
+        parts = [one.pixels.to(device, non_blocking=True) for one in distinct.values()]
+        grids = torch.stack([one.grid for one in distinct.values()])
         features = self.model.model.get_image_features(
-            patches["pixel_values"].to(device), grids.to(device), return_dict=True
+            torch.cat(parts), grids.to(device), return_dict=True
         ).pooler_output
         of = {key: (f, g) for key, f, g in zip(distinct, features, grids, strict=True)}
-        rows = [(None, None) if key is None else of[key] for key in keys]
-        return ImageFeatures([feature for feature, _ in rows], [grid for _, grid in rows])
+        seen = [(None, None) if row is None else of[row.key] for row in rows]
+        return ImageFeatures([feature for feature, _ in seen], [grid for _, grid in seen])
 
     @torch.no_grad()
     def encode(
@@ -223,6 +242,13 @@ class Conditioner(nn.Module):
 
     def _square(self, image: Image.Image) -> Image.Image:
         return stretched(upright_rgb(image), (self.image_size, self.image_size))
+
+    def _cut(self, square: Image.Image, known: Mapping[bytes, Patches]) -> Patches:
+        key = hashlib.sha256(square.tobytes()).digest()
+        if key in known:
+            return known[key]
+        made = self.image_processor(images=[square], return_tensors="pt")
+        return Patches(made["pixel_values"], made["image_grid_thw"][0], key)
 
     def _kept(self, prompt: Prompt) -> slice:
         length = prompt.end - prompt.start

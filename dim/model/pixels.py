@@ -51,8 +51,17 @@ def stretched(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 
 def to_pixels(images: Sequence[Image.Image]) -> Tensor:
     """RGB images of one size as float32 (B, 3, H, W) in [-1, 1]."""
-    stacked = np.stack([np.asarray(image, dtype=np.float32) for image in images])
-    return torch.from_numpy(stacked).permute(0, 3, 1, 2).contiguous() / 127.5 - 1
+    return from_bytes(torch.stack([to_bytes(image) for image in images]))
+
+
+def to_bytes(image: Image.Image) -> Tensor:
+    """An RGB image as uint8 (H, W, 3): a quarter of what its pixels take as floats."""
+    return torch.from_numpy(np.array(image))
+
+
+def from_bytes(images: Tensor) -> Tensor:
+    """uint8 (B, H, W, 3) as float32 (B, 3, H, W) in [-1, 1], on the same device."""
+    return images.float().permute(0, 3, 1, 2).contiguous() / 127.5 - 1
 
 
 def to_images(pixels: Tensor) -> list[Image.Image]:

@@ -131,8 +131,9 @@ class EncodeFeatures:
         if unusable:
             yield to_table(unusable, self._schema)
         usable = table.take(pa.array(whole, pa.int64()))
-        for chosen in by_length(usable, self.options.texts, self.options.encode_batch):
-            group = [rows[whole[number]] for number in chosen]
+        texts = [rows[number] for number in whole]
+        for chosen in by_length(texts, self.options.texts, self.options.encode_batch):
+            group = [texts[number] for number in chosen]
             self._add(group, usable.take(pa.array(chosen)))
             yield to_table(group, self._schema)
 
@@ -151,8 +152,10 @@ class EncodeFeatures:
             row.update(values)
 
     def _features(self, table: pa.Table) -> list[Row]:
-        seen = self._encoder.see(table)
-        latent, source = self._encoder.latents(table)
+        shown = table.select(["id", *self._images]).to_pylist()
+        pictures = [self._encoder.prepare(row) for row in shown]
+        seen = self._encoder.see(pictures)
+        latent, source = self._encoder.latents(pictures)
         found: list[Row] = [{"latent_shape": list(latent.shape[1:])} for _ in latent]
         for name, latents in (("latent", latent), ("source_latent", source)):
             if latents is None:

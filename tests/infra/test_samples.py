@@ -30,7 +30,7 @@ def test_several_data_sets_are_one(edit_data: str, held_out_data: str) -> None:
 
 
 def test_a_missing_column_is_named(t2i_data: str) -> None:
-    with pytest.raises(InputError, match="lacks the column 'image_target'; it has id, index"):
+    with pytest.raises(InputError, match="lacks the column 'image_target'; .*has id, index"):
         open_images([t2i_data], COLUMNS)
 
 
@@ -47,7 +47,7 @@ def test_a_missing_value_is_named_with_its_sample(make_dataset: Callable[..., st
     rows[2]["instruction"] = None
     images = open_images([make_dataset("gaps", rows, records.EDIT)], ["id", "instruction"])
     assert images.read(np.array([0, 3])).num_rows == 2
-    with pytest.raises(InputError, match="sample 'r2' has no instruction"):
+    with pytest.raises(InputError, match="sample 'r2' in .* has no instruction"):
         images.read(np.arange(4))
 
 

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from dim import records
-from dim.errors import InputError, StorageError
+from dim.errors import InputError, StorageError, StorageUnavailable, UnreadableFile
 from infra import storage
 from infra.storage import Store, open_store
 from tests.fault_proxy import running
@@ -353,3 +353,31 @@ def test_which_servers_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
     assert known("s3://a?endpoint_override=http://10.0.0.1:9000")
     assert not known("s3://a?endpoint_override=http://169.254.169.254")
     assert not known("s3://a?endpoint_override=http://minio:9000")  # not https
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (OSError(errno.EIO, "Input/output error"), StorageUnavailable),
+        (ConnectionResetError(errno.ECONNRESET, "reset"), StorageUnavailable),
+        (OSError("When reading: AWS Error SLOW_DOWN: reduce"), StorageUnavailable),
+        (OSError("AWS Error NETWORK_CONNECTION during GetObject"), StorageUnavailable),
+        (OSError("AWS Error UNKNOWN (HTTP status 503) during GetObject"), StorageUnavailable),
+        (OSError("ZSTD decompression failed: Unknown frame descriptor"), UnreadableFile),
+        (pa.ArrowInvalid("Parquet magic bytes not found in footer"), UnreadableFile),
+        (FileNotFoundError(errno.ENOENT, "No such file"), UnreadableFile),
+        (PermissionError(errno.EACCES, "Permission denied"), StorageError),
+        (OSError("AWS Error ACCESS_DENIED during GetObject"), StorageError),
+        (OSError(errno.ENOSPC, "No space left on device"), StorageError),
+    ],
+)
+def test_what_passes_what_is_damaged_and_what_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, kind: type[StorageError]
+) -> None:
+    def fail(self: Store, name: str) -> None:
+        raise error
+
+    monkeypatch.setattr(Store, "_open", fail)
+    with pytest.raises(StorageError) as caught, open_store(str(tmp_path)).open_parquet("x"):
+        pass
+    assert type(caught.value) is kind and f"{tmp_path}/x" in str(caught.value)

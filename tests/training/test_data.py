@@ -1,16 +1,26 @@
 from __future__ import annotations
 
+import json
 import threading
+import time
+import tracemalloc
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
-from dim.errors import InputError
-from dim.features.encoder import Features
+from dim import model as models
+from dim.errors import InputError, SampleError, StorageError
+from dim.features import row_groups
+from dim.features.encoder import CachedFeatures, Features, FrozenEncoder, LiveFeatures
+from dim.features.shards import Share
 from dim.learning.batch import SampleOrder, WorkerOrder, draw
-from training.data import Feed
+from infra.samples import open_images
+from training.data import Feed, hold_groups, make_feed
 from training.stage import StageConfig
 
 SHAPE = (2, 3, 3)
@@ -35,55 +45,244 @@ class Recorder:
         self.threads: set[int] = set()
         self.broken_at: int | None = None
 
-    def batch(self, positions: np.ndarray, texts: np.ndarray) -> Features:
+    def fetch(self, positions: np.ndarray, texts: np.ndarray) -> list[tuple[int, int]]:
         if len(self.asked) == self.broken_at:
-            raise InputError("sample 'x' is damaged")
+            raise StorageError("the store is away")
         self.asked.append([*positions.tolist(), *texts.tolist()])
         self.threads.add(threading.get_ident())
-        told = torch.tensor(self.asked[-1])
+        return list(zip(positions.tolist(), texts.tolist(), strict=True))
+
+    def collate(self, fetched: list[tuple[int, int]]) -> Features:
+        told = torch.tensor(fetched)
         return Features(told, told, told, None)
 
 
-def feed_of(source: Any, *, ahead: bool) -> Feed:
+def feed_of(source: Any, *, ahead: int) -> Feed:
     order = WorkerOrder(SampleOrder(11, CONFIG.batch_size, CONFIG.seed), 0, 1)
-    return Feed(CONFIG, order, source, SHAPE, ahead=ahead)
+    return Feed(CONFIG, order, source, SHAPE, rows=11, ahead=ahead)
 
 
 def test_fetching_ahead_changes_nothing_but_the_time() -> None:
     now, ahead = Recorder(), Recorder()
-    one, other = feed_of(now, ahead=False), feed_of(ahead, ahead=True)
+    one, other = feed_of(now, ahead=0), feed_of(ahead, ahead=2)
     for step in (0, 1, 2, 3, 7, 8):  # a run that goes on begins anywhere
         (draws, features), (same_draws, same) = one.get(step), other.get(step)
         assert torch.equal(draws.noise, same_draws.noise)
         assert torch.equal(features.latent, same.latent)
         wanted = draw(5, step, range(4), SHAPE, dropout=0.1)
         assert torch.equal(draws.noise, wanted.noise)
-        assert features.latent[4:].tolist() == (wanted.choice >= 0.5).astype(int).tolist()
+        assert features.latent[:, 1].tolist() == (wanted.choice >= 0.5).astype(int).tolist()
     assert now.threads == {threading.get_ident()}
     assert threading.get_ident() not in ahead.threads
-    assert len(now.asked) == 6 and len(ahead.asked) > 6  # step 4, or step 9, for nobody
+    assert len(now.asked) == 6 and len(ahead.asked) > 6  # steps 4 and 5 for nobody
 
 
-def test_the_next_step_is_fetched_while_this_one_is_used() -> None:
+def test_the_next_steps_are_fetched_while_this_one_is_used_and_no_more() -> None:
     source = Recorder()
-    feed = feed_of(source, ahead=True)
+    feed = feed_of(source, ahead=2)
+    steps = [feed._order.batch(step).tolist() for step in range(5)]
     feed.get(0)
-    ready = threading.Event()
-    batch = source.batch
-
-    def told(*arguments: Any) -> Features:
-        ready.set()
-        return batch(*arguments)
-
-    source.batch = told  # type: ignore[method-assign]
     feed.get(1)
-    assert ready.wait(5)  # step 2, which nobody has asked for
+    deadline = time.monotonic() + 5
+    while len(source.asked) < 4 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.1)
+    assert sorted(asked[:4] for asked in source.asked) == sorted(steps[:4])
 
 
 def test_an_error_comes_with_the_step_that_it_belongs_to() -> None:
     source = Recorder()
     source.broken_at = 1
-    feed = feed_of(source, ahead=True)
+    feed = feed_of(source, ahead=1)
     feed.get(0)
-    with pytest.raises(InputError, match="sample 'x' is damaged"):
+    with pytest.raises(StorageError, match="the store is away"):
         feed.get(1)
+
+
+class Flawed(Recorder):
+    """Samples of which those in ``bad`` cannot be used."""
+
+    def __init__(self, bad: set[int]) -> None:
+        super().__init__()
+        self.bad = bad
+
+    def fetch(self, positions: np.ndarray, texts: np.ndarray) -> list[Any]:
+        found: list[Any] = super().fetch(positions, texts)
+        for place, (position, _) in enumerate(found):
+            if position in self.bad:
+                found[place] = SampleError(f"sample {position} is damaged", "undecodable")
+        return found
+
+
+def taken(feed: Feed, step: int) -> list[int]:
+    return feed.get(step)[1].latent[:, 0].tolist()
+
+
+def test_a_bad_sample_is_replaced_by_its_slots_next_one_and_nothing_else_changes() -> None:
+    good = feed_of(Recorder(), ahead=0)
+    order = WorkerOrder(SampleOrder(11, 4, CONFIG.seed), 0, 1)
+    bad = set(order.at(1).positions()[[0, 2]].tolist())
+    through = feed_of(Flawed(bad), ahead=2)
+    for step in range(6):
+        usual, replaced = taken(good, step), taken(through, step)
+        draws = [feed.get(step)[0] for feed in (good, through)]
+        assert torch.equal(draws[0].noise, draws[1].noise)
+        for slot, (was, now) in enumerate(zip(usual, replaced, strict=True)):
+            expected, tries = was, 0
+            while expected in bad:
+                tries += 1
+                following = order.at(step).instead(slot, tries)
+                assert following is not None
+                expected = int(following[0])
+            assert now == expected and now not in bad
+    assert through.bad._bad["undecodable"] >= 2
+    # A run that goes on in the middle takes the same, though it never saw what came before.
+    resumed = feed_of(Flawed(bad), ahead=1)
+    assert [taken(resumed, step) for step in (4, 5)] == [taken(through, step) for step in (4, 5)]
+
+
+def test_what_is_fetched_and_not_used_is_not_counted() -> None:
+    order = WorkerOrder(SampleOrder(11, 4, CONFIG.seed), 0, 1)
+    feed = feed_of(Flawed({int(order.batch(1)[0])}), ahead=1)
+    feed.get(0)
+    feed._coming[1].result(5)
+    assert feed.bad._bad.total() == 0
+    feed.get(1)
+    feed.get(1)
+    assert feed.bad._bad.total() == 1 and feed.bad._used == 8
+
+
+def test_a_slot_without_a_usable_sample_is_an_error() -> None:
+    order = WorkerOrder(SampleOrder(11, 4, CONFIG.seed), 0, 1)
+    walk = order.at(0).walks[2].tolist()
+    with pytest.raises(InputError, match=rf"has {len(walk)} samples and none can be used"):
+        feed_of(Flawed(set(walk)), ahead=0).get(0)
+    with pytest.raises(InputError, match="a smaller batch_size"):
+        make_feed(CONFIG, order, Flawed(set(walk)))
+
+
+def test_a_step_may_be_taken_in_parts_and_is_fetched_once() -> None:
+    source = Recorder()
+    feed = feed_of(source, ahead=0)
+    draws, features = feed.get(3)
+    parts = [feed.get(3, places) for places in ([0, 1], [2, 3], [1, 1])]
+    for (part, rows), places in zip(parts, ([0, 1], [2, 3], [1, 1]), strict=True):
+        assert torch.equal(part.noise, draws.noise[places])
+        assert part.dropped.tolist() == draws.dropped[places].tolist()
+        assert part.choice.tolist() == draws.choice[places].tolist()
+        assert torch.equal(rows.latent, features.latent[places])
+    assert len(source.asked) == 1
+
+
+def write_images(folder: Path, rows: int) -> str:
+    """Images that take 20 kB each, in row groups of 8."""
+    noise = np.random.default_rng(0)
+    schema = pa.schema(
+        [("id", pa.string()), ("image", pa.large_binary()), ("caption", pa.string())]
+    )
+    table = pa.Table.from_pylist(
+        [{"id": f"{n}", "image": noise.bytes(20_000), "caption": "c"} for n in range(rows)], schema
+    )
+    (folder / "data").mkdir(parents=True)
+    files = []
+    for first in range(0, rows, 40):
+        path = folder / "data" / f"part-{first:05d}.parquet"
+        pq.write_table(table.slice(first, 40), path, row_group_size=8)
+        size = path.stat().st_size
+        entry = {"path": f"data/{path.name}", "rows": min(40, rows - first), "bytes": size}
+        files.append(entry | {"sha256": ""})
+    (folder / "manifest.json").write_text(json.dumps({"files": files}))
+    return str(folder)
+
+
+class Undecoded:
+    """Live features without frozen parts: what a worker reads and holds of images is the same."""
+
+    def __init__(self, share: Share) -> None:
+        self._share = share
+
+    def fetch(self, positions: np.ndarray, texts: np.ndarray) -> list[Any]:
+        return self._share.fetch(positions)
+
+    def collate(self, fetched: list[Any]) -> Features:
+        told = torch.tensor([int(row["id"]) for row in fetched])
+        return Features(told, told, told, None)
+
+
+@pytest.mark.parametrize("window", [None, 8])
+def test_a_worker_holds_and_reads_no_more_when_data_grow_tenfold(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, window: int | None
+) -> None:
+    read: list[int] = []
+    plain = pq.ParquetFile.read_row_groups
+
+    def counted(self: Any, groups: list[int], **options: Any) -> Any:
+        table = plain(self, groups, **options)
+        read.append(table.nbytes)
+        return table
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_groups", counted)
+    monkeypatch.setattr(row_groups, "_FOOTERS", 4)
+    most: dict[int, int] = {}
+    count: dict[int, int] = {}
+    config = CONFIG.model_copy(update={"shuffle_window": window, "cache_features": False})
+    for rows in (200, 2000):
+        uri = write_images(tmp_path / str(rows), rows)
+        images = open_images([uri], ["id", "image", "caption"], every_file=False)
+        order = WorkerOrder(SampleOrder(rows, 4, 5, window=window), 0, 1)
+        hold_groups(config, order, images.groups)
+        feed = Feed(config, order, Undecoded(Share(images, order.rows)), SHAPE, rows=rows, ahead=2)
+        read.clear()
+        before = pa.total_allocated_bytes()
+        tracemalloc.start()
+        for step in range(40):
+            feed.get(step)
+        for future in feed._coming.values():
+            future.result(5)
+        feed.get(40)
+        (held, peak), arrow = tracemalloc.get_traced_memory(), pa.total_allocated_bytes() - before
+        tracemalloc.stop()
+        most[rows], count[rows] = max(held, peak) + arrow, len(read)
+    assert most[2000] < 1.6 * most[200] and most[2000] < 2000 * 20_000 / 10
+    if window is None:
+        assert 40 * 4 <= count[2000] <= 43 * 4 and count[200] <= 43 * 4  # a group a sample
+    else:
+        assert count[2000] <= 43 * 4 / 2  # 8 samples a group, less what has only begun
+
+
+def test_within_a_window_a_row_group_is_read_about_once_an_epoch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+    plain = pq.ParquetFile.read_row_groups
+    monkeypatch.setattr(
+        pq.ParquetFile,
+        "read_row_groups",
+        lambda self, groups, **options: (read.extend(groups), plain(self, groups, **options))[1],
+    )
+    uri = write_images(tmp_path / "images", 2000)
+    images = open_images([uri], ["id", "image", "caption"])
+    config = CONFIG.model_copy(update={"shuffle_window": 16, "cache_features": False})
+    order = WorkerOrder(SampleOrder(2000, 4, 5, window=16), 0, 1)
+    hold_groups(config, order, images.groups)
+    feed = Feed(config, order, Undecoded(Share(images, order.rows)), SHAPE, rows=2000, ahead=2)
+    seen = [row for step in range(500) for row in feed.get(step)[1].latent.tolist()]
+    assert sorted(seen) == list(range(2000))
+    assert 250 <= len(read) <= 250 * 1.15  # runs of 256 do not end where row groups of 8 do
+    assert images.groups.held.nbytes <= images.groups.held.rows * 21_000
+
+
+def test_what_waits_for_reading_is_fetched_ahead_and_what_is_held_is_not(
+    edit_data: str, tiny_model_dir: Path
+) -> None:
+    config = CONFIG.model_copy(update={"prefetch_steps": 3})
+    model = models.load(tiny_model_dir)
+    encoder = FrozenEncoder(model, edits=True, resolution=64)
+    share = Share(open_images([edit_data], config.columns), np.arange(4))
+    order = WorkerOrder(SampleOrder(4, 4, CONFIG.seed), 0, 1)
+    live = make_feed(config, order, LiveFeatures(encoder, share, config.texts))
+    held = make_feed(config, order, CachedFeatures(encoder, share, config.texts))
+    for feed, ahead in ((live, 3), (held, 0)):
+        draws, features = feed.get(0)
+        assert draws.noise.shape == features.latent.shape == (4, 8, 8, 8)
+        assert len(feed._coming) == ahead

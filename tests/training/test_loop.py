@@ -13,15 +13,20 @@ import torch
 
 from dim import model, records
 from dim.config import dump_config
-from dim.errors import CheckpointError, DimError, InputError
+from dim.errors import CheckpointError, DimError, InputError, StorageUnavailable
+from dim.features.shards import ImageShards
+from dim.images import encode_jpeg
 from dim.learning.step import changed_cells
 from dim.model import flow
 from dim.model.autoencoder import Autoencoder
 from dim.model.conditioner import Conditioner
 from dim.model.painter import Painter
 from infra.tracking import Tracking
+from tests.datasets import edit_rows
 from tests.feature_shards import write_features
+from tests.image_files import opened
 from training import loop
+from training.bad_samples import TooManyBadSamples
 from training.loop import DivergedError, train_loop_per_worker
 from training.plan import Plan, count_samples
 from training.stage import StageConfig
@@ -351,3 +356,111 @@ def test_stale_features_are_returned_as_an_error(
     answer, _ = start(data=[features()], init=str(tmp_path / "other"))
     assert isinstance(answer["error"], InputError)
     assert "are stale" in str(answer["error"]) and "understanding model" in str(answer["error"])
+
+
+def flawed_rows() -> list[dict[str, Any]]:
+    """Edits of which one has no image, one a JPEG that is cut short and one no instruction."""
+    rows = edit_rows(20)
+    rows[2]["image"] = b"\xff\xd8\xff\xe0 no picture"
+    rows[11]["image_target"] = encode_jpeg(opened(rows[11]["image_target"]))[:-200]
+    rows[17]["instruction"] = None
+    return rows
+
+
+@pytest.mark.parametrize("cache_features", [True, False])
+def test_a_run_goes_on_exactly_after_samples_were_replaced(
+    start: Callable[..., Any],
+    make_dataset: Callable[..., str],
+    tracking_uri: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    cache_features: bool,
+) -> None:
+    settings = {
+        "data": [make_dataset("flawed", flawed_rows(), records.EDIT)],
+        "steps": 12,
+        "checkpoint_every": 4,
+        "ema_decay": 0.9,
+        "bad_samples": 0.5,
+        "cache_features": cache_features,
+    }
+    answer, through = start(**settings, out=str(tmp_path / "through"))
+    assert answer["error"] is None
+    assert answer["metrics"]["bad_samples"] >= 3  # an epoch has ten steps
+    assert answer["metrics"]["bad_samples_undecodable"] >= 2
+    assert answer["metrics"]["bad_samples_missing_value"] >= 1
+    update = loop.update
+
+    def power_cut(worker: Any, step: int) -> Any:
+        if step == 10:
+            raise ConnectionError("the power went")
+        return update(worker, step)
+
+    monkeypatch.setattr(loop, "update", power_cut)
+    with pytest.raises(ConnectionError):
+        start(**settings, out=str(tmp_path / "resumed"))
+    monkeypatch.setattr(loop, "update", update)
+    _, resumed = start(**settings, out=str(tmp_path / "resumed"))
+    whole, rest = losses_of(tracking_uri, through), losses_of(tracking_uri, resumed)
+    assert rest == {step: whole[step] for step in range(9, 13)}
+    one, other = (weights_of(tmp_path / name / "model") for name in ("through", "resumed"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    stored = mlflow.MlflowClient(tracking_uri).get_run(through)
+    assert stored.data.metrics["bad_samples"] == answer["metrics"]["bad_samples"]
+    assert "samples could not be used and were replaced (" in stored.data.tags["said"]
+
+
+def test_the_samples_of_a_window_train_and_go_on_exactly(
+    start: Callable[..., Any],
+    edit_data: str,
+    tracking_uri: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    settings = {"data": [edit_data], "steps": 6, "checkpoint_every": 2, "cache_features": False}
+    mixed = start(**settings, out=str(tmp_path / "all"))[1]
+    through = start(**settings, shuffle_window=3, out=str(tmp_path / "window"))[1]
+    whole = losses_of(tracking_uri, through)
+    assert whole != losses_of(tracking_uri, mixed)
+    update = loop.update
+
+    def power_cut(worker: Any, step: int) -> Any:
+        if step == 5:
+            raise ConnectionError("the power went")
+        return update(worker, step)
+
+    monkeypatch.setattr(loop, "update", power_cut)
+    with pytest.raises(ConnectionError):
+        start(**settings, shuffle_window=3, out=str(tmp_path / "resumed"))
+    monkeypatch.setattr(loop, "update", update)
+    resumed = start(**settings, shuffle_window=3, out=str(tmp_path / "resumed"))[1]
+    assert losses_of(tracking_uri, resumed) == {step: whole[step] for step in (5, 6)}
+
+
+def test_too_many_bad_samples_are_returned_and_not_tried_again(
+    start: Callable[..., Any], make_dataset: Callable[..., str], tmp_path: Path
+) -> None:
+    data = [make_dataset("flawed", flawed_rows(), records.EDIT)]
+    answer, _ = start(data=data, steps=12, cache_features=False, out=str(tmp_path / "out"))
+    assert isinstance(answer["error"], TooManyBadSamples)
+    assert "more than bad_samples: 0.01 allows, such as: " in str(answer["error"])
+    assert not (tmp_path / "out" / "model").exists()
+
+
+def test_a_store_that_goes_away_is_left_to_ray_train(
+    start: Callable[..., Any], edit_data: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetch, away_from = ImageShards.fetch, [5]
+
+    def away(self: ImageShards, rows: np.ndarray) -> Any:
+        away_from[0] -= 1
+        if away_from[0] < 0:
+            raise StorageUnavailable("cannot read s3://b/x: the store cannot be reached")
+        return fetch(self, rows)
+
+    monkeypatch.setattr(ImageShards, "fetch", away)
+    with pytest.raises(StorageUnavailable, match="the store cannot be reached"):
+        start(data=[edit_data], steps=12, cache_features=False)
+    away_from[0] = 0  # before the first step
+    with pytest.raises(StorageUnavailable, match="the store cannot be reached"):
+        start(data=[edit_data], steps=12, cache_features=False)

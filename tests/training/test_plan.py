@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -12,6 +12,7 @@ from torch import nn
 from dim import model
 from dim.errors import CheckpointError, InputError
 from dim.features.encoder import CachedFeatures, FrozenEncoder, LiveFeatures
+from dim.features.shards import Share
 from infra.samples import open_images
 from training.plan import Plan, absolute, announcement, measure
 from training.stage import StageConfig
@@ -56,16 +57,16 @@ def test_local_paths_are_made_absolute_and_others_stay() -> None:
 
 
 @pytest.fixture(scope="module")
-def table(edit_data: str) -> pa.Table:
+def samples(edit_data: str) -> Share:
     images = open_images([edit_data], ["id", "image", "image_target", "instruction"])
-    return images.read(torch.arange(6).numpy())
+    return Share(images, np.arange(6))
 
 
 def test_memory_and_what_was_cut_are_announced(
-    edit_data: str, tiny_model_dir: Path, table: pa.Table
+    edit_data: str, tiny_model_dir: Path, samples: Share
 ) -> None:
     encoder = FrozenEncoder(model.load(tiny_model_dir), edits=True, resolution=64)
-    cached = CachedFeatures(encoder, table, ["instruction"])
+    cached = CachedFeatures(encoder, samples, ["instruction"])
     config = stage(edit_data, tiny_model_dir)
     lines = said(config, cached, token_limit=1)
     assert lines == [
@@ -73,16 +74,18 @@ def test_memory_and_what_was_cut_are_announced(
         f"(16 MB with optimizer) and {cached.nbytes / 1e6:.0f} MB of cached features",
         "6 texts fill all 1 condition tokens; longer ones were cut",
     ]
-    live = LiveFeatures(encoder, table, ["instruction"])
+    live = LiveFeatures(encoder, samples, ["instruction"])
     (line,) = said(config, live)
     assert line.endswith("and 0 MB of cached features")
 
 
 def test_few_samples_and_a_run_that_goes_on_are_announced(
-    edit_data: str, tiny_model_dir: Path, table: pa.Table
+    edit_data: str, tiny_model_dir: Path, samples: Share
 ) -> None:
     live = LiveFeatures(
-        FrozenEncoder(model.load(tiny_model_dir), edits=True, resolution=64), table, ["instruction"]
+        FrozenEncoder(model.load(tiny_model_dir), edits=True, resolution=64),
+        samples,
+        ["instruction"],
     )
     config = stage(edit_data, tiny_model_dir)
     lines = said(config, live, step=7, resumed=True)

@@ -24,8 +24,10 @@ from infra import storage
 from infra.models import load_initial, on_this_machine
 from infra.registry import Registry, located
 from infra.tracking import Tracking, TrackingError
+from tests.datasets import edit_rows
 from tests.feature_shards import write_features
 from training import train
+from training.bad_samples import TooManyBadSamples
 from training.record import StageRecord
 from training.registry import register
 from training.stage import RegistryConfig, StageConfig
@@ -322,8 +324,36 @@ def test_a_bad_sample_of_one_worker_stops_all_with_its_name(
     row = {"id": "bad", "index": 0, "source": "s", "instruction": "x", "blueprint": "y"}
     broken = make_dataset("broken", [row | {"image": b"no", "image_target": b"no"}], records.EDIT)
     config = settings.stage(tmp_path / "out", data=[edit_data, broken], validation=None)
-    with pytest.raises(InputError, match="the image of sample bad"):
+    with pytest.raises(TooManyBadSamples, match="1 undecodable.*, more than .*sample bad"):
         train.run(config.model_copy(update={"max_failures": 5}))
+
+
+def test_replaced_samples_are_the_same_on_one_worker_and_on_two(
+    ray_cluster: None,
+    settings: Settings,
+    make_dataset: Callable[..., str],
+    tracking_uri: str,
+    tmp_path: Path,
+) -> None:
+    rows = edit_rows(12)
+    rows[3]["image"] = b"\xff\xd8\xff\xe0 no picture"
+    rows[8]["image_target"] = rows[8]["image_target"][:300]
+    common = {
+        "data": [make_dataset("flawed", rows, records.EDIT)],
+        "cache_features": False,
+        "bad_samples": 0.5,
+        "steps": 7,
+        "validation": None,
+    }
+    results = [
+        train.run(settings.stage(tmp_path / str(workers), workers=workers, **common))
+        for workers in (1, 2)
+    ]
+    one, two = (result.metrics["bad_samples_undecodable"] for result in results)
+    assert one == two >= 4  # more than two epochs, with two bad samples each
+    one, two = (losses_of(tracking_uri, result) for result in results)
+    assert list(one) == list(range(1, 8)) and one == pytest.approx(two, rel=1e-4)
+    assert_close(results[0].model_dir, results[1].model_dir, 1e-4)
 
 
 def test_mistakes_are_found_before_a_worker_starts(

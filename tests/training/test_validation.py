@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,9 +10,10 @@ import pyarrow as pa
 import pytest
 from PIL import Image
 
-from dim import model, tabletop
-from dim.errors import InputError
+from dim import model, records, tabletop
+from dim.errors import InputError, SampleError
 from dim.model import DIM
+from tests.datasets import edit_rows
 from training.stage import StageConfig
 from training.validation import (
     Painted,
@@ -131,3 +133,13 @@ def test_the_scene_of_a_record() -> None:
     assert target_scene(None) is None and target_scene('{"file": "a.png"}') is None
     with pytest.raises(InputError, match="provenance is no JSON object"):
         target_scene("[1")
+
+
+def test_a_held_out_sample_that_cannot_be_used_is_an_error_and_is_not_replaced(
+    tiny: DIM, make_dataset: Callable[..., str]
+) -> None:
+    rows = edit_rows(3)
+    rows[1]["image_target"] = rows[1]["image_target"][:200]
+    config = stage(make_dataset("flawed", rows, records.EDIT))
+    with pytest.raises(SampleError, match="the image_target of sample edit-1 is damaged"):
+        Validation(config, tiny, read_validation(config), rank=0, world_size=1)

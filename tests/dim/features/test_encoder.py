@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -10,19 +12,25 @@ import pytest
 import torch
 
 from dim import model, records
-from dim.errors import InputError
+from dim.errors import SampleError
+from dim.features import encoder
 from dim.features.encoder import (
     CachedFeatures,
     Features,
+    FeatureSource,
     FrozenEncoder,
     LiveFeatures,
     ShardFeatures,
 )
 from dim.features.format import relative_error, unpack_bf16
-from dim.features.shards import FeatureShards
+from dim.features.row_groups import whole
+from dim.features.shards import FeatureShards, Share, TableSamples
+from dim.images import decode_image, encode_jpeg
 from dim.model import DIM
 from infra.samples import open_features, open_images
+from tests.datasets import edit_rows
 from tests.feature_shards import write_features
+from tests.image_files import opened
 
 TEXTS = ["blueprint", "instruction"]
 COLUMNS = ["id", "image", "image_target", *TEXTS]
@@ -36,21 +44,23 @@ def tiny(tiny_model_dir: Path) -> DIM:
 
 
 @pytest.fixture(scope="module")
-def table(edit_data: str) -> pa.Table:
-    return open_images([edit_data], COLUMNS).read(np.arange(6))
+def samples(edit_data: str) -> TableSamples:
+    return TableSamples(open_images([edit_data], COLUMNS).read(np.arange(6)))
 
 
 @pytest.fixture(scope="module")
-def cached(tiny: DIM, table: pa.Table) -> CachedFeatures:
-    return CachedFeatures(encoder_of(tiny), table, TEXTS, encode_batch=4)
+def cached(tiny: DIM, samples: TableSamples) -> CachedFeatures:
+    return CachedFeatures(encoder_of(tiny), samples, TEXTS, encode_batch=4)
 
 
 def encoder_of(tiny: DIM, edits: bool = True) -> FrozenEncoder:
     return FrozenEncoder(tiny, edits=edits, resolution=64)
 
 
-def test_cached_and_live_features_agree(tiny: DIM, table: pa.Table, cached: CachedFeatures) -> None:
-    live = LiveFeatures(encoder_of(tiny), table, TEXTS)
+def test_cached_and_live_features_agree(
+    tiny: DIM, samples: TableSamples, cached: CachedFeatures
+) -> None:
+    live = LiveFeatures(encoder_of(tiny), samples, TEXTS)
     rows, texts = np.array([5, 0, 3]), np.array([0, 1, 0])
     kept, fresh = cached.batch(rows, texts), live.batch(rows, texts)
     assert torch.equal(kept.mask, fresh.mask)
@@ -70,18 +80,20 @@ def test_a_batch_is_padded_to_its_longest_row_only(cached: CachedFeatures) -> No
     assert not both.hidden_states[0, tokens:].any()
 
 
-def test_source_and_target_are_not_mixed_up(tiny: DIM, table: pa.Table) -> None:
-    latent, source = encoder_of(tiny).latents(table.slice(0, 2))
-    alone, nothing = encoder_of(tiny, edits=False).latents(table.slice(0, 2))
+def test_source_and_target_are_not_mixed_up(tiny: DIM, samples: TableSamples) -> None:
+    rows = whole(samples.fetch(np.arange(2)))
+    edits, plain = encoder_of(tiny), encoder_of(tiny, edits=False)
+    latent, source = edits.latents([edits.prepare(row) for row in rows])
+    alone, nothing = plain.latents([plain.prepare(row) for row in rows])
     assert nothing is None and source is not None
     assert torch.equal(alone, source) and not torch.equal(latent, source)
 
 
-def test_progress_counts_rows(tiny: DIM, table: pa.Table) -> None:
+def test_progress_counts_rows(tiny: DIM, samples: TableSamples) -> None:
     seen: list[tuple[int, int]] = []
     CachedFeatures(
         encoder_of(tiny),
-        table,
+        samples,
         ["instruction"],
         encode_batch=4,
         progress=lambda *at: seen.append(at),
@@ -98,9 +110,8 @@ def test_a_broken_image_is_named(tiny: DIM, make_dataset: Callable[..., str]) ->
     row = {"id": "bad", "index": 0, "source": "s", "image": b"no image", "image_target": b"?"}
     row |= {"blueprint": "b", "instruction": "i"}
     images = open_images([make_dataset("broken", [row], records.EDIT)], COLUMNS)
-    rows = images.read(np.arange(1))
-    with pytest.raises(InputError, match="the image of sample bad"):
-        CachedFeatures(encoder_of(tiny), rows, TEXTS)
+    with pytest.raises(SampleError, match="the image of sample bad"):
+        CachedFeatures(encoder_of(tiny), Share(images, np.arange(1)), TEXTS)
 
 
 @pytest.fixture(scope="module")
@@ -129,10 +140,10 @@ def batch_of(shards: FeatureShards, in_memory: bool) -> Features:
 
 @pytest.mark.parametrize("in_memory", [True, False])
 def test_features_from_shards_are_the_live_ones(
-    tiny: DIM, table: pa.Table, shards: dict[str, FeatureShards], in_memory: bool
+    tiny: DIM, samples: TableSamples, shards: dict[str, FeatureShards], in_memory: bool
 ) -> None:
     stored = batch_of(shards["bf16"], in_memory)
-    live = LiveFeatures(encoder_of(tiny), table, TEXTS).batch(ROWS, CHOSEN)
+    live = LiveFeatures(encoder_of(tiny), samples, TEXTS).batch(ROWS, CHOSEN)
     assert torch.equal(stored.mask, live.mask)
     for name in ("hidden_states", "latent", "source_latent"):
         one, other = getattr(stored, name), getattr(live, name)
@@ -167,13 +178,123 @@ def test_texts_that_fill_the_condition_are_counted(shards: dict[str, FeatureShar
 def test_a_damaged_value_is_named_with_its_sample(
     shards: dict[str, FeatureShards], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read = FeatureShards.read
+    fetch = FeatureShards.fetch
 
     def damaged(self: FeatureShards, rows: np.ndarray, columns: list[str]) -> list[dict]:
-        found = read(self, rows, columns)
+        found = whole(fetch(self, rows, columns))
         return [{**row, "blueprint_states": row["blueprint_states"][:-2]} for row in found]
 
-    monkeypatch.setattr(FeatureShards, "read", damaged)
+    monkeypatch.setattr(FeatureShards, "fetch", damaged)
     features = ShardFeatures(shards["bf16"], np.arange(6), TEXTS, in_memory=False)
-    with pytest.raises(InputError, match="the blueprint_states of sample 'edit-2' are damaged"):
+    with pytest.raises(SampleError, match="the blueprint_states of sample 'edit-2' are damaged"):
         features.batch(np.array([2]), np.array([0]))
+
+
+def broken_rows(count: int = 8) -> list[dict]:
+    """Edits of which number 2 is no image, 3 a JPEG that is cut short, and 5 has no blueprint."""
+    rows = edit_rows(count)
+    rows[2]["image"] = b"\xff\xd8\xff\xe0 no picture"
+    target = opened(rows[3]["image_target"])
+    rows[3]["image_target"] = encode_jpeg(target)[:-200]
+    rows[5]["blueprint"] = None
+    return rows
+
+
+REASONS = {2: "undecodable", 3: "undecodable", 5: "missing_value"}
+
+
+@pytest.mark.parametrize("live", [True, False])
+def test_each_bad_sample_is_told_and_spoils_no_other(
+    tiny: DIM, make_dataset: Callable[..., str], live: bool
+) -> None:
+    uri = make_dataset("flawed", broken_rows(), records.EDIT)
+    share = Share(open_images([uri], COLUMNS), np.arange(8))
+    features: FeatureSource[Any] = (
+        LiveFeatures(encoder_of(tiny), share, TEXTS, threads=2)
+        if live
+        else CachedFeatures(encoder_of(tiny), share, TEXTS, encode_batch=3, threads=2)
+    )
+    texts = np.ones(8, np.int64)  # of the instructions, which all have
+    found = features.fetch(np.arange(8), texts)
+    bad = {at: item for at, item in enumerate(found) if isinstance(item, SampleError)}
+    assert {at: error.reason for at, error in bad.items()} == REASONS
+    assert "the image of sample edit-2 is" in str(bad[2])
+    assert "the image_target of sample edit-3 is damaged" in str(bad[3])
+    assert "sample 'edit-5' in" in str(bad[5]) and "has no blueprint" in str(bad[5])
+    good = [item for item in found if not isinstance(item, SampleError)]
+    whole_ones = features.collate(good)
+    rows = np.array([0, 1, 4, 6, 7])
+    clean = TableSamples(pa.Table.from_pylist(edit_rows(8), records.EDIT))
+    wanted = LiveFeatures(encoder_of(tiny), clean, TEXTS).batch(rows, texts[:5])
+    assert torch.equal(whole_ones.mask, wanted.mask)
+    assert torch.allclose(whole_ones.latent, wanted.latent, atol=2e-2, rtol=2e-3)
+    if not live:
+        assert sorted(features.bad) == sorted(REASONS)  # type: ignore[attr-defined]
+
+
+def test_each_picture_is_decoded_once_and_off_the_steps_thread(
+    tiny: DIM, samples: TableSamples, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded: list[tuple[str, int]] = []
+
+    def watched(data: bytes, *, name: str) -> Any:
+        decoded.append((name, threading.get_ident()))
+        return decode_image(data, name=name)
+
+    monkeypatch.setattr(encoder, "decode_image", watched)
+    live = LiveFeatures(encoder_of(tiny), samples, TEXTS, threads=2)
+    fetched = whole(live.fetch(np.array([4, 1]), np.array([0, 0])))
+    named = sorted(name for name, _ in decoded)
+    assert named == sorted(
+        f"the {column} of sample edit-{number}"
+        for column in ("image", "image_target")
+        for number in (1, 4)
+    )
+    assert threading.get_ident() not in {thread for _, thread in decoded}
+    live.collate(fetched)
+    assert len(decoded) == 4
+    pictures = fetched[0].pictures
+    assert pictures.target.dtype == torch.uint8 and pictures.target.shape == (64, 64, 3)
+
+
+def test_a_missing_text_makes_a_sample_bad_whichever_is_drawn(
+    shards: dict[str, FeatureShards], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetch = FeatureShards.fetch
+
+    def without(self: FeatureShards, rows: np.ndarray, columns: list[str]) -> list[Any]:
+        assert "blueprint_tokens" in columns and "instruction_tokens" in columns
+        return fetch(self, rows, columns)
+
+    monkeypatch.setattr(FeatureShards, "fetch", without)
+    features = ShardFeatures(shards["bf16"], np.arange(6), TEXTS, in_memory=False)
+    assert len(whole(features.fetch(np.array([2, 3]), np.array([0, 1])))) == 2
+
+
+def test_nothing_that_can_be_cached_is_an_error(
+    tiny: DIM, make_dataset: Callable[..., str]
+) -> None:
+    rows = broken_rows()[2:4]
+    share = Share(open_images([make_dataset("bad", rows, records.EDIT)], COLUMNS), np.arange(2))
+    with pytest.raises(SampleError, match="sample edit-"):
+        CachedFeatures(encoder_of(tiny), share, TEXTS)
+
+
+def test_what_goes_to_a_gpu_is_in_pinned_memory(
+    tiny: DIM, samples: TableSamples, shards: dict[str, FeatureShards], monkeypatch: Any
+) -> None:
+    gpu, kept = torch.device("cuda"), []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: (kept.append(self), self)[1])
+    frozen = encoder_of(tiny)
+    frozen.prepare(whole(samples.fetch(np.arange(1)))[0])
+    assert kept == []
+    monkeypatch.setattr(FrozenEncoder, "device", gpu)
+    pictures = frozen.prepare(whole(samples.fetch(np.arange(1)))[0])
+    assert pictures.patches is not None and len(kept) == 3
+    assert any(one is pictures.patches.pixels for one in kept)
+    kept.clear()
+    features = ShardFeatures(shards["bf16"], np.arange(2), TEXTS, in_memory=False, device=gpu)
+    stored = whole(features.fetch(np.arange(1), np.zeros(1, np.int64)))[0]
+    assert {id(one) for one in kept} == {
+        id(one) for one in (stored.states, stored.latent, stored.source_latent)
+    }

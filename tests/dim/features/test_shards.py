@@ -7,15 +7,15 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
 
 from dim import model as models
 from dim import records
-from dim.errors import InputError, StorageError
+from dim.errors import InputError, SampleError
 from dim.features.format import preparation_of
-from dim.features.shards import FeatureShards, ImageShards, ShardFile
+from dim.features.row_groups import ShardFile
+from dim.features.shards import FeatureShards, ImageShards
 from infra.samples import open_features
 from tests.feature_shards import prepare, write_features
 
@@ -92,7 +92,7 @@ def test_a_file_that_vanishes_later_is_named(features: str, tmp_path: Path) -> N
     shards = opened(str(copy))
     (copy / "data" / "part-00002.parquet").unlink()
     assert len(shards.read(np.array([0]), [])) == 1
-    with pytest.raises(StorageError, match=r"not found: .*part-00002.parquet"):
+    with pytest.raises(SampleError, match=r"cannot be read: not found: .*part-00002.parquet"):
         shards.read(np.array([19]), [])
 
 
@@ -155,7 +155,12 @@ def test_folders_that_were_made_differently_do_not_mix(
 def test_any_opened_file_will_do_and_messages_call_it_by_its_name(features: str) -> None:
     paths = sorted(Path(features, "data").glob("*.parquet"))
     files = [
-        ShardFile("the folder", f"the file {path.name}", partial(pq.ParquetFile, path))
+        ShardFile(
+            "the folder",
+            f"the file {path.name}",
+            pq.read_metadata(path).num_rows,
+            partial(pq.ParquetFile, path),
+        )
         for path in paths
     ]
     shards = FeatureShards(files, BOTH, edits=True, where="here")
@@ -169,18 +174,27 @@ def test_any_opened_file_will_do_and_messages_call_it_by_its_name(features: str)
         FeatureShards([], BOTH, edits=True, where="here")
 
 
-def test_images_are_rows_by_number_too() -> None:
+def image_shards(table: pa.Table, folder: Path, columns: list[str], group: int = 2) -> ImageShards:
+    """The table as one file of image shards with row groups of ``group`` rows."""
+    path = folder / "some.parquet"
+    pq.write_table(table, path, row_group_size=group)
+    file = ShardFile("there", "some.parquet", table.num_rows, partial(pq.ParquetFile, path))
+    return ImageShards([file], columns, where="here")
+
+
+def test_images_are_rows_by_number_too(tmp_path: Path) -> None:
     table = pa.table({"id": ["a", "b", "c"], "image": [b"1", b"2", None], "more": [1, 2, 3]})
-    shards = ImageShards(ds.dataset(table), ["id", "image"], where="here")
+    shards = image_shards(table, tmp_path, ["id", "image"])
     assert shards.rows == 3
     assert shards.read(np.array([1, 0, 1])).to_pydict() == {
         "id": ["b", "a", "b"],
         "image": [b"2", b"1", b"2"],
     }
-    with pytest.raises(InputError, match="sample 'c' has no image, which this stage trains on"):
+    with pytest.raises(SampleError, match="sample 'c' in some.parquet has no image") as caught:
         shards.read(np.array([2]))
+    assert caught.value.reason == "missing_value"
     head = shards.head(2, "more")
     assert head is not None and head.to_pylist() == [1, 2]
     assert shards.head(2, "provenance") is None
     with pytest.raises(InputError, match="the training data in here lacks the column 'text'"):
-        ImageShards(ds.dataset(table), ["id", "text"], where="here")
+        image_shards(table, tmp_path, ["id", "text"])

@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from dim.learning.batch import SampleOrder, WorkerOrder, choose_texts, draw, steps_per_epoch
+from dim.learning.batch import (
+    BLOCK,
+    SampleOrder,
+    WorkerOrder,
+    choose_texts,
+    draw,
+    steps_per_epoch,
+)
 
 SHAPE = (4, 2, 2)
 
@@ -111,3 +118,61 @@ def test_a_run_that_began_before_has_the_same_batches() -> None:
     assert draws.dropped.tolist() == [False, False, False, True, True, True]
     assert choose_texts(draws.choice, (0.5, 0.4, 0.1)).tolist() == [2, 1, 2, 1, 0, 0]
     assert global_batches(11, 4, 1, 4) == [[0, 1, 2, 8], [3, 4, 6, 9], [1, 2, 8, 10], [0, 5, 6, 7]]
+
+
+def test_a_bad_samples_place_is_taken_by_the_next_of_its_slot() -> None:
+    order = SampleOrder(50, 6, seed=5)
+    alone, second = WorkerOrder(order, 0, 1), WorkerOrder(order, 1, 3)
+    for step in (0, 7, 8):
+        place, same = alone.at(step), second.at(step)
+        assert alone.rows[place.positions()[1]] == second.rows[same.positions()[0]]
+        taken = [int(alone.rows[place.positions()[1]])]
+        while (following := place.instead(1, len(taken))) is not None:
+            other = same.instead(0, len(taken))
+            assert other is not None
+            assert alone.rows[following[0]] == second.rows[other[0]]
+            taken.append(int(alone.rows[following[0]]))
+        assert sorted(taken) == sorted(order.shares([1])[0])  # each once, then none
+    following = alone.at(0).instead(1, 1)
+    assert following is not None
+    assert following[0] == alone.at(1).positions()[1]  # it comes twice
+
+
+WINDOWED = SampleOrder(6 * 1000, 6, seed=5, window=64)
+
+
+def test_a_window_keeps_an_epoch_whole_and_is_no_matter_of_workers() -> None:
+    workers = [[WorkerOrder(WINDOWED, rank, size) for rank in range(size)] for size in (1, 4)]
+    seen: list[int] = []
+    for step in range(1000):
+        one, other = (
+            sorted(int(row) for worker in some for row in worker.rows[worker.batch(step)])
+            for some in workers
+        )
+        assert one == other
+        seen += one
+    assert sorted(seen) == list(range(6000))
+    first, second = (WorkerOrder(WINDOWED, 0, 1).batch(step).tolist() for step in (0, 1000))
+    assert first != second
+
+
+def test_within_a_window_few_neighbourhoods_are_walked_at_a_time() -> None:
+    def blocks(order: SampleOrder, slot: int) -> list[int]:
+        worker = WorkerOrder(order, 0, 1)
+        rows = [int(worker.rows[worker.batch(step)[slot]]) for step in range(1000)]
+        return [len({row // BLOCK for row in rows[at : at + 64]}) for at in range(0, 936, 64)]
+
+    for slot in range(6):
+        assert max(blocks(WINDOWED, slot)) <= 3
+        assert min(blocks(SampleOrder(6000, 6, seed=5), slot)) > 15
+    walks = [WINDOWED.walk(0, epoch, WINDOWED.shares([0])[0]) for epoch in (0, 0, 1)]
+    assert np.array_equal(walks[0], walks[1]) and not np.array_equal(walks[0], walks[2])
+    # A slot mixes: neighbours in the data are seldom neighbours in time.
+    share = WINDOWED.shares([0])[0]
+    assert np.mean(np.abs(np.diff(share[walks[0]])) == 1) < 0.1
+
+
+def test_fewer_rows_than_a_batch_repeat_within_a_window_too() -> None:
+    order = SampleOrder(5, 8, seed=1, window=3)
+    worker = WorkerOrder(order, 0, 1)
+    assert set(worker.rows[worker.batch(0)].tolist()) == set(range(5))

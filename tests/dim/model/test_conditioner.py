@@ -174,3 +174,15 @@ def test_a_tokenizer_of_another_model_is_refused(conditioner):
             build_tokenizer(["aa aa"] * 5, 300),
             conditioner.image_processor,
         )
+
+
+def test_patches_that_were_cut_before_are_seen_alike(conditioner, photos):
+    images = [photos[0], None, photos[1], photos[0]]
+    now = conditioner.see(images)
+    cut = [image if image is None else conditioner.patches(image) for image in images]
+    before = conditioner.see(cut)
+    for one, other in zip(now.features, before.features, strict=True):
+        assert (one is None) == (other is None)
+        assert one is None or torch.equal(one, other)
+    assert [grid is None for grid in before.grids] == [False, True, False, False]
+    assert cut[0].pixels.ndim == 2 and cut[0].key == cut[3].key != cut[2].key

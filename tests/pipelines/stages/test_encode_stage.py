@@ -53,15 +53,15 @@ def test_edits_become_what_the_frozen_parts_say(
     model = models.load(tiny_model_dir)
     frozen = FrozenEncoder(model, edits=True, resolution=64)
     for row, record in zip(rows, source, strict=True):
-        table = pa.Table.from_pylist([record], records.EDIT)
-        seen = frozen.see(table)
+        pictures = [frozen.prepare(record)]
+        seen = frozen.see(pictures)
         for text in ("blueprint", "instruction"):
             hidden, _ = frozen.states([record[text]], seen)
             assert row[text] == record[text] and row[f"{text}_tokens"] == hidden.shape[1]
             shape = (row[f"{text}_tokens"], row["hidden_size"])
             kept = unpack_bf16(row[f"{text}_states"], shape).float()
             assert torch.allclose(kept, hidden[0], rtol=2**-8, atol=1e-4)  # half a bfloat16 step
-        for name, wanted in zip(("latent", "source_latent"), frozen.latents(table), strict=True):
+        for name, wanted in zip(("latent", "source_latent"), frozen.latents(pictures), strict=True):
             kept = unpack_bf16(row[name], tuple(row["latent_shape"])).float()
             assert wanted is not None
             assert torch.allclose(kept, wanted[0], rtol=2**-8, atol=1e-4)
@@ -132,13 +132,13 @@ def test_a_unit_that_is_done_is_not_done_again(made: Callable[..., Made], tmp_pa
 
     again, _ = made([])
     worked: list[str] = []
-    see = again._encoder.see
+    prepare = again._encoder.prepare
 
-    def watched(table: pa.Table) -> Any:
-        worked.extend(table["id"].to_pylist())
-        return see(table)
+    def watched(row: dict[str, Any]) -> Any:
+        worked.append(row["id"])
+        return prepare(row)
 
-    again._encoder.see = watched  # type: ignore[method-assign]
+    again._encoder.prepare = watched  # type: ignore[method-assign]
     rows = run(again, row_groups)
     assert sorted(worked) == sorted(row["id"] for row in rows[8:])
     assert rows[:8] == done and len(rows) == 16
