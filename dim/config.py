@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import to_jsonable_python
 
 from dim.errors import ConfigError
 
@@ -17,6 +18,10 @@ class StrictModel(BaseModel):
     """Base of every configuration: immutable, and an unknown key is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class HowOnly:
+    """In a field's ``Annotated``: it says how a program runs, and not what comes out."""
 
 
 ConfigT = TypeVar("ConfigT", bound=StrictModel)
@@ -68,6 +73,36 @@ def validate_config(cls: type[ConfigT], values: dict[str, Any], *, where: str) -
 def dump_config(config: StrictModel) -> dict[str, Any]:
     """The resolved configuration as plain JSON types, for manifests and experiment tracking."""
     return config.model_dump(mode="json")
+
+
+def what_decides(cls: type[StrictModel], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a dumped configuration of ``cls``, what decides the result.
+
+    Settings that are :class:`HowOnly` are left out, and those that ``values`` does not have, for
+    it was dumped before there were such, have their defaults.
+    """
+    chosen: dict[str, Any] = {
+        name: value for name, value in values.items() if name not in cls.model_fields
+    }
+    for name, field in cls.model_fields.items():
+        if HowOnly in field.metadata:
+            continue
+        if name in values:
+            value = values[name]
+        elif field.is_required():
+            continue
+        else:
+            value = to_jsonable_python(field.get_default(call_default_factory=True))
+        inner = _model_in(field.annotation)
+        chosen[name] = what_decides(inner, value) if inner and isinstance(value, dict) else value
+    return chosen
+
+
+def _model_in(annotation: Any) -> type[StrictModel] | None:
+    """The configuration that a field holds, if it holds one."""
+    if isinstance(annotation, type) and issubclass(annotation, StrictModel):
+        return annotation
+    return next(filter(None, map(_model_in, get_args(annotation))), None)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from pydantic import Field
 from rich.console import Console
 
 from dim import records
-from dim.config import load_config, load_part
+from dim.config import HowOnly, load_config, load_part
 from dim.errors import ConfigError, InputError
 from dim.features.format import Encoding, Preparation, preparation_of
 from dim.learning.config import StageInputs
@@ -58,12 +58,12 @@ class FeaturesConfig(JobConfig):
     """Size of a row group at most, in units of 2**20 bytes: what training fetches at a time."""
     encode_batch: int = Field(16, ge=1)
     """Records of similar length in one forward pass."""
-    workers: int = Field(1, ge=1)
+    workers: Annotated[int, HowOnly] = Field(1, ge=1)
     """Processes that each hold the frozen parts."""
-    cpus_per_worker: float = Field(1, gt=0)
-    range_timeout_s: float = Field(TIMEOUT_S, gt=0)
+    cpus_per_worker: Annotated[float, HowOnly] = Field(1, gt=0)
+    range_timeout_s: Annotated[float, HowOnly] = Field(TIMEOUT_S, gt=0)
     """Seconds that a row group may take; what takes longer is begun again, and fails in the end."""
-    gpus_per_worker: float = Field(0, ge=0)
+    gpus_per_worker: Annotated[float, HowOnly] = Field(0, ge=0)
     """A share lets one process read and decode while another computes on the same GPU."""
 
 

@@ -8,7 +8,7 @@ import pyarrow as pa
 import typer
 from pydantic import Field
 
-from dim.config import load_config
+from dim.config import HowOnly, load_config
 from dim.records import FILTERED_IMAGE, FILTERED_PAIR, RAW_IMAGE, RAW_PAIR, kind_of
 from pipelines.command import ConfigFile, Out, Overrides, Overwrite, RetryFailed, settings
 from pipelines.filters import FilterImages, FilterPairs, ImageRules, PairRules
@@ -26,7 +26,7 @@ class FilterConfig(JobConfig):
     raw: str
     """Address of the raw records, as ``dim data ingest`` makes them."""
     duplicates: DuplicateRules = DuplicateRules()
-    batch_size: int = Field(64, ge=1)
+    batch_size: Annotated[int, HowOnly] = Field(64, ge=1)
     """Records that a task works on at a time."""
 
 

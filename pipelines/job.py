@@ -6,16 +6,16 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Annotated, Any
 
 import pyarrow as pa
 from pydantic import Field
 from ray.data import Dataset
 
 from dim import records
-from dim.config import StrictModel, dump_config
+from dim.config import HowOnly, StrictModel, dump_config, what_decides
 from dim.designers import CallOptions
 from dim.errors import DimError, InputError
 from dim.failures import find_dim_error
@@ -23,7 +23,7 @@ from dim.redaction import redacted
 from infra.storage import open_store
 from infra.tracking import Run, Tracking, code_version, default_uri
 from pipelines.calls.answers import set_unusable_aside
-from pipelines.calls.bill import is_billed, write_bill
+from pipelines.calls.bill import is_billed, read_costs, write_bill
 from pipelines.calls.engine import EngineOptions
 from pipelines.cluster import connect
 from pipelines.outcome import FAILED, KEPT, REJECTED
@@ -40,39 +40,6 @@ REPORT = "report.html"
 
 _WITH_CARD = ("edit", "t2i")
 
-# Settings that say how a job runs and not what comes out: they may differ between two runs.
-_HOW_ONLY = frozenset(
-    {
-        "out",
-        "batch_size",
-        "workers",
-        "cpus_per_worker",
-        "gpus_per_worker",
-        "range_timeout_s",
-        "tracking",
-        "licences",
-        "engine",
-        "calls.in_flight",
-        "calls.timeout_s",
-        "calls.retries",
-        "calls.busy_s",
-        "calls.requests_per_minute",
-        "calls.tokens_per_minute",
-        "calls.input_price",
-        "calls.output_price",
-        "calls.budget",
-        "calls.hedge_after",
-        "calls.breaker",
-        "fetch.workers",
-        "fetch.per_host",
-        "fetch.per_host_per_second",
-        "fetch.timeout_s",
-        "fetch.attempts",
-        "fetch.max_wait_s",
-    }
-)
-
-
 # What is said of an input besides what it is: it may differ between two runs as well.
 _SAID_ONLY = frozenset({"hidden"})
 
@@ -87,18 +54,18 @@ class TrackingConfig(StrictModel):
 class JobConfig(StrictModel):
     """What every data job is told."""
 
-    out: str
+    out: Annotated[str, HowOnly]
     """Address of the output folder."""
     rows_per_file: int = Field(16_384, ge=1)
     """Places in the input per output file at most."""
     target_file_mb: float = Field(256, gt=0)
     """Size of an output file at most, in units of 2**20 bytes before compression."""
-    range_timeout_s: float = Field(TIMEOUT_S, gt=0)
+    range_timeout_s: Annotated[float, HowOnly] = Field(TIMEOUT_S, gt=0)
     """Seconds that a task may take for a range of records. One that takes longer ends, and is begun
     again with care: each record alone, in an eighth of this."""
-    licences: dict[str, str] = Field(default_factory=dict)
+    licences: Annotated[dict[str, str], HowOnly] = Field(default_factory=dict)
     """The licence of each source, for the dataset card: ``licences.NAME=cc-by-4.0``."""
-    tracking: TrackingConfig | None = None
+    tracking: Annotated[TrackingConfig | None, HowOnly] = None
     """Log to MLflow. Without this, a job logs only if MLFLOW_TRACKING_URI is set."""
 
     @property
@@ -111,13 +78,13 @@ class AskingConfig(JobConfig):
     """What a job is told that asks a model about every record."""
 
     calls: CallOptions = CallOptions()
-    engine: EngineOptions = EngineOptions()
+    engine: Annotated[EngineOptions, HowOnly] = EngineOptions()
     """How a local model (``vllm:MODEL``) runs."""
-    workers: int = Field(1, ge=1)
+    workers: Annotated[int, HowOnly] = Field(1, ge=1)
     """Processes that each hold the model; fewer for a few records."""
-    cpus_per_worker: float = Field(0.5, gt=0)
+    cpus_per_worker: Annotated[float, HowOnly] = Field(0.5, gt=0)
     """What each is reckoned to need: one that calls a server mostly waits."""
-    batch_size: int = Field(64, ge=1)
+    batch_size: Annotated[int, HowOnly] = Field(64, ge=1)
     """Records that a step works on at a time."""
 
     def workers_for(self, rows: int) -> int:
@@ -172,7 +139,9 @@ class Job:
         """Bring the output folder to hold the records of ``build()``, and say what is in it.
 
         A finished output of the same settings and input is left as it is, an unfinished one is
-        made again; answers that were paid for are kept in either case.
+        made again; answers that were paid for are kept in either case. What goes with an output
+        (card, bill, MLflow) comes when its manifest stands: if that fails the output is good, and
+        the next call does it.
 
         Args:
             build: makes the data set of records with outcomes, or says where they lie already;
@@ -192,14 +161,17 @@ class Job:
         if done is not None and not overwrite:
             self._check_same(done)
             if not (retry_failed and done.counts.failed):
-                self._tidy()
+                if self.store.is_file(manifests.MARKER):  # it was killed, or something failed, here
+                    with _one_sentence(), self._tracked() as tracked:
+                        self._go_with(done, lambda: tracked(done, None))
                 return done
         self._begin(overwrite=overwrite)
         with _one_sentence(), self._tracked() as tracked:
             connect()
             started = time.monotonic()
             manifest = self._write(build())
-            tracked(manifest, time.monotonic() - started)
+            seconds = time.monotonic() - started
+            self._go_with(manifest, lambda: tracked(manifest, seconds))
         return manifest
 
     def _check_same(self, done: Manifest) -> None:
@@ -207,8 +179,11 @@ class Job:
             raise InputError(
                 f"{self.store.uri} holds the output of 'data {done.job}'; choose another --out"
             )
+        kind = type(self._config)
         changes = [
-            *manifests.differences(_what(done.config), _what(self._settings)),
+            *manifests.differences(
+                what_decides(kind, done.config), what_decides(kind, self._settings)
+            ),
             *manifests.differences(_which(done.input), _which(self._identity), "input "),
         ]
         if changes:
@@ -235,20 +210,40 @@ class Job:
         pieces = self._stage(made) if isinstance(made, Dataset) else made
         limits = Limits(config.rows_per_file, int(config.target_file_mb * 2**20), self._group_bytes)
         files = commit(self.store, self._schema, pieces, limits)
-        billed = self._asks is not None and is_billed(self._asks)
         manifest = Manifest(
             job=self.name,
             config=self._settings,
             input=self._identity,
             counts=self._count(pieces, files),
             files=tuple(files),
-            cost=write_bill(self.store) if billed else None,
+            cost=read_costs(self.store) if self._is_billed else None,
         )
-        if records.kind_of(self._schema) in _WITH_CARD:
-            card.write(Shards(self.store, manifest))
         manifests.write(self.store, manifest)
-        self._tidy()
         return manifest
+
+    @property
+    def _is_billed(self) -> bool:
+        return self._asks is not None and is_billed(self._asks)
+
+    def _go_with(self, manifest: Manifest, track: Callable[[], None]) -> None:
+        """What goes with an output that stands: each is tried, whatever becomes of the others.
+
+        Raises:
+            DimError: something of it could not be done; the sentence says that the output is good.
+        """
+        extras: list[tuple[str, Callable[[], object]]] = []
+        if self._is_billed:
+            extras.append(("the bill", lambda: write_bill(self.store)))
+        if records.kind_of(self._schema) in _WITH_CARD:
+            extras.append(("the card", lambda: card.write(Shards(self.store, manifest))))
+        extras.append(("MLflow", track))  # which keeps the card
+        failures = [f"{name}: {error}" for name, error in _tried(extras)]
+        if failures:
+            raise DimError(
+                f"{self.store.uri} is finished and good, but for {'; '.join(failures)} (the same "
+                "command does that alone)"
+            )
+        self._tidy()
 
     def _stage(self, dataset: Dataset) -> Sequence[Piece]:
         most = self._rows_per_write
@@ -258,10 +253,9 @@ class Job:
         return sink.pieces
 
     def _tidy(self) -> None:
-        """Clear what is only there until the manifest is written; a kill may come in between."""
-        if self.store.is_file(manifests.MARKER):
-            self.store.delete(STAGING)
-            self.store.delete(manifests.MARKER)
+        """Clear what is only there until all is done; a kill may come in between."""
+        self.store.delete(STAGING)
+        self.store.delete(manifests.MARKER)
 
     def _count(self, pieces: Sequence[Piece], files: list[FileEntry]) -> Counts:
         rows: Counter[str] = Counter()
@@ -282,7 +276,7 @@ class Job:
         return counts
 
     @contextmanager
-    def _tracked(self) -> Iterator[Callable[[Manifest, float], None]]:
+    def _tracked(self) -> Iterator[Callable[[Manifest, float | None], None]]:
         """An MLflow run around the job, if one is wanted, and how to report to it."""
         chosen = self._config.tracking
         if chosen is None and not os.environ.get("MLFLOW_TRACKING_URI"):
@@ -309,12 +303,19 @@ class Job:
             profile=self._identity,
         )
 
-    def _report(self, run: Run, manifest: Manifest, seconds: float) -> None:
-        """Log what came out: numbers, the output as a data set, the manifest and the report."""
+    def _report(self, run: Run, manifest: Manifest, seconds: float | None) -> None:
+        """Log what came out: numbers, the output as a data set, the manifest and the report.
+
+        ``seconds`` is how long it took; ``None`` if that was in an earlier call.
+        """
         counts = manifest.counts
         whole = max(counts.input, 1)
+        pace = {} if seconds is None else {"seconds": seconds}
+        if seconds:
+            pace["records_per_second"] = counts.input / seconds
         run.log_metrics(
             {
+                **pace,
                 "input": counts.input,
                 "kept": counts.kept,
                 "rejected": counts.rejected,
@@ -322,8 +323,6 @@ class Job:
                 "kept_share": counts.kept / whole,
                 "rejected_share": counts.rejected / whole,
                 "failed_share": counts.failed / whole,
-                "seconds": seconds,
-                "records_per_second": counts.input / max(seconds, 1e-9),
                 "bytes": sum(file.bytes for file in manifest.files),
                 **{f"rejected/{reason}": rows for reason, rows in counts.by_reason.items()},
                 **{f"cost/{name}": value for name, value in (manifest.cost or {}).items()},
@@ -343,19 +342,18 @@ class Job:
                 run.log_text(self.store.read(name).decode(), name)
 
 
+def _tried(extras: Iterable[tuple[str, Callable[[], object]]]) -> Iterator[tuple[str, Exception]]:
+    """Do one after another; those that failed."""
+    for name, do in extras:
+        try:
+            do()
+        except Exception as error:
+            yield name, error
+
+
 def _digest(value: Any) -> str:
     """A short hash, as MLflow wants for a data set."""
     return records.sha256_hex(json.dumps(value, sort_keys=True).encode())[:32]
-
-
-def _what(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The settings that decide what comes out."""
-    chosen: dict[str, Any] = {}
-    for key, value in settings.items():
-        if f"{prefix}{key}" in _HOW_ONLY:
-            continue
-        chosen[key] = _what(value, f"{prefix}{key}.") if isinstance(value, dict) else value
-    return chosen
 
 
 def _which(identity: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 from pydantic import Field, model_validator
 
-from dim.config import StrictModel
+from dim.config import HowOnly, StrictModel
 from dim.design import DesignRequest, Reply
 from dim.designers.calls.usage import Prices, Unusable
 from dim.errors import DesignerError
@@ -84,14 +84,14 @@ class BreakerOptions(StrictModel):
 class CallOptions(StrictModel):
     """How a vision-language model is called over HTTP."""
 
-    in_flight: int = Field(default=64, ge=1)
+    in_flight: Annotated[int, HowOnly] = Field(default=64, ge=1)
     """Requests open at once, per worker."""
-    timeout_s: float = Field(default=120.0, gt=0)
+    timeout_s: Annotated[float, HowOnly] = Field(default=120.0, gt=0)
     """For one attempt, from sending to the last byte."""
-    retries: int = Field(default=6, ge=0)
+    retries: Annotated[int, HowOnly] = Field(default=6, ge=0)
     """Further attempts after 408, 409, 5xx, a broken connection or something that is no
     completion, with growing pauses. Being told to wait (429) costs none of them."""
-    busy_s: float = Field(default=600.0, ge=0)
+    busy_s: Annotated[float, HowOnly] = Field(default=600.0, ge=0)
     """How long a request is put off by a server that says it is too busy."""
     max_tokens: int = Field(default=2048, ge=1)
     temperature: float = Field(default=0.0, ge=0)
@@ -99,20 +99,20 @@ class CallOptions(StrictModel):
     """Width x height of an image that is sent; a larger one is made smaller for it. ``None``: none
     is. The default is 2,048 tokens of Qwen2.5-VL (28 x 28 pixels each): a pair of images, the
     prompt and the answer fit into a context of 8,192."""
-    requests_per_minute: float | None = Field(default=None, gt=0)
+    requests_per_minute: Annotated[float | None, HowOnly] = Field(default=None, gt=0)
     """Of all workers together; ``None``: no limit."""
-    tokens_per_minute: float | None = Field(default=None, gt=0)
+    tokens_per_minute: Annotated[float | None, HowOnly] = Field(default=None, gt=0)
     """Of requests and answers of all workers together; ``None``: no limit."""
-    input_price: float = Field(default=0.0, ge=0)
+    input_price: Annotated[float, HowOnly] = Field(default=0.0, ge=0)
     """US dollars for a million tokens of requests."""
-    output_price: float = Field(default=0.0, ge=0)
+    output_price: Annotated[float, HowOnly] = Field(default=0.0, ge=0)
     """US dollars for a million tokens of answers."""
-    budget: float | None = Field(default=None, gt=0)
+    budget: Annotated[float | None, HowOnly] = Field(default=None, gt=0)
     """US dollars at which the job stops, with what earlier runs into the same output paid."""
-    hedge_after: float | None = Field(default=None, gt=0, lt=1)
+    hedge_after: Annotated[float | None, HowOnly] = Field(default=None, gt=0, lt=1)
     """Ask a second time when an answer takes longer than this share of the last ones did (0.95:
     longer than 95 % of them), and take the first to come. Both are reckoned to be billed."""
-    breaker: BreakerOptions = BreakerOptions()
+    breaker: Annotated[BreakerOptions, HowOnly] = BreakerOptions()
 
     @property
     def prices(self) -> Prices:

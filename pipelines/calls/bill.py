@@ -50,18 +50,31 @@ def total_cost(store: Store) -> Cost:
     return cost
 
 
-def write_bill(store: Store) -> dict[str, float]:
-    """Write ``bill.csv``, a line per record, and return the sums by name.
+def read_costs(store: Store) -> dict[str, float]:
+    """The sums over all answers, by name, as a manifest has them.
+
+    Raises:
+        StorageError: the answers cannot be read.
+    """
+    total = total_cost(store)
+    return {
+        "requests": total.requests,
+        "input_tokens": total.input_tokens,
+        "output_tokens": total.output_tokens,
+        "usd": round(total.usd, 6),  # sums in another order must not make another manifest
+    }
+
+
+def write_bill(store: Store) -> None:
+    """Write ``bill.csv``, a line per record.
 
     Answers to records with equal images and texts were asked for once: the first one pays.
 
     Raises:
         StorageError: the answers cannot be read or the file cannot be written.
     """
-    total = Cost()
     by_record: defaultdict[str, Cost] = defaultdict(Cost)
     for entry in read_entries(store):
-        total.add(entry)
         by_record[entry.record].add(entry)
     text = io.StringIO()
     lines = csv.writer(text, lineterminator="\n")
@@ -71,12 +84,6 @@ def write_bill(store: Store) -> dict[str, float]:
         tokens = (cost.input_tokens, cost.output_tokens)
         lines.writerow([record, cost.requests, *tokens, money, seconds])
     store.write(NAME, text.getvalue().encode())
-    return {
-        "requests": total.requests,
-        "input_tokens": total.input_tokens,
-        "output_tokens": total.output_tokens,
-        "usd": round(total.usd, 6),  # sums in another order must not make another manifest
-    }
 
 
 def is_billed(spec: str) -> bool:

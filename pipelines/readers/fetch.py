@@ -25,7 +25,7 @@ from pydantic import Field, model_validator
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_attempt
 from yarl import URL
 
-from dim.config import StrictModel
+from dim.config import HowOnly, StrictModel
 from dim.errors import InputError
 from dim.retry_after import retry_after_s
 from pipelines.outcome import Rejection
@@ -41,17 +41,17 @@ _CHUNK = 1 << 16
 class FetchConfig(StrictModel):
     """How images are fetched. The limits per host are shared out among ``workers``."""
 
-    workers: int = Field(4, ge=1)
+    workers: Annotated[int, HowOnly] = Field(4, ge=1)
     """Ranges that are read at once when there are URLs."""
-    per_host: int = Field(8, ge=1)
+    per_host: Annotated[int, HowOnly] = Field(8, ge=1)
     """Requests in flight to one host, by all workers together."""
-    per_host_per_second: float = Field(20.0, gt=0)
+    per_host_per_second: Annotated[float, HowOnly] = Field(20.0, gt=0)
     """Requests that are begun to one host in a second, by all workers together."""
-    timeout_s: float = Field(30.0, gt=0)
+    timeout_s: Annotated[float, HowOnly] = Field(30.0, gt=0)
     """From the start of an attempt to its last byte."""
-    attempts: int = Field(4, ge=1)
+    attempts: Annotated[int, HowOnly] = Field(4, ge=1)
     """On time-outs, broken connections and answers such as 429 and 503."""
-    max_wait_s: float = Field(120.0, gt=0)
+    max_wait_s: Annotated[float, HowOnly] = Field(120.0, gt=0)
     """Longest pause before another attempt; a ``Retry-After`` above it fails the record."""
     max_bytes: int = Field(50_000_000, ge=1)
     """Size of one image at most; the transfer stops there."""
