@@ -26,14 +26,14 @@ from training.stage import StageConfig
 
 
 class Feed:
-    """Draws and features by step.
+    """Draws and features by step and forward pass.
 
     Args:
         config: The stage.
         order: Which samples a step takes.
         features: Where their features come from.
         latent_shape: (C, h, w) of the noise.
-        ahead: Fetch the features of the next step while one is computed; for features that wait
+        ahead: Fetch the features of the next pass while one is computed; for features that wait
             for a disk or an object store.
     """
 
@@ -51,34 +51,37 @@ class Feed:
         self._features = features
         self._latent_shape = latent_shape
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="feed") if ahead else None
-        self._next: tuple[int, Future[tuple[Draws, Features]]] | None = None
+        self._next: tuple[tuple[int, int], Future[tuple[Draws, Features]]] | None = None
+        self.passes = order.passes(config.micro_batch)
 
-    def get(self, step: int) -> tuple[Draws, Features]:
-        """Draws and features of ``step`` (from 0), on the CPU.
+    def get(self, step: int, number: int = 0) -> tuple[Draws, Features]:
+        """Draws and features of forward pass ``number`` of ``step`` (both from 0), on the CPU.
 
         Raises:
             DimError: a sample cannot be read.
         """
         if self._thread is None:
-            return self._make(step)
-        if self._next is not None and self._next[0] == step:
+            return self._make(step, number)
+        if self._next is not None and self._next[0] == (step, number):
             future = self._next[1]
         else:
-            future = self._thread.submit(self._make, step)
+            future = self._thread.submit(self._make, step, number)
         # Also past the last step: the order has no end, and what is fetched there is not used.
-        self._next = step + 1, self._thread.submit(self._make, step + 1)
+        more, number = divmod(number + 1, self.passes.count)
+        self._next = (step + more, number), self._thread.submit(self._make, step + more, number)
         return future.result()
 
-    def _make(self, step: int) -> tuple[Draws, Features]:
+    def _make(self, step: int, number: int) -> tuple[Draws, Features]:
+        places = self.passes.places(number)
         draws = draw(
             self._config.seed,
             step,
-            self._order.slots,
+            [self._order.slots[place] for place in places],
             self._latent_shape,
             dropout=self._config.condition_dropout,
         )
         texts = choose_texts(draws.choice, self._config.text_shares)
-        return draws, self._features.batch(self._order.batch(step), texts)
+        return draws, self._features.batch(self._order.batch(step)[places], texts)
 
 
 def make_feed(config: StageConfig, order: WorkerOrder, features: FeatureSource) -> Feed:

@@ -119,24 +119,13 @@ def prepare(plan: Plan) -> Worker:
 
 def update(worker: Worker, step: int) -> tuple[torch.Tensor, torch.Tensor]:
     """One step of flow matching: this worker's mean loss and the gradient norm over all."""
-    config, state, schedule = worker.config, worker.state, worker.schedule
-    draws, batch = worker.feed.get(step)
-    batch, index = batch.to(worker.device), draws.index
-    noise, dropped = draws.noise.to(worker.device), draws.dropped.to(worker.device)
-
-    noisy = schedule.add_noise(batch.latent, noise, index)
-    with parallel.autocast(worker.device, config.precision):
-        velocity = worker.trainable(
-            noisy,
-            schedule.timesteps[index],
-            batch.hidden_states,
-            batch.mask,
-            batch.source_latent,
-            dropped,
-        )
-    weight = changed_cells(batch.latent, batch.source_latent, config.changed_cell_weight)
-    loss = squared_error(velocity, noise - batch.latent, weight).mean()
-    loss.backward()
+    config, state, passes = worker.config, worker.state, worker.feed.passes.count
+    loss = torch.zeros((), device=worker.device)
+    for number in range(passes):
+        with parallel.averaging(worker.trainable, last=number == passes - 1):
+            part = flow_matching(worker, step, number)
+            part.backward()
+        loss += part.detach()
 
     norm = nn.utils.clip_grad_norm_(state.module.parameters(), config.grad_clip)
     if not math.isfinite(norm.item()):
@@ -151,7 +140,34 @@ def update(worker: Worker, step: int) -> tuple[torch.Tensor, torch.Tensor]:
     if state.ema is not None:
         state.ema.update(step)
     state.step = step + 1
-    return loss.detach(), norm
+    return loss, norm
+
+
+def flow_matching(worker: Worker, step: int, number: int) -> torch.Tensor:
+    """The loss of one forward pass; averaged over the workers, a step's passes add up to its mean.
+
+    A worker's share of the batch may be a sample more or less than another's, so all divide by
+    what a worker has on average.
+    """
+    config, schedule = worker.config, worker.schedule
+    draws, batch = worker.feed.get(step, number)
+    batch, index = batch.to(worker.device), draws.index
+    noise, dropped = draws.noise.to(worker.device), draws.dropped.to(worker.device)
+
+    noisy = schedule.add_noise(batch.latent, noise, index)
+    with parallel.autocast(worker.device, config.precision):
+        velocity = worker.trainable(
+            noisy,
+            schedule.timesteps[index],
+            batch.hidden_states,
+            batch.mask,
+            batch.source_latent,
+            dropped,
+        )
+    weight = changed_cells(batch.latent, batch.source_latent, config.changed_cell_weight)
+    errors = squared_error(velocity, noise - batch.latent, weight)
+    counted = worker.feed.passes.counted(number).to(worker.device)
+    return (errors * counted).sum() / (config.batch_size / parallel.world_size())
 
 
 def train(worker: Worker) -> dict[str, float]:

@@ -10,6 +10,7 @@ import ray.train.torch
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from dim.model import DIM
 
@@ -50,8 +51,19 @@ def wrap(module: nn.Module) -> nn.Module:
     return ray.train.torch.prepare_model(
         module,
         move_to_device=False,
-        parallel_strategy_kwargs={"static_graph": True, "gradient_as_bucket_view": True},
+        parallel_strategy_kwargs={"gradient_as_bucket_view": True},
     )
+
+
+def averaging(module: nn.Module, last: bool) -> AbstractContextManager[Any]:
+    """Forward and backward passes inside leave ``module`` gradients that are averaged over all.
+
+    Of several passes of a step only the ``last`` waits for the other workers; the ones before add
+    up on each worker.
+    """
+    if last or not isinstance(module, DistributedDataParallel):
+        return nullcontext()
+    return module.no_sync()
 
 
 def agree(error: Exception | None) -> Exception | None:
@@ -83,5 +95,10 @@ def gather(items: list[T]) -> list[T] | None:
     return None if parts is None else [item for part in parts for item in part]
 
 
+def world_size() -> int:
+    """The number of workers."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
 def _alone() -> bool:
-    return not dist.is_initialized() or dist.get_world_size() == 1
+    return world_size() == 1

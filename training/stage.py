@@ -18,6 +18,7 @@ OPERATIONAL_KEYS = frozenset(
         "workers",
         "cpus_per_worker",
         "use_gpu",
+        "micro_batch",
         "encode_batch",
         "gradient_checkpointing",
         "log_every",
@@ -73,6 +74,7 @@ class StageConfig(StageInputs):
     workers: PositiveInt = 1
     cpus_per_worker: PositiveInt = 1
     use_gpu: bool = False
+    micro_batch: PositiveInt | None = None  # samples of a worker's forward pass; None = its share
     cache_features: bool = True  # in memory; else computed, or read from their shards, as needed
     gradient_checkpointing: bool = False  # less memory for a second forward pass; the same weights
     encode_batch: PositiveInt = 64
@@ -89,9 +91,10 @@ class StageConfig(StageInputs):
     def _check_together(self) -> StageConfig:
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("give exactly one of steps and epochs")
-        if self.batch_size % self.workers:
+        if self.batch_size < self.workers:
             raise ValueError(
-                f"batch_size {self.batch_size} cannot be shared equally by {self.workers} workers"
+                f"batch_size {self.batch_size} leaves some of {self.workers} workers without a "
+                "sample"
             )
         return self
 

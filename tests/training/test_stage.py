@@ -66,7 +66,7 @@ def test_mixed_texts() -> None:
         ({"learning_rat": 1}, r"unknown key 'learning_rat' \(did you mean 'learning_rate'\?\)"),
         ({"steps": None}, "exactly one of steps and epochs"),
         ({"epochs": 3}, "exactly one of steps and epochs"),
-        ({"workers": 3}, "cannot be shared equally by 3 workers"),
+        ({"workers": 5}, "batch_size 4 leaves some of 5 workers without a sample"),
         ({"text": "caption"}, "stage edit1 cannot train on the text 'caption'"),
         ({"learning_rate": -1}, "learning_rate"),
         ({"data": []}, "data"),
