@@ -51,27 +51,28 @@ class Feed:
         self._features = features
         self._latent_shape = latent_shape
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="feed") if ahead else None
-        self._next: tuple[tuple[int, int], Future[tuple[Draws, Features]]] | None = None
+        self._next: tuple[tuple[int, int, int], Future[tuple[Draws, Features]]] | None = None
         self.passes = order.passes(config.micro_batch)
 
-    def get(self, step: int, number: int = 0) -> tuple[Draws, Features]:
+    def get(self, step: int, number: int = 0, salt: int = 0) -> tuple[Draws, Features]:
         """Draws and features of forward pass ``number`` of ``step`` (both from 0), on the CPU.
 
         Raises:
             DimError: a sample cannot be read.
         """
         if self._thread is None:
-            return self._make(step, number)
-        if self._next is not None and self._next[0] == (step, number):
+            return self._make(step, number, salt)
+        if self._next is not None and self._next[0] == (step, number, salt):
             future = self._next[1]
         else:
-            future = self._thread.submit(self._make, step, number)
+            future = self._thread.submit(self._make, step, number, salt)
         # Also past the last step: the order has no end, and what is fetched there is not used.
         more, number = divmod(number + 1, self.passes.count)
-        self._next = (step + more, number), self._thread.submit(self._make, step + more, number)
+        following = (step + more, number, salt)
+        self._next = following, self._thread.submit(self._make, *following)
         return future.result()
 
-    def _make(self, step: int, number: int) -> tuple[Draws, Features]:
+    def _make(self, step: int, number: int, salt: int) -> tuple[Draws, Features]:
         places = self.passes.places(number)
         draws = draw(
             self._config.seed,
@@ -79,6 +80,7 @@ class Feed:
             [self._order.slots[place] for place in places],
             self._latent_shape,
             dropout=self._config.condition_dropout,
+            salt=salt,
         )
         texts = choose_texts(draws.choice, self._config.text_shares)
         return draws, self._features.batch(self._order.batch(step)[places], texts)

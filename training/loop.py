@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
+import ray.train
 import torch
 from torch import nn
 
@@ -23,12 +23,12 @@ from training.log import RunLog, StepLog, open_log, silence_repeats
 from training.plan import Plan, announcement
 from training.record import MODEL_FOLDER
 from training.stage import StageConfig, learning_rate_at
-from training.state import TrainState, check_updates, new_state, restore, save
+from training.state import TrainState, check_updates, new_state, restore, return_to, save
 from training.validation import Validation, open_validation
 
 
 class DivergedError(DimError):
-    """Loss or gradients are no longer finite numbers. Every worker sees it at the same step."""
+    """Gradients are no finite numbers, and going back is of no use. All workers see it at once."""
 
 
 @dataclass
@@ -53,7 +53,7 @@ class Worker:
 
 
 def train_loop_per_worker(config: dict[str, Any]) -> dict[str, Any]:
-    """Prepare, train, export.
+    """Prepare, train, export. The answer has ``error``, ``metrics`` and the state's ``events``.
 
     An error that another try would meet again is returned (``{"error": …}``) and not raised, since
     Ray Train answers what is raised by starting the workers again.
@@ -68,17 +68,17 @@ def train_loop_per_worker(config: dict[str, Any]) -> dict[str, Any]:
     except DimError as problem:
         error = problem
     if (error := parallel.agree(error)) is not None or worker is None:
-        return {"error": error}
+        return {"error": error, "events": []}
     worker.trainable = parallel.wrap(worker.state.module)
     try:
         metrics = train(worker)
     except DivergedError as diverged:
-        return {"error": diverged}
+        return {"error": diverged, "events": worker.state.events}
     if worker.rank == 0:
         with averaged(worker.state.ema):
             save_model(worker.model, storage.join(plan.config.out, MODEL_FOLDER))
         worker.log.close()
-    return {"error": None, "metrics": metrics}
+    return {"error": None, "metrics": metrics, "events": worker.state.events}
 
 
 def prepare(plan: Plan) -> Worker:
@@ -96,7 +96,7 @@ def prepare(plan: Plan) -> Worker:
     parallel.place(model, device, config.precision, frozen=frozen_are_used)
     model.painter.checkpoint_gradients(config.gradient_checkpointing)
     state = new_state(model, config)
-    resumed = restore(state, device)
+    resumed = restore(state, device, ray.train.get_checkpoint())
     order = WorkerOrder(SampleOrder(plan.rows, config.batch_size, config.seed), rank, world_size)
     features = choose_source(plan, model, shards, order, log)
     validation = open_validation(config, model, rank, world_size)
@@ -118,7 +118,10 @@ def prepare(plan: Plan) -> Worker:
 
 
 def update(worker: Worker, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """One step of flow matching: this worker's mean loss and the gradient norm over all."""
+    """One step of flow matching: this worker's mean loss and the gradient norm over all.
+
+    A gradient that is no finite number on any worker is skipped on all.
+    """
     config, state, passes = worker.config, worker.state, worker.feed.passes.count
     loss = torch.zeros((), device=worker.device)
     for number in range(passes):
@@ -128,17 +131,17 @@ def update(worker: Worker, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         loss += part.detach()
 
     norm = nn.utils.clip_grad_norm_(state.module.parameters(), config.grad_clip)
-    if not math.isfinite(norm.item()):
-        raise DivergedError(
-            f"the gradient is {norm.item()} at step {step + 1} (loss {loss.item():.4g}): lower "
-            "learning_rate or raise warmup_steps, then start again with --fresh"
-        )
-    for group in state.optimizer.param_groups:
-        group["lr"] = learning_rate_at(config, step, worker.plan.steps)
-    state.optimizer.step()
+    if parallel.all_finite(norm):
+        for group in state.optimizer.param_groups:
+            group["lr"] = learning_rate_at(config, step, worker.plan.steps)
+        state.optimizer.step()
+        if state.ema is not None:
+            state.ema.update(step)
+        state.skips_in_a_row = 0
+    else:
+        state.skipped += 1
+        state.skips_in_a_row += 1
     state.optimizer.zero_grad()
-    if state.ema is not None:
-        state.ema.update(step)
     state.step = step + 1
     return loss, norm
 
@@ -150,7 +153,7 @@ def flow_matching(worker: Worker, step: int, number: int) -> torch.Tensor:
     what a worker has on average.
     """
     config, schedule = worker.config, worker.schedule
-    draws, batch = worker.feed.get(step, number)
+    draws, batch = worker.feed.get(step, number, worker.state.salt)
     batch, index = batch.to(worker.device), draws.index
     noise, dropped = draws.noise.to(worker.device), draws.dropped.to(worker.device)
 
@@ -177,16 +180,22 @@ def train(worker: Worker) -> dict[str, float]:
     log = StepLog(worker.log, worker.plan, worker.device)
     metrics: dict[str, float] = {}
     begun = state.step
-    for step in range(begun, steps):
-        log.add(*update(worker, step))
+    while state.step < steps:
+        loss, norm = update(worker, state.step)
+        log.add(loss, norm, skipped=state.skips_in_a_row > 0)
         done, last = state.step, state.step == steps
         if last or due(done, config.log_every):
-            metrics |= log.read(done)
+            metrics |= log.read(done) | {"skipped_updates": state.skipped}
             log.write(done, metrics)
+        if state.skips_in_a_row == config.max_skips:
+            go_back(worker)
+            log.restart()
+            continue
         if not last and due(done, validate_every):
             metrics |= validate(worker)
             log.restart()
-        if not last and due(done, config.checkpoint_every):
+        # Weights with which no gradient is finite are none to go back to.
+        if not last and due(done, config.checkpoint_every) and not state.skips_in_a_row:
             checkpoint(worker, metrics)
             log.restart()
     metrics |= validate(worker)
@@ -194,6 +203,29 @@ def train(worker: Worker) -> dict[str, float]:
         checkpoint(worker, metrics)
     check_updates(state, steps)
     return metrics
+
+
+def go_back(worker: Worker) -> None:
+    """Return to the latest checkpoint and other draws; all workers take part.
+
+    Raises:
+        DivergedError: there is none, or the run went back often enough.
+    """
+    config, state = worker.config, worker.state
+    trouble = f"{config.max_skips} gradients in a row up to step {state.step} were no numbers"
+    if state.salt >= config.max_returns:
+        raise DivergedError(
+            f"{trouble}, after going back {state.salt} times: go on from the latest checkpoint "
+            "with a lower learning_rate"
+        )
+    latest = parallel.from_first(ray.train.get_checkpoint())  # only the first worker knows it
+    if not return_to(state, worker.device, latest):
+        raise DivergedError(
+            f"{trouble}, before the first checkpoint: lower learning_rate or raise warmup_steps, "
+            "then start again with --fresh"
+        )
+    worker.log.flush()  # or MLflow could not tell a step from the same one made again
+    worker.log.say(f"{trouble}: back to step {state.step}, and on with other draws")
 
 
 def validate(worker: Worker) -> dict[str, float]:

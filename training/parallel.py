@@ -75,6 +75,23 @@ def agree(error: Exception | None) -> Exception | None:
     return next((one for one in errors if one is not None), None)
 
 
+def all_finite(value: torch.Tensor) -> bool:
+    """Whether no worker's ``value`` is infinite or no number: one answer for all (a collective)."""
+    broken = (~torch.isfinite(value)).float()
+    if not _alone():
+        dist.all_reduce(broken)
+    return broken.item() == 0
+
+
+def from_first(item: T) -> T:
+    """The first worker's ``item``, on every worker (a collective)."""
+    if _alone():
+        return item
+    items = [item]
+    dist.broadcast_object_list(items)
+    return items[0]
+
+
 def mean(value: torch.Tensor) -> torch.Tensor:
     """The mean of all workers' ``value``, on every worker (a collective)."""
     if _alone():

@@ -101,6 +101,12 @@ def announcement(
             f"resumed after step {state.step} of {plan.steps} (epoch {epoch}, batch "
             f"{batch} of {plan.steps_per_epoch})"
         )
+        lines += [
+            f"learning_rate is {event['learning_rate']:g} from here on, and was "
+            f"{event['before']:g} before"
+            for event in state.events[-1:]
+            if event["step"] == state.step and "learning_rate" in event
+        ]
     return "\n".join(lines)
 
 

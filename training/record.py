@@ -17,7 +17,7 @@ from dim.errors import ConfigError
 from dim.redaction import redacted
 from infra import storage
 from infra.samples import fingerprint
-from training.stage import OPERATIONAL_KEYS, StageConfig
+from training.stage import CHANGEABLE_KEYS, OPERATIONAL_KEYS, StageConfig
 
 STAGE_FILE = "stage.json"
 MODEL_FOLDER = "model"  # what ``dim.model.load`` reads
@@ -28,7 +28,11 @@ _EDGE = 1 << 20  # bytes hashed at each end of a weights file
 
 @dataclass(frozen=True)
 class StageRecord:
-    """``identity`` is what may not change when the run goes on, by configuration key."""
+    """``identity`` is what may not change when the run goes on, by configuration key.
+
+    ``events`` are changes of the learning rate, and returns to a checkpoint (see
+    ``training.state``).
+    """
 
     identity: dict[str, Any]
     config: dict[str, Any]
@@ -36,6 +40,7 @@ class StageRecord:
     finished: bool = False
     metrics: dict[str, float] = field(default_factory=dict)
     checkpoint: str = ""
+    events: list[dict[str, float]] = field(default_factory=list)
     version: int = _VERSION
 
     def write(self, out: str) -> None:
@@ -44,13 +49,15 @@ class StageRecord:
         storage.open_store(out).write(STAGE_FILE, text.encode())
 
     def check_same(self, identity: Mapping[str, Any], out: str) -> None:
-        """Refuse to mix two runs.
+        """Refuse to mix two runs. An unfinished one may go on with another learning rate.
 
         Raises:
             ConfigError: ``out`` belongs to a run that differs; the message names the keys.
         """
         identity = redacted(identity)
         names = sorted(self.identity.keys() | identity.keys())
+        if not self.finished:
+            names = [name for name in names if name not in CHANGEABLE_KEYS]
         differing = [name for name in names if self.identity.get(name) != identity.get(name)]
         if differing:
             state = "a finished" if self.finished else "an unfinished"
@@ -58,6 +65,14 @@ class StageRecord:
                 f"{out} holds {state} run with other settings ({', '.join(differing)}): choose "
                 "another out, or --fresh to discard it"
             )
+
+    def changes(self, identity: Mapping[str, Any]) -> list[dict[str, float]]:
+        """The events that a run brings which goes on as ``identity``."""
+        return [
+            {key: identity[key], "before": self.identity[key]}
+            for key in sorted(CHANGEABLE_KEYS)
+            if identity[key] != self.identity[key]
+        ]
 
 
 def read_record(out: str) -> StageRecord | None:

@@ -24,12 +24,17 @@ OPERATIONAL_KEYS = frozenset(
         "log_every",
         "checkpoint_every",
         "keep_checkpoints",
+        "max_skips",
+        "max_returns",
         "max_failures",
         "collective_timeout_s",
         "validation",
         "tracking",
     }
 )
+
+# What moves weights and may change all the same while a run is unfinished; it is recorded.
+CHANGEABLE_KEYS = frozenset({"learning_rate"})
 
 
 class ValidationConfig(StrictModel):
@@ -82,6 +87,8 @@ class StageConfig(StageInputs):
     log_every: PositiveInt = 10
     checkpoint_every: PositiveInt | None = None  # steps; None = at the end only
     keep_checkpoints: PositiveInt = 2
+    max_skips: PositiveInt = 10  # updates in a row without a finite gradient, then back
+    max_returns: NonNegativeInt = 3  # to a checkpoint, with other draws; then the run ends
     max_failures: int = Field(default=3, ge=-1)  # worker deaths survived; -1 = any number
     collective_timeout_s: PositiveInt = 1800
     validation: ValidationConfig | None = None

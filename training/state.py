@@ -1,14 +1,14 @@
 """What is saved so that a run goes on as if nothing had happened.
 
-Weights, optimizer, EMA and the number of updates done. The step stands for the rest: epoch, place
-in the data and random numbers are functions of seed and step (see ``dim.learning.batch``).
+Weights, optimizer, EMA and the number of steps done. The step stands for the rest: epoch, place
+in the data and random numbers are functions of seed, step and salt (see ``dim.learning.batch``).
 """
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +24,30 @@ from dim.model import DIM
 from training.stage import StageConfig
 
 _FILE = "state.pt"
-_VERSION = 1
+_VERSION = 2
+
+Event = dict[str, float]
+"""What happened at ``step``: ``learning_rate`` and ``before``, or ``back_to`` and ``salt``."""
 
 
 @dataclass
 class TrainState:
-    """Everything that changes during training. ``step`` is the number of updates done."""
+    """Everything that changes during training. ``step`` is the number of steps done.
+
+    A step whose gradient was no number made no update: ``skipped`` counts them, ``skips_in_a_row``
+    the latest ones. ``salt`` counts the times that the run went back. ``events`` are these and
+    changes of the learning rate, each with its step.
+    """
 
     module: nn.Module  # unwrapped: its parameter names do not depend on the number of workers
     optimizer: torch.optim.Optimizer
     ema: Ema | None
     step: int = 0
+    skipped: int = 0
+    skips_in_a_row: int = 0
+    salt: int = 0
+    learning_rate: float = 0.0
+    events: list[Event] = field(default_factory=list)
 
 
 def new_state(model: DIM, config: StageConfig) -> TrainState:
@@ -47,7 +60,7 @@ def new_state(model: DIM, config: StageConfig) -> TrainState:
         weight_decay=config.weight_decay,
     )
     ema = None if config.ema_decay is None else Ema(module, config.ema_decay)
-    return TrainState(module, optimizer, ema)
+    return TrainState(module, optimizer, ema, learning_rate=config.learning_rate)
 
 
 def save(state: TrainState, metrics: Mapping[str, Any], *, rank: int) -> None:
@@ -65,13 +78,14 @@ def save(state: TrainState, metrics: Mapping[str, Any], *, rank: int) -> None:
         ray.train.report(told, checkpoint=checkpoint, checkpoint_dir_name=name)
 
 
-def restore(state: TrainState, device: torch.device) -> bool:
-    """Load the latest checkpoint of this run into ``state``; whether there was one.
+def restore(
+    state: TrainState, device: torch.device, checkpoint: ray.train.Checkpoint | None
+) -> bool:
+    """Load a checkpoint of this run into ``state``; whether there is one.
 
     Raises:
         CheckpointError: it cannot be read or does not fit the model.
     """
-    checkpoint = ray.train.get_checkpoint()
     if checkpoint is None:
         return False
     with checkpoint.as_directory() as folder:
@@ -79,21 +93,42 @@ def restore(state: TrainState, device: torch.device) -> bool:
     return True
 
 
+def return_to(
+    state: TrainState, device: torch.device, checkpoint: ray.train.Checkpoint | None
+) -> bool:
+    """Load a checkpoint of this run to go on from it with other draws; whether there is one.
+
+    Raises:
+        CheckpointError: as for ``restore``.
+    """
+    left, salt, events = state.step, state.salt + 1, state.events
+    if not restore(state, device, checkpoint):
+        return False
+    state.salt = salt  # not the checkpoint's own: going back twice would meet the same draws twice
+    state.events = [*events, {"step": left, "back_to": state.step, "salt": salt}]
+    return True
+
+
 def check_updates(state: TrainState, steps: int) -> None:
-    """Whether the optimizer has made exactly the updates that were asked for.
+    """Whether the optimizer has made exactly the updates that were asked for, or skipped them.
 
     Raises:
         RuntimeError: it has not; the weights are not what the configuration says.
     """
-    made = updates_made(state.optimizer)
-    if made != {steps}:
-        raise RuntimeError(f"{steps} updates were asked for but {sorted(made)} made")
+    made, wanted = updates_made(state.optimizer), steps - state.skipped
+    if made != {wanted}:
+        raise RuntimeError(f"{wanted} updates were asked for but {sorted(made)} made")
 
 
 def _pack(state: TrainState) -> dict[str, Any]:
     return {
         "version": _VERSION,
         "step": state.step,
+        "skipped": state.skipped,
+        "skips_in_a_row": state.skips_in_a_row,
+        "salt": state.salt,
+        "learning_rate": state.learning_rate,
+        "events": state.events,
         "module": state.module.state_dict(),
         "optimizer": state.optimizer.state_dict(),
         "ema": None if state.ema is None else state.ema.state_dict(),
@@ -117,4 +152,8 @@ def _unpack(state: TrainState, path: Path, device: torch.device, *, where: str) 
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise CheckpointError(f"the checkpoint {where} does not fit the model: {reason}") from error
-    state.step = saved["step"]
+    state.step, state.salt, state.events = saved["step"], saved["salt"], saved["events"]
+    state.skipped, state.skips_in_a_row = saved["skipped"], saved["skips_in_a_row"]
+    if saved["learning_rate"] != state.learning_rate:
+        changed = {"learning_rate": state.learning_rate, "before": saved["learning_rate"]}
+        state.events = [*state.events, {"step": state.step} | changed]

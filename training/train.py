@@ -7,7 +7,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -95,7 +95,8 @@ def run(
             run_id=earlier.run_id if earlier else None,
         ) as mlflow_run,
     ):
-        record = StageRecord(identity, settings, mlflow_run.id)
+        events = [*earlier.events, *earlier.changes(identity)] if earlier else []
+        record = StageRecord(identity, settings, mlflow_run.id, events=events)
         record.write(config.out)
         mlflow_run.log_dict(settings, "stage.json")  # also proves that artifacts can be stored
         plan = Plan(config=config, steps=steps, rows=rows, tracking_uri=uri, run_id=mlflow_run.id)
@@ -205,6 +206,7 @@ def _fit(plan: Plan, record: StageRecord) -> StageRecord:
         ) from error
     outcome = result.return_value  # type: ignore[attr-defined]
     if outcome["error"] is not None:
+        replace(record, events=outcome["events"] or record.events).write(plan.config.out)
         raise outcome["error"]
     assert result.checkpoint is not None  # the last step leaves one
     return StageRecord(
@@ -216,6 +218,7 @@ def _fit(plan: Plan, record: StageRecord) -> StageRecord:
         checkpoint=storage.join(
             plan.config.out, CHECKPOINTS_FOLDER, Path(result.checkpoint.path).name
         ),
+        events=outcome["events"],
     )
 
 

@@ -1,6 +1,7 @@
 """A batch: which samples, texts, noise levels and noise make up a step.
 
-All of it is a pure function of seed, step and slot. Nothing is drawn from a running generator, so
+All of it is a pure function of seed, step and slot, and of a salt for a run that went back and must
+not meet the same noise again. Nothing is drawn from a running generator, so
 there is no generator state to save: an interrupted run, a run with another number of workers and
 the undisturbed run have the same batches.
 
@@ -142,12 +143,17 @@ def draw(
     shape: tuple[int, int, int],
     *,
     dropout: float,
+    salt: int = 0,
 ) -> Draws:
-    """Draw for the rows of one worker; ``shape`` (C, h, w) is that of a row's noise."""
+    """Draw for the rows of one worker; ``shape`` (C, h, w) is that of a row's noise.
+
+    ``salt`` is 0 for the draws of an ordinary run, and any other number for other draws.
+    """
     generator = torch.Generator()
     noise, scalars = [], []
     for slot in slots:
-        entropy = np.random.SeedSequence([seed, step, slot]).generate_state(1, np.uint64)[0]
+        numbers = [seed, step, slot, salt] if salt else [seed, step, slot]
+        entropy = np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]
         generator.manual_seed(int(entropy >> np.uint64(1)))
         noise.append(torch.randn(shape, generator=generator))
         scalars.append(

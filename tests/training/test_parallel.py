@@ -20,6 +20,9 @@ def take_part(rank: int, folder: str) -> None:
     found = {
         "mean": parallel.mean(value).item(),
         "value": value.item(),
+        "finite": parallel.all_finite(value),
+        "not finite": parallel.all_finite(value / rank),  # infinite on the first worker alone
+        "from first": parallel.from_first(f"worker {rank}"),
         "gathered": parallel.gather([rank, rank + 10]),
         "first": f"{type(first).__name__}: {first}",
         "none": parallel.agree(None) is None,
@@ -36,6 +39,9 @@ def test_two_workers_agree_average_and_gather(tmp_path: Path) -> None:
     assert one["gathered"] == [0, 10, 1, 11] and other["gathered"] is None
     assert one["first"] == other["first"] == "InputError: worker 1 found it"
     assert one["none"] and other["none"]
+    assert one["finite"] and other["finite"]
+    assert not one["not finite"] and not other["not finite"]
+    assert one["from first"] == other["from first"] == "worker 0"
 
 
 def test_one_worker_needs_nobody() -> None:
@@ -43,6 +49,9 @@ def test_one_worker_needs_nobody() -> None:
     assert parallel.agree(error) is error and parallel.agree(None) is None
     assert parallel.mean(torch.tensor(3.0)).item() == 3.0
     assert parallel.gather([1, 2]) == [1, 2]
+    assert parallel.from_first("here") == "here"
+    assert parallel.all_finite(torch.tensor(3.0))
+    assert not parallel.all_finite(torch.tensor(float("nan")))
 
 
 def test_the_precision_of_a_forward_pass() -> None:

@@ -6,10 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from tests.feature_shards import write_features
 from tests.training.workers import train_together
+from training import loop
 from training.stage import StageConfig
 
 MakeStage = Callable[..., StageConfig]
@@ -69,3 +72,29 @@ def test_any_number_of_workers_and_any_micro_batch_have_equal_losses(
     ]
     for other in norms[1:]:
         assert other == pytest.approx(norms[0], rel=1e-3)
+
+
+def spoil_the_second_worker(rank: int) -> None:
+    """Its loss is no number in steps 5 and 6, until the run has gone back."""
+    flow_matching = loop.flow_matching
+
+    def spoiled(worker: Any, step: int, number: int) -> torch.Tensor:
+        loss = flow_matching(worker, step, number)
+        bad = rank == 1 and step in (4, 5) and not worker.state.salt
+        return loss * float("nan") if bad else loss
+
+    loop.flow_matching = spoiled
+
+
+def test_a_bad_gradient_of_one_worker_takes_both_back_to_what_the_first_saved(
+    make_stage: MakeStage, tracking_uri: str, tmp_path: Path
+) -> None:
+    settings = {"steps": 7, "checkpoint_every": 3, "max_skips": 2, "workers": 2}
+    stages = [make_stage("both", **settings)]
+    ((both, history),) = train_together(
+        stages, tracking_uri, tmp_path / "processes", spoil_the_second_worker
+    )
+    assert both["error"] is None
+    assert both["events"] == [{"step": 6, "back_to": 3, "salt": 1}]
+    assert all(np.isfinite(metrics["loss"]) for metrics in history.values() if "loss" in metrics)
+    assert both["metrics"]["skipped_updates"] == 0

@@ -103,6 +103,16 @@ def test_seed_step_and_slot_each_change_the_noise() -> None:
         assert not torch.equal(one, draw(seed, step, [slot], SHAPE, dropout=0.1).noise)
 
 
+def test_a_salt_changes_what_is_drawn_and_none_is_the_usual_draw() -> None:
+    usual = draw(3, 7, range(4), SHAPE, dropout=0.5)
+    assert torch.equal(usual.noise, draw(3, 7, range(4), SHAPE, dropout=0.5, salt=0).noise)
+    salted = [draw(3, 7, range(4), SHAPE, dropout=0.5, salt=salt) for salt in (1, 1, 2)]
+    assert torch.equal(salted[0].noise, salted[1].noise)
+    for one, other in ((usual, salted[0]), (salted[0], salted[2])):
+        assert not torch.equal(one.noise, other.noise)
+        assert not torch.equal(one.index, other.index)
+
+
 def test_the_distributions_are_the_papers() -> None:
     draws = draw(0, 0, range(4000), SHAPE, dropout=0.1)
     assert abs(draws.noise.mean()) < 0.02 and abs(draws.noise.std() - 1) < 0.02
