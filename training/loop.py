@@ -8,11 +8,13 @@ from typing import Any
 import ray.train
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from dim.errors import DimError
 from dim.learning.batch import SampleOrder, WorkerOrder
 from dim.learning.ema import averaged
-from dim.learning.step import changed_cells
+from dim.learning.optimizer import set_learning_rate
+from dim.learning.step import Trainable, changed_cells
 from dim.model import DIM
 from dim.model.flow import FlowSchedule, squared_error
 from infra import storage
@@ -38,6 +40,7 @@ class Worker:
     plan: Plan
     rank: int
     device: torch.device
+    mesh: DeviceMesh | None
     model: DIM
     schedule: FlowSchedule
     state: TrainState
@@ -74,29 +77,30 @@ def train_loop_per_worker(config: dict[str, Any]) -> dict[str, Any]:
         metrics = train(worker)
     except DivergedError as diverged:
         return {"error": diverged, "events": worker.state.events}
-    if worker.rank == 0:
-        with averaged(worker.state.ema):
-            save_model(worker.model, storage.join(plan.config.out, MODEL_FOLDER))
-        worker.log.close()
+    export(worker)
+    worker.log.close()
     return {"error": None, "metrics": metrics, "events": worker.state.events}
 
 
 def prepare(plan: Plan) -> Worker:
-    """Load the model, compute features, pick up the latest checkpoint. No collective is used.
+    """Load the model, compute features, pick up the latest checkpoint.
+
+    The only collective is the first act: whatever fails later is agreed on by the caller.
 
     Raises:
         DimError: something is wrong with model, data, checkpoint or tracker.
     """
     config = plan.config
     rank, world_size, device = parallel.this_worker()
+    mesh = parallel.make_mesh(world_size, config.parallelism.parts(world_size), device)
     log = open_log(plan, rank)
     model = load_initial(config.init, edits=config.edits)
     shards = open_shards(plan, model, rank)
     frozen_are_used = shards is None or config.validation is not None
     parallel.place(model, device, config.precision, frozen=frozen_are_used)
     model.painter.checkpoint_gradients(config.gradient_checkpointing)
-    state = new_state(model, config)
-    resumed = restore(state, device, ray.train.get_checkpoint())
+    state = new_state(model, config, mesh)
+    resumed = restore(state, ray.train.get_checkpoint())
     order = WorkerOrder(SampleOrder(plan.rows, config.batch_size, config.seed), rank, world_size)
     features = choose_source(plan, model, shards, order, log)
     validation = open_validation(config, model, rank, world_size)
@@ -107,6 +111,7 @@ def prepare(plan: Plan) -> Worker:
         plan=plan,
         rank=rank,
         device=device,
+        mesh=mesh,
         model=model,
         schedule=FlowSchedule(model.config.sampling.shift),
         state=state,
@@ -130,18 +135,18 @@ def update(worker: Worker, step: int) -> tuple[torch.Tensor, torch.Tensor]:
             part.backward()
         loss += part.detach()
 
-    norm = nn.utils.clip_grad_norm_(state.module.parameters(), config.grad_clip)
+    norm = parallel.clip_gradients(state.module, config.grad_clip)
     if parallel.all_finite(norm):
-        for group in state.optimizer.param_groups:
-            group["lr"] = learning_rate_at(config, step, worker.plan.steps)
-        state.optimizer.step()
+        set_learning_rate(state.optimizers, learning_rate_at(config, step, worker.plan.steps))
+        for optimizer in state.optimizers:
+            optimizer.step()
         if state.ema is not None:
             state.ema.update(step)
         state.skips_in_a_row = 0
     else:
         state.skipped += 1
         state.skips_in_a_row += 1
-    state.optimizer.zero_grad()
+    state.module.zero_grad()
     state.step = step + 1
     return loss, norm
 
@@ -219,7 +224,7 @@ def go_back(worker: Worker) -> None:
             "with a lower learning_rate"
         )
     latest = parallel.from_first(ray.train.get_checkpoint())  # only the first worker knows it
-    if not return_to(state, worker.device, latest):
+    if not return_to(state, latest):
         raise DivergedError(
             f"{trouble}, before the first checkpoint: lower learning_rate or raise warmup_steps, "
             "then start again with --fresh"
@@ -234,7 +239,7 @@ def validate(worker: Worker) -> dict[str, float]:
         return {}
     worker.model.painter.eval()
     autocast = parallel.autocast(worker.device, worker.config.precision)
-    with autocast, averaged(worker.state.ema):
+    with autocast, averaged(worker.state.ema), parallel.whole(worker.state.module):
         outcome = worker.validation.run()
     worker.model.painter.train()
     if outcome is None:
@@ -248,6 +253,19 @@ def checkpoint(worker: Worker, metrics: dict[str, float]) -> None:
     """Save the state; all workers take part."""
     worker.log.flush()
     save(worker.state, metrics, rank=worker.rank)
+
+
+def export(worker: Worker) -> None:
+    """Write the averaged weights as a model folder; all workers take part."""
+    config, model = worker.config, worker.model
+    with averaged(worker.state.ema):
+        weights = parallel.gathered(worker.state.module.state_dict())
+        if worker.rank != 0:
+            return
+        if worker.mesh is not None:  # the model's own weights are parts
+            model = load_initial(config.init, edits=config.edits)
+            Trainable(model).load_state_dict(weights)
+        save_model(model, storage.join(config.out, MODEL_FOLDER))
 
 
 def due(step: int, every: int | None) -> bool:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from dim.config import dump_config
@@ -73,6 +73,16 @@ class StageRecord:
             for key in sorted(CHANGEABLE_KEYS)
             if identity[key] != self.identity[key]
         ]
+
+    def with_events(self, told: Sequence[dict[str, float]]) -> StageRecord:
+        """The record with what the workers told, beside what an earlier part of the run had told.
+
+        They know the step of each event, so a change that was noted without one is left out then.
+        """
+        if not told:
+            return self
+        before = [event for event in self.events if "step" in event and event not in told]
+        return replace(self, events=[*before, *told])
 
 
 def read_record(out: str) -> StageRecord | None:

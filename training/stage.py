@@ -9,6 +9,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_va
 
 from dim.config import StrictModel
 from dim.learning.config import StageInputs
+from dim.learning.optimizer import OptimizerName
 from dim.records import TextName
 
 # What may change between an interrupted run and its continuation: nothing that moves a weight.
@@ -19,6 +20,9 @@ OPERATIONAL_KEYS = frozenset(
         "cpus_per_worker",
         "use_gpu",
         "micro_batch",
+        "parallelism",
+        "compile",
+        "ema_on_cpu",
         "encode_batch",
         "gradient_checkpointing",
         "log_every",
@@ -49,6 +53,38 @@ class ValidationConfig(StrictModel):
     batch_size: PositiveInt = 32
 
 
+class ParallelismConfig(StrictModel):
+    """What each worker holds of weights, gradients and optimizer.
+
+    ``ddp``: all. ``fsdp``: one of ``workers`` parts. ``hsdp``: one of ``shard`` parts, so that
+    groups of ``shard`` workers (those of a machine, say) hold the same.
+    """
+
+    strategy: Literal["ddp", "fsdp", "hsdp"] = "ddp"
+    shard: PositiveInt | None = None  # workers that hold one copy between them
+
+    def parts(self, workers: int) -> int:
+        """How many workers hold one copy between them.
+
+        Raises:
+            ValueError: ``shard`` does not go with the strategy and the number of workers.
+        """
+        shard = self.shard
+        if self.strategy == "hsdp":
+            if shard is None or workers % shard:
+                raise ValueError(
+                    f"strategy hsdp needs a shard that divides the {workers} workers, not {shard}"
+                )
+            return shard
+        parts = workers if self.strategy == "fsdp" else 1
+        if shard not in (None, parts):
+            raise ValueError(
+                f"strategy {self.strategy} on {workers} workers has shard {parts}, not {shard}: "
+                "leave shard out, or choose strategy hsdp"
+            )
+        return parts
+
+
 class TrackingConfig(StrictModel):
     """Where MLflow lives. Without ``uri``: MLFLOW_TRACKING_URI, else SQLite in the stage's out."""
 
@@ -67,6 +103,7 @@ class StageConfig(StageInputs):
     learning_rate: PositiveFloat
     warmup_steps: NonNegativeInt = 0
     schedule: Literal["constant", "cosine"] = "constant"
+    optimizer: OptimizerName = "adamw"
     weight_decay: float = Field(default=0.0, ge=0)
     betas: tuple[float, float] = (0.9, 0.999)
     grad_clip: PositiveFloat = 1.0
@@ -80,6 +117,9 @@ class StageConfig(StageInputs):
     cpus_per_worker: PositiveInt = 1
     use_gpu: bool = False
     micro_batch: PositiveInt | None = None  # samples of a worker's forward pass; None = its share
+    parallelism: ParallelismConfig = ParallelismConfig()
+    ema_on_cpu: bool = False  # less memory of the GPU for a copy of the weights at every update
+    compile: bool = False  # the painter's blocks: minutes before the first steps, then faster ones
     cache_features: bool = True  # in memory; else computed, or read from their shards, as needed
     gradient_checkpointing: bool = False  # less memory for a second forward pass; the same weights
     encode_batch: PositiveInt = 64
@@ -102,6 +142,17 @@ class StageConfig(StageInputs):
             raise ValueError(
                 f"batch_size {self.batch_size} leaves some of {self.workers} workers without a "
                 "sample"
+            )
+        sharded = self.parallelism.parts(self.workers) > 1
+        if sharded and self.optimizer == "adamw8bit":
+            raise ValueError(
+                f"optimizer adamw8bit goes with strategy ddp; under {self.parallelism.strategy} "
+                "the workers share the optimizer's memory already: choose adamw"
+            )
+        if sharded and self.ema_on_cpu:
+            raise ValueError(
+                f"ema_on_cpu goes with strategy ddp; under {self.parallelism.strategy} the workers "
+                "share the averages already"
             )
         return self
 

@@ -15,13 +15,17 @@ from typing import Any
 import ray.train
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from dim.errors import CheckpointError
 from dim.learning.ema import Ema
-from dim.learning.optimizer import adamw, updates_made
+from dim.learning.optimizer import OptimizerSettings, make_optimizers, updates_made
 from dim.learning.step import Trainable
 from dim.model import DIM
+from training import parallel
 from training.stage import StageConfig
+
+COMPILED_TOKENS = 64  # conditions for compiled blocks have a multiple of so many tokens
 
 _FILE = "state.pt"
 _VERSION = 2
@@ -40,7 +44,7 @@ class TrainState:
     """
 
     module: nn.Module  # unwrapped: its parameter names do not depend on the number of workers
-    optimizer: torch.optim.Optimizer
+    optimizers: list[torch.optim.Optimizer]
     ema: Ema | None
     step: int = 0
     skipped: int = 0
@@ -50,37 +54,41 @@ class TrainState:
     events: list[Event] = field(default_factory=list)
 
 
-def new_state(model: DIM, config: StageConfig) -> TrainState:
-    """The state before the first update."""
-    module = Trainable(model)
-    optimizer = adamw(
-        module,
-        learning_rate=config.learning_rate,
-        betas=config.betas,
-        weight_decay=config.weight_decay,
-    )
-    ema = None if config.ema_decay is None else Ema(module, config.ema_decay)
-    return TrainState(module, optimizer, ema, learning_rate=config.learning_rate)
+def new_state(model: DIM, config: StageConfig, mesh: DeviceMesh | None = None) -> TrainState:
+    """The state before the first update; with a ``mesh``, this worker's part of it.
+
+    Raises:
+        ConfigError: the optimizer's package is not installed.
+    """
+    if config.compile:  # the inside of a block, so before the block is sharded
+        model.painter.compile_blocks()
+    module = Trainable(model, token_multiple=COMPILED_TOKENS if config.compile else 1)
+    parallel.shard(module, mesh)
+    settings = OptimizerSettings(config.learning_rate, config.betas, config.weight_decay)
+    optimizers = make_optimizers(config.optimizer, module, settings)
+    ema = None
+    if config.ema_decay is not None:
+        ema = Ema(module, config.ema_decay, "cpu" if config.ema_on_cpu else None)
+    return TrainState(module, optimizers, ema, learning_rate=config.learning_rate)
 
 
 def save(state: TrainState, metrics: Mapping[str, Any], *, rank: int) -> None:
     """Hand the state to Ray Train as a checkpoint, written by rank 0.
 
-    Every worker calls this: Ray Train waits for all of them.
+    Every worker calls this: sharded tensors are gathered, and Ray Train waits for all of them.
     """
     name = f"step-{state.step:08d}"
+    packed = parallel.gathered(_pack(state))
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = None
         if rank == 0:
-            torch.save(_pack(state), Path(folder, _FILE))
+            torch.save(packed, Path(folder, _FILE))
             checkpoint = ray.train.Checkpoint.from_directory(folder)
         told = {**metrics, "step": state.step}
         ray.train.report(told, checkpoint=checkpoint, checkpoint_dir_name=name)
 
 
-def restore(
-    state: TrainState, device: torch.device, checkpoint: ray.train.Checkpoint | None
-) -> bool:
+def restore(state: TrainState, checkpoint: ray.train.Checkpoint | None) -> bool:
     """Load a checkpoint of this run into ``state``; whether there is one.
 
     Raises:
@@ -89,20 +97,18 @@ def restore(
     if checkpoint is None:
         return False
     with checkpoint.as_directory() as folder:
-        _unpack(state, Path(folder, _FILE), device, where=checkpoint.path)
+        _unpack(state, Path(folder, _FILE), where=checkpoint.path)
     return True
 
 
-def return_to(
-    state: TrainState, device: torch.device, checkpoint: ray.train.Checkpoint | None
-) -> bool:
+def return_to(state: TrainState, checkpoint: ray.train.Checkpoint | None) -> bool:
     """Load a checkpoint of this run to go on from it with other draws; whether there is one.
 
     Raises:
         CheckpointError: as for ``restore``.
     """
     left, salt, events = state.step, state.salt + 1, state.events
-    if not restore(state, device, checkpoint):
+    if not restore(state, checkpoint):
         return False
     state.salt = salt  # not the checkpoint's own: going back twice would meet the same draws twice
     state.events = [*events, {"step": left, "back_to": state.step, "salt": salt}]
@@ -115,7 +121,7 @@ def check_updates(state: TrainState, steps: int) -> None:
     Raises:
         RuntimeError: it has not; the weights are not what the configuration says.
     """
-    made, wanted = updates_made(state.optimizer), steps - state.skipped
+    made, wanted = updates_made(state.optimizers) or {0}, steps - state.skipped
     if made != {wanted}:
         raise RuntimeError(f"{wanted} updates were asked for but {sorted(made)} made")
 
@@ -130,14 +136,14 @@ def _pack(state: TrainState) -> dict[str, Any]:
         "learning_rate": state.learning_rate,
         "events": state.events,
         "module": state.module.state_dict(),
-        "optimizer": state.optimizer.state_dict(),
+        "optimizers": [optimizer.state_dict() for optimizer in state.optimizers],
         "ema": None if state.ema is None else state.ema.state_dict(),
     }
 
 
-def _unpack(state: TrainState, path: Path, device: torch.device, *, where: str) -> None:
+def _unpack(state: TrainState, path: Path, *, where: str) -> None:
     try:
-        saved = torch.load(path, map_location=device, weights_only=True)
+        saved = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise CheckpointError(f"the checkpoint {where} cannot be read: {error}") from error
     if saved["version"] != _VERSION:
@@ -145,10 +151,11 @@ def _unpack(state: TrainState, path: Path, device: torch.device, *, where: str) 
             f"the checkpoint {where} has format {saved['version']}, this program reads {_VERSION}"
         )
     try:
-        state.module.load_state_dict(saved["module"])
-        state.optimizer.load_state_dict(saved["optimizer"])
+        _load(state.module, saved["module"])
+        for optimizer, its in zip(state.optimizers, saved["optimizers"], strict=True):
+            _load_optimizer(optimizer, its)
         if state.ema is not None:
-            state.ema.load_state_dict(saved["ema"])
+            _load(state.ema, saved["ema"])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise CheckpointError(f"the checkpoint {where} does not fit the model: {reason}") from error
@@ -157,3 +164,25 @@ def _unpack(state: TrainState, path: Path, device: torch.device, *, where: str) 
     if saved["learning_rate"] != state.learning_rate:
         changed = {"learning_rate": state.learning_rate, "before": saved["learning_rate"]}
         state.events = [*state.events, {"step": state.step} | changed]
+
+
+def _load(target: nn.Module | Ema, saved: dict[str, torch.Tensor]) -> None:
+    current = target.state_dict()
+    target.load_state_dict(
+        {name: parallel.part_of(tensor, current.get(name)) for name, tensor in saved.items()}
+    )
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """What is as large as its parameter is sharded as that is."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    states = {
+        number: {
+            name: parallel.part_of(value, parameters[number])
+            if isinstance(value, torch.Tensor) and value.shape == parameters[number].shape
+            else value
+            for name, value in kept.items()
+        }
+        for number, kept in saved["state"].items()
+    }
+    optimizer.load_state_dict({**saved, "state": states})

@@ -205,21 +205,13 @@ def _fit(plan: Plan, record: StageRecord) -> StageRecord:
             f"stage {plan.config.stage}: Ray Train's controller died: {explain(error).sentence}"
         ) from error
     outcome = result.return_value  # type: ignore[attr-defined]
+    record = record.with_events(outcome["events"])
     if outcome["error"] is not None:
-        replace(record, events=outcome["events"] or record.events).write(plan.config.out)
+        record.write(plan.config.out)
         raise outcome["error"]
     assert result.checkpoint is not None  # the last step leaves one
-    return StageRecord(
-        record.identity,
-        record.config,
-        record.run_id,
-        finished=True,
-        metrics=outcome["metrics"],
-        checkpoint=storage.join(
-            plan.config.out, CHECKPOINTS_FOLDER, Path(result.checkpoint.path).name
-        ),
-        events=outcome["events"],
-    )
+    last = storage.join(plan.config.out, CHECKPOINTS_FOLDER, Path(result.checkpoint.path).name)
+    return replace(record, finished=True, metrics=outcome["metrics"], checkpoint=last)
 
 
 @contextmanager

@@ -34,6 +34,16 @@ def test_only_an_unfinished_run_goes_on_with_another_learning_rate() -> None:
     assert record.changes(before) == []
 
 
+def test_events_of_all_parts_of_a_run_are_kept() -> None:
+    back = {"step": 7, "back_to": 4, "salt": 1}
+    change = {"learning_rate": 1e-4, "before": 1e-3}
+    record = StageRecord({}, {}, "run", events=[back, change])
+    told = [{"step": 4, **change}]
+    assert record.with_events(told).events == [back, *told]
+    assert record.with_events([back, *told]).events == [back, *told]
+    assert record.with_events([]) == record
+
+
 @pytest.mark.parametrize("text", ["no json", "[]", '{"other": 1}'])
 def test_a_damaged_record_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "stage.json").write_text(text)

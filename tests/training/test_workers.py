@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from dim import model
 from tests.feature_shards import write_features
 from tests.training.workers import train_together
 from training import loop
@@ -72,6 +74,94 @@ def test_any_number_of_workers_and_any_micro_batch_have_equal_losses(
     ]
     for other in norms[1:]:
         assert other == pytest.approx(norms[0], rel=1e-3)
+
+
+def test_sharded_weights_train_as_whole_ones_do(
+    make_stage: MakeStage,
+    held_out_data: str,
+    tiny_model_dir: Path,
+    tracking_uri: str,
+    tmp_path: Path,
+) -> None:
+    settings = {
+        "steps": 20,
+        "micro_batch": 2,
+        "ema_decay": 0.9,
+        "warmup_steps": 2,
+        "checkpoint_every": 8,
+        # of 3 samples, one at a time, the workers have unequal numbers of passes
+        "validation": {
+            "data": [held_out_data],
+            "samples": 3,
+            "steps": 2,
+            "every": 6,
+            "batch_size": 1,
+        },
+    }
+    fsdp, hsdp = {"strategy": "fsdp"}, {"strategy": "hsdp", "shard": 2}
+    stages = [
+        make_stage("alone", **settings),
+        make_stage("ddp", **settings, workers=2),
+        make_stage("fsdp", **settings, workers=2, parallelism=fsdp),
+        make_stage(
+            "hsdp",
+            **settings | {"micro_batch": 1},
+            workers=4,
+            parallelism=hsdp,
+            gradient_checkpointing=True,
+        ),
+    ]
+    runs = train_together(stages, tracking_uri, tmp_path / "processes")
+    assert all(answer["error"] is None for answer, _ in runs)
+    alone, *others = (history for _, history in runs)
+    names = ("loss", "grad_norm", "validation_loss", "validation_distance")
+    assert all({*names} <= alone[step].keys() for step in (6, 12, 18, 20))
+    for other in others:
+        for name in names:
+            one, two = (
+                [metrics[name] for _, metrics in sorted(history.items()) if name in metrics]
+                for history in (alone, other)
+            )
+            assert len(one) == len(two) and two == pytest.approx(one, rel=1e-4, abs=1e-4), name
+    expected = weights_of(tmp_path / "alone")
+    assert apart(weights_of(tiny_model_dir.parent), expected) > 1e-2
+    for name in ("ddp", "fsdp", "hsdp"):
+        assert apart(weights_of(tmp_path / name), expected) < 1e-4, name
+
+
+def test_checkpoints_load_whoever_saved_them(
+    make_stage: MakeStage, tracking_uri: str, tmp_path: Path
+) -> None:
+    settings = {"steps": 6, "checkpoint_every": 3, "ema_decay": 0.9, "optimizer": "muon"}
+    sharded = {"workers": 2, "parallelism": {"strategy": "fsdp"}}
+    ways = {"whole": settings, "sharded": settings | sharded}
+    stages = [make_stage(name, **way) for name, way in ways.items()]
+    runs = train_together(stages, tracking_uri, tmp_path / "first")
+    assert all(answer["error"] is None for answer, _ in runs)
+    whole, parts = (losses_of(history) for _, history in runs)
+    assert parts == pytest.approx(whole, rel=1e-3)  # Muon computes in bfloat16
+
+    half = "checkpoints/step-00000003"
+    shutil.copytree(tmp_path / "sharded" / half, tmp_path / "whole again" / half)
+    shutil.copytree(tmp_path / "whole" / half, tmp_path / "sharded again" / half)
+    stages = [make_stage(f"{name} again", **way) for name, way in ways.items()]
+    runs = train_together(stages, tracking_uri, tmp_path / "second")
+    assert all(answer["error"] is None for answer, _ in runs)
+    for _, history in runs:
+        assert losses_of(history) == pytest.approx(whole[3:], rel=1e-3)
+    expected = weights_of(tmp_path / "whole")
+    for name in ("sharded", "whole again", "sharded again"):
+        assert apart(weights_of(tmp_path / name), expected) < 1e-3, name
+
+
+def weights_of(out: Path) -> torch.Tensor:
+    saved = model.load(out / "model")
+    parts = (*saved.connector.parameters(), *saved.painter.parameters())
+    return torch.cat([part.detach().flatten() for part in parts])
+
+
+def apart(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float((one - other).norm() / other.norm())
 
 
 def spoil_the_second_worker(rank: int) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import pickle
 import shutil
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -26,6 +27,7 @@ from training.loop import train_loop_per_worker
 from training.plan import Plan, count_samples
 from training.stage import StageConfig
 
+PATIENCE = timedelta(seconds=120)  # with another worker: a run that hangs is a failed test
 Hook = Callable[[int], None]
 """Is called with the rank in every process before it trains; a function of a module."""
 
@@ -109,7 +111,9 @@ def _take_part(rank: int, folder: str, plans: list[dict[str, Any]], hook: Hook |
             continue
         if workers > 1:
             meet = f"file://{folder}/meet-{number}"
-            dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=workers)
+            dist.init_process_group(
+                "gloo", timeout=PATIENCE, init_method=meet, rank=rank, world_size=workers
+            )
         member = Member(rank, workers, plan["config"]["out"])
         with (
             mock.patch.object(ray.train, "get_context", lambda member=member: member),
