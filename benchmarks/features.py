@@ -126,6 +126,7 @@ def _worker(plan: Plan, model: DIM, feed: Feed) -> Worker:
         plan=plan,
         rank=0,
         device=torch.device("cpu"),
+        mesh=None,
         model=model,
         schedule=FlowSchedule(model.config.sampling.shift),
         state=state,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -41,7 +40,7 @@ class _Fetched:
 
 
 class Feed:
-    """Draws and features by step.
+    """Draws and features by step and forward pass.
 
     Samples are read and decoded in threads, ``prefetch_steps`` steps ahead and no more; what runs
     on the worker's device runs when a step asks for it. A sample that cannot be used is replaced by
@@ -57,6 +56,7 @@ class Feed:
 
     Attributes:
         bad: The samples that could not be used, as far as steps have asked for them.
+        passes: How the worker's slots are cut into forward passes.
     """
 
     def __init__(
@@ -74,50 +74,50 @@ class Feed:
         self._order = order
         self._features = features
         self._latent_shape = latent_shape
+        self.passes = order.passes(config.micro_batch)
         self._threads = ThreadPoolExecutor(ahead, thread_name_prefix="feed") if ahead else None
         self._ahead = ahead
-        self._coming: dict[int, Future[_Fetched]] = {}
-        self._now: tuple[int, _Fetched] | None = None
+        self._coming: dict[tuple[int, int], Future[_Fetched]] = {}
+        self._now: tuple[tuple[int, int], _Fetched] | None = None
 
-    def get(self, step: int, places: Sequence[int] | None = None) -> tuple[Draws, Features]:
-        """Draws (on the CPU) and features of this worker's slots at ``step`` (from 0).
+    def get(self, step: int, number: int = 0, salt: int = 0) -> tuple[Draws, Features]:
+        """Draws (on the CPU) and features of forward pass ``number`` of ``step`` (both from 0).
 
-        Args:
-            step: Of the run.
-            places: Only these of the worker's slots, by their places in ``order.slots``; what a
-                step takes in parts is fetched once, and the frozen parts run on a part at a time.
+        What a step takes in passes is fetched once, and the frozen parts run on a pass at a time.
+        ``salt`` is that of the draws.
 
         Raises:
             DimError: a sample cannot be read, see ``FeatureSource.fetch``, or none of a slot's can.
         """
-        if self._now is None or self._now[0] != step:
+        if self._now is None or self._now[0] != (step, salt):
             self._now = None  # or two steps would be held while one is waited for
-            self._now = step, self._fetched(step)
+            self._now = (step, salt), self._fetched(step, salt)
             self.bad.add(len(self._order.slots), self._now[1].bad)
         fetched = self._now[1]
-        chosen = range(len(fetched.samples)) if places is None else places
+        chosen = self.passes.places(number).tolist()
         samples = [fetched.samples[place] for place in chosen]
         return fetched.draws.take(chosen), self._features.collate(samples)
 
-    def _fetched(self, step: int) -> _Fetched:
+    def _fetched(self, step: int, salt: int) -> _Fetched:
         if self._threads is None:
-            return self._fetch(step, self._order.at(step))
+            return self._fetch(step, salt, self._order.at(step))
         # Also past the last step: the order has no end, and what is fetched there is not used.
-        window = range(step, step + self._ahead + 1)
-        self._coming = {at: self._coming.get(at) or self._begin(at) for at in window}
-        return self._coming.pop(step).result()
+        window = [(at, salt) for at in range(step, step + self._ahead + 1)]
+        self._coming = {key: self._coming.get(key) or self._begin(*key) for key in window}
+        return self._coming.pop((step, salt)).result()
 
-    def _begin(self, step: int) -> Future[_Fetched]:
+    def _begin(self, step: int, salt: int) -> Future[_Fetched]:
         assert self._threads is not None
-        return self._threads.submit(self._fetch, step, self._order.at(step))
+        return self._threads.submit(self._fetch, step, salt, self._order.at(step))
 
-    def _fetch(self, step: int, place: Place) -> _Fetched:
+    def _fetch(self, step: int, salt: int, place: Place) -> _Fetched:
         draws = draw(
             self._config.seed,
             step,
             self._order.slots,
             self._latent_shape,
             dropout=self._config.condition_dropout,
+            salt=salt,
         )
         texts = choose_texts(draws.choice, self._config.text_shares)
         samples, bad = _usable(self._features, place, texts)

@@ -136,23 +136,29 @@ class StepLog:
     def restart(self) -> None:
         """Forget, so that time spent on something else does not count."""
         self._sum.zero_()
-        self._steps = 0
+        self._steps = self._counted = 0
         self._started = time.perf_counter()
 
-    def add(self, loss: torch.Tensor, norm: torch.Tensor) -> None:
-        """Count one step: this worker's mean loss, and the norm of the gradient over all."""
-        self._sum += loss
+    def add(self, loss: torch.Tensor, norm: torch.Tensor, *, skipped: bool = False) -> None:
+        """Count one step: this worker's mean loss, and the norm of the gradient over all.
+
+        The loss of a skipped one is left out, for it may be no number.
+        """
         self._steps += 1
         self._norm = norm
+        if not skipped:
+            self._sum += loss
+            self._counted += 1
 
     def read(self, done: int) -> dict[str, float]:
         """Metrics of the steps since the last reading, ``done`` in all; then start anew.
 
-        Every worker calls this at the same step: losses are averaged across them. ``grad_norm`` is
-        that of the last step, ``samples_per_second`` counts all workers.
+        Every worker calls this at the same step: losses are averaged across them, and are no number
+        if all updates were skipped. ``grad_norm`` is that of the last step,
+        ``samples_per_second`` counts all workers.
         """
         plan = self._plan
-        loss = parallel.mean(self._sum / max(1, self._steps))
+        loss = parallel.mean(self._sum / self._counted)  # 0 / 0 is nan
         seconds = time.perf_counter() - self._started
         samples = self._steps * plan.config.batch_size
         self.restart()

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
+import ray.train
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from dim.errors import DimError, StorageUnavailable
 from dim.learning.batch import SampleOrder, WorkerOrder
 from dim.learning.ema import averaged
-from dim.learning.step import changed_cells
+from dim.learning.optimizer import set_learning_rate
+from dim.learning.step import Trainable, changed_cells
+from dim.learning.trained import load_trained_weights, trained_weights
 from dim.model import DIM
 from dim.model.flow import FlowSchedule, squared_error
 from infra.models import load_initial
@@ -22,12 +25,12 @@ from training.data import Feed, choose_source, make_feed, open_shards
 from training.log import RunLog, StepLog, open_log, silence_repeats
 from training.plan import Plan, announcement
 from training.stage import StageConfig, learning_rate_at
-from training.state import TrainState, check_updates, new_state, restore, save
+from training.state import TrainState, check_updates, new_state, restore, return_to, save
 from training.validation import Validation, open_validation
 
 
 class DivergedError(DimError):
-    """Loss or gradients are no longer finite numbers. Every worker sees it at the same step."""
+    """Gradients are no finite numbers, and going back is of no use. All workers see it at once."""
 
 
 @dataclass
@@ -37,6 +40,7 @@ class Worker:
     plan: Plan
     rank: int
     device: torch.device
+    mesh: DeviceMesh | None
     model: DIM
     schedule: FlowSchedule
     state: TrainState
@@ -52,7 +56,7 @@ class Worker:
 
 
 def train_loop_per_worker(config: dict[str, Any]) -> dict[str, Any]:
-    """Prepare, train, export.
+    """Prepare, train, export. The answer has ``error``, ``metrics`` and the state's ``events``.
 
     An error that another try would meet again is returned (``{"error": …}``) and not raised, since
     Ray Train answers what is raised by starting the workers again.
@@ -69,27 +73,28 @@ def train_loop_per_worker(config: dict[str, Any]) -> dict[str, Any]:
     if (error := parallel.agree(error)) is not None or worker is None:
         if isinstance(error, StorageUnavailable):
             raise error  # Ray Train starts the workers again, at most max_failures times
-        return {"error": error}
+        return {"error": error, "events": []}
     worker.trainable = parallel.wrap(worker.state.module)
     try:
         metrics = train(worker)
     except (DivergedError, TooManyBadSamples) as stopped:
-        return {"error": stopped}
-    if worker.rank == 0:
-        with averaged(worker.state.ema):
-            finetune.export(worker.model, plan.config, worker.log)
-        worker.log.close()
-    return {"error": None, "metrics": metrics}
+        return {"error": stopped, "events": worker.state.events}
+    export(worker)
+    worker.log.close()
+    return {"error": None, "metrics": metrics, "events": worker.state.events}
 
 
 def prepare(plan: Plan) -> Worker:
-    """Load the model, compute features, pick up the latest checkpoint. No collective is used.
+    """Load the model, compute features, pick up the latest checkpoint.
+
+    The only collective is the first act: whatever fails later is agreed on by the caller.
 
     Raises:
         DimError: something is wrong with model, data, checkpoint or tracker.
     """
     config = plan.config
     rank, world_size, device = parallel.this_worker()
+    mesh = parallel.make_mesh(world_size, config.parallelism.parts(world_size), device)
     log = open_log(plan, rank)
     model = load_initial(config.init, edits=config.edits)
     shards = open_shards(plan, model, rank)
@@ -97,8 +102,8 @@ def prepare(plan: Plan) -> Worker:
     parallel.place(model, device, config.precision, frozen=frozen_are_used)
     finetune.attach(model, config)
     model.painter.checkpoint_gradients(config.gradient_checkpointing)
-    state = new_state(model, config)
-    resumed = restore(state, device)
+    state = new_state(model, config, mesh)
+    resumed = restore(state, ray.train.get_checkpoint())
     every = SampleOrder(plan.rows, config.batch_size, config.seed, window=config.shuffle_window)
     order = WorkerOrder(every, rank, world_size)
     features = choose_source(plan, model, shards, order, log)
@@ -110,6 +115,7 @@ def prepare(plan: Plan) -> Worker:
         plan=plan,
         rank=rank,
         device=device,
+        mesh=mesh,
         model=model,
         schedule=FlowSchedule(model.config.sampling.shift),
         state=state,
@@ -121,9 +127,42 @@ def prepare(plan: Plan) -> Worker:
 
 
 def update(worker: Worker, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """One step of flow matching: this worker's mean loss and the gradient norm over all."""
-    config, state, schedule = worker.config, worker.state, worker.schedule
-    draws, batch = worker.feed.get(step)
+    """One step of flow matching: this worker's mean loss and the gradient norm over all.
+
+    A gradient that is no finite number on any worker is skipped on all.
+    """
+    config, state, passes = worker.config, worker.state, worker.feed.passes.count
+    loss = torch.zeros((), device=worker.device)
+    for number in range(passes):
+        with parallel.averaging(worker.trainable, last=number == passes - 1):
+            part = flow_matching(worker, step, number)
+            part.backward()
+        loss += part.detach()
+
+    norm = parallel.clip_gradients(state.module, config.grad_clip)
+    if parallel.all_finite(norm):
+        set_learning_rate(state.optimizers, learning_rate_at(config, step, worker.plan.steps))
+        for optimizer in state.optimizers:
+            optimizer.step()
+        if state.ema is not None:
+            state.ema.update(step)
+        state.skips_in_a_row = 0
+    else:
+        state.skipped += 1
+        state.skips_in_a_row += 1
+    state.module.zero_grad()
+    state.step = step + 1
+    return loss, norm
+
+
+def flow_matching(worker: Worker, step: int, number: int) -> torch.Tensor:
+    """The loss of one forward pass; averaged over the workers, a step's passes add up to its mean.
+
+    A worker's share of the batch may be a sample more or less than another's, so all divide by
+    what a worker has on average.
+    """
+    config, schedule = worker.config, worker.schedule
+    draws, batch = worker.feed.get(step, number, worker.state.salt)
     batch, index = batch.to(worker.device), draws.index
     noise, dropped = draws.noise.to(worker.device), draws.dropped.to(worker.device)
     finetune.key_dropout(worker.model, config, draws.noise)
@@ -139,23 +178,9 @@ def update(worker: Worker, step: int) -> tuple[torch.Tensor, torch.Tensor]:
             dropped,
         )
     weight = changed_cells(batch.latent, batch.source_latent, config.changed_cell_weight)
-    loss = squared_error(velocity, noise - batch.latent, weight).mean()
-    loss.backward()
-
-    norm = nn.utils.clip_grad_norm_(state.module.parameters(), config.grad_clip)
-    if not math.isfinite(norm.item()):
-        raise DivergedError(
-            f"the gradient is {norm.item()} at step {step + 1} (loss {loss.item():.4g}): lower "
-            "learning_rate or raise warmup_steps, then start again with --fresh"
-        )
-    for group in state.optimizer.param_groups:
-        group["lr"] = learning_rate_at(config, step, worker.plan.steps)
-    state.optimizer.step()
-    state.optimizer.zero_grad()
-    if state.ema is not None:
-        state.ema.update(step)
-    state.step = step + 1
-    return loss.detach(), norm
+    errors = squared_error(velocity, noise - batch.latent, weight)
+    counted = worker.feed.passes.counted(number).to(worker.device)
+    return (errors * counted).sum() / (config.batch_size / parallel.world_size())
 
 
 def train(worker: Worker) -> dict[str, float]:
@@ -165,16 +190,23 @@ def train(worker: Worker) -> dict[str, float]:
     log = StepLog(worker.log, worker.plan, worker.device)
     metrics: dict[str, float] = {}
     begun = state.step
-    for step in range(begun, steps):
-        log.add(*update(worker, step))
+    while state.step < steps:
+        loss, norm = update(worker, state.step)
+        log.add(loss, norm, skipped=state.skips_in_a_row > 0)
         done, last = state.step, state.step == steps
         if last or due(done, config.log_every):
             metrics |= log.read(done) | worker.feed.bad.read(worker.log, worker.device)
+            metrics["skipped_updates"] = state.skipped
             log.write(done, metrics)
+        if state.skips_in_a_row == config.max_skips:
+            go_back(worker)
+            log.restart()
+            continue
         if not last and due(done, validate_every):
             metrics |= validate(worker)
             log.restart()
-        if not last and due(done, config.checkpoint_every):
+        # Weights with which no gradient is finite are none to go back to.
+        if not last and due(done, config.checkpoint_every) and not state.skips_in_a_row:
             checkpoint(worker, metrics)
             log.restart()
     metrics |= validate(worker)
@@ -184,13 +216,36 @@ def train(worker: Worker) -> dict[str, float]:
     return metrics
 
 
+def go_back(worker: Worker) -> None:
+    """Return to the latest checkpoint and other draws; all workers take part.
+
+    Raises:
+        DivergedError: there is none, or the run went back often enough.
+    """
+    config, state = worker.config, worker.state
+    trouble = f"{config.max_skips} gradients in a row up to step {state.step} were no numbers"
+    if state.salt >= config.max_returns:
+        raise DivergedError(
+            f"{trouble}, after going back {state.salt} times: go on from the latest checkpoint "
+            "with a lower learning_rate"
+        )
+    latest = parallel.from_first(ray.train.get_checkpoint())  # only the first worker knows it
+    if not return_to(state, latest):
+        raise DivergedError(
+            f"{trouble}, before the first checkpoint: lower learning_rate or raise warmup_steps, "
+            "then start again with --fresh"
+        )
+    worker.log.flush()  # or MLflow could not tell a step from the same one made again
+    worker.log.say(f"{trouble}: back to step {state.step}, and on with other draws")
+
+
 def validate(worker: Worker) -> dict[str, float]:
     """Paint the held-out samples with the averaged weights; all workers take part."""
     if worker.validation is None:
         return {}
     worker.model.eval()
     autocast = parallel.autocast(worker.device, worker.config.precision)
-    with autocast, averaged(worker.state.ema):
+    with autocast, averaged(worker.state.ema), parallel.whole(worker.state.module):
         outcome = worker.validation.run()
     worker.model.train()
     if outcome is None:
@@ -204,6 +259,19 @@ def checkpoint(worker: Worker, metrics: dict[str, float]) -> None:
     """Save the state; all workers take part."""
     worker.log.flush()
     save(worker.state, metrics, rank=worker.rank)
+
+
+def export(worker: Worker) -> None:
+    """Write the averaged weights, a model folder or an adapter; all workers take part."""
+    config, model = worker.config, worker.model
+    with averaged(worker.state.ema):
+        weights = parallel.gathered(trained_weights(worker.state.module))
+        if worker.rank != 0:
+            return
+        if worker.mesh is not None:  # the model's own weights are parts
+            model = load_initial(config.init, edits=config.edits)
+            load_trained_weights(Trainable(model), weights)
+        finetune.export(model, config, worker.log)
 
 
 def due(step: int, every: int | None) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import ray.train
@@ -10,7 +11,12 @@ import ray.train.torch
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
 
+from dim.learning.step import Trainable
 from dim.model import DIM
 
 T = TypeVar("T")
@@ -45,13 +51,114 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any
     return torch.autocast(device.type, dtype=torch.bfloat16)
 
 
+def make_mesh(workers: int, parts: int, device: torch.device) -> DeviceMesh | None:
+    """The workers as (copies, parts) of the weights; ``None`` where each holds all (a collective).
+
+    The parts of a copy are workers of neighbouring ranks.
+    """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if parts == 1:
+        return None
+    if parts == workers:
+        return init_device_mesh(device.type, (parts,), mesh_dim_names=("part",))
+    shape = (workers // parts, parts)
+    return init_device_mesh(device.type, shape, mesh_dim_names=("copy", "part"))
+
+
+def shard(module: Trainable, mesh: DeviceMesh | None) -> None:
+    """Leave each worker its part of ``module``'s weights, in place.
+
+    A block's weights come together while it computes. They travel in float32: autocast alone says
+    what is computed in less, here as under DDP (``dim.model.attention`` says what is not).
+    """
+    if mesh is None:
+        return
+    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+    for block in module.painter.blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+
+
 def wrap(module: nn.Module) -> nn.Module:
     """``module`` with its gradients averaged over all workers (a collective)."""
+    if isinstance(module, FSDPModule):
+        return module
     return ray.train.torch.prepare_model(
         module,
         move_to_device=False,
-        parallel_strategy_kwargs={"static_graph": True, "gradient_as_bucket_view": True},
+        parallel_strategy_kwargs={"gradient_as_bucket_view": True},
     )
+
+
+def averaging(module: nn.Module, last: bool) -> AbstractContextManager[Any]:
+    """Forward and backward passes inside leave ``module`` gradients that are averaged over all.
+
+    Of several passes of a step only the ``last`` waits for the other workers; the ones before add
+    up on each worker. Sharded gradients are brought to their parts at each pass, or every worker
+    would hold them whole; only their copies wait for the last.
+    """
+    if isinstance(module, FSDPModule):
+        module.set_requires_all_reduce(last)
+    if last or not isinstance(module, DistributedDataParallel):
+        return nullcontext()
+    return module.no_sync()
+
+
+def clip_gradients(module: nn.Module, max_norm: float) -> torch.Tensor:
+    """Scale the gradients to a norm of ``max_norm`` at most; their norm before (a collective)."""
+    parameters = [p for p in module.parameters() if p.grad is not None]
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()
+    nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm
+
+
+@contextmanager
+def whole(module: nn.Module) -> Iterator[None]:
+    """Inside, every worker holds all weights of ``module`` (a collective).
+
+    So its parts may be called one by one, and by each worker as often as it likes.
+    """
+    parts = [part for part in module.modules() if isinstance(part, FSDPModule)]
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+        part.unshard()
+    try:
+        yield
+    finally:
+        if isinstance(module, FSDPModule):
+            # A block called by itself leaves a trace, by which later passes would fetch blocks
+            # ahead: workers with unequal traces would wait for one another for ever.
+            module.reset_iter_state()
+        for part in parts:
+            part.reshard()
+            part.set_reshard_after_forward(part is not module, recurse=False)
+
+
+def gathered(value: Any) -> Any:
+    """``value`` with the sharded tensors in its dicts and lists whole (a collective).
+
+    On the first worker they are on the CPU then; others, which do not save them, get ``None``.
+    """
+    if isinstance(value, dict):
+        return {key: gathered(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [gathered(one) for one in value]
+    if not isinstance(value, DTensor):
+        return value
+    full = value.full_tensor()
+    return full.cpu() if dist.get_rank() == 0 else None
+
+
+def part_of(tensor: torch.Tensor, like: torch.Tensor | None) -> torch.Tensor:
+    """This worker's part of ``tensor`` if ``like`` is sharded, and else ``tensor`` itself."""
+    if not isinstance(like, DTensor):
+        return tensor
+    mesh, placements = like.device_mesh, like.placements
+    # Every worker has read all of it, so nothing has to travel.
+    return distribute_tensor(tensor.to(like.device), mesh, placements, src_data_rank=None)
 
 
 def agree(error: Exception | None) -> Exception | None:
@@ -61,6 +168,23 @@ def agree(error: Exception | None) -> Exception | None:
     errors: list[Exception | None] = [None] * dist.get_world_size()
     dist.all_gather_object(errors, error)
     return next((one for one in errors if one is not None), None)
+
+
+def all_finite(value: torch.Tensor) -> bool:
+    """Whether no worker's ``value`` is infinite or no number: one answer for all (a collective)."""
+    broken = (~torch.isfinite(value)).float()
+    if not _alone():
+        dist.all_reduce(broken)
+    return broken.item() == 0
+
+
+def from_first(item: T) -> T:
+    """The first worker's ``item``, on every worker (a collective)."""
+    if _alone():
+        return item
+    items = [item]
+    dist.broadcast_object_list(items)
+    return items[0]
 
 
 def mean(value: torch.Tensor) -> torch.Tensor:
@@ -88,5 +212,10 @@ def gather(items: list[T]) -> list[T] | None:
     return None if parts is None else [item for part in parts for item in part]
 
 
+def world_size() -> int:
+    """The number of workers."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
 def _alone() -> bool:
-    return not dist.is_initialized() or dist.get_world_size() == 1
+    return world_size() == 1

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from torch.distributed.tensor import DTensor
+
 from dim.config import StrictModel
 from dim.errors import CheckpointError
 from dim.features.encoder import CachedFeatures, FeatureSource, ShardFeatures
 from dim.learning.batch import steps_per_epoch
+from dim.learning.optimizer import MOMENT_BYTES
 from infra import storage
 from infra.samples import holds_features, open_features, open_images
 from training.stage import StageConfig
@@ -76,14 +80,15 @@ def announcement(
 ) -> str:
     """What will happen and what memory it takes, said before it happens."""
     config = plan.config
-    parameters = sum(p.numel() for p in state.module.parameters() if p.requires_grad)
-    copies = 4 if state.ema is None else 5  # weights, gradients, two moments, EMA
+    parameters = sum(_held(p) for p in state.module.parameters() if p.requires_grad)
+    averages = 0 if state.ema is None or config.ema_on_cpu else 4
+    nbytes = parameters * (8 + MOMENT_BYTES[config.optimizer] + averages)  # weights and gradients
     held = features if isinstance(features, CachedFeatures | ShardFeatures) else None
     cached = held.nbytes if held else 0
     lines = [
         f"{config.stage}: {plan.rows} samples, {plan.steps_per_epoch} steps an epoch, "
         f"{plan.steps} steps; per worker {parameters:,} trained parameters "
-        f"({parameters * 4 * copies / 1e6:.0f} MB with optimizer) and {cached / 1e6:.0f} MB of "
+        f"({nbytes / 1e6:.0f} MB with optimizer) and {cached / 1e6:.0f} MB of "
         "cached features"
     ]
     if isinstance(features, ShardFeatures):
@@ -101,7 +106,18 @@ def announcement(
             f"resumed after step {state.step} of {plan.steps} (epoch {epoch}, batch "
             f"{batch} of {plan.steps_per_epoch})"
         )
+        lines += [
+            f"learning_rate is {event['learning_rate']:g} from here on, and was "
+            f"{event['before']:g} before"
+            for event in state.events[-1:]
+            if event["step"] == state.step and "learning_rate" in event
+        ]
     return "\n".join(lines)
+
+
+def _held(parameter: torch.Tensor) -> int:
+    """How many of a parameter's numbers this worker holds."""
+    return (parameter.to_local() if isinstance(parameter, DTensor) else parameter).numel()
 
 
 def _absolute(uri: str) -> str:

@@ -7,8 +7,8 @@ whether to go on, to hand back what is there, or to refuse because something els
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from dim.config import dump_config
@@ -16,7 +16,7 @@ from dim.errors import ConfigError
 from dim.redaction import redacted
 from infra import models, storage
 from infra.samples import fingerprint
-from training.stage import OPERATIONAL_KEYS, StageConfig
+from training.stage import CHANGEABLE_KEYS, OPERATIONAL_KEYS, StageConfig
 
 STAGE_FILE = "stage.json"
 MODEL_FOLDER = "model"  # what ``dim.model.load`` reads
@@ -27,7 +27,11 @@ _VERSION = 1
 
 @dataclass(frozen=True)
 class StageRecord:
-    """``identity`` is what may not change when the run goes on, by configuration key."""
+    """``identity`` is what may not change when the run goes on, by configuration key.
+
+    ``events`` are changes of the learning rate, and returns to a checkpoint (see
+    ``training.state``).
+    """
 
     identity: dict[str, Any]
     config: dict[str, Any]
@@ -36,6 +40,7 @@ class StageRecord:
     metrics: dict[str, float] = field(default_factory=dict)
     checkpoint: str = ""
     registered: str = ""  # as ``models:/NAME/VERSION``
+    events: list[dict[str, float]] = field(default_factory=list)
     version: int = _VERSION
 
     def write(self, out: str) -> None:
@@ -44,13 +49,15 @@ class StageRecord:
         storage.open_store(out).write(STAGE_FILE, text.encode())
 
     def check_same(self, identity: Mapping[str, Any], out: str) -> None:
-        """Refuse to mix two runs.
+        """Refuse to mix two runs. An unfinished one may go on with another learning rate.
 
         Raises:
             ConfigError: ``out`` belongs to a run that differs; the message names the keys.
         """
         identity = redacted(identity)
         names = sorted(self.identity.keys() | identity.keys())
+        if not self.finished:
+            names = [name for name in names if name not in CHANGEABLE_KEYS]
         differing = [name for name in names if self.identity.get(name) != identity.get(name)]
         if differing:
             state = "a finished" if self.finished else "an unfinished"
@@ -58,6 +65,24 @@ class StageRecord:
                 f"{out} holds {state} run with other settings ({', '.join(differing)}): choose "
                 "another out, or --fresh to discard it"
             )
+
+    def changes(self, identity: Mapping[str, Any]) -> list[dict[str, float]]:
+        """The events that a run brings which goes on as ``identity``."""
+        return [
+            {key: identity[key], "before": self.identity[key]}
+            for key in sorted(CHANGEABLE_KEYS)
+            if identity[key] != self.identity[key]
+        ]
+
+    def with_events(self, told: Sequence[dict[str, float]]) -> StageRecord:
+        """The record with what the workers told, beside what an earlier part of the run had told.
+
+        They know the step of each event, so a change that was noted without one is left out then.
+        """
+        if not told:
+            return self
+        before = [event for event in self.events if "step" in event and event not in told]
+        return replace(self, events=[*before, *told])
 
 
 def read_record(out: str) -> StageRecord | None:

@@ -9,6 +9,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_va
 
 from dim.config import StrictModel
 from dim.learning.config import StageInputs
+from dim.learning.optimizer import OptimizerName
 from dim.model.lora.settings import LoraSettings
 from dim.records import TextName
 
@@ -19,6 +20,10 @@ OPERATIONAL_KEYS = frozenset(
         "workers",
         "cpus_per_worker",
         "use_gpu",
+        "micro_batch",
+        "parallelism",
+        "compile",
+        "ema_on_cpu",
         "encode_batch",
         "prefetch_steps",
         "bad_samples",
@@ -26,6 +31,8 @@ OPERATIONAL_KEYS = frozenset(
         "log_every",
         "checkpoint_every",
         "keep_checkpoints",
+        "max_skips",
+        "max_returns",
         "max_failures",
         "collective_timeout_s",
         "validation",
@@ -33,6 +40,9 @@ OPERATIONAL_KEYS = frozenset(
         "registry",
     }
 )
+
+# What moves weights and may change all the same while a run is unfinished; it is recorded.
+CHANGEABLE_KEYS = frozenset({"learning_rate"})
 
 
 class ValidationConfig(StrictModel):
@@ -45,6 +55,38 @@ class ValidationConfig(StrictModel):
     guidance_scale: float = 1.0
     grid_rows: PositiveInt = 8  # samples shown in the picture that goes to MLflow
     batch_size: PositiveInt = 32
+
+
+class ParallelismConfig(StrictModel):
+    """What each worker holds of weights, gradients and optimizer.
+
+    ``ddp``: all. ``fsdp``: one of ``workers`` parts. ``hsdp``: one of ``shard`` parts, so that
+    groups of ``shard`` workers (those of a machine, say) hold the same.
+    """
+
+    strategy: Literal["ddp", "fsdp", "hsdp"] = "ddp"
+    shard: PositiveInt | None = None  # workers that hold one copy between them
+
+    def parts(self, workers: int) -> int:
+        """How many workers hold one copy between them.
+
+        Raises:
+            ValueError: ``shard`` does not go with the strategy and the number of workers.
+        """
+        shard = self.shard
+        if self.strategy == "hsdp":
+            if shard is None or workers % shard:
+                raise ValueError(
+                    f"strategy hsdp needs a shard that divides the {workers} workers, not {shard}"
+                )
+            return shard
+        parts = workers if self.strategy == "fsdp" else 1
+        if shard not in (None, parts):
+            raise ValueError(
+                f"strategy {self.strategy} on {workers} workers has shard {parts}, not {shard}: "
+                "leave shard out, or choose strategy hsdp"
+            )
+        return parts
 
 
 class TrackingConfig(StrictModel):
@@ -74,6 +116,7 @@ class StageConfig(StageInputs):
     learning_rate: PositiveFloat
     warmup_steps: NonNegativeInt = 0
     schedule: Literal["constant", "cosine"] = "constant"
+    optimizer: OptimizerName = "adamw"
     weight_decay: float = Field(default=0.0, ge=0)
     betas: tuple[float, float] = (0.9, 0.999)
     grad_clip: PositiveFloat = 1.0
@@ -87,6 +130,10 @@ class StageConfig(StageInputs):
     workers: PositiveInt = 1
     cpus_per_worker: PositiveInt = 1
     use_gpu: bool = False
+    micro_batch: PositiveInt | None = None  # samples of a worker's forward pass; None = its share
+    parallelism: ParallelismConfig = ParallelismConfig()
+    ema_on_cpu: bool = False  # less memory of the GPU for a copy of the weights at every update
+    compile: bool = False  # the painter's blocks: minutes before the first steps, then faster ones
     cache_features: bool = True  # in memory; else computed, or read from their shards, as needed
     gradient_checkpointing: bool = False  # less memory for a second forward pass; the same weights
     encode_batch: PositiveInt = 64
@@ -98,6 +145,8 @@ class StageConfig(StageInputs):
     log_every: PositiveInt = 10
     checkpoint_every: PositiveInt | None = None  # steps; None = at the end only
     keep_checkpoints: PositiveInt = 2
+    max_skips: PositiveInt = 10  # updates in a row without a finite gradient, then back
+    max_returns: NonNegativeInt = 3  # to a checkpoint, with other draws; then the run ends
     max_failures: int = Field(default=3, ge=-1)  # worker deaths survived; -1 = any number
     collective_timeout_s: PositiveInt = 1800
     validation: ValidationConfig | None = None
@@ -108,9 +157,25 @@ class StageConfig(StageInputs):
     def _check_together(self) -> StageConfig:
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("give exactly one of steps and epochs")
-        if self.batch_size % self.workers:
+        if self.batch_size < self.workers:
             raise ValueError(
-                f"batch_size {self.batch_size} cannot be shared equally by {self.workers} workers"
+                f"batch_size {self.batch_size} leaves some of {self.workers} workers without a "
+                "sample"
+            )
+        sharded = self.parallelism.parts(self.workers) > 1
+        if sharded and self.lora is not None:
+            raise ValueError(
+                f"lora goes with strategy ddp, not {self.parallelism.strategy}: an adapter is small"
+            )
+        if sharded and self.optimizer == "adamw8bit":
+            raise ValueError(
+                f"optimizer adamw8bit goes with strategy ddp; under {self.parallelism.strategy} "
+                "the workers share the optimizer's memory already: choose adamw"
+            )
+        if sharded and self.ema_on_cpu:
+            raise ValueError(
+                f"ema_on_cpu goes with strategy ddp; under {self.parallelism.strategy} the workers "
+                "share the averages already"
             )
         return self
 

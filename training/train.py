@@ -105,7 +105,8 @@ def run(
             run_id=earlier.run_id if earlier else None,
         ) as mlflow_run,
     ):
-        record = StageRecord(identity, settings, mlflow_run.id)
+        events = [*earlier.events, *earlier.changes(identity)] if earlier else []
+        record = StageRecord(identity, settings, mlflow_run.id, events=events)
         record.write(config.out)
         mlflow_run.log_dict(settings, "stage.json")  # also proves that artifacts can be stored
         log_inputs(mlflow_run, config)
@@ -253,19 +254,13 @@ def _fit(plan: Plan, record: StageRecord) -> StageRecord:
             f"stage {plan.config.stage}: Ray Train's controller died: {explain(error).sentence}"
         ) from error
     outcome = result.return_value  # type: ignore[attr-defined]
+    record = record.with_events(outcome["events"])
     if outcome["error"] is not None:
+        record.write(plan.config.out)
         raise outcome["error"]
     assert result.checkpoint is not None  # the last step leaves one
-    return StageRecord(
-        record.identity,
-        record.config,
-        record.run_id,
-        finished=True,
-        metrics=outcome["metrics"],
-        checkpoint=storage.join(
-            plan.config.out, CHECKPOINTS_FOLDER, Path(result.checkpoint.path).name
-        ),
-    )
+    last = storage.join(plan.config.out, CHECKPOINTS_FOLDER, Path(result.checkpoint.path).name)
+    return replace(record, finished=True, metrics=outcome["metrics"], checkpoint=last)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """A batch: which samples, texts, noise levels and noise make up a step.
 
-All of it is a pure function of seed, step and slot. Nothing is drawn from a running generator, so
+All of it is a pure function of seed, step and slot, and of a salt for a run that went back and must
+not meet the same noise again. Nothing is drawn from a running generator, so
 there is no generator state to save: an interrupted run, a run with another number of workers and
 the undisturbed run have the same batches.
 
@@ -12,6 +13,7 @@ neither on the number of workers nor on where the run was interrupted.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -113,7 +115,7 @@ class WorkerOrder:
 
     def __init__(self, order: SampleOrder, rank: int, world_size: int) -> None:
         self.total = order.rows
-        self.slots: Sequence[int] = range(rank, order.batch_size, world_size)
+        self.slots = range(rank, order.batch_size, world_size)
         shares = order.shares(self.slots)
         self.rows = np.concatenate(shares)
         self._starts = np.cumsum([0] + [len(share) for share in shares[:-1]])
@@ -136,6 +138,41 @@ class WorkerOrder:
             ]
             self._epoch = epoch
         return Place(self._walks, place)
+
+    def passes(self, micro_batch: int | None) -> Passes:
+        """How this worker's slots are cut into forward passes of at most ``micro_batch`` rows."""
+        world_size = self.slots.step
+        most = math.ceil(self._order.batch_size / world_size)
+        return Passes(len(self.slots), most, micro_batch)
+
+
+class Passes:
+    """The forward passes in which a worker goes through its slots in one step.
+
+    All workers make ``count`` passes of ``rows`` rows each, whatever they own: one that made fewer
+    would leave the others waiting, and rows that vary would be new shapes. A worker with less to
+    do repeats some of its slots. A repeated row counts nothing.
+
+    Args:
+        own: Slots of this worker.
+        most: Slots of the worker that has most.
+        micro_batch: Rows of a pass at most; ``None`` for all in one pass.
+    """
+
+    def __init__(self, own: int, most: int, micro_batch: int | None) -> None:
+        self.count = math.ceil(most / min(micro_batch or most, most))
+        self.rows = math.ceil(most / self.count)
+        every = np.arange(self.count * self.rows).reshape(self.count, self.rows)
+        self._places = every % own
+        self._counted = torch.from_numpy(every < own)
+
+    def places(self, number: int) -> NDArray[np.int64]:
+        """The rows (``rows``,) of pass ``number``, as places among the worker's slots."""
+        return self._places[number]
+
+    def counted(self, number: int) -> torch.Tensor:
+        """Which rows (``rows``,) of pass ``number`` are no repetitions, bool."""
+        return self._counted[number]
 
 
 def steps_per_epoch(rows: int, batch_size: int) -> int:
@@ -170,12 +207,17 @@ def draw(
     shape: tuple[int, int, int],
     *,
     dropout: float,
+    salt: int = 0,
 ) -> Draws:
-    """Draw for the rows of one worker; ``shape`` (C, h, w) is that of a row's noise."""
+    """Draw for the rows of one worker; ``shape`` (C, h, w) is that of a row's noise.
+
+    ``salt`` is 0 for the draws of an ordinary run, and any other number for other draws.
+    """
     generator = torch.Generator()
     noise, scalars = [], []
     for slot in slots:
-        entropy = np.random.SeedSequence([seed, step, slot]).generate_state(1, np.uint64)[0]
+        numbers = [seed, step, slot, salt] if salt else [seed, step, slot]
+        entropy = np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]
         generator.manual_seed(int(entropy >> np.uint64(1)))
         noise.append(torch.randn(shape, generator=generator))
         scalars.append(

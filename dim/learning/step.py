@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import nn
+from torch.nn import functional
 
 from dim.model import DIM
 
@@ -16,14 +19,19 @@ CHANGED_SHARE = 0.25
 class Trainable(nn.Module):
     """Connector and painter, from hidden states to a velocity.
 
+    It is the root of sharded training: all of its weights are used within ``forward``.
+
     Args:
         model: Its connector and painter are trained in place.
+        token_multiple: Conditions are padded to a multiple of so many tokens, as far as the null
+            table goes. Padding changes no number; compiled blocks meet fewer lengths.
     """
 
-    def __init__(self, model: DIM) -> None:
+    def __init__(self, model: DIM, *, token_multiple: int = 1) -> None:
         super().__init__()
         self.connector = model.connector
         self.painter = model.painter
+        self._token_multiple = token_multiple
 
     def forward(
         self,
@@ -40,8 +48,16 @@ class Trainable(nn.Module):
         its mask: its condition is the null table's first N rows. For the other shapes see
         ``Painter`` and ``Features``.
         """
+        if padding := self._padding(mask.shape[1]):
+            hidden_states = functional.pad(hidden_states, (0, 0, 0, padding))
+            mask = functional.pad(mask, (0, padding))
         condition = self.painter.drop_condition(self.connector(hidden_states), dropped)
         return self.painter(noisy_latent, timestep, condition, mask, source_latent)
+
+    def _padding(self, tokens: int) -> int:
+        """Tokens to add to ``tokens``; the null table needs a row for each."""
+        wanted = math.ceil(tokens / self._token_multiple) * self._token_multiple
+        return max(0, min(wanted, len(self.painter.null_condition)) - tokens)
 
 
 def changed_cells(

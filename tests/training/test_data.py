@@ -77,6 +77,22 @@ def test_fetching_ahead_changes_nothing_but_the_time() -> None:
     assert len(now.asked) == 6 and len(ahead.asked) > 6  # steps 4 and 5 for nobody
 
 
+def test_passes_of_a_step_are_fetched_together_and_other_draws_anew() -> None:
+    config = CONFIG.model_copy(update={"micro_batch": 2})
+    source = Recorder()
+    order = WorkerOrder(SampleOrder(11, config.batch_size, config.seed), 0, 1)
+    feed = Feed(config, order, source, SHAPE, rows=11, ahead=1)
+    assert feed.passes.count == 2
+    whole = draw(5, 3, range(4), SHAPE, dropout=0.1)
+    first, second = feed.get(3, 0)[0], feed.get(3, 1)[0]
+    assert torch.equal(torch.cat([first.noise, second.noise]), whole.noise)
+    feed.get(4, 0)
+    assert len(source.asked) <= 3  # steps 3 and 4 once each, and one more that is on its way
+    salted = feed.get(4, 1, salt=1)[0]
+    wanted = draw(5, 4, range(4), SHAPE, dropout=0.1, salt=1)
+    assert torch.equal(salted.noise, wanted.noise[2:])
+
+
 def test_the_next_steps_are_fetched_while_this_one_is_used_and_no_more() -> None:
     source = Recorder()
     feed = feed_of(source, ahead=2)

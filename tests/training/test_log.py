@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -121,6 +122,12 @@ def test_losses_are_averaged_and_start_anew(monkeypatch: pytest.MonkeyPatch) -> 
     now = 1001.0
     read = steps.read(22)
     assert read["loss"] == 9.0 and read["samples_per_second"] == 8.0
+    nothing = torch.tensor(float("nan"))
+    steps.add(nothing, nothing, skipped=True)
+    steps.add(torch.tensor(4.0), torch.tensor(0.5))
+    assert steps.read(24)["loss"] == 4.0
+    steps.add(nothing, nothing, skipped=True)
+    assert math.isnan(steps.read(25)["loss"])
 
 
 def test_steps_are_said_now_and_then_and_in_the_end(

@@ -66,7 +66,8 @@ def start(
 
 def losses_of(tracking_uri: str, run_id: str) -> dict[int, float]:
     history = mlflow.MlflowClient(tracking_uri).get_metric_history(run_id, "loss")
-    return {metric.step: metric.value for metric in history}
+    latest = sorted(history, key=lambda metric: metric.timestamp)  # a step may be made twice
+    return {metric.step: metric.value for metric in latest}
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -212,14 +213,141 @@ def test_a_run_goes_on_from_its_checkpoint_and_not_from_the_start(
     assert "resumed after step 4 of 6 (epoch 0, batch 4 of 10)" in said and "step 6/6" in said
 
 
-def test_a_diverging_run_stops_with_the_step(
+Poison = Callable[..., None]
+
+
+@pytest.fixture
+def poison(monkeypatch: pytest.MonkeyPatch) -> Poison:
+    """``poison(when)``: the loss is no number in steps where ``when(step, salt)``."""
+    flow_matching = loop.flow_matching
+
+    def apply(when: Callable[[int, int], bool]) -> None:
+        def poisoned(worker: Any, step: int, number: int) -> torch.Tensor:
+            loss = flow_matching(worker, step, number)
+            return loss * float("nan") if when(step, worker.state.salt) else loss
+
+        monkeypatch.setattr(loop, "flow_matching", poisoned)
+
+    return apply
+
+
+def test_a_gradient_that_is_no_number_moves_nothing_and_is_counted(
+    start: Callable[..., Any],
+    edit_data: str,
+    tracking_uri: str,
+    poison: Poison,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    poison(lambda step, salt: step == 1)
+    update, moved = loop.update, []
+
+    def watched(worker: Any, step: int) -> Any:
+        state = worker.state
+        parts = [*state.module.parameters(), *state.ema.state_dict().values()]
+        before = [tensor.detach().clone() for tensor in parts]
+        answer = update(worker, step)
+        moved.append(not all(map(torch.equal, before, parts)))
+        return answer
+
+    monkeypatch.setattr(loop, "update", watched)
+    answer, run_id = start(data=[edit_data], ema_decay=0.9)
+    assert answer["error"] is None and answer["events"] == []
+    assert moved == [True, False, True]
+    assert answer["metrics"]["skipped_updates"] == 1
+    losses = losses_of(tracking_uri, run_id)
+    assert [np.isfinite(losses[step]) for step in (1, 2, 3)] == [True, False, True]
+
+
+def test_a_run_of_such_gradients_goes_back_and_meets_other_noise(
+    start: Callable[..., Any],
+    edit_data: str,
+    tracking_uri: str,
+    tmp_path: Path,
+    poison: Poison,
+    alone: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    settings = {"data": [edit_data], "steps": 8, "checkpoint_every": 2, "max_skips": 2}
+    _, undisturbed = start(**settings, out=str(tmp_path / "undisturbed"))
+    poison(lambda step, salt: step >= 5 and salt == 0)
+    answer, returned = start(**settings, out=str(tmp_path / "returned"))
+    assert answer["error"] is None
+    # Updates 6 and 7 are skipped; the checkpoint that was due between them was not made.
+    assert answer["events"] == [{"step": 7, "back_to": 4, "salt": 1}]
+    assert answer["metrics"]["skipped_updates"] == 0  # of the steps that made the weights
+    plain, other = losses_of(tracking_uri, undisturbed), losses_of(tracking_uri, returned)
+    assert [other[step] == plain[step] for step in range(1, 9)] == [True] * 4 + [False] * 4
+    said = mlflow.MlflowClient(tracking_uri).get_run(returned).data.tags["said"]
+    assert "2 gradients in a row up to step 7 were no numbers: back to step 4" in said
+
+    # Killed after it went back, it goes on with the same other noise.
+    update = loop.update
+
+    def power_cut(worker: Any, step: int) -> Any:
+        if step == 7:
+            raise ConnectionError("the power went")
+        return update(worker, step)
+
+    monkeypatch.setattr(loop, "update", power_cut)
+    with pytest.raises(ConnectionError):
+        start(**settings, out=str(tmp_path / "resumed"))
+    monkeypatch.setattr(loop, "update", update)
+    answer, resumed = start(**settings, out=str(tmp_path / "resumed"))
+    assert answer["events"] == [{"step": 7, "back_to": 4, "salt": 1}]
+    assert losses_of(tracking_uri, resumed) == {step: other[step] for step in (7, 8)}
+    one, two = (weights_of(tmp_path / name / "model") for name in ("returned", "resumed"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_going_back_ends_where_it_does_not_help(
+    start: Callable[..., Any], edit_data: str, tmp_path: Path, poison: Poison
+) -> None:
+    poison(lambda step, salt: step >= 4)
+    settings = {"steps": 8, "checkpoint_every": 2, "max_skips": 2, "max_returns": 2}
+    answer, _ = start(data=[edit_data], **settings, out=str(tmp_path / "out"))
+    assert isinstance(answer["error"], DivergedError)
+    assert str(answer["error"]) == (
+        "2 gradients in a row up to step 6 were no numbers, after going back 2 times: go on from "
+        "the latest checkpoint with a lower learning_rate"
+    )
+    assert [event["salt"] for event in answer["events"]] == [1, 2]
+    assert not (tmp_path / "out" / "model").exists()
+
+
+def test_a_diverging_run_without_a_checkpoint_stops_with_the_step(
     start: Callable[..., Any], edit_data: str, tmp_path: Path
 ) -> None:
-    answer, _ = start(data=[edit_data], steps=8, learning_rate=1e30, out=str(tmp_path / "out"))
+    settings = {"steps": 8, "learning_rate": 1e30, "max_skips": 3}
+    answer, _ = start(data=[edit_data], **settings, out=str(tmp_path / "out"))
     assert isinstance(answer["error"], DivergedError)
     message = str(answer["error"])
-    assert "at step 2 (loss" in message and "lower learning_rate" in message
+    assert "3 gradients in a row up to step 4 were no numbers, before the first" in message
+    assert "lower learning_rate" in message
     assert not (tmp_path / "out" / "model").exists()
+
+
+def test_a_run_may_go_on_with_another_learning_rate(
+    start: Callable[..., Any],
+    edit_data: str,
+    tracking_uri: str,
+    tmp_path: Path,
+    poison: Poison,
+    alone: Any,
+) -> None:
+    settings = {"data": [edit_data], "steps": 6, "checkpoint_every": 2, "max_skips": 2}
+    poison(lambda step, salt: step >= 4)
+    stopped, _ = start(**settings, max_returns=0)
+    assert isinstance(stopped["error"], DivergedError)
+    poison(lambda step, salt: False)
+    answer, run_id = start(**settings, learning_rate=2e-4)
+    change = {"step": 4, "learning_rate": 2e-4, "before": 1e-3}
+    assert answer["error"] is None and answer["events"] == [change]
+    run = mlflow.MlflowClient(tracking_uri).get_run(run_id)
+    assert "learning_rate is 0.0002 from here on, and was 0.001 before" in run.data.tags["said"]
+    assert run.data.metrics["learning_rate"] == 2e-4
+    with alone.checkpoint.as_directory() as folder:
+        saved = torch.load(Path(folder, "state.pt"), weights_only=True)
+    assert saved["events"] == [change] and saved["learning_rate"] == 2e-4
 
 
 def test_mistakes_are_returned_before_the_first_step(

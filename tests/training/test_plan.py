@@ -28,7 +28,7 @@ def said(config: StageConfig, features: Any, step: int = 0, **options: Any) -> l
     plan = Plan(config=config, steps=12, rows=20, tracking_uri="", run_id="")
     module = nn.Linear(1000, 1000)
     module.bias.requires_grad_(False)
-    state = TrainState(module, torch.optim.SGD(module.parameters()), None, step)
+    state = TrainState(module, [torch.optim.SGD(module.parameters())], None, step)
     options = {"token_limit": 512, "resumed": False} | options
     return announcement(plan, state, features, **options).splitlines()
 
@@ -77,6 +77,8 @@ def test_memory_and_what_was_cut_are_announced(
     live = LiveFeatures(encoder, samples, ["instruction"])
     (line,) = said(config, live)
     assert line.endswith("and 0 MB of cached features")
+    (line,) = said(config.model_copy(update={"optimizer": "adamw8bit"}), live)
+    assert "1,000,000 trained parameters (10 MB with optimizer)" in line
 
 
 def test_few_samples_and_a_run_that_goes_on_are_announced(

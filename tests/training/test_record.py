@@ -24,6 +24,27 @@ def test_another_run_in_the_same_place_is_refused(tmp_path: Path) -> None:
         record.check_same({"seed": 1, "steps": 6, "data": "b"}, "out")
 
 
+def test_only_an_unfinished_run_goes_on_with_another_learning_rate() -> None:
+    before, after = ({"seed": 1, "learning_rate": rate} for rate in (1e-3, 1e-4))
+    StageRecord(before, {}, "run").check_same(after, "out")
+    finished = StageRecord(before, {}, "run", finished=True)
+    with pytest.raises(ConfigError, match=r"a finished run with other settings \(learning_rate\)"):
+        finished.check_same(after, "out")
+    record = StageRecord(before, {}, "run")
+    assert record.changes(after) == [{"learning_rate": 1e-4, "before": 1e-3}]
+    assert record.changes(before) == []
+
+
+def test_events_of_all_parts_of_a_run_are_kept() -> None:
+    back = {"step": 7, "back_to": 4, "salt": 1}
+    change = {"learning_rate": 1e-4, "before": 1e-3}
+    record = StageRecord({}, {}, "run", events=[back, change])
+    told = [{"step": 4, **change}]
+    assert record.with_events(told).events == [back, *told]
+    assert record.with_events([back, *told]).events == [back, *told]
+    assert record.with_events([]) == record
+
+
 @pytest.mark.parametrize("text", ["no json", "[]", '{"other": 1}'])
 def test_a_damaged_record_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "stage.json").write_text(text)

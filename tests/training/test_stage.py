@@ -8,7 +8,7 @@ import yaml
 from dim.config import dump_config, load_config, load_part, validate_config
 from dim.errors import ConfigError
 from dim.learning.config import StageInputs
-from training.stage import StageConfig, learning_rate_at
+from training.stage import ParallelismConfig, StageConfig, learning_rate_at
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 SMALL = {
@@ -66,7 +66,30 @@ def test_mixed_texts() -> None:
         ({"learning_rat": 1}, r"unknown key 'learning_rat' \(did you mean 'learning_rate'\?\)"),
         ({"steps": None}, "exactly one of steps and epochs"),
         ({"epochs": 3}, "exactly one of steps and epochs"),
-        ({"workers": 3}, "cannot be shared equally by 3 workers"),
+        ({"workers": 5}, "batch_size 4 leaves some of 5 workers without a sample"),
+        ({"parallelism": {"strategy": "zero"}}, "parallelism.strategy"),
+        (
+            {"workers": 4, "parallelism": {"strategy": "hsdp"}},
+            "strategy hsdp needs a shard that divides the 4 workers, not None",
+        ),
+        (
+            {"workers": 4, "parallelism": {"strategy": "hsdp", "shard": 3}},
+            "strategy hsdp needs a shard that divides the 4 workers, not 3",
+        ),
+        (
+            {"workers": 4, "parallelism": {"strategy": "fsdp", "shard": 2}},
+            "strategy fsdp on 4 workers has shard 4, not 2: leave shard out",
+        ),
+        ({"parallelism": {"shard": 2}}, "strategy ddp on 1 workers has shard 1, not 2"),
+        (
+            {"workers": 2, "parallelism": {"strategy": "fsdp"}, "optimizer": "adamw8bit"},
+            "optimizer adamw8bit goes with strategy ddp",
+        ),
+        (
+            {"workers": 2, "parallelism": {"strategy": "fsdp"}, "ema_on_cpu": True},
+            "ema_on_cpu goes with strategy ddp",
+        ),
+        ({"optimizer": "lion"}, "optimizer"),
         ({"text": "caption"}, "stage edit1 cannot train on the text 'caption'"),
         ({"learning_rate": -1}, "learning_rate"),
         ({"data": []}, "data"),
@@ -111,6 +134,18 @@ def test_mistakes_in_the_inputs_alone_are_named(
     with pytest.raises(ConfigError, match=message) as caught:
         load_part(StageInputs, file)
     assert "\n" not in str(caught.value) and str(file) in str(caught.value)
+
+
+def test_how_many_workers_hold_a_copy_between_them() -> None:
+    def parts(workers: int, **parallelism: object) -> int:
+        return ParallelismConfig.model_validate(parallelism).parts(workers)
+
+    assert parts(4) == 1
+    assert parts(4, strategy="fsdp") == parts(4, strategy="fsdp", shard=4) == 4
+    assert parts(1, strategy="fsdp") == 1
+    assert parts(4, strategy="hsdp", shard=2) == 2
+    alone = {"parallelism": {"strategy": "fsdp"}, "ema_on_cpu": True, "optimizer": "adamw8bit"}
+    assert stage(**alone).workers == 1  # who is alone holds all
 
 
 def test_learning_rate_schedules() -> None:

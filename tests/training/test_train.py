@@ -28,7 +28,8 @@ from tests.datasets import edit_rows
 from tests.feature_shards import write_features
 from training import train
 from training.bad_samples import TooManyBadSamples
-from training.record import StageRecord
+from training.loop import DivergedError
+from training.record import StageRecord, read_record
 from training.registry import register
 from training.stage import RegistryConfig, StageConfig
 from training.train import StageResult, TrainingError
@@ -269,6 +270,43 @@ def test_killed_workers_and_another_number_of_them_change_nothing(
     assert list(curve) == list(expected)
     assert curve == pytest.approx(expected, rel=1e-2)  # other sums of the same numbers
     assert_close(result.model_dir, undisturbed.model_dir, 5e-3)
+
+
+def loop_that_diverges() -> Callable[[dict[str, Any]], Any]:
+    """The training loop in which one worker's gradients from the sixth on are no numbers."""
+
+    def train_loop(config: dict[str, Any]) -> Any:
+        from training import loop
+
+        flow_matching = loop.flow_matching
+
+        def poisoned(worker: Any, step: int, number: int) -> torch.Tensor:
+            loss = flow_matching(worker, step, number)
+            return loss * float("nan") if step >= 5 and worker.rank == 1 else loss
+
+        loop.flow_matching = poisoned
+        return loop.train_loop_per_worker(config)
+
+    return train_loop
+
+
+def test_sharded_workers_that_diverge_go_back_and_on_with_a_lower_learning_rate(
+    ray_cluster: None, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {"max_skips": 2, "max_returns": 1, "validation": None}
+    changes["parallelism"] = {"strategy": "fsdp"}
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_loop_per_worker", loop_that_diverges())
+        with pytest.raises(DivergedError, match="up to step 7 .* after going back 1 times"):
+            train.run(settings.stage(tmp_path, **changes))
+    back = {"step": 7, "back_to": 4, "salt": 1}
+    record = read_record(str(tmp_path))
+    assert record is not None and record.events == [back]
+    result = train.run(settings.stage(tmp_path, **changes, learning_rate=5e-4))
+    record = read_record(str(tmp_path))
+    assert record is not None and record.finished
+    assert record.events == [back, {"step": 4, "learning_rate": 5e-4, "before": 1e-3}]
+    assert result.metrics["learning_rate"] == 5e-4 and result.metrics["skipped_updates"] == 0
 
 
 def test_two_workers_train_on_features_from_an_object_store(

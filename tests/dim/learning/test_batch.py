@@ -60,6 +60,25 @@ def test_each_worker_reads_its_own_share_only() -> None:
     assert sum(map(len, shares)) == 50
 
 
+@pytest.mark.parametrize("micro_batch", [None, 1, 2, 3, 4, 50])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 11])
+def test_every_slot_counts_once_in_passes_that_are_alike_on_all_workers(
+    world_size: int, micro_batch: int | None
+) -> None:
+    order = SampleOrder(50, 11, seed=5)
+    workers = [WorkerOrder(order, rank, world_size) for rank in range(world_size)]
+    cuts = [worker.passes(micro_batch) for worker in workers]
+    ((count, rows),) = {(cut.count, cut.rows) for cut in cuts}
+    assert rows <= (micro_batch or 11) and count * rows < -(-11 // world_size) + count
+    counted = []
+    for worker, cut in zip(workers, cuts, strict=True):
+        for number in range(count):
+            slots = np.array(worker.slots)[cut.places(number)]
+            assert len(slots) == rows
+            counted += slots[cut.counted(number).numpy()].tolist()
+    assert sorted(counted) == list(range(11))
+
+
 def test_fewer_rows_than_a_batch_repeat() -> None:
     order = SampleOrder(5, 8, seed=1)
     assert order.steps_per_epoch == steps_per_epoch(5, 8) == 1
@@ -89,6 +108,16 @@ def test_seed_step_and_slot_each_change_the_noise() -> None:
     one = draw(3, 7, [0], SHAPE, dropout=0.1).noise
     for seed, step, slot in ((4, 7, 0), (3, 8, 0), (3, 7, 1)):
         assert not torch.equal(one, draw(seed, step, [slot], SHAPE, dropout=0.1).noise)
+
+
+def test_a_salt_changes_what_is_drawn_and_none_is_the_usual_draw() -> None:
+    usual = draw(3, 7, range(4), SHAPE, dropout=0.5)
+    assert torch.equal(usual.noise, draw(3, 7, range(4), SHAPE, dropout=0.5, salt=0).noise)
+    salted = [draw(3, 7, range(4), SHAPE, dropout=0.5, salt=salt) for salt in (1, 1, 2)]
+    assert torch.equal(salted[0].noise, salted[1].noise)
+    for one, other in ((usual, salted[0]), (salted[0], salted[2])):
+        assert not torch.equal(one.noise, other.noise)
+        assert not torch.equal(one.index, other.index)
 
 
 def test_the_distributions_are_the_papers() -> None:

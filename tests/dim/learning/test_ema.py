@@ -49,3 +49,19 @@ def test_state_survives_saving() -> None:
     other.load_state_dict(ema.state_dict())
     with averaged(other):
         assert torch.equal(second.weight, first.weight)
+
+
+def test_the_averages_may_be_kept_elsewhere() -> None:
+    module, same = nn.Linear(2, 2), nn.Linear(2, 2)
+    same.load_state_dict(module.state_dict())
+    kept, usual = Ema(module, 0.9, "cpu"), Ema(same, 0.9)
+    for step in range(3):
+        with torch.no_grad():
+            module.weight += 1
+            same.weight += 1
+        kept.update(step)
+        usual.update(step)
+    for name, average in kept.state_dict().items():
+        assert average.device.type == "cpu" and torch.equal(average, usual.state_dict()[name])
+    with averaged(kept):
+        assert torch.equal(module.weight, kept.state_dict()["weight"])

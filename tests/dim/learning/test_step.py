@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.backends.registry import lookup_backend
 
 from dim import model
+from dim.errors import InputError
 from dim.learning.step import Trainable, changed_cells
 from dim.model import DIM
 
@@ -58,6 +61,51 @@ def test_everything_trained_gets_a_gradient(tiny: DIM) -> None:
     assert not missing
     assert not any(p.requires_grad for p in tiny.conditioner.parameters())
     assert not any(p.requires_grad for p in tiny.autoencoder.parameters())
+
+
+def test_padding_to_a_multiple_changes_no_number(tiny: DIM) -> None:
+    given = batch() | {"dropped": torch.tensor([False, True, False])}
+    shapes = []
+    connect = tiny.connector.forward
+    tiny.connector.forward = lambda states: shapes.append(states.shape[1]) or connect(states)
+    try:
+        plain = Trainable(tiny)(**given)
+        padded = Trainable(tiny, token_multiple=64)(**given)
+        torch.testing.assert_close(padded, plain, atol=1e-6, rtol=0)
+        rows = len(tiny.painter.null_condition)
+        Trainable(tiny, token_multiple=10 * rows)(**given)
+        with pytest.raises(InputError, match="null table"):  # as without padding
+            Trainable(tiny, token_multiple=64)(**batch(tokens=rows + 1))
+    finally:
+        del tiny.connector.forward
+    assert shapes == [5, 64, rows, rows + 1]
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_compiled_blocks_are_compiled_twice_whatever_the_prompts_lengths(
+    tiny_model_dir: Path, backend: str
+) -> None:
+    compiled: list[str] = []
+
+    def counting(graph: Any, inputs: Any) -> Any:
+        compiled.append(backend)
+        return lookup_backend(backend)(graph, inputs)
+
+    torch._dynamo.reset()
+    plain, quick = model.load(tiny_model_dir), model.load(tiny_model_dir)
+    quick.painter.compile_blocks(backend=counting)
+    one, other = Trainable(plain).train(), Trainable(quick, token_multiple=64).train()
+    counts = []
+    for tokens in (5, 70, 64, 100, 190, 130, 300, 3):
+        given = batch(tokens=tokens)
+        losses = [module(**given).square().mean() for module in (one, other)]
+        for loss in losses:
+            loss.backward()
+        counts.append(len(compiled))
+        torch.testing.assert_close(losses[1], losses[0], atol=1e-5, rtol=0)
+    assert counts[0] > 0 and counts[-1] == counts[1]  # the second length makes the length a symbol
+    gradients = zip(one.parameters(), other.parameters(), strict=True)
+    assert all(torch.allclose(a.grad, b.grad, atol=1e-3) for a, b in gradients)
 
 
 def test_changed_cells_count_more_and_the_mean_stays_one() -> None:

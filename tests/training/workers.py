@@ -1,0 +1,128 @@
+"""Several workers without a cluster: processes that train together over gloo.
+
+What Ray Train does for a worker is played here, with its habits: only the worker that reported a
+checkpoint knows of it before the next start.
+"""
+
+from __future__ import annotations
+
+import pickle
+import shutil
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import mlflow
+import ray.train
+import ray.train.torch
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from dim.config import dump_config
+from infra.tracking import Tracking
+from training.loop import train_loop_per_worker
+from training.plan import Plan, count_samples
+from training.stage import StageConfig
+
+PATIENCE = timedelta(seconds=120)  # with another worker: a run that hangs is a failed test
+Hook = Callable[[int], None]
+"""Is called with the rank in every process before it trains; a function of a module."""
+
+
+class Member:
+    """Ray Train as one worker of a run sees it."""
+
+    def __init__(self, rank: int, world_size: int, out: str) -> None:
+        self._rank, self._world_size = rank, world_size
+        self._folder = Path(out, "checkpoints")
+        kept = sorted(self._folder.glob("step-*"))
+        self.checkpoint = ray.train.Checkpoint.from_directory(kept[-1]) if kept else None
+
+    def get_world_rank(self) -> int:
+        return self._rank
+
+    get_local_rank = get_world_rank
+
+    def get_world_size(self) -> int:
+        return self._world_size
+
+    def report(
+        self,
+        metrics: dict[str, Any],
+        checkpoint: ray.train.Checkpoint | None,
+        checkpoint_dir_name: str,
+    ) -> None:
+        if checkpoint is not None:
+            kept = self._folder / checkpoint_dir_name
+            shutil.rmtree(kept, ignore_errors=True)
+            self.checkpoint = ray.train.Checkpoint.from_directory(checkpoint.to_directory(kept))
+        if dist.is_initialized():
+            dist.barrier()
+
+
+def train_together(
+    configs: Sequence[StageConfig], tracking_uri: str, folder: Path, hook: Hook | None = None
+) -> list[tuple[dict[str, Any], dict[int, dict[str, float]]]]:
+    """Run stages one after the other on as many processes as each has workers.
+
+    Returns:
+        Of each stage rank 0's answer, and its metrics by step.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    plans = []
+    for config in configs:
+        with Tracking(tracking_uri, "dim-training").run(config.stage) as run:
+            plans.append(
+                Plan(
+                    config=config,
+                    steps=config.steps or 1,
+                    rows=count_samples(config),
+                    tracking_uri=tracking_uri,
+                    run_id=run.id,
+                )
+            )
+    told = [dump_config(plan) for plan in plans]
+    most = max(config.workers for config in configs)
+    mp.spawn(_take_part, (str(folder), told, hook), nprocs=most)
+    answers = pickle.loads((folder / "answers").read_bytes())
+    return [(answer, _history(plan)) for answer, plan in zip(answers, plans, strict=True)]
+
+
+def _history(plan: Plan) -> dict[int, dict[str, float]]:
+    client = mlflow.MlflowClient(plan.tracking_uri)
+    found: dict[int, dict[str, float]] = {}
+    for name in client.get_run(plan.run_id).data.metrics:
+        for metric in client.get_metric_history(plan.run_id, name):
+            found.setdefault(metric.step, {})[name] = metric.value
+    return found
+
+
+def _take_part(rank: int, folder: str, plans: list[dict[str, Any]], hook: Hook | None) -> None:
+    torch.set_num_threads(1)
+    if hook is not None:
+        hook(rank)
+    answers = []
+    for number, plan in enumerate(plans):
+        workers = plan["config"]["workers"]
+        if rank >= workers:
+            continue
+        if workers > 1:
+            meet = f"file://{folder}/meet-{number}"
+            dist.init_process_group(
+                "gloo", timeout=PATIENCE, init_method=meet, rank=rank, world_size=workers
+            )
+        member = Member(rank, workers, plan["config"]["out"])
+        with (
+            mock.patch.object(ray.train, "get_context", lambda member=member: member),
+            mock.patch.object(ray.train, "get_checkpoint", lambda member=member: member.checkpoint),
+            mock.patch.object(ray.train, "report", member.report),
+            mock.patch.object(ray.train.torch, "get_device", lambda: torch.device("cpu")),
+        ):
+            answers.append(train_loop_per_worker(plan))
+        if workers > 1:
+            dist.destroy_process_group()
+    if rank == 0:
+        Path(folder, "answers").write_bytes(pickle.dumps(answers))
