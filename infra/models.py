@@ -75,6 +75,27 @@ def save_model(model: DIM, address: str) -> None:
         storage.upload_folder(copy, address)
 
 
+def read_config(address: str) -> ModelConfig:
+    """What a DIM folder or a model YAML says of its model; no weight is fetched.
+
+    Raises:
+        CheckpointError: there is neither.
+        StorageError: it cannot be read.
+    """
+    store = storage.open_store(address)
+    if not store.exists():
+        raise CheckpointError(f"{address} is neither a model folder nor a model YAML")
+    if store.is_local:
+        path = Path(store.root)
+        if path.is_dir():
+            return folder.read_description(path).config
+        return load_config(ModelConfig, path)
+    with tempfile.TemporaryDirectory() as copy:
+        if store.is_file(folder.DESCRIPTION):
+            Path(copy, folder.DESCRIPTION).write_bytes(store.read(folder.DESCRIPTION))
+        return folder.read_description(Path(copy)).config
+
+
 def fingerprint(address: str) -> str:
     """A hash of a model folder or model YAML. Of large files only both ends are read."""
     store = storage.open_store(address)

@@ -26,12 +26,14 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from rich.console import Console
 
 from dim.config import dump_config, load_config
-from dim.errors import DimError
+from dim.errors import DimError, InputError
 from dim.failures import explain, find_dim_error
 from infra import storage
 from infra.registry import located
 from infra.samples import extent, fingerprint
 from infra.tracking import Run, Tracking, default_uri
+from training.estimate import GPUS, MFU, Wanted
+from training.estimate import plan as make_plan
 from training.log import OnProgress, progress_bar, watch
 from training.loop import train_loop_per_worker
 from training.plan import Plan, absolute, measure
@@ -153,6 +155,25 @@ def main(
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Discard what an earlier run left in the output.")
     ] = False,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Say what it takes of GPUs and time, and start nothing.")
+    ] = False,
+    gpu: Annotated[
+        str | None, typer.Option(help=f"With --plan: on which GPU ({', '.join(GPUS)}).")
+    ] = None,
+    price: Annotated[
+        float | None, typer.Option(min=0, help="With --plan: dollars a GPU and hour.")
+    ] = None,
+    mfu: Annotated[
+        float | None,
+        typer.Option(min=0.01, max=1, help=f"With --plan: share of the GPU's peak; {MFU} if not."),
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="With --plan: of data that are not there yet.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="With --plan: model YAML for an init that is not there yet.")
+    ] = None,
 ) -> None:
     """Train one stage from a YAML file.
 
@@ -160,6 +181,16 @@ def main(
     """
     config = load_config(StageConfig, stage, overrides or [])
     console = Console()
+    given = {"gpu": gpu, "price": price, "mfu": mfu, "samples": samples, "model": model}
+    if plan:
+        if fresh:
+            raise InputError("--plan starts nothing, so there is nothing for --fresh to discard")
+        wanted = Wanted(gpu, price, MFU if mfu is None else mfu, samples, model)
+        console.print(make_plan(_with_init_found(config), wanted))
+        return
+    for name, value in given.items():
+        if value is not None:
+            raise InputError(f"--{name} goes with --plan")
     with progress_bar(console, config.stage) as on_progress:
         result = run(config, fresh=fresh, on_progress=on_progress)
     for name, value in result.metrics.items():

@@ -1,0 +1,388 @@
+"""``dim train STAGE --plan``: what a stage takes of its GPUs, of time and of money.
+
+Nothing is loaded: the trained parts are built from tensors that have shapes and no data, and run
+once. What their backward pass keeps, and their multiplications, are counted so, on any machine.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from diffusers import SanaTransformer2DModel
+from rich.table import Table
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+from dim.errors import ConfigError, InputError
+from dim.learning.batch import steps_per_epoch
+from dim.learning.optimizer import MOMENT_BYTES
+from dim.learning.step import Trainable
+from dim.model.config import ModelConfig
+from dim.model.connector import Connector
+from dim.model.painter import Painter
+from infra.models import read_config
+from infra.samples import holds_features
+from training.plan import count_samples
+from training.stage import StageConfig
+
+TEXT_TOKENS = {"caption": 700, "instruction": 80, "blueprint": 430}
+"""Of a text of average length, by its column; the published ones."""
+
+MFU = 0.35
+"""The share of a GPU's peak that a step is reckoned to reach."""
+
+_USABLE = 0.95  # of a GPU's memory; kernels want some for a moment
+_WITH_BACKWARD = 3  # times the work of a forward pass
+_FLOAT = 4  # bytes of a weight that learns, of its gradient and of its average
+
+
+class Gpu(NamedTuple):
+    """A GPU: ``memory`` in bytes, ``flops`` a second of dense bfloat16 matrix products."""
+
+    memory: float
+    flops: float
+
+
+GPUS = {
+    "rtx4090": Gpu(24e9, 165e12),
+    "a100": Gpu(80e9, 312e12),
+    "l40s": Gpu(48e9, 362e12),
+    "h100": Gpu(80e9, 989e12),
+    "h200": Gpu(141e9, 989e12),
+    "b200": Gpu(180e9, 2250e12),
+}
+"""By the makers' data sheets."""
+
+
+class Frozen(NamedTuple):
+    """The frozen parts: ``hidden`` features a token, and of text and pictures the work.
+
+    ``flops_a_token`` of the language model, ``flops_a_picture`` of the vision tower, and
+    ``flops_a_latent`` of the autoencoder's encoder.
+    """
+
+    hidden: int
+    parameters: float
+    flops_a_token: float
+    flops_a_picture: float
+    flops_a_latent: float
+
+
+# Of the published parts, whose sizes their configurations here leave to the weights: Qwen2.5-VL-3B
+# (its vision tower on 5,476 patches) and the DC-AE f32c32 at 1024 pixels.
+_PUBLISHED = Frozen(2048, 3.75e9 + 0.31e9, 2 * 3.09e9, 0.7e13, 0.15e13)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a stage takes.
+
+    Attributes:
+        parameters: that learn.
+        steps: in all.
+        passes: forward and backward passes of a step on each worker.
+        rows: samples of a pass.
+        tokens: condition tokens of a sample.
+        memory: bytes of a GPU, by what they hold.
+        checkpoint: bytes of one.
+        trained_flops: of a step, over all workers, for connector and painter.
+        frozen_flops: the same for the frozen parts; 0 where features were made before.
+        workers: GPUs.
+    """
+
+    parameters: int
+    steps: int
+    passes: int
+    rows: int
+    tokens: int
+    memory: dict[str, float]
+    checkpoint: float
+    trained_flops: float
+    frozen_flops: float
+    workers: int
+
+    @property
+    def needed(self) -> float:
+        """Bytes of a GPU in all."""
+        return sum(self.memory.values())
+
+    def hours(self, gpu: Gpu, mfu: float = MFU) -> float:
+        """How long all steps take at that share of the peak."""
+        flops = (self.trained_flops + self.frozen_flops) * self.steps
+        return flops / (gpu.flops * mfu * self.workers) / 3600
+
+
+def estimate(
+    config: StageConfig,
+    model: ModelConfig,
+    steps: int,
+    *,
+    features: bool,
+    text_tokens: int | None = None,
+) -> Estimate:
+    """What a stage takes.
+
+    Args:
+        config: of the stage.
+        model: that it starts from.
+        steps: in all.
+        features: its data are features that were made before.
+        text_tokens: of a text; ``TEXT_TOKENS`` unless given.
+
+    Raises:
+        ConfigError: the model's description does not say its painter's sizes.
+    """
+    frozen, cell = _frozen(model)
+    side = model.sampling.resolution // cell
+    tokens = text_tokens or max(TEXT_TOKENS[text] for text in config.texts)
+    if config.edits:
+        tokens += _image_tokens(model)
+    tokens = min(tokens, model.understanding.max_condition_tokens)
+    share = math.ceil(config.batch_size / config.workers)
+    rows = min(config.micro_batch or share, share)
+    passes = math.ceil(share / rows)
+    counted = count_pass(
+        model, frozen.hidden, rows, tokens, side, edits=config.edits,
+        checkpointed=config.gradient_checkpointing, bf16=config.precision == "bf16",
+    )  # fmt: skip
+    held = counted.parameters / config.parallelism.parts(config.workers)
+    averages = 0 if config.ema_decay is None else _FLOAT
+    pictures = 0 if features else (2 if config.edits else 1)
+    memory = {
+        "weights": _FLOAT * held,
+        "gradients": _FLOAT * held,
+        "optimizer": MOMENT_BYTES[config.optimizer] * held,
+        "averages": 0 if config.ema_on_cpu else averages * held,
+        "weights in bfloat16": 2 * counted.parameters if config.precision == "bf16" else 0,
+        "kept for the backward pass": counted.kept,
+        "frozen parts": (
+            0
+            if features and config.validation is None
+            else frozen.parameters * (2 if config.precision == "bf16" else _FLOAT)
+        ),
+    }
+    samples = config.batch_size
+    work = frozen.flops_a_token * tokens + frozen.flops_a_picture * config.edits
+    return Estimate(
+        parameters=counted.parameters,
+        steps=steps,
+        passes=passes,
+        rows=rows,
+        tokens=tokens,
+        memory=memory,
+        checkpoint=counted.parameters * (_FLOAT + MOMENT_BYTES[config.optimizer] + averages),
+        trained_flops=counted.flops / rows * samples,
+        frozen_flops=0 if features else samples * (work + pictures * frozen.flops_a_latent),
+        workers=config.workers,
+    )
+
+
+class Wanted(NamedTuple):
+    """What ``--plan`` is told besides the stage.
+
+    ``samples`` and ``model`` stand for data and ``init`` that are not there yet.
+    """
+
+    gpu: str | None = None
+    price: float | None = None
+    mfu: float = MFU
+    samples: int | None = None
+    model: str | None = None
+
+
+def plan(config: StageConfig, wanted: Wanted) -> Table:
+    """The estimate of a stage for a terminal; nothing is started, and nothing written.
+
+    Raises:
+        DimError: ``init`` or the data are not there, or cannot be reckoned with.
+    """
+    if config.lora is not None:
+        raise InputError("--plan reckons with stages that train all of connector and painter")
+    if wanted.price is not None and wanted.gpu is None:
+        raise InputError("--price needs --gpu: dollars follow from hours")
+    model = read_config(wanted.model or config.init)
+    features = wanted.samples is None and holds_features(config.data)
+    rows = wanted.samples if wanted.samples is not None else count_samples(config)
+    steps = config.steps or (config.epochs or 0) * steps_per_epoch(rows, config.batch_size)
+    return as_table(estimate(config, model, steps, features=features), config, wanted)
+
+
+class Pass(NamedTuple):
+    """A forward and a backward pass: ``kept`` bytes in between, ``flops`` of both.
+
+    The backward pass is reckoned as twice the forward one, and thrice with checkpointing.
+    """
+
+    parameters: int
+    kept: int
+    flops: int
+
+
+def count_pass(
+    model: ModelConfig,
+    hidden: int,
+    rows: int,
+    tokens: int,
+    side: int,
+    *,
+    edits: bool,
+    checkpointed: bool,
+    bf16: bool,
+) -> Pass:
+    """Count a pass of connector and painter over ``rows`` samples, with nothing computed.
+
+    Args:
+        model: whose parts they are.
+        hidden: features of a token.
+        rows: samples.
+        tokens: of each.
+        side: of the latents, which are square.
+        edits: the painter sees a source.
+        checkpointed: with gradient checkpointing.
+        bf16: under autocast.
+
+    Raises:
+        ConfigError: as for :func:`estimate`.
+    """
+    architecture = _painter_sizes(model)
+    channels = int(architecture["in_channels"])
+    kept: dict[int, torch.Tensor] = {}
+    with FakeTensorMode(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+        module = _trainable(model, architecture, hidden, edits=edits)
+        module.painter.checkpoint_gradients(checkpointed)
+        weights = {p.untyped_storage()._cdata for p in module.parameters()}
+        latent = torch.empty(rows, channels, side, side)
+        counter = FlopCounterMode(display=False)
+        with counter, _keeping(kept, weights):
+            velocity = module(
+                latent,
+                torch.zeros(rows, dtype=torch.float64),
+                torch.empty(rows, tokens, hidden),
+                torch.ones(rows, tokens, dtype=torch.bool),
+                latent if edits else None,
+                torch.zeros(rows, dtype=torch.bool),
+            )
+        assert velocity.shape == latent.shape
+        nbytes = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+        parameters = sum(p.numel() for p in module.parameters())
+    # torch's counter takes the backward pass of a depthwise convolution for that of a full one.
+    passes = _WITH_BACKWARD + checkpointed
+    return Pass(parameters, nbytes, passes * int(counter.get_total_flops()))
+
+
+def as_table(made: Estimate, config: StageConfig, wanted: Wanted) -> Table:
+    """The estimate for a terminal.
+
+    Raises:
+        InputError: there is no such GPU.
+    """
+    table = Table("", "", title=f"{config.stage}: what it takes", show_header=False)
+    table.add_row("trained parameters", f"{made.parameters:,}")
+    table.add_row("steps", f"{made.steps:,} of {config.batch_size} samples")
+    table.add_row(
+        "a step of a worker",
+        f"{made.passes} {'pass' if made.passes == 1 else 'passes'} of {made.rows} samples with "
+        f"{made.tokens:,} condition tokens",
+    )
+    table.add_row("work of a step", f"{made.trained_flops:.3g} FLOPs trained, "
+                  f"{made.frozen_flops:.3g} in the frozen parts")  # fmt: skip
+    table.add_row("a checkpoint", _gigabytes(made.checkpoint))
+    table.add_section()
+    for name, nbytes in made.memory.items():
+        if nbytes:
+            table.add_row(name, _gigabytes(nbytes))
+    table.add_row(f"memory of each of {made.workers} GPUs", _gigabytes(made.needed))
+    if wanted.gpu is not None:
+        gpu = find_gpu(wanted.gpu)
+        hours = made.hours(gpu, wanted.mfu)
+        fits = "fits" if made.needed < _USABLE * gpu.memory else "does not fit"
+        table.add_row(f"on {wanted.gpu}", f"{fits} into {_gigabytes(gpu.memory)}")
+        table.add_row(f"hours at {wanted.mfu:.0%} of its peak", f"{hours:,.1f}")
+        if wanted.price is not None:
+            dollars = hours * made.workers * wanted.price
+            table.add_row(f"at ${wanted.price:g} a GPU and hour", f"${dollars:,.0f}")
+    return table
+
+
+def find_gpu(name: str) -> Gpu:
+    """A GPU by name.
+
+    Raises:
+        InputError: it is not known.
+    """
+    if name.lower() not in GPUS:
+        raise InputError(f"unknown GPU {name!r}; there are {', '.join(GPUS)}")
+    return GPUS[name.lower()]
+
+
+def _trainable(
+    model: ModelConfig, architecture: dict[str, Any], hidden: int, *, edits: bool
+) -> Trainable:
+    channels = int(architecture["in_channels"])
+    sizes = {**architecture, "in_channels": channels * (2 if edits else 1)}
+    conditions = model.connector.out_features
+    table = torch.empty(model.painter.null_condition_tokens, conditions)
+    parts = nn.Module()
+    parts.connector = Connector(hidden, conditions)
+    parts.painter = Painter(SanaTransformer2DModel(**sizes), table)
+    parts.painter.train()
+    return Trainable(parts)  # type: ignore[arg-type]
+
+
+@contextmanager
+def _keeping(kept: dict[int, torch.Tensor], weights: set[int]) -> Iterator[None]:
+    """Note the tensors that are kept for a backward pass, each storage once, weights not."""
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()._cdata
+        if storage not in weights:
+            kept.setdefault(storage, tensor)  # held, or its address would be given to another one
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        yield
+
+
+def _painter_sizes(model: ModelConfig) -> dict[str, Any]:
+    if "in_channels" not in model.painter.architecture:
+        raise ConfigError("the model's description has no painter.architecture to reckon with")
+    return dict(model.painter.architecture)
+
+
+def _frozen(model: ModelConfig) -> tuple[Frozen, int]:
+    """The frozen parts, and the pixels of a latent's cell."""
+    architecture = model.understanding.architecture
+    cells = model.autoencoder.architecture.get("encoder_block_out_channels")
+    cell = 2 ** (len(cells) - 1) if cells else 32
+    if not architecture:
+        return _PUBLISHED, cell
+    with torch.device("meta"):
+        whole = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**architecture))
+    parameters = sum(p.numel() for p in whole.parameters())
+    vision = sum(p.numel() for p in whole.model.visual.parameters())
+    patches = (model.understanding.image_size // _vision(model)["patch_size"]) ** 2
+    work = (2.0 * (parameters - vision), 2.0 * vision * patches, 0.0)
+    return Frozen(int(architecture["text_config"]["hidden_size"]), parameters, *work), cell
+
+
+def _image_tokens(model: ModelConfig) -> int:
+    vision = _vision(model)
+    token = vision["patch_size"] * vision["spatial_merge_size"]
+    side = round(model.understanding.image_size / token)
+    return int(side) ** 2
+
+
+def _vision(model: ModelConfig) -> dict[str, int]:
+    published = {"patch_size": 14, "spatial_merge_size": 2}
+    return {**published, **model.understanding.architecture.get("vision_config", {})}
+
+
+def _gigabytes(nbytes: float) -> str:
+    return f"{nbytes / 1e9:,.1f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:,.1f} MB"
