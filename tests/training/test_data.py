@@ -161,7 +161,7 @@ def test_what_is_fetched_and_not_used_is_not_counted() -> None:
     order = WorkerOrder(SampleOrder(11, 4, CONFIG.seed), 0, 1)
     feed = feed_of(Flawed({int(order.batch(1)[0])}), ahead=1)
     feed.get(0)
-    feed._coming[1].result(5)
+    feed._coming[1, 0].result(5)
     assert feed.bad._bad.total() == 0
     feed.get(1)
     feed.get(1)
@@ -177,17 +177,20 @@ def test_a_slot_without_a_usable_sample_is_an_error() -> None:
         make_feed(CONFIG, order, Flawed(set(walk)))
 
 
-def test_a_step_may_be_taken_in_parts_and_is_fetched_once() -> None:
+def test_a_step_may_be_taken_in_passes_and_is_fetched_once() -> None:
     source = Recorder()
-    feed = feed_of(source, ahead=0)
-    draws, features = feed.get(3)
-    parts = [feed.get(3, places) for places in ([0, 1], [2, 3], [1, 1])]
-    for (part, rows), places in zip(parts, ([0, 1], [2, 3], [1, 1]), strict=True):
+    draws, features = feed_of(source, ahead=0).get(3)
+    config = CONFIG.model_copy(update={"micro_batch": 3})
+    order = WorkerOrder(SampleOrder(11, config.batch_size, config.seed), 0, 1)
+    feed = Feed(config, order, source, SHAPE, rows=11, ahead=0)
+    passes = [[0, 1], [2, 3]]
+    for number, places in enumerate(passes):
+        part, rows = feed.get(3, number)
         assert torch.equal(part.noise, draws.noise[places])
         assert part.dropped.tolist() == draws.dropped[places].tolist()
         assert part.choice.tolist() == draws.choice[places].tolist()
         assert torch.equal(rows.latent, features.latent[places])
-    assert len(source.asked) == 1
+    assert len(source.asked) == 2  # once by each feed
 
 
 def write_images(folder: Path, rows: int) -> str:

@@ -138,8 +138,8 @@ def test_checkpoints_optimizer_and_average_hold_the_adapter_only(
         "painter.network.patch_embed.proj.bias",
     }
     assert saved["module"].keys() == saved["ema"].keys() == wanted
-    assert len(saved["optimizer"]["state"]) == len(wanted)
-    assert len(saved["optimizer"]["param_groups"][0]["params"]) == len(wanted)
+    assert len(saved["optimizers"][0]["state"]) == len(wanted)
+    assert len(saved["optimizers"][0]["param_groups"][0]["params"]) == len(wanted)
     exported = adapter_of(tmp_path / "out")
     key = "transformer_blocks.0.attn2.to_q.lora_B"
     average, trained = (
@@ -218,7 +218,7 @@ def test_the_frozen_base_is_bfloat16_under_bf16(
     assert answer["error"] is None
     assert seen == {"learns": torch.float32, "frozen": torch.bfloat16}
     assert {tensor.dtype for tensor in adapter_of(tmp_path / "out").values()} == {torch.float32}
-    moments = saved_state(alone)["optimizer"]["state"].values()
+    moments = saved_state(alone)["optimizers"][0]["state"].values()
     assert {each["exp_avg"].dtype for each in moments} == {torch.float32}
 
 
