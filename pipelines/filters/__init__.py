@@ -1,6 +1,6 @@
 """Filters: which images and pairs are worth a designer's time."""
 
-from pipelines.filters.images import FilterImages, open_checked, probe
+from pipelines.filters.images import FilterImages, open_checked
 from pipelines.filters.pairs import FilterPairs, check_pair
 from pipelines.filters.rules import ImageRules, PairRules, PairThresholds
 
@@ -12,5 +12,4 @@ __all__ = [
     "PairThresholds",
     "check_pair",
     "open_checked",
-    "probe",
 ]

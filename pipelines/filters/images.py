@@ -10,12 +10,13 @@ from PIL import Image
 
 from dim import records
 from dim.errors import InputError
-from dim.images import TooManyPixels, decode_image, read_header
+from dim.images import decode_image
 from pipelines.filters import measures, scorers
 from pipelines.filters.gauge import Gauge
 from pipelines.filters.rules import ImageRules
 from pipelines.filters.signatures import Signer
 from pipelines.outcome import Rejection, Row, failed, to_rows, to_table, work_on
+from pipelines.probe import probe
 
 STAGE = "filter"
 
@@ -55,23 +56,6 @@ class FilterImages:
         finally:
             row["measures"] = gauge.measures
         return self.signer.sign_image(row, image) if self.signer else None
-
-
-def probe(image: bytes, name: str) -> tuple[int, int]:
-    """Width and height of an encoded image as it is to be seen, read off its header.
-
-    It is the decoding's own reading of it; an image of a format that cannot be decoded is none.
-
-    Raises:
-        Rejection: ``image.undecodable`` or ``image.too_large``.
-    """
-    try:
-        header = read_header(image, name=name)
-    except TooManyPixels as error:
-        raise Rejection("image.too_large", str(error)) from None
-    except InputError as error:
-        raise Rejection("image.undecodable", str(error)) from None
-    return header.width, header.height
 
 
 def open_checked(image: bytes, name: str, gauge: Gauge, rules: ImageRules) -> Image.Image:

@@ -25,8 +25,8 @@ from dim.errors import BlueprintError, InputError
 from dim.images import encode_png
 from dim.redaction import redact
 from infra.storage import Store
-from pipelines.filters import probe
 from pipelines.outcome import KEPT, Rejection, Row, fail, to_table, work_on
+from pipelines.probe import probe
 from pipelines.readers import inline
 from pipelines.readers.addresses import Addresses, Place
 from pipelines.readers.bounds import MAX_BYTES, read_file, too_many_bytes

@@ -17,11 +17,11 @@ from pipelines.filters import (
     PairThresholds,
     check_pair,
     open_checked,
-    probe,
 )
 from pipelines.filters.gauge import Gauge
 from pipelines.filters.measures import changed_share, luminance, ssim
 from pipelines.outcome import Rejection, to_table
+from pipelines.probe import probe
 from pipelines.readers.records import image_columns, pair_columns
 from tests.pipelines.samples import bomb, edited, encoded, photo
 
