@@ -35,6 +35,7 @@ MOST_ATTEMPTS = 4
 _MOST_RESTARTS = 50  # of an actor in a job of days, on machines that come and go
 _MOST_DEATHS = 8  # of records of one range; each costs the start of a process
 _RECORDS_PER_LIMIT = 8  # a record alone has this part of the time of a range
+_START_S = 120.0  # for the start of such a process, on a busy machine
 _MOST_MEMORY = 8 << 30  # bytes of a process that works on one record at a time,
 _SHARE_OF_MEMORY = 0.25  # and at most this of what the machine has
 
@@ -68,7 +69,7 @@ class TimeLimits:
 
     Attributes:
         range_s: a whole range.
-        record_s: one record alone, with the start of a process and the loading of models.
+        record_s: one record alone, and the first one with the loading of models.
     """
 
     range_s: float
@@ -147,8 +148,9 @@ class Attempts(Generic[RangeT]):
             _DiedError: it ended, or took too long for a record.
         """
         with _process(self, each, skip) as (process, results):
+            allowed = _START_S
             while True:
-                seconds = max(0.0, min(self.limits.record_s, end - time.monotonic()))
+                seconds = max(0.0, min(allowed, end - time.monotonic()))
                 if not results.poll(seconds):
                     raise _DiedError(f"it was not done in {seconds:.0f} s")
                 try:
@@ -156,16 +158,19 @@ class Attempts(Generic[RangeT]):
                 except (EOFError, OSError):
                     process.join()
                     raise _DiedError(f"its process {_ending(process.exitcode)}") from None
+                allowed = self.limits.record_s
                 if isinstance(found, Exception):
                     raise found
-                if isinstance(found, str):  # _DONE
+                if not isinstance(found, str):
+                    yield found
+                elif found == _DONE:
                     return
-                yield found
 
     def send(self, each: RangeT, skip: int, results: Connection) -> None:
         """The other end of it."""
         done = 0
         try:
+            results.send(_READY)
             for part in self.work.parts(each):
                 first = max(0, skip - done)
                 for number in range(first, len(part)):
@@ -239,7 +244,7 @@ class _DiedError(Exception):
     """A process of its own came to its end before it had done its work."""
 
 
-_DONE = "done"
+_READY, _DONE = "ready", "done"
 
 
 def limited(tables: Iterator[pa.Table], seconds: float) -> Iterator[pa.Table]:
