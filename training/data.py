@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -79,6 +80,7 @@ class Feed:
         self._ahead = ahead
         self._coming: dict[tuple[int, int], Future[_Fetched]] = {}
         self._now: tuple[tuple[int, int], _Fetched] | None = None
+        self._waited = 0.0
 
     def get(self, step: int, number: int = 0, salt: int = 0) -> tuple[Draws, Features]:
         """Draws (on the CPU) and features of forward pass ``number`` of ``step`` (both from 0).
@@ -91,12 +93,19 @@ class Feed:
         """
         if self._now is None or self._now[0] != (step, salt):
             self._now = None  # or two steps would be held while one is waited for
+            began = time.perf_counter()
             self._now = (step, salt), self._fetched(step, salt)
+            self._waited += time.perf_counter() - began
             self.bad.add(len(self._order.slots), self._now[1].bad)
         fetched = self._now[1]
         chosen = self.passes.places(number).tolist()
         samples = [fetched.samples[place] for place in chosen]
         return fetched.draws.take(chosen), self._features.collate(samples)
+
+    def take_wait(self) -> float:
+        """Seconds in which steps have waited for samples since this was asked last."""
+        waited, self._waited = self._waited, 0.0
+        return waited
 
     def _fetched(self, step: int, salt: int) -> _Fetched:
         if self._threads is None:

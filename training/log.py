@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import resource
 import sys
 import threading
 import time
@@ -28,6 +29,7 @@ SAID = "said"  # the tag that holds what was said last
 _SAID_LINES = 20
 _SAY_SECONDS = 15.0
 _FLUSH_SECONDS = 2.0
+_RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
 
 
 class RunLog:
@@ -137,14 +139,24 @@ class StepLog:
         """Forget, so that time spent on something else does not count."""
         self._sum.zero_()
         self._steps = self._counted = 0
+        self._waited = 0.0
         self._started = time.perf_counter()
 
-    def add(self, loss: torch.Tensor, norm: torch.Tensor, *, skipped: bool = False) -> None:
+    def add(
+        self,
+        loss: torch.Tensor,
+        norm: torch.Tensor,
+        *,
+        skipped: bool = False,
+        waited: float = 0.0,
+    ) -> None:
         """Count one step: this worker's mean loss, and the norm of the gradient over all.
 
-        The loss of a skipped one is left out, for it may be no number.
+        The loss of a skipped one is left out, for it may be no number. ``waited`` are the seconds
+        of it in which there was nothing to compute on.
         """
         self._steps += 1
+        self._waited += waited
         self._norm = norm
         if not skipped:
             self._sum += loss
@@ -155,18 +167,22 @@ class StepLog:
 
         Every worker calls this at the same step: losses are averaged across them, and are no number
         if all updates were skipped. ``grad_norm`` is that of the last step,
-        ``samples_per_second`` counts all workers.
+        ``samples_per_second`` counts all workers. ``data_wait`` is the share of the time in which
+        this worker waited for samples, ``memory_gb`` the most that it has held so far: of its GPU,
+        or of the machine where it has none.
         """
         plan = self._plan
         loss = parallel.mean(self._sum / self._counted)  # 0 / 0 is nan
         seconds = time.perf_counter() - self._started
-        samples = self._steps * plan.config.batch_size
+        samples, waited = self._steps * plan.config.batch_size, self._waited
         self.restart()
         return {
             "loss": loss.item(),
             "samples_per_second": samples / max(seconds, 1e-9),
             "learning_rate": learning_rate_at(plan.config, done - 1, plan.steps),
             "grad_norm": self._norm.item(),
+            "data_wait": waited / max(seconds, 1e-9),
+            "memory_gb": _most_memory(self._sum.device) / 1e9,
             "epoch": done / plan.steps_per_epoch,
             "progress": done / plan.steps,
         }
@@ -184,6 +200,13 @@ class StepLog:
             f"{plan.config.stage} step {done}/{plan.steps}: loss {metrics['loss']:.4f}, "
             f"{rate:.0f} samples/s, {left:.1f} minutes left"
         )
+
+
+def _most_memory(device: torch.device) -> float:
+    """Bytes that this process has held at most, on its GPU or in the machine's memory."""
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT
 
 
 def open_log(plan: Plan, rank: int) -> RunLog:

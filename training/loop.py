@@ -192,7 +192,8 @@ def train(worker: Worker) -> dict[str, float]:
     begun = state.step
     while state.step < steps:
         loss, norm = update(worker, state.step)
-        log.add(loss, norm, skipped=state.skips_in_a_row > 0)
+        skipped, waited = state.skips_in_a_row > 0, worker.feed.take_wait()
+        log.add(loss, norm, skipped=skipped, waited=waited)
         done, last = state.step, state.step == steps
         if last or due(done, config.log_every):
             metrics |= log.read(done) | worker.feed.bad.read(worker.log, worker.device)

@@ -106,6 +106,23 @@ def test_the_next_steps_are_fetched_while_this_one_is_used_and_no_more() -> None
     assert sorted(asked[:4] for asked in source.asked) == sorted(steps[:4])
 
 
+def test_waiting_for_samples_is_counted_and_given_out_once() -> None:
+    source = Recorder()
+    fetch = source.fetch
+
+    def slowly(positions: np.ndarray, texts: np.ndarray) -> list[tuple[int, int]]:
+        time.sleep(0.2)
+        return fetch(positions, texts)
+
+    source.fetch = slowly  # type: ignore[method-assign]
+    feed = feed_of(source, ahead=1)
+    feed.get(0)
+    assert feed.take_wait() > 0.19 and feed.take_wait() == 0
+    time.sleep(0.5)  # the next one is fetched meanwhile
+    feed.get(1)
+    assert feed.take_wait() < 0.15
+
+
 def test_an_error_comes_with_the_step_that_it_belongs_to() -> None:
     source = Recorder()
     source.broken_at = 1

@@ -98,23 +98,33 @@ def steps_of(log: RunLog) -> StepLog:
     return StepLog(log, plan, torch.device("cpu"))
 
 
+def test_memory_is_what_the_process_has_held() -> None:
+    held = torch.ones(50_000_000)  # 200 MB
+    most = training_log._most_memory(torch.device("cpu"))
+    assert held.nbytes < most < 64e9
+
+
 def test_losses_are_averaged_and_start_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
     monkeypatch.setattr(training_log.time, "perf_counter", lambda: now)
+    monkeypatch.setattr(training_log, "_most_memory", lambda device: 3e9)
     steps = steps_of(RunLog(None))
-    steps.add(torch.tensor(1.0), torch.tensor(0.1))
-    steps.add(torch.tensor(2.0), torch.tensor(0.25))
+    steps.add(torch.tensor(1.0), torch.tensor(0.1), waited=0.5)
+    steps.add(torch.tensor(2.0), torch.tensor(0.25), waited=0.5)
     now = 104.0
     assert steps.read(20) == {
         "loss": 1.5,
         "samples_per_second": 2 * 8 / 4.0,
         "learning_rate": 2.0,
         "grad_norm": 0.25,
+        "data_wait": 0.25,
+        "memory_gb": 3.0,
         "epoch": 2.0,
         "progress": 0.5,
     }
     steps.add(torch.tensor(5.0), torch.tensor(0.5))
-    assert steps.read(21)["loss"] == 5.0
+    read = steps.read(21)
+    assert read["loss"] == 5.0 and read["data_wait"] == 0
     steps.add(torch.tensor(7.0), torch.tensor(0.5))
     now = 1000.0
     steps.restart()  # time that went into something else

@@ -44,6 +44,7 @@ def take_part(rank: int, folder: str) -> None:
         "none": parallel.agree(None) is None,
     }
     Path(folder, f"{rank}.json").write_text(json.dumps(found))
+    del wrapped  # it holds the group, whose end waits for threads that wait for Python
     dist.destroy_process_group()
 
 

@@ -6,6 +6,7 @@ checkpoint knows of it before the next start.
 
 from __future__ import annotations
 
+import gc
 import pickle
 import shutil
 from collections.abc import Callable, Sequence
@@ -123,6 +124,7 @@ def _take_part(rank: int, folder: str, plans: list[dict[str, Any]], hook: Hook |
         ):
             answers.append(train_loop_per_worker(plan))
         if workers > 1:
+            gc.collect()  # a DDP in a cycle holds the group, and would end it at a bad moment
             dist.destroy_process_group()
     if rank == 0:
         Path(folder, "answers").write_bytes(pickle.dumps(answers))
