@@ -25,6 +25,9 @@ QK_NORM_EPS = 1e-6
 PATCH_WEIGHT = "patch_embed.proj.weight"
 # What diffusers adds to the attention score of a masked token: nothing is left of it after exp.
 MASKED = -10000.0
+# Of a batch, for which a block is compiled before torch gives up: all lengths up to 8192 tokens in
+# steps of 64. torch's own limit is 8.
+_MOST_SHAPES = 128
 
 
 def random_null_condition(rows: int, features: int) -> Tensor:
@@ -261,14 +264,18 @@ class Painter(nn.Module):
     def compile_blocks(self, **options: Any) -> None:
         """Compile a block, for training and for sampling, in place.
 
-        All blocks are of one kind, so one of them is compiled and serves for all; a new shape of a
-        batch may be compiled once more.
+        All blocks are of one kind, so one of them is compiled and serves for all. In training it is
+        compiled once more for every new number of rows or tokens, so there should be few of them:
+        torch 2.13 compiles a backward pass wrongly in which the number of tokens is a symbol
+        (seen: a second length works, the first one no longer). In sampling it becomes a symbol.
 
         Args:
             options: as ``torch.compile`` takes them, such as ``mode`` or ``backend``.
         """
+        limits = torch._dynamo.config
+        limits.recompile_limit = max(limits.recompile_limit, _MOST_SHAPES)
         for block in self.blocks:
-            block.compile(**options)
+            block.compile(**{"dynamic": False, **options})
         self._sampling_block = torch.compile(sampling_block, **options)
 
     @property
