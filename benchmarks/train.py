@@ -90,13 +90,15 @@ def main() -> int:
     """Measure and compare; returns the exit status."""
     options = _options()
     torch.set_num_threads(1)
-    cores, load = os.cpu_count(), os.getloadavg()[0]
-    print(f"{cores} cores, load {load:.1f} before the run: others' work makes every figure worse")
+    before = os.getloadavg()[0]
     bars: list[Bar] = []
     if ways := _ways(options.only):
         with tempfile.TemporaryDirectory() as folder:
             bars += judge(measure(options, folder, ways), options.batch)
     bars += [elsewhere(name) for name in ELSEWHERE if name in options.only]
+    # What others compute meanwhile moves the ratios too: two workers need two idle cores.
+    after = os.getloadavg()[0]
+    print(f"{os.cpu_count()} cores, load {before:.1f} before and {after:.1f} after the run")
     return report(bars)
 
 

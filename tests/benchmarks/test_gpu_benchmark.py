@@ -156,6 +156,8 @@ def test_the_published_sizes_are_those_of_the_published_parts() -> None:
             Qwen2_5_VLConfig(**size.config.understanding.architecture)
         )
         dc_ae = AutoencoderDC(**size.config.autoencoder.architecture)
+        latent = dc_ae.encode(torch.empty(1, 3, 1024, 1024)).latent
+    assert latent.shape[1:] == size.latent
     assert sum(p.numel() for p in qwen.parameters()) == 3_754_622_976
     assert sum(p.numel() for p in dc_ae.parameters()) == 312_250_275
     sections = ("understanding", "connector", "painter", "autoencoder")

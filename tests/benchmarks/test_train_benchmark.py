@@ -6,12 +6,15 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 import training.loop
 import training.train
 from benchmarks import train
+from benchmarks.gpu import UNDERSTANDING
 from benchmarks.train import ONE, PLAIN, TWO, Bar, Steps
 from dim.config import load_config
+from dim.model import parts
 from dim.model.config import ModelConfig
 
 
@@ -93,3 +96,11 @@ def test_widths_are_the_published_ones() -> None:
     fewer = {"num_layers": 2, "sample_size": 8}
     assert widths.painter.architecture == published.painter.architecture | fewer
     assert widths.connector.out_features == published.connector.out_features
+    with torch.device("meta"):
+        latent = parts.autoencoder(widths.autoencoder).encode(torch.empty(1, 3, 256, 256))
+        qwen = parts.conditioner(widths.understanding).model
+    assert latent.shape == (1, 32, 8, 8)
+    of, its = UNDERSTANDING["text_config"], qwen.config.text_config
+    same = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+    assert {name: getattr(its, name) for name in same} == {name: of[name] for name in same}
+    assert (its.num_hidden_layers, qwen.config.vision_config.depth) == (4, 3)
