@@ -225,7 +225,7 @@ def train(method: Method, bench: Bench, *, checkpointed: bool, compiled: bool = 
 
 def train_online(method: Method, bench: Bench) -> Measured:
     """A step that begins with the frozen parts, and how much longer it takes."""
-    frozen = FrozenParts(bench)
+    frozen = OnlineFeatures(bench)
     step = TrainingStep(method, bench, checkpointed=True)
     work = step.flops + count(frozen.features)
     cached, _ = timed(step.on_random_features, bench)
@@ -316,7 +316,7 @@ class TrainingStep:
         return velocity
 
 
-class FrozenParts:
+class OnlineFeatures:
     """Qwen2.5-VL and the autoencoder in bfloat16, with a batch of edits to look at.
 
     Pictures are decoded and cut beforehand, as threads do it while a step is computed.

@@ -58,7 +58,7 @@ ELSEWHERE = {
     "cached": (
         [
             "benchmarks.features", "--model", str(HERE / "published_widths.yaml"),
-            "--target", "2.5", "--samples", "4", "--batch", "2", "--steps", "1", "--repeats", "1",
+            "--target", "2.5", "--samples", "8", "--batch", "4", "--steps", "2", "--repeats", "1",
         ],
         "cached features at least 2.5 x live ones at the published widths",
     ),

@@ -117,7 +117,7 @@ def test_a_step_trains_what_its_method_says(method: gpu.Method) -> None:
 
 def test_frozen_parts_give_the_features_that_a_step_takes() -> None:
     one = bench()
-    hidden, mask, target, source = gpu.FrozenParts(one).features()
+    hidden, mask, target, source = gpu.OnlineFeatures(one).features()
     assert hidden.shape == (2, one.size.tokens, one.size.hidden) and bool(mask.all())
     assert target.shape == source.shape == (2, *one.size.latent)
     step = gpu.TrainingStep(gpu.LORA, one, checkpointed=True)
