@@ -96,7 +96,7 @@ class Registry:
             TrackingError: the registry refuses it.
         """
         content = fingerprint(address)
-        for known in self._versions(name):
+        for known in self._call(f"look for {name}", lambda: self._search(name)):
             if known.tags.get(_CONTENT) == content and known.tags.get(_RUN) == run_id:
                 return _registered(known)
         noted = {f"{_METRIC}{key}": repr(float(value)) for key, value in metrics.items()}
@@ -185,15 +185,24 @@ class Registry:
                 raise
 
     def _versions(self, name: str) -> list[ModelVersion]:
-        """The newest first. A search does not say which aliases lead to a version."""
-        quoted = name.replace("'", "")
+        """The newest first, with the aliases that lead to each."""
 
         def read() -> list[ModelVersion]:
-            found = self._client.search_model_versions(f"name='{quoted}'")
-            return [self._client.get_model_version(name, each.version) for each in found]
+            found = self._search(name)
+            # A search does not say them of a version; the model knows them all.
+            aliases = self._client.get_registered_model(name).aliases if found else {}
+            for each in found:
+                each.aliases = [
+                    a for a, number in aliases.items() if int(number) == int(each.version)
+                ]
+            return found
 
         full = self._call(f"look for {name}", read)
         return sorted(full, key=lambda each: int(each.version), reverse=True)
+
+    def _search(self, name: str) -> list[ModelVersion]:
+        quoted = name.replace("'", "")
+        return list(self._client.search_model_versions(f"name='{quoted}'"))
 
     def _call(self, what: str, action: Callable[[], ResultT]) -> ResultT:
         return call(self.uri, what, action)
