@@ -93,7 +93,7 @@ def main() -> int:
     results = []
     with tempfile.TemporaryDirectory() as folder:
         for samples in (options.samples, 10 * options.samples):
-            uri = _write(Path(folder, str(samples)), samples, options.side)
+            uri = write_images(Path(folder, str(samples)), samples, options.side)
             results += [_take(options, uri, samples, window) for window in (None, options.window)]
     return report(results, options)
 
@@ -171,7 +171,7 @@ def _take(options: argparse.Namespace, uri: str, samples: int, window: int | Non
     return Result(name, samples, len(read) / taken, held, waited / seconds)
 
 
-def _write(folder: Path, samples: int, side: int) -> str:
+def write_images(folder: Path, samples: int, side: int) -> str:
     (folder / "data").mkdir(parents=True)
     schema = pa.schema(
         [("id", pa.string()), pa.field("image", pa.large_binary()), ("caption", pa.string())]

@@ -106,7 +106,7 @@ def measure(
     options: argparse.Namespace, folder: str, ways: Sequence[str]
 ) -> dict[str, list[Steps]]:
     """The rounds of each way."""
-    data = feed._write(Path(folder, "data"), options.samples, options.side)
+    data = feed.write_images(Path(folder, "data"), options.samples, options.side)
     config = StageConfig(
         stage="t2i",
         init=options.model,

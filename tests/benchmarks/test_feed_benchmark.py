@@ -42,7 +42,7 @@ def test_a_bar_that_is_missed_fails(
 
 def test_a_pass_reads_what_its_order_needs(tmp_path: Path) -> None:
     options = argparse.Namespace(**OPTIONS | {"steps": 20})
-    uri = feed._write(tmp_path, 400, 64)
+    uri = feed.write_images(tmp_path, 400, 64)
     apart, near = (feed._take(options, uri, 400, window) for window in (None, 16))
     assert apart.samples == near.samples == 400
     assert 0.5 < apart.read <= 1.3  # of fewer groups than a worker reads ahead, some come together
