@@ -20,6 +20,22 @@ SHARED = ROOT.parent / "shared"
 BUCKET_NUMBERS = itertools.count()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Side by side, what shares a Ray or a module's fixtures stays in one process.
+
+    The tests on Ray are most of the time, so they come first, training's beside the others'.
+    """
+    first: list[pytest.Item] = []
+    after: list[pytest.Item] = []
+    for item in items:
+        group = str(item.path.relative_to(ROOT))
+        if on_ray := "ray_cluster" in item.fixturenames:  # type: ignore[attr-defined]
+            group = "training on Ray" if "training" in item.path.parts else "Ray"
+        item.add_marker(pytest.mark.xdist_group(group))
+        (first if on_ray else after).append(item)
+    items[:] = [*first, *after]
+
+
 def _shared_folder(name: str) -> Path:
     folder = SHARED / name
     if not folder.is_dir():

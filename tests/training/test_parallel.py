@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch._dynamo.backends.registry import lookup_backend
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -20,6 +19,7 @@ from dim import model
 from dim.errors import InputError
 from dim.learning.step import Trainable
 from dim.model import attention
+from tests.training.workers import start
 from training import parallel
 
 
@@ -49,7 +49,7 @@ def take_part(rank: int, folder: str) -> None:
 
 
 def test_two_workers_agree_average_and_gather(tmp_path: Path) -> None:
-    mp.spawn(take_part, (str(tmp_path),), nprocs=2)
+    start(take_part, (str(tmp_path),), 2)
     one, other = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
     assert one["mean"] == other["mean"] == 1.5
     assert (one["value"], other["value"]) == (1.0, 2.0)  # what was given is left alone

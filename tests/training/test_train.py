@@ -18,17 +18,15 @@ import pytest
 import torch
 from mlflow import MlflowClient
 
-from dim import model, records
+from dim import model
 from dim.config import dump_config, validate_config
 from dim.errors import ConfigError, InputError, StorageError
 from infra import storage
 from infra.models import load_initial, on_this_machine
 from infra.registry import Registry, located
 from infra.tracking import Tracking, TrackingError
-from tests.datasets import edit_rows
 from tests.feature_shards import write_features
 from training import train
-from training.bad_samples import TooManyBadSamples
 from training.loop import DivergedError
 from training.plan import absolute, measure
 from training.record import StageRecord, identify, read_record
@@ -102,7 +100,7 @@ def test_what_was_trained_is_registered(
     for alias in ("@edit2", "@champion", "/1"):
         assert located(f"models:/dim{alias}", tracking_uri) == undisturbed.model_dir
     assert train.run(settings.stage(out)).registered == undisturbed.registered
-    again = train.run(settings.stage(tmp_path / "on", init="models:/dim@edit2", steps=1))
+    again = train.run(settings.stage(tmp_path / "on", init="models:/dim@edit2", steps=1, workers=1))
     assert again.registered == "models:/dim/2"
     assert located("models:/dim@edit2", tracking_uri) == again.model_dir
     (found,) = MlflowClient(tracking_uri).get_run(again.mlflow_run_id).inputs.dataset_inputs
@@ -322,91 +320,6 @@ def test_sharded_workers_that_diverge_go_back_and_on_with_a_lower_learning_rate(
     assert record is not None and record.finished
     assert record.events == [back, {"step": 4, "learning_rate": 5e-4, "before": 1e-3}]
     assert result.metrics["learning_rate"] == 5e-4 and result.metrics["skipped_updates"] == 0
-
-
-def test_two_workers_train_on_features_from_an_object_store(
-    undisturbed: StageResult,
-    settings: Settings,
-    tracking_uri: str,
-    edit_data: str,
-    tiny_model_dir: Path,
-    tmp_path: Path,
-    s3: str,
-) -> None:
-    features = write_features(edit_data, f"{s3}/features", tiny_model_dir)
-    changes = {"data": [features], "cache_features": False}
-    said: list[str] = []
-    result = train.run(
-        settings.stage(tmp_path / "out", **changes),
-        on_progress=lambda lines, metrics: said.extend(lines),
-    )
-    assert any("features were made before (bf16) and are read from" in line for line in said)
-    curve, expected = losses_of(tracking_uri, result), losses_of(tracking_uri, undisturbed)
-    assert list(curve) == list(expected)
-    assert curve == pytest.approx(expected, rel=1e-2)  # bfloat16 against float16
-    # Validation is painted from ordinary shards.
-    assert result.metrics["validation_loss"] == pytest.approx(
-        undisturbed.metrics["validation_loss"], rel=2e-2
-    )
-    with pytest.raises(ConfigError, match=r"a finished run with other settings \(data\)"):
-        train.run(settings.stage(tmp_path / "out", cache_features=False))
-
-
-def test_stale_features_stop_all_workers_with_one_line(
-    ray_cluster: None, settings: Settings, edit_data: str, tiny_model_dir: Path, tmp_path: Path
-) -> None:
-    features = write_features(edit_data, tmp_path / "features", tiny_model_dir)
-    other = model.load(tiny_model_dir)
-    other.autoencoder.network.register_to_config(scaling_factor=0.5)
-    other.save(tmp_path / "other")
-    config = settings.stage(tmp_path / "out", data=[features], init=str(tmp_path / "other"))
-    with pytest.raises(InputError) as caught:
-        train.run(config.model_copy(update={"max_failures": 5}))
-    assert "\n" not in str(caught.value)
-    assert f"the features in {features} are stale" in str(caught.value)
-    assert "the weights or the scale of the autoencoder" in str(caught.value)
-
-
-def test_a_bad_sample_of_one_worker_stops_all_with_its_name(
-    ray_cluster: None,
-    settings: Settings,
-    make_dataset: Callable[..., str],
-    edit_data: str,
-    tmp_path: Path,
-) -> None:
-    row = {"id": "bad", "index": 0, "source": "s", "instruction": "x", "blueprint": "y"}
-    broken = make_dataset("broken", [row | {"image": b"no", "image_target": b"no"}], records.EDIT)
-    config = settings.stage(tmp_path / "out", data=[edit_data, broken], validation=None)
-    with pytest.raises(TooManyBadSamples, match="1 undecodable.*, more than .*sample bad"):
-        train.run(config.model_copy(update={"max_failures": 5}))
-
-
-def test_replaced_samples_are_the_same_on_one_worker_and_on_two(
-    ray_cluster: None,
-    settings: Settings,
-    make_dataset: Callable[..., str],
-    tracking_uri: str,
-    tmp_path: Path,
-) -> None:
-    rows = edit_rows(12)
-    rows[3]["image"] = b"\xff\xd8\xff\xe0 no picture"
-    rows[8]["image_target"] = rows[8]["image_target"][:300]
-    common = {
-        "data": [make_dataset("flawed", rows, records.EDIT)],
-        "cache_features": False,
-        "bad_samples": 0.5,
-        "steps": 7,
-        "validation": None,
-    }
-    results = [
-        train.run(settings.stage(tmp_path / str(workers), workers=workers, **common))
-        for workers in (1, 2)
-    ]
-    one, two = (result.metrics["bad_samples_undecodable"] for result in results)
-    assert one == two >= 4  # more than two epochs, with two bad samples each
-    one, two = (losses_of(tracking_uri, result) for result in results)
-    assert list(one) == list(range(1, 8)) and one == pytest.approx(two, rel=1e-4)
-    assert_close(results[0].model_dir, results[1].model_dir, 1e-4)
 
 
 def test_mistakes_are_found_before_a_worker_starts(

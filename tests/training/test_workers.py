@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,10 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-from dim import model
+from dim import model, records
+from dim.errors import InputError
+from infra import storage
+from tests.datasets import edit_rows
 from tests.feature_shards import write_features
 from tests.training.workers import train_together
 from training import loop
+from training.bad_samples import TooManyBadSamples
 from training.stage import StageConfig
 
 MakeStage = Callable[..., StageConfig]
@@ -188,3 +193,76 @@ def test_a_bad_gradient_of_one_worker_takes_both_back_to_what_the_first_saved(
     assert both["events"] == [{"step": 6, "back_to": 3, "salt": 1}]
     assert all(np.isfinite(metrics["loss"]) for metrics in history.values() if "loss" in metrics)
     assert both["metrics"]["skipped_updates"] == 0
+
+
+def test_features_in_an_object_store_train_as_pictures_do(
+    make_stage: MakeStage,
+    edit_data: str,
+    held_out_data: str,
+    features: str,
+    tracking_uri: str,
+    tmp_path: Path,
+    s3: str,
+) -> None:
+    storage.upload_folder(features, f"{s3}/features")
+    held_out = {"data": [held_out_data], "samples": 3, "steps": 2}
+    settings = {"workers": 2, "validation": held_out}
+    stages = [
+        make_stage("pictures", data=[edit_data], **settings),
+        make_stage("features", data=[f"{s3}/features"], cache_features=False, **settings),
+    ]
+    (one, pictures), (two, stored) = train_together(stages, tracking_uri, tmp_path / "processes")
+    assert one["error"] is two["error"] is None
+    # bfloat16 against float16
+    assert losses_of(stored) == pytest.approx(losses_of(pictures), rel=1e-2)
+    # Validation is painted from ordinary shards.
+    losses = [answer["metrics"]["validation_loss"] for answer in (one, two)]
+    assert losses[1] == pytest.approx(losses[0], rel=2e-2)
+
+
+def test_what_one_worker_cannot_use_stops_all_with_one_line(
+    make_stage: MakeStage,
+    make_dataset: Callable[..., str],
+    edit_data: str,
+    features: str,
+    tiny_model_dir: Path,
+    tracking_uri: str,
+    tmp_path: Path,
+) -> None:
+    other = model.load(tiny_model_dir)
+    other.autoencoder.network.register_to_config(scaling_factor=0.5)
+    other.save(tmp_path / "other")
+    row = {"id": "bad", "index": 0, "source": "s", "instruction": "x", "blueprint": "y"}
+    broken = make_dataset("broken", [row | {"image": b"no", "image_target": b"no"}], records.EDIT)
+    stages = [
+        make_stage("stale", workers=2, init=str(tmp_path / "other")),
+        make_stage("bad", workers=2, data=[edit_data, broken], steps=12),
+    ]
+    (stale, _), (bad, _) = train_together(stages, tracking_uri, tmp_path / "processes")
+    assert isinstance(stale["error"], InputError) and "\n" not in str(stale["error"])
+    assert f"the features in {features} are stale" in str(stale["error"])
+    assert "the weights or the scale of the autoencoder" in str(stale["error"])
+    assert isinstance(bad["error"], TooManyBadSamples)
+    assert re.search("1 undecodable.*, more than .*sample bad", str(bad["error"]))
+
+
+def test_replaced_samples_are_the_same_on_one_worker_and_on_two(
+    make_stage: MakeStage, make_dataset: Callable[..., str], tracking_uri: str, tmp_path: Path
+) -> None:
+    rows = edit_rows(12)
+    rows[3]["image"] = b"\xff\xd8\xff\xe0 no picture"
+    rows[8]["image_target"] = rows[8]["image_target"][:300]
+    settings = {
+        "data": [make_dataset("flawed", rows, records.EDIT)],
+        "cache_features": False,
+        "bad_samples": 0.5,
+        "batch_size": 4,
+        "steps": 7,
+    }
+    stages = [make_stage(str(workers), workers=workers, **settings) for workers in (1, 2)]
+    (one, alone), (two, both) = train_together(stages, tracking_uri, tmp_path / "processes")
+    replaced = [answer["metrics"]["bad_samples_undecodable"] for answer in (one, two)]
+    assert replaced[0] == replaced[1] >= 4  # more than two epochs, with two bad samples each
+    assert len(losses_of(alone)) == 7
+    assert losses_of(both) == pytest.approx(losses_of(alone), rel=1e-4)
+    assert apart(weights_of(tmp_path / "2"), weights_of(tmp_path / "1")) < 1e-4

@@ -7,6 +7,8 @@ checkpoint knows of it before the next start.
 from __future__ import annotations
 
 import gc
+import multiprocessing
+import os
 import pickle
 import shutil
 from collections.abc import Callable, Sequence
@@ -27,6 +29,9 @@ from infra.tracking import Tracking
 from training.loop import train_loop_per_worker
 from training.plan import Plan, count_samples
 from training.stage import StageConfig
+
+# Imports take longer than the runs here: they are made once, and every process is a fork of that.
+multiprocessing.set_forkserver_preload(["training.loop"])
 
 PATIENCE = timedelta(seconds=120)  # with another worker: a run that hangs is a failed test
 Hook = Callable[[int], None]
@@ -64,6 +69,23 @@ class Member:
             dist.barrier()
 
 
+def start(function: Callable[..., None], arguments: tuple[Any, ...], processes: int) -> None:
+    """``function(rank, *arguments)`` in processes of their own, which see this one's environment.
+
+    Raises:
+        Exception: one of them failed; the others are ended.
+    """
+    told = (function, dict(os.environ), *arguments)
+    mp.start_processes(_in_environment, told, nprocs=processes, start_method="forkserver")
+
+
+def _in_environment(
+    rank: int, function: Callable[..., None], environment: dict[str, str], *arguments: Any
+) -> None:
+    os.environ.update(environment)
+    function(rank, *arguments)
+
+
 def train_together(
     configs: Sequence[StageConfig], tracking_uri: str, folder: Path, hook: Hook | None = None
 ) -> list[tuple[dict[str, Any], dict[int, dict[str, float]]]]:
@@ -87,7 +109,7 @@ def train_together(
             )
     told = [dump_config(plan) for plan in plans]
     most = max(config.workers for config in configs)
-    mp.spawn(_take_part, (str(folder), told, hook), nprocs=most)
+    start(_take_part, (str(folder), told, hook), most)
     answers = pickle.loads((folder / "answers").read_bytes())
     return [(answer, _history(plan)) for answer, plan in zip(answers, plans, strict=True)]
 
