@@ -312,7 +312,7 @@ def huge_png() -> bytes:
         (0, {"stream": "true"}, 400, "stream", "False"),
         (0, {"mask": "x"}, 400, "mask", "not supported"),
     ],
-    ids=lambda value: str(value)[:30],
+    ids=lambda value: getattr(value, "__name__", str(value))[:30],
 )
 def test_a_bad_edit_is_refused_with_a_sentence(
     http: httpx.Client, image: object, fields: dict, status: int, param: str, said: str
