@@ -68,7 +68,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "Instruction, blueprint or noisy blueprint: what a painter makes of each.",
     ),
     "submit": ("infra.submit:main", "Run a sub-command as a job on a Ray cluster."),
-    "tiny build": ("dim.tiny.build:main", "Pretrain the tiny models that ship with the package."),
+    "tiny build": ("workflows.tiny:main", "Pretrain the tiny models that ship with the package."),
     "tiny report": ("dim.tiny.report:main", "Measure the tiny models that ship with the package."),
 }
 GROUPS = {

@@ -1,37 +1,24 @@
-"""``dim tiny build``: pretrain the shipped tiny models on the tabletop world, part by part.
-
-The parts build on each other: the painter learns from conditions of the understanding model and
-latents of the autoencoder. Weights are stored as float16 with the log and the command beside them.
-"""
+"""The tiny models' frozen parts: trained, saved as float16, and measured on held-out scenes."""
 
 from __future__ import annotations
 
 import json
-import platform
-import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
 
 import torch
-import typer
-from rich.console import Console
-from safetensors.torch import save_file
 
-from dim.config import dump_config, load_config
-from dim.errors import InputError
 from dim.model import parts
 from dim.model.checkpoint.folder import UNDERSTANDING, write_understanding
 from dim.model.conditioner import Conditioner
 from dim.model.config import ModelConfig, UnderstandingConfig
 from dim.tiny.autoencoder import reconstruction_accuracy, train_autoencoder
 from dim.tiny.config import TinyBuildConfig
-from dim.tiny.painter import painting_accuracy, train_painter
 from dim.tiny.schedule import Progress
 from dim.tiny.understanding import design_accuracy, train_binding, train_understanding
 
-_PACKAGES = ("torch", "transformers", "diffusers", "numpy")
+Builder = Callable[[TinyBuildConfig, ModelConfig, Path, Progress], dict[str, float]]
+"""Trains a part, saves it in the folder, and returns its held-out accuracies."""
 
 
 def build_autoencoder(
@@ -61,23 +48,6 @@ def build_binding(
     return _finish_understanding(config, model.understanding, conditioner, out)
 
 
-def build_painter(
-    config: TinyBuildConfig, model: ModelConfig, out: Path, progress: Progress
-) -> dict[str, float]:
-    """Train and save painter and connector on the two parts in ``out``; returns accuracies."""
-    conditioner = _pretrained(model, out)
-    coded = model.autoencoder.model_copy(update={"weights": str(out / "autoencoder")})
-    autoencoder = parts.autoencoder(coded, dtype=torch.float32)
-    trained = train_painter(config, model, conditioner, autoencoder, out / "logs", progress)
-    accuracy = painting_accuracy(config, conditioner, autoencoder, trained)
-    folder = out / "painter"
-    trained.painter.half().network.save_pretrained(folder)
-    table = {parts.NULL_CONDITION: trained.painter.null_condition.detach()}
-    save_file(table, folder / parts.NULL_CONDITION_FILE)
-    save_file(trained.connector.half().state_dict(), folder / "connector.safetensors")
-    return accuracy
-
-
 def _pretrained(model: ModelConfig, out: Path) -> Conditioner:
     """The understanding model that an earlier part left in ``out``."""
     section = model.understanding.model_copy(update={"weights": str(out / UNDERSTANDING)})
@@ -99,77 +69,3 @@ def settings_of(model: UnderstandingConfig) -> str:
     """``model`` as JSON without what its folder says: with these settings its weights are used."""
     settings = model.model_dump(mode="json", exclude={"weights", "architecture"})
     return json.dumps(settings, indent=2) + "\n"
-
-
-Builder = Callable[[TinyBuildConfig, ModelConfig, Path, Progress], dict[str, float]]
-PARTS: dict[str, Builder] = {
-    "autoencoder": build_autoencoder,
-    "understanding": build_understanding,
-    "binding": build_binding,
-    "painter": build_painter,
-}
-
-
-def build(
-    config: TinyBuildConfig, model: ModelConfig, out: Path, names: list[str], progress: Progress
-) -> dict[str, Any]:
-    """Build the parts called ``names`` into ``out`` and write what came of each to its report.
-
-    Raises:
-        InputError: a name is no part.
-    """
-    unknown = sorted(set(names) - set(PARTS))
-    if unknown:
-        raise InputError(f"unknown part {', '.join(unknown)}; there are {', '.join(PARTS)}")
-    (out / "logs").mkdir(parents=True, exist_ok=True)
-    reports = {}
-    for name in names:
-        start = time.monotonic()
-        accuracy = PARTS[name](config, model, out, progress)
-        reports[name] = {
-            "command": f"dim tiny build --part {name}",
-            "held_out": accuracy,
-            "minutes": round((time.monotonic() - start) / 60, 1),
-            "config": dump_config(config),
-            "versions": {package: version(package) for package in _PACKAGES},
-            "machine": platform.machine(),
-        }
-        text = json.dumps(reports[name], indent=2, sort_keys=True) + "\n"
-        (out / "logs" / f"{name}.report.json").write_text(text, encoding="utf-8")
-    return reports
-
-
-def main(
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="key=value overrides of the build configuration")
-    ] = None,
-    out: Annotated[Path, typer.Option(help="folder of the weights")] = Path("dim/tiny/weights"),
-    part: Annotated[
-        list[str] | None, typer.Option(help="build this part only; may be repeated")
-    ] = None,
-    config: Annotated[Path, typer.Option(help="build configuration")] = Path(
-        "configs/tiny-build.yaml"
-    ),
-    model: Annotated[Path, typer.Option(help="model file")] = Path("configs/tiny.yaml"),
-) -> None:
-    """Pretrain the tiny models on the tabletop world (hours on one core)."""
-    console = Console()
-
-    def show(name: str, step: int, steps: int, loss: float) -> None:
-        console.print(f"{name} {step}/{steps} loss {loss:.4f}", highlight=False)
-
-    reports = build(
-        load_config(TinyBuildConfig, config, overrides or []),
-        load_config(ModelConfig, model),
-        out,
-        part or list(PARTS),
-        show,
-    )
-    for name, report in reports.items():
-        console.print(name, report["held_out"], f"in {report['minutes']} minutes")
-
-
-if __name__ == "__main__":
-    from dim.cli import run
-
-    run(main)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, PositiveInt, field_validator
@@ -62,12 +63,18 @@ class UnderstandingPartConfig(PartConfig):
         return shares
 
 
-class PainterPartConfig(PartConfig):
-    """The painter and its connector, on text-to-image alone; edits are the demo's to learn."""
+class PainterPartConfig(StrictModel):
+    """The painter and its connector, on text-to-image alone; edits are the demo's to learn.
+
+    They are trained by a stage, whose file in configs/ has everything but its data and model.
+    """
 
     scenes: PositiveInt
-    condition_dropout: float = Field(default=0.1, ge=0, le=1)
-    ema_decay: float = Field(default=0.999, gt=0, lt=1)
+    stage: str
+    stage_overrides: tuple[str, ...] = ()
+    """key=value settings on top of it."""
+    work: Path = Path("runs/tiny-build")
+    """Folder of data, checkpoints and the run's record."""
 
 
 class TinyBuildConfig(StrictModel):

@@ -11,11 +11,11 @@ from rich.console import Console
 from rich.table import Table
 
 from dim.config import load_config
-from dim.model import parts
+from dim.model import build
 from dim.model.config import ModelConfig
 from dim.tiny.autoencoder import reconstruction_accuracy
 from dim.tiny.config import TinyBuildConfig
-from dim.tiny.painter import Trained, painting_accuracy
+from dim.tiny.painter import painting_accuracy
 from dim.tiny.understanding import design_accuracy
 
 
@@ -26,17 +26,13 @@ def measure(config: TinyBuildConfig, model: ModelConfig) -> dict[str, dict[str, 
         CheckpointError: weights are missing or damaged.
     """
     torch.set_num_threads(1)
-    conditioner = parts.conditioner(model.understanding)
-    autoencoder = parts.autoencoder(model.autoencoder)
-    section = model.painter.model_copy(update={"source_latent": False})
-    trained = Trained(
-        parts.connector(model.connector, conditioner.hidden_size), parts.painter(section)
-    ).eval()
+    painter = model.painter.model_copy(update={"source_latent": False})
+    built = build(model.model_copy(update={"painter": painter}))
     limit = model.understanding.design_max_new_tokens
     return {
-        "autoencoder": reconstruction_accuracy(config, autoencoder.network),
-        "understanding": design_accuracy(config, conditioner, limit),
-        "painter": painting_accuracy(config, conditioner, autoencoder, trained),
+        "autoencoder": reconstruction_accuracy(config, built.autoencoder.network),
+        "understanding": design_accuracy(config, built.conditioner, limit),
+        "painter": painting_accuracy(config, built),
     }
 
 
