@@ -306,11 +306,6 @@ class Run:
 
         self._tracking._call(f"record the data set {name}", send)
 
-    def latest(self) -> tuple[dict[str, float], dict[str, str]]:
-        """The last value of every metric, and the tags: to watch what another process logs."""
-        found = self._tracking._call("be read", lambda: self._client.get_run(self.id))
-        return dict(found.data.metrics), dict(found.data.tags)
-
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Set MLflow tags on the run."""
 

@@ -1,29 +1,24 @@
-"""What a stage says of itself: a worker to MLflow, and the driver, from there, to the console."""
+"""What a worker says of its stage: to MLflow, and to the driver that shows it."""
 
 from __future__ import annotations
 
 import logging
 import resource
 import sys
-import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 from PIL import Image
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from infra.tracking import Run, Tracking, TrackingError
 from training import parallel
 from training.plan import Plan
+from training.progress import Teller, find_teller
 from training.stage import learning_rate_at
-
-OnProgress = Callable[[Sequence[str], Mapping[str, float]], None]
-"""Is told the lines that rank 0 has said since the last call, and the latest metrics."""
 
 SAID = "said"  # the tag that holds what was said last
 _SAID_LINES = 20
@@ -33,23 +28,25 @@ _RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
 
 
 class RunLog:
-    """Rank 0's way to MLflow; on other ranks (``run`` is ``None``) it does nothing.
+    """Rank 0's way to MLflow and the driver; on other ranks (``run`` is ``None``) it does nothing.
 
     The tracker was checked before the first step. Should it fail later, hours of training are
     worth more than its points: they are kept and sent again, and a line says so.
     """
 
-    def __init__(self, run: Run | None) -> None:
+    def __init__(self, run: Run | None, tell: Teller | None = None) -> None:
         self._run = run
+        self._tell = tell or (lambda lines, metrics: None)
         self._rows: list[tuple[int, Mapping[str, float]]] = []
         self._lines: list[str] = []
         self._sent = time.monotonic()
         self._failing = False
 
     def add(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Note ``metrics`` at ``step``; they are sent every two seconds."""
+        """Note ``metrics`` at ``step``; they are sent to MLflow every two seconds."""
         if self._run is None:
             return
+        self._tell([], metrics)
         self._rows.append((step, dict(metrics)))
         if time.monotonic() - self._sent >= _FLUSH_SECONDS:
             self.flush()
@@ -74,8 +71,9 @@ class RunLog:
         if self._run is None:
             return
         now = time.strftime("%H:%M:%S")
-        self._lines += [f"{now} {line}" for line in text.splitlines()]
-        del self._lines[:-_SAID_LINES]
+        lines = [f"{now} {line}" for line in text.splitlines()]
+        self._tell(lines, {})
+        self._lines = [*self._lines, *lines][-_SAID_LINES:]
         # Not print: Ray Train also turns that into a record of its own log, and shows both.
         sys.stdout.write(f"{text}\n")
         sys.stdout.flush()
@@ -218,7 +216,7 @@ def open_log(plan: Plan, rank: int) -> RunLog:
     if rank != 0:
         return RunLog(None)
     tracking = Tracking(plan.tracking_uri, plan.config.tracking.experiment)
-    return RunLog(tracking.attach(plan.run_id))
+    return RunLog(tracking.attach(plan.run_id), find_teller(plan.run_id))
 
 
 def silence_repeats() -> None:
@@ -226,66 +224,3 @@ def silence_repeats() -> None:
     logging.getLogger().setLevel(logging.WARNING)
     for message in ("a prompt of .* tokens is longer", "Grad strides do not match bucket view"):
         warnings.filterwarnings("ignore", message=message)
-
-
-@contextmanager
-def watch(mlflow_run: Run, on_progress: OnProgress | None) -> Iterator[None]:
-    """Tell ``on_progress`` what rank 0 logs, while the trainer blocks this thread."""
-    if on_progress is None:
-        yield
-        return
-    stopped = threading.Event()
-    seen = set(_said(mlflow_run.latest()[1]))  # by an earlier part of the run
-
-    def show() -> None:
-        with suppress(TrackingError):
-            metrics, tags = mlflow_run.latest()
-            new = [line for line in _said(tags) if line not in seen]
-            seen.update(new)
-            on_progress(new, metrics)
-
-    def poll() -> None:
-        while not stopped.wait(1.0):
-            show()
-
-    thread = threading.Thread(target=poll, name="progress", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stopped.set()
-        thread.join()
-        show()
-
-
-@contextmanager
-def progress_bar(console: Console, name: str) -> Iterator[OnProgress]:
-    """A bar on ``console``; yields what ``training.train.run`` takes as ``on_progress``.
-
-    It shows the share of features computed and, from the first step on, the share of steps.
-    """
-    columns = (
-        TextColumn("[bold]{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f}%"),
-        TextColumn("{task.fields[now]}"),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task(name, total=1.0, now="starting the workers")
-
-        def show(said: Sequence[str], metrics: Mapping[str, float]) -> None:
-            for line in said:
-                progress.console.print(line, highlight=False, markup=False, soft_wrap=True)
-            if "progress" in metrics:
-                now = f"loss {metrics['loss']:.4f} · {metrics['samples_per_second']:.0f} samples/s"
-                progress.update(task, completed=metrics["progress"], now=now)
-            elif "features_done" in metrics:
-                share = metrics["features_done"]
-                progress.update(task, completed=share, now="computing features")
-
-        yield show
-
-
-def _said(tags: Mapping[str, str]) -> list[str]:
-    return tags.get(SAID, "").splitlines()

@@ -34,9 +34,9 @@ from infra.samples import extent, fingerprint
 from infra.tracking import Run, Tracking, default_uri
 from training.estimate import GPUS, MFU, Wanted
 from training.estimate import plan as make_plan
-from training.log import OnProgress, progress_bar, watch
 from training.loop import train_loop_per_worker
 from training.plan import Plan, absolute, measure
+from training.progress import OnProgress, progress_bar, watch
 from training.record import (
     ADAPTER_FOLDER,
     CHECKPOINTS_FOLDER,
@@ -78,8 +78,8 @@ def run(
     Args:
         config: The stage.
         fresh: Discard what an earlier run left in ``out``.
-        on_progress: Called every second or so with the lines that rank 0 has said since the last
-            call and the latest metrics: ``progress`` (0 to 1), ``loss``, ``samples_per_second``, …,
+        on_progress: Called with the lines that rank 0 has said since the last call and the latest
+            metrics: ``progress`` (0 to 1), ``loss``, ``samples_per_second``, …,
             and before the first step ``features_done`` (0 to 1).
 
     Raises:
@@ -113,7 +113,7 @@ def run(
         mlflow_run.log_dict(settings, "stage.json")  # also proves that artifacts can be stored
         log_inputs(mlflow_run, config)
         plan = Plan(config=config, steps=steps, rows=rows, tracking_uri=uri, run_id=mlflow_run.id)
-        with watch(mlflow_run, on_progress):
+        with watch(mlflow_run.id, on_progress):
             record = _fit(plan, record)
     record.write(config.out)
     return _result(config, _registered(config, record))

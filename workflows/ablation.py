@@ -33,7 +33,7 @@ from pipelines.job import TrackingConfig
 from pipelines.readers.tabletop import TabletopConfig
 from pipelines.stages.paint import BLUEPRINT, INSTRUCTION
 from training import train
-from training.log import progress_bar
+from training.progress import progress_bar
 from training.stage import StageConfig
 from training.train import StageResult
 from workflows import tabletop

@@ -41,7 +41,7 @@ from pipelines.readers.tabletop import TabletopConfig
 from pipelines.stages.paint import SELF
 from serving.serve import check_port
 from training import train
-from training.log import progress_bar
+from training.progress import progress_bar
 from training.stage import StageConfig
 from workflows import tabletop
 from workflows.report import Report

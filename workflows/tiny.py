@@ -33,7 +33,7 @@ from pipelines.cluster import connect
 from pipelines.job import TrackingConfig
 from pipelines.readers.tabletop import TabletopConfig
 from training import train
-from training.log import OnProgress
+from training.progress import OnProgress
 from training.stage import StageConfig
 from training.train import StageResult
 from workflows import tabletop

@@ -7,11 +7,10 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from rich.console import Console
 
 from infra.tracking import TrackingError
 from training import log as training_log
-from training.log import SAID, RunLog, StepLog, progress_bar
+from training.log import SAID, RunLog, StepLog
 from training.plan import Plan
 from training.stage import StageConfig
 
@@ -168,13 +167,3 @@ def test_what_validation_found_is_noted_and_said(
     log.close()
     assert store.rows == [(7, found)] and store.figures == ["validation/step-00000007.png"]
     assert capfd.readouterr().out == "validation after step 7: loss 0.250, exact 1.000\n"
-
-
-def test_the_bar_shows_lines_and_shares() -> None:
-    console = Console(record=True, width=120, force_terminal=False)
-    with progress_bar(console, "edit1") as show:
-        show(["10:00:00 edit1: 20 samples [all]"], {"features_done": 0.5})
-        show([], {"progress": 1.0, "loss": 0.25, "samples_per_second": 40.0})
-    text = console.export_text()
-    assert "edit1: 20 samples [all]" in text
-    assert "100%" in text and "loss 0.2500 · 40 samples/s" in text
