@@ -324,7 +324,7 @@ class OnlineFeatures:
 
     def __init__(self, bench: Bench) -> None:
         config, device = bench.size.config, bench.device
-        with device, _made_in(torch.bfloat16):
+        with device, made_in(torch.bfloat16):
             self._conditioner = parts.conditioner(config.understanding)
             self._autoencoder = parts.autoencoder(config.autoencoder)
         side = config.sampling.resolution
@@ -479,7 +479,7 @@ def _without_figures(name: str, note: str) -> str:
 
 
 @contextmanager
-def _made_in(dtype: torch.dtype) -> Iterator[None]:
+def made_in(dtype: torch.dtype) -> Iterator[None]:
     """Weights are made in ``dtype`` inside, where single precision might not fit."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
