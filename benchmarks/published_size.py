@@ -226,17 +226,13 @@ def frozen_in_single(config: ModelConfig) -> Said:
     return Said(4 * (counts["conditioner"] + counts["autoencoder"]), "4 bytes a weight")
 
 
-def adapter(config: ModelConfig) -> Said:
-    """The frozen painter in single precision; the adapter is a hundredth of it."""
-    counts = _counts(config)
-    return Said(4 * (counts["connector"] + counts["painter"]), "4 bytes a weight")
-
-
-def planned(optimizer: OptimizerName, config: ModelConfig) -> Said:
+def planned(
+    optimizer: OptimizerName, config: ModelConfig, lora: LoraSettings | None = None
+) -> Said:
     """As ``dim train --plan`` reckons."""
     stage = StageConfig(
         stage="edit2", init="none", data=["none"], out="none", steps=1, batch_size=1,
-        learning_rate=1e-4, optimizer=optimizer, gradient_checkpointing=True,
+        learning_rate=1e-4, optimizer=optimizer, lora=lora, gradient_checkpointing=True,
     )  # fmt: skip
     made = estimate(stage, config, 1, features=True)
     return Said(made.needed, "`dim train --plan`")
@@ -252,7 +248,7 @@ def edit_in_both(config: ModelConfig) -> Said:
 ROWS = (
     Row("layout", lay_out, saved_in_half),
     Row("features", make_features, frozen_in_single),
-    Row("lora", train_adapter, adapter),
+    Row("lora", train_adapter, partial(planned, "adamw", lora=LoraSettings())),
     Row("adamw", partial(train_all, "adamw"), partial(planned, "adamw")),
     Row("adamw8bit", partial(train_all, "adamw8bit"), partial(planned, "adamw8bit")),
     Row("edit", edit, edit_in_both),

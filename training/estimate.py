@@ -27,6 +27,8 @@ from dim.learning.optimizer import MOMENT_BYTES
 from dim.learning.step import Trainable
 from dim.model.config import ModelConfig
 from dim.model.connector import Connector
+from dim.model.lora import layers
+from dim.model.lora.settings import LoraSettings
 from dim.model.painter import Painter
 from infra.models import read_config
 from infra.samples import holds_features
@@ -41,7 +43,8 @@ MFU = 0.35
 
 _USABLE = 0.95  # of a GPU's memory; kernels want some for a moment
 _WITH_BACKWARD = 3  # times the work of a forward pass
-_FLOAT = 4  # bytes of a weight that learns, of its gradient and of its average
+_WITH_FROZEN_WEIGHTS = 2  # the same where next to no weight wants a gradient
+_FLOAT, _HALF = 4, 2  # bytes of a weight, of its gradient and of its average
 
 
 class Gpu(NamedTuple):
@@ -152,21 +155,21 @@ def estimate(
     counted = count_pass(
         model, frozen.hidden, rows, tokens, side, edits=config.edits,
         checkpointed=config.gradient_checkpointing, bf16=config.precision == "bf16",
+        lora=config.lora,
     )  # fmt: skip
     held = counted.parameters / config.parallelism.parts(config.workers)
+    short = _HALF if config.precision == "bf16" else _FLOAT
     averages = 0 if config.ema_decay is None else _FLOAT
     pictures = 0 if features else (2 if config.edits else 1)
     memory = {
-        "weights": _FLOAT * held,
+        "weights": _FLOAT * held + short * counted.frozen,
         "gradients": _FLOAT * held,
         "optimizer": MOMENT_BYTES[config.optimizer] * held,
         "averages": 0 if config.ema_on_cpu else averages * held,
-        "weights in bfloat16": 2 * counted.parameters if config.precision == "bf16" else 0,
+        "weights in bfloat16": _HALF * counted.parameters if config.precision == "bf16" else 0,
         "kept for the backward pass": counted.kept,
         "frozen parts": (
-            0
-            if features and config.validation is None
-            else frozen.parameters * (2 if config.precision == "bf16" else _FLOAT)
+            0 if features and config.validation is None else short * frozen.parameters
         ),
     }
     samples = config.batch_size
@@ -204,8 +207,6 @@ def plan(config: StageConfig, wanted: Wanted) -> Table:
     Raises:
         DimError: ``init`` or the data are not there, or cannot be reckoned with.
     """
-    if config.lora is not None:
-        raise InputError("--plan reckons with stages that train all of connector and painter")
     if wanted.price is not None and wanted.gpu is None:
         raise InputError("--price needs --gpu: dollars follow from hours")
     model = read_config(wanted.model or config.init)
@@ -218,10 +219,13 @@ def plan(config: StageConfig, wanted: Wanted) -> Table:
 class Pass(NamedTuple):
     """A forward and a backward pass: ``kept`` bytes in between, ``flops`` of both.
 
-    The backward pass is reckoned as twice the forward one, and thrice with checkpointing.
+    The backward pass is reckoned as twice the forward one, and thrice with checkpointing; where an
+    adapter learns, as once and twice. ``parameters`` learn, ``frozen`` ones of connector and
+    painter do not.
     """
 
     parameters: int
+    frozen: int
     kept: int
     flops: int
 
@@ -236,6 +240,7 @@ def count_pass(
     edits: bool,
     checkpointed: bool,
     bf16: bool,
+    lora: LoraSettings | None = None,
 ) -> Pass:
     """Count a pass of connector and painter over ``rows`` samples, with nothing computed.
 
@@ -248,15 +253,22 @@ def count_pass(
         edits: the painter sees a source.
         checkpointed: with gradient checkpointing.
         bf16: under autocast.
+        lora: an adapter is trained, and nothing else.
 
     Raises:
+        InputError: the adapter does not fit the model.
         ConfigError: as for :func:`estimate`.
     """
     architecture = _painter_sizes(model)
     channels = int(architecture["in_channels"])
     kept: dict[int, torch.Tensor] = {}
-    with FakeTensorMode(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+    with torch.device("meta"):
         module = _trainable(model, architecture, hidden, edits=edits)
+        if lora is not None:
+            frozen = torch.bfloat16 if bf16 else None
+            layers.insert(module, lora, seed=0, frozen=frozen)  # type: ignore[arg-type]
+    with FakeTensorMode(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+        _pretend(module)
         module.painter.checkpoint_gradients(checkpointed)
         weights = {p.untyped_storage()._cdata for p in module.parameters()}
         latent = torch.empty(rows, channels, side, side)
@@ -275,10 +287,12 @@ def count_pass(
         with torch.no_grad(), counter, sdpa_kernel(SDPBackend.MATH):
             module(*inputs)
         nbytes = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-        parameters = sum(p.numel() for p in module.parameters())
+        learning = sum(p.numel() for p in module.parameters() if p.requires_grad)
+        every = sum(p.numel() for p in module.parameters())
     # torch's counter takes the backward pass of a depthwise convolution for that of a full one.
-    passes = _WITH_BACKWARD + checkpointed
-    return Pass(parameters, nbytes, passes * int(counter.get_total_flops()))
+    passes = checkpointed + (_WITH_BACKWARD if lora is None else _WITH_FROZEN_WEIGHTS)
+    flops = passes * int(counter.get_total_flops())
+    return Pass(learning, every - learning, nbytes, flops)
 
 
 def as_table(made: Estimate, config: StageConfig, wanted: Wanted) -> Table:
@@ -338,6 +352,16 @@ def _trainable(
     parts.painter = Painter(SanaTransformer2DModel(**sizes), table)
     parts.painter.train()
     return Trainable(parts)  # type: ignore[arg-type]
+
+
+def _pretend(module: nn.Module) -> None:
+    """Put the weights of ``module``, which is on no device, onto the CPU of a fake tensor mode."""
+    for part in module.modules():
+        for name, weight in part.named_parameters(recurse=False):
+            made = torch.empty(weight.shape, dtype=weight.dtype)
+            part.register_parameter(name, nn.Parameter(made, requires_grad=weight.requires_grad))
+        for name, buffer in part.named_buffers(recurse=False):
+            part.register_buffer(name, torch.empty(buffer.shape, dtype=buffer.dtype))
 
 
 @contextmanager

@@ -14,6 +14,8 @@ from dim.config import load_config
 from dim.errors import ConfigError, InputError
 from dim.learning.step import Trainable
 from dim.model.config import ModelConfig
+from dim.model.lora import layers
+from dim.model.lora.settings import LoraSettings
 from training import estimate, train
 from training.estimate import _keeping, count_pass, find_gpu
 from training.stage import StageConfig
@@ -55,6 +57,19 @@ def test_settings_change_what_they_are_for() -> None:
     assert of("t2i").tokens == 700
 
 
+def test_an_adapter_fits_a_card_of_24_gigabytes() -> None:
+    config = load_config(StageConfig, CONFIGS / "finetune.yaml")
+    made = estimate.estimate(config, PUBLISHED, 1500, features=True)
+    assert made.parameters == pytest.approx(11.6e6, rel=0.01)
+    # Frozen weights in bfloat16; of what learns weights, gradients, two moments and an average.
+    assert made.memory["weights"] == 2 * 1_633_619_616 + 4 * made.parameters
+    assert made.memory["optimizer"] == 8 * made.parameters
+    assert made.needed < 5e9 and made.checkpoint == 16 * made.parameters
+    whole = of("edit2", "gradient_checkpointing=true", "batch_size=32", features=True)
+    # Next to no weight has a gradient: three passes of work and not four.
+    assert made.trained_flops / 4 == pytest.approx(0.75 * whole.trained_flops / 32, rel=0.02)
+
+
 def test_time_follows_from_the_work_and_the_gpus() -> None:
     made = of("edit2", steps=100)
     h100, a100 = find_gpu("H100"), find_gpu("a100")
@@ -65,8 +80,15 @@ def test_time_follows_from_the_work_and_the_gpus() -> None:
         find_gpu("h900")
 
 
-def test_what_is_kept_for_the_backward_pass_is_what_a_real_one_keeps(tiny_model_dir: Path) -> None:
+@pytest.mark.parametrize("lora", [None, LoraSettings(rank=4)])
+def test_what_is_kept_for_the_backward_pass_is_what_a_real_one_keeps(
+    lora: LoraSettings | None, tiny_model_dir: Path
+) -> None:
     tiny = models.load(tiny_model_dir)
+    tiny.painter.requires_grad_(True)
+    tiny.connector.requires_grad_(True)
+    if lora is not None:
+        layers.insert(tiny, lora, seed=0)
     module = Trainable(tiny).train()
     hidden = tiny.connector.in_features
     channels = tiny.config.painter.architecture["in_channels"]
@@ -83,8 +105,11 @@ def test_what_is_kept_for_the_backward_pass_is_what_a_real_one_keeps(tiny_model_
             torch.zeros(3, dtype=torch.bool),
         )
     real = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-    counted = count_pass(tiny.config, hidden, 3, 40, 8, edits=True, checkpointed=False, bf16=False)
-    assert counted.parameters == sum(p.numel() for p in module.parameters())
+    counted = count_pass(
+        tiny.config, hidden, 3, 40, 8, edits=True, checkpointed=False, bf16=False, lora=lora
+    )
+    assert counted.parameters == sum(p.numel() for p in module.parameters() if p.requires_grad)
+    assert counted.parameters + counted.frozen == sum(p.numel() for p in module.parameters())
     assert counted.kept == pytest.approx(real, rel=0.02)
 
 

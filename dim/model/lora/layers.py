@@ -66,6 +66,18 @@ def attach(
         InputError: a target is no layer's name, is trained as a whole too, or a source latent's
             channels would never be learnt.
     """
+    _check_source(model, settings)
+    insert(model, settings, seed=seed, frozen=frozen)
+
+
+def insert(
+    model: DIM, settings: LoraSettings, *, seed: int, frozen: torch.dtype | None = None
+) -> None:
+    """The same for a model whose weights have no values to look at, such as torch's fake tensors.
+
+    Raises:
+        InputError: a target is no layer's name, or is trained as a whole too.
+    """
     painter, connector = model.painter, model.connector
     network = painter.network
     chosen = _chosen(model, settings)
@@ -166,14 +178,19 @@ def _chosen(model: DIM, settings: LoraSettings) -> list[str]:
         raise InputError("lora.targets: name a layer of the painter too, such as to_q")
     if of_connector and "connector" in settings.train:
         raise InputError("connector is in lora.train and in lora.targets: choose one of them")
-    if model.painter.takes_source and "patch_embed" not in settings.train:
-        kernel = model.painter.network.patch_embed.proj.weight
-        if not kernel[:, model.painter.latent_channels :].any():
-            raise InputError(
-                "the painter was made for text-to-image and sees nothing of a source yet: put "
-                "patch_embed into lora.train, or begin with an edit model"
-            )
     return chosen
+
+
+def _check_source(model: DIM, settings: LoraSettings) -> None:
+    """Refuse an adapter that leaves the source latent's channels as they are, all zero."""
+    painter = model.painter
+    if not painter.takes_source or "patch_embed" in settings.train:
+        return
+    if not painter.network.patch_embed.proj.weight[:, painter.latent_channels :].any():
+        raise InputError(
+            "the painter was made for text-to-image and sees nothing of a source yet: put "
+            "patch_embed into lora.train, or begin with an edit model"
+        )
 
 
 def _peft(settings: LoraSettings, layers: list[str]) -> LoraConfig:
