@@ -20,6 +20,7 @@ SHARED = ROOT.parent / "shared"
 BUCKET_NUMBERS = itertools.count()
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist looks at the groups when its turn comes
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Side by side, what shares a Ray or a module's fixtures stays in one process.
 
