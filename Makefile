@@ -14,7 +14,7 @@ demo: venv  ## the whole loop on this machine: data, training, serving, a report
 	@.venv/bin/dim demo
 
 test: check  ## lint, types, layout and every test
-	$(PY) -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+	$(PY) -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 
 check: venv  ## lint, format, types and layout only
 	$(PY) -m ruff check .

@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 # Before anything imports torch, Ray or a hub client: one thread per process, nothing from outside.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -20,21 +22,35 @@ SHARED = ROOT.parent / "shared"
 BUCKET_NUMBERS = itertools.count()
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist looks at the groups when its turn comes
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Side by side, what shares a Ray or a module's fixtures stays in one process.
+    """The tests on Ray first: side by side they take longest, and each process has files after."""
+    items.sort(key=lambda item: "Ray" not in group_of(item.nodeid))
 
-    The tests on Ray are most of the time, so they come first, training's beside the others'.
-    """
-    first: list[pytest.Item] = []
-    after: list[pytest.Item] = []
-    for item in items:
-        group = str(item.path.relative_to(ROOT))
-        if on_ray := "ray_cluster" in item.fixturenames:  # type: ignore[attr-defined]
-            group = "training on Ray" if "training" in item.path.parts else "Ray"
-        item.add_marker(pytest.mark.xdist_group(group))
-        (first if on_ray else after).append(item)
-    items[:] = [*first, *after]
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With ``--dist loadscope`` what shares a Ray, or a module's fixtures, is in one process."""
+    if config.getvalue("dist") != "loadscope":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByGroup(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(nodeid)
+
+    return ByGroup(config, log)
+
+
+def group_of(nodeid: str) -> str:
+    """The file of a test, or which of two Rays that file uses."""
+    return _group_of_file(nodeid.partition("::")[0])
+
+
+@cache
+def _group_of_file(path: str) -> str:
+    if "ray_cluster" not in (ROOT / path).read_text():
+        return path
+    return "training on Ray" if "training" in path else "Ray"
 
 
 def _shared_folder(name: str) -> Path:
