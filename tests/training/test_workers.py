@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,11 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.multiprocessing as mp
 
 from dim import model
+from infra.storage import Store
 from tests.feature_shards import write_features
+from tests.training.saved import steps_saved
 from tests.training.workers import train_together
 from training import loop
+from training.checkpoint_files import Snapshot
 from training.stage import StageConfig
 
 MakeStage = Callable[..., StageConfig]
@@ -188,3 +194,54 @@ def test_a_bad_gradient_of_one_worker_takes_both_back_to_what_the_first_saved(
     assert both["events"] == [{"step": 6, "back_to": 3, "salt": 1}]
     assert all(np.isfinite(metrics["loss"]) for metrics in history.values() if "loss" in metrics)
     assert both["metrics"]["skipped_updates"] == 0
+
+
+def be_told_and_be_killed(rank: int) -> None:
+    """Of the second worker: SIGTERM before step 3 of ``told``; death in ``killed``, half way
+    through the writing of its file of step 4. Each happens once.
+    """
+    update, write = loop.update, Snapshot.write
+
+    def told(worker: Any, step: int) -> Any:
+        out = Path(worker.config.out)
+        if rank == 1 and step == 2 and out.name == "told" and once(out / "told"):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return update(worker, step)
+
+    def killed(self: Snapshot, store: Store, name: str) -> Any:
+        out = Path(store.root).parent
+        if rank == 1 and out.name == "killed" and "step-00000004" in name and once(out / "died"):
+            Path(store.path(name)).parent.mkdir(parents=True, exist_ok=True)
+            Path(store.path(name)).write_bytes(bytes(100))
+            os.kill(os.getpid(), signal.SIGKILL)
+        return write(self, store, name)
+
+    loop.update, Snapshot.write = told, killed
+
+
+def once(mark: Path) -> bool:
+    there = mark.exists()
+    mark.touch()
+    return not there
+
+
+def test_a_worker_that_is_told_to_end_or_killed_while_it_saves_changes_nothing(
+    make_stage: MakeStage, tracking_uri: str, tmp_path: Path
+) -> None:
+    settings = {"steps": 6, "checkpoint_every": 2, "ema_decay": 0.9, "workers": 2}
+    through, told, killed = (make_stage(name, **settings) for name in ("through", "told", "killed"))
+    with pytest.raises(mp.ProcessRaisedException, match="ended after step 3"):
+        train_together([through, told], tracking_uri, tmp_path / "first", be_told_and_be_killed)
+    assert steps_saved(told.out) == [2, 3]
+    with pytest.raises((mp.ProcessExitedException, mp.ProcessRaisedException)):
+        train_together([told, killed], tracking_uri, tmp_path / "second", be_told_and_be_killed)
+    assert steps_saved(killed.out) == [2]
+    assert (Path(killed.out) / "checkpoints" / "step-00000004").is_dir()
+    ((answer, history),) = train_together(
+        [killed], tracking_uri, tmp_path / "third", be_told_and_be_killed
+    )
+    assert answer["error"] is None
+    assert min(step for step, metrics in history.items() if "loss" in metrics) == 3
+    expected = weights_of(tmp_path / "through")
+    for stage in (told, killed):
+        assert torch.equal(weights_of(Path(stage.out)), expected), stage.out
