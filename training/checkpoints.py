@@ -186,7 +186,10 @@ class Checkpoints:
             raise found
         first: Exception | None = None
         for one in found or []:
-            problem = parallel.agree(one.problem or self._load(state, one))
+            layout, problem = self._layout_of(one)
+            problem = parallel.agree(problem)  # or some would begin to load, which is collective
+            if problem is None:
+                problem = parallel.agree(self._load(state, one, layout))
             if problem is None:
                 self.latest = self._store.address(one.folder)
                 whole = [other.manifest for other in found or [] if other.manifest is not None]
@@ -254,10 +257,19 @@ class Checkpoints:
             return Found(folder, None, problem, begun=False)
         return Found(folder, manifest, None, begun=False)
 
-    def _load(self, state: TrainState, one: Found) -> Exception | None:
+    def _layout_of(self, one: Found) -> tuple[Layout, Exception | None]:
+        if one.manifest is None:
+            return {}, one.problem
+        try:
+            return read_layout(self._store, one.folder, one.manifest), None
+        except StorageUnavailable as error:
+            return {}, error
+        except (CheckpointError, StorageError) as error:
+            return {}, CheckpointError(str(error))
+
+    def _load(self, state: TrainState, one: Found, layout: Layout) -> Exception | None:
         assert one.manifest is not None
         try:
-            layout = read_layout(self._store, one.folder, one.manifest)
             read_into(make_room(state, layout.keys()), self._store, one.folder, layout)
             take_values(state, one.manifest.values)
         except StorageUnavailable as error:
