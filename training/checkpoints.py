@@ -177,13 +177,15 @@ class Checkpoints:
         """Load the latest checkpoint that is whole; whether there is one (a collective).
 
         Raises:
-            CheckpointError: there are some, and none of them can be used.
-            StorageUnavailable: the store is away.
+            CheckpointError: there are some, and none of them can be used, or the store refuses.
+            StorageUnavailable: it is away.
         """
         self.close()
         found = parallel.from_first(self._find() if self._rank == 0 else None)
-        if isinstance(found, StorageError):
+        if isinstance(found, StorageUnavailable):
             raise found
+        if isinstance(found, StorageError):
+            raise CheckpointError(f"the checkpoints cannot be looked for: {found}")
         first: Exception | None = None
         for one in found or []:
             layout, problem = self._layout_of(one)
@@ -212,10 +214,8 @@ class Checkpoints:
 
     def _check_metric(self, metrics: Mapping[str, float]) -> None:
         """Say so once if validation does not measure what the best checkpoint goes by."""
-        best, measured = (
-            self._config.keep_best,
-            [name for name in sorted(metrics) if name.startswith("validation_")],
-        )
+        best = self._config.keep_best
+        measured = [name for name in sorted(metrics) if name.startswith("validation_")]
         if best is None or not measured or best.metric in measured or self._said_metric:
             return
         self._said_metric = True

@@ -15,7 +15,7 @@ import tenacity.nap
 import torch
 from torch import nn
 
-from dim.errors import CheckpointError, StorageUnavailable
+from dim.errors import CheckpointError, StorageError, StorageUnavailable
 from dim.learning.ema import Ema
 from dim.learning.optimizer import OptimizerSettings, make_optimizers
 from infra import s3 as s3_module
@@ -231,7 +231,7 @@ def test_a_damaged_one_that_is_made_again_is_whole(
 
 
 def test_where_none_can_be_used_the_run_does_not_begin_anew(
-    opened: Callable[..., Checkpoints], tmp_path: Path, said: Said
+    opened: Callable[..., Checkpoints], tmp_path: Path, said: Said, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert not opened().restore(new_state())
     begun = tmp_path / "checkpoints" / "step-00000002"
@@ -244,6 +244,13 @@ def test_where_none_can_be_used_the_run_does_not_begin_anew(
         cut(data_file(tmp_path / "checkpoints" / f"step-{step:08d}"))
     wanted = r"none of the checkpoints in .* can be used; of the latest: .*00000004.* is cut short"
     with pytest.raises(CheckpointError, match=wanted):
+        opened().restore(new_state())
+
+    def refuse(*_: object) -> None:
+        raise StorageError("cannot list s3://b/c: access denied")
+
+    monkeypatch.setattr(storage.Store, "list", refuse)
+    with pytest.raises(CheckpointError, match="cannot be looked for: .*access denied"):
         opened().restore(new_state())
 
 
