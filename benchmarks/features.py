@@ -36,9 +36,11 @@ from pipelines import edit, features, ingest
 from pipelines.edit import EditConfig
 from pipelines.features import FeaturesConfig
 from pipelines.ingest import IngestConfig
+from training.checkpoints import Checkpoints
 from training.data import Feed, make_feed
 from training.log import RunLog
 from training.loop import Worker, update
+from training.notices import Notices
 from training.plan import Plan
 from training.stage import StageConfig
 from training.state import new_state
@@ -121,7 +123,7 @@ def _compare(options: argparse.Namespace, plain: str, made: str) -> Result:
 
 def _worker(plan: Plan, model: DIM, feed: Feed) -> Worker:
     """The only worker of a stage, before its first step."""
-    state = new_state(model, plan.config)
+    state, log = new_state(model, plan.config), RunLog(None)
     return Worker(
         plan=plan,
         rank=0,
@@ -133,7 +135,9 @@ def _worker(plan: Plan, model: DIM, feed: Feed) -> Worker:
         trainable=state.module,
         feed=feed,
         validation=None,
-        log=RunLog(None),
+        checkpoints=Checkpoints(plan.config, 0, None, log),
+        notices=Notices(None),
+        log=log,
     )
 
 

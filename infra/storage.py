@@ -181,6 +181,12 @@ class Store:
             with self._open(name) as file:
                 return file.read()
 
+    def read_part(self, name: str, start: int, size: int) -> bytes:
+        """``size`` bytes of a file from ``start`` on, or fewer where it ends before."""
+        with _errors("read", self.address(name)), self._open(name) as file:
+            file.seek(start)
+            return bytes(file.read(size))
+
     def map(self, name: str = "") -> pa.Buffer:
         """The bytes of a file; of a local one, in memory page by page as they are looked at."""
         if not self.is_local:
@@ -256,6 +262,26 @@ class Store:
                     yield Output(file)
                     file.flush()
                     _copy(open_store(file.name), replace(self, root=self.path(name)))
+
+    @contextmanager
+    def open_upload(self, name: str) -> Iterator[Output]:
+        """The same, but on its way to an object store it lies nowhere: a part of it is in memory.
+
+        A block that ends in an error leaves a shorter object there, where that cannot be deleted.
+        """
+        if self.is_local:
+            with self.open_output(name) as file:
+                yield file
+            return
+        with _errors("write", self.address(name)):
+            stream = self.filesystem.open_output_stream(self.path(name), compression=None)
+            try:
+                with stream:
+                    yield Output(stream)
+            except BaseException:
+                with suppress(Exception):  # it is the first error that matters
+                    self.filesystem.delete_file(self.path(name))
+                raise
 
     @contextmanager
     def open_passing(self, name: str) -> Iterator[IO[bytes] | Output]:
@@ -642,7 +668,9 @@ def _errors(action: str, address: str) -> Iterator[None]:
             raise StorageError(f"cannot {action} {address}: {_explain(error)}") from None
         raise UnreadableFile(f"not found: {address}") from None
     except (OSError, pa.ArrowException, shutil.Error) as error:
-        kind = _kind(error) if action == "read" else StorageError
+        kind = _kind(error) if action in ("read", "write", "list") else StorageError
+        if action != "read" and kind is UnreadableFile:
+            kind = StorageError
         raise kind(f"cannot {action} {address}: {_explain(error)}") from None
 
 

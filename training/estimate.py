@@ -311,7 +311,11 @@ def as_table(made: Estimate, config: StageConfig, wanted: Wanted) -> Table:
     )
     table.add_row("work of a step", f"{made.trained_flops:.3g} FLOPs trained, "
                   f"{made.frozen_flops:.3g} in the frozen parts")  # fmt: skip
-    table.add_row("a checkpoint", _gigabytes(made.checkpoint))
+    table.add_row(
+        "a checkpoint",
+        f"{_gigabytes(made.checkpoint)}; {_gigabytes(made.checkpoint / made.workers)} of each "
+        "worker's CPU memory",
+    )
     table.add_section()
     for name, nbytes in made.memory.items():
         if nbytes:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
-import ray.train
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from dim.errors import DimError, StorageUnavailable
+from dim.errors import CheckpointError, DimError, StorageUnavailable
 from dim.learning.batch import SampleOrder, WorkerOrder
 from dim.learning.ema import averaged
 from dim.learning.optimizer import set_learning_rate
@@ -21,11 +20,13 @@ from dim.model.flow import FlowSchedule, squared_error
 from infra.models import load_initial
 from training import finetune, parallel
 from training.bad_samples import TooManyBadSamples
+from training.checkpoints import Checkpoints, UnsavedError
 from training.data import Feed, choose_source, make_feed, open_shards
 from training.log import RunLog, StepLog, open_log, silence_repeats
-from training.plan import Plan, announcement
+from training.notices import Notices, interrupted, listening
+from training.plan import Plan, announcement, resumption
 from training.stage import StageConfig, learning_rate_at
-from training.state import TrainState, check_updates, new_state, restore, return_to, save
+from training.state import TrainState, check_updates, new_state
 from training.validation import Validation, open_validation
 
 
@@ -47,6 +48,8 @@ class Worker:
     trainable: nn.Module
     feed: Feed
     validation: Validation | None
+    checkpoints: Checkpoints
+    notices: Notices
     log: RunLog
 
     @property
@@ -56,7 +59,7 @@ class Worker:
 
 
 def train_loop_per_worker(config: dict[str, Any]) -> dict[str, Any]:
-    """Prepare, train, export. The answer has ``error``, ``metrics`` and the state's ``events``.
+    """Prepare, train, export: ``error``, ``metrics``, ``checkpoint`` and the state's ``events``.
 
     An error that another try would meet again is returned (``{"error": …}``) and not raised, since
     Ray Train answers what is raised by starting the workers again.
@@ -64,37 +67,57 @@ def train_loop_per_worker(config: dict[str, Any]) -> dict[str, Any]:
     plan = Plan.model_validate(config)
     torch.set_num_threads(plan.config.cpus_per_worker)
     silence_repeats()
-    worker: Worker | None = None
-    error: Exception | None = None
+    with listening():
+        worker: Worker | None = None
+        error: Exception | None = None
+        try:
+            worker = prepare(plan)
+        except DimError as problem:
+            error = problem
+        if (error := parallel.agree(error)) is not None or worker is None:
+            if isinstance(error, StorageUnavailable):
+                raise error  # Ray Train starts the workers again, at most max_failures times
+            return {"error": error, "events": []}
+        return run(worker)
+
+
+def run(worker: Worker) -> dict[str, Any]:
+    """Pick up the latest checkpoint, train, export; the answer of ``train_loop_per_worker``.
+
+    What is returned as an error here is one that all workers have met.
+    """
+    state, checkpoints = worker.state, worker.checkpoints
     try:
-        worker = prepare(plan)
-    except DimError as problem:
-        error = problem
-    if (error := parallel.agree(error)) is not None or worker is None:
-        if isinstance(error, StorageUnavailable):
-            raise error  # Ray Train starts the workers again, at most max_failures times
-        return {"error": error, "events": []}
-    worker.trainable = parallel.wrap(worker.state.module)
-    try:
+        if checkpoints.restore(state):
+            worker.log.say(resumption(worker.plan, state))
+        worker.trainable = parallel.wrap(state.module)
         metrics = train(worker)
-    except (DivergedError, TooManyBadSamples) as stopped:
-        return {"error": stopped, "events": worker.state.events}
+    except (CheckpointError, DivergedError, TooManyBadSamples, UnsavedError) as stopped:
+        return {"error": stopped, "events": state.events}
+    finally:
+        checkpoints.close()
     export(worker)
     worker.log.close()
-    return {"error": None, "metrics": metrics, "events": worker.state.events}
+    return {
+        "error": None,
+        "metrics": metrics,
+        "checkpoint": checkpoints.latest,
+        "events": state.events,
+    }
 
 
 def prepare(plan: Plan) -> Worker:
-    """Load the model, compute features, pick up the latest checkpoint.
+    """Load the model, compute features.
 
-    The only collective is the first act: whatever fails later is agreed on by the caller.
+    The only collectives are the first acts: whatever fails later is agreed on by the caller.
 
     Raises:
-        DimError: something is wrong with model, data, checkpoint or tracker.
+        DimError: something is wrong with model, data or tracker.
     """
     config = plan.config
     rank, world_size, device = parallel.this_worker()
     mesh = parallel.make_mesh(world_size, config.parallelism.parts(world_size), device)
+    group = parallel.side_group(config.collective_timeout_s)
     log = open_log(plan, rank)
     model = load_initial(config.init, edits=config.edits)
     shards = open_shards(plan, model, rank)
@@ -103,14 +126,13 @@ def prepare(plan: Plan) -> Worker:
     finetune.attach(model, config)
     model.painter.checkpoint_gradients(config.gradient_checkpointing)
     state = new_state(model, config, mesh)
-    resumed = restore(state, ray.train.get_checkpoint())
     every = SampleOrder(plan.rows, config.batch_size, config.seed, window=config.shuffle_window)
     order = WorkerOrder(every, rank, world_size)
     features = choose_source(plan, model, shards, order, log)
     validation = open_validation(config, model, rank, world_size)
     feed = make_feed(config, order, features)
     limit = model.config.understanding.max_condition_tokens
-    log.say(announcement(plan, state, features, token_limit=limit, resumed=resumed))
+    log.say(announcement(plan, state, features, token_limit=limit))
     return Worker(
         plan=plan,
         rank=rank,
@@ -122,6 +144,8 @@ def prepare(plan: Plan) -> Worker:
         trainable=state.module,
         feed=feed,
         validation=validation,
+        checkpoints=Checkpoints(config, rank, group, log),
+        notices=Notices(config.checkpoint_minutes),
         log=log,
     )
 
@@ -140,7 +164,9 @@ def update(worker: Worker, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         loss += part.detach()
 
     norm = parallel.clip_gradients(state.module, config.grad_clip)
-    if parallel.all_finite(norm):
+    broken, *signs = parallel.any_sees(~torch.isfinite(norm), *worker.notices.signs())
+    worker.notices.agree(*signs)
+    if not broken:
         set_learning_rate(state.optimizers, learning_rate_at(config, step, worker.plan.steps))
         for optimizer in state.optimizers:
             optimizer.step()
@@ -194,27 +220,57 @@ def train(worker: Worker) -> dict[str, float]:
         loss, norm = update(worker, state.step)
         skipped, waited = state.skips_in_a_row > 0, worker.feed.take_wait()
         log.add(loss, norm, skipped=skipped, waited=waited)
+        worker.checkpoints.look()
         done, last = state.step, state.step == steps
+        measured: dict[str, float] = {}  # after this very step
         if last or due(done, config.log_every):
-            metrics |= log.read(done) | worker.feed.bad.read(worker.log, worker.device)
-            metrics["skipped_updates"] = state.skipped
-            log.write(done, metrics)
+            measured |= log.read(done) | worker.feed.bad.read(worker.log, worker.device)
+            measured["skipped_updates"] = state.skipped
+            log.write(done, metrics | measured)
         if state.skips_in_a_row == config.max_skips:
             go_back(worker)
             log.restart()
             continue
-        if not last and due(done, validate_every):
-            metrics |= validate(worker)
+        if worker.notices.ending:
+            end_early(worker, measured)
+        if last or due(done, validate_every):
+            measured |= validate(worker)
             log.restart()
+        metrics |= measured
         # Weights with which no gradient is finite are none to go back to.
-        if not last and due(done, config.checkpoint_every) and not state.skips_in_a_row:
-            checkpoint(worker, metrics)
+        if last or (wants_checkpoint(worker) and not state.skips_in_a_row):
+            checkpoint(worker, measured)
             log.restart()
-    metrics |= validate(worker)
-    if begun != steps:
-        checkpoint(worker, metrics)
+    if begun == steps:  # the run ended before it could export
+        metrics |= validate(worker)
+    worker.checkpoints.finish()
     check_updates(state, steps)
     return metrics
+
+
+def wants_checkpoint(worker: Worker) -> bool:
+    """Whether one is due after the step that was made: by its number, the clock, or validation."""
+    config, done = worker.config, worker.state.step
+    validated = config.validation is not None and due(done, config.validation.every)
+    return (
+        due(done, config.checkpoint_every)
+        or worker.notices.due
+        or (validated and config.keep_best is not None)
+    )
+
+
+def end_early(worker: Worker, metrics: dict[str, float]) -> NoReturn:
+    """Save the state now and end, for Ray Train to start the workers again; all take part.
+
+    Raises:
+        RayActorError: always; Ray Train does not count it as a failure.
+    """
+    if not worker.state.skips_in_a_row:
+        checkpoint(worker, metrics)
+    worker.checkpoints.finish()
+    reason = f"{worker.notices.ending}: ended after step {worker.state.step}"
+    worker.log.say(f"{reason}, the latest checkpoint is {worker.checkpoints.latest or 'none'}")
+    raise interrupted(reason)
 
 
 def go_back(worker: Worker) -> None:
@@ -222,6 +278,7 @@ def go_back(worker: Worker) -> None:
 
     Raises:
         DivergedError: there is none, or the run went back often enough.
+        CheckpointError: none can be used.
     """
     config, state = worker.config, worker.state
     trouble = f"{config.max_skips} gradients in a row up to step {state.step} were no numbers"
@@ -230,12 +287,14 @@ def go_back(worker: Worker) -> None:
             f"{trouble}, after going back {state.salt} times: go on from the latest checkpoint "
             "with a lower learning_rate"
         )
-    latest = parallel.from_first(ray.train.get_checkpoint())  # only the first worker knows it
-    if not return_to(state, latest):
+    left, salt, events = state.step, state.salt + 1, state.events
+    if not worker.checkpoints.restore(state):
         raise DivergedError(
             f"{trouble}, before the first checkpoint: lower learning_rate or raise warmup_steps, "
             "then start again with --fresh"
         )
+    state.salt = salt  # not the checkpoint's own: going back twice would meet the same draws twice
+    state.events = [*events, {"step": left, "back_to": state.step, "salt": salt}]
     worker.log.flush()  # or MLflow could not tell a step from the same one made again
     worker.log.say(f"{trouble}: back to step {state.step}, and on with other draws")
 
@@ -257,9 +316,10 @@ def validate(worker: Worker) -> dict[str, float]:
 
 
 def checkpoint(worker: Worker, metrics: dict[str, float]) -> None:
-    """Save the state; all workers take part."""
+    """Begin to save the state, with what was measured after its last step; all take part."""
     worker.log.flush()
-    save(worker.state, metrics, rank=worker.rank)
+    worker.checkpoints.save(worker.state, metrics)
+    worker.notices.saved()
 
 
 def export(worker: Worker) -> None:

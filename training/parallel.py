@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, TypeVar
+from datetime import timedelta
+from typing import Any, TypeVar, cast
 
 import ray.train
 import ray.train.torch
@@ -13,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from dim.learning.step import Trainable
@@ -152,15 +153,6 @@ def gathered(value: Any) -> Any:
     return full.cpu() if dist.get_rank() == 0 else None
 
 
-def part_of(tensor: torch.Tensor, like: torch.Tensor | None) -> torch.Tensor:
-    """This worker's part of ``tensor`` if ``like`` is sharded, and else ``tensor`` itself."""
-    if not isinstance(like, DTensor):
-        return tensor
-    mesh, placements = like.device_mesh, like.placements
-    # Every worker has read all of it, so nothing has to travel.
-    return distribute_tensor(tensor.to(like.device), mesh, placements, src_data_rank=None)
-
-
 def agree(error: Exception | None) -> Exception | None:
     """The first worker's error, on every worker, so that all stop or none (a collective)."""
     if _alone():
@@ -170,21 +162,45 @@ def agree(error: Exception | None) -> Exception | None:
     return next((one for one in errors if one is not None), None)
 
 
-def all_finite(value: torch.Tensor) -> bool:
-    """Whether no worker's ``value`` is infinite or no number: one answer for all (a collective)."""
-    broken = (~torch.isfinite(value)).float()
+def any_sees(broken: torch.Tensor, *signs: bool) -> list[bool]:
+    """Whether any worker's ``broken`` is true, and the same of each of ``signs``.
+
+    One answer for all, and one collective for all of them.
+    """
+    told = torch.tensor(signs, dtype=torch.float32, device=broken.device)
+    seen = torch.cat([broken.float().reshape(1), told])
     if not _alone():
-        dist.all_reduce(broken)
-    return broken.item() == 0
+        dist.all_reduce(seen)
+    return [count > 0 for count in seen.tolist()]
 
 
-def from_first(item: T) -> T:
+def side_group(timeout_s: float) -> dist.ProcessGroup | None:
+    """All workers, for what a thread of each exchanges while they train (a collective).
+
+    On the workers' own group, what it sends would meet what a step sends.
+    """
+    if _alone():
+        return None
+    return dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+
+
+def from_first(item: T, group: dist.ProcessGroup | None = None) -> T:
     """The first worker's ``item``, on every worker (a collective)."""
     if _alone():
         return item
     items = [item]
-    dist.broadcast_object_list(items)
+    dist.broadcast_object_list(items, group=group)
     return items[0]
+
+
+def scatter(items: Sequence[T] | None, group: dist.ProcessGroup | None = None) -> T:
+    """Of the first worker's ``items``, one for each, this worker's (a collective)."""
+    if _alone():
+        assert items is not None
+        return items[0]
+    mine: list[T | None] = [None]
+    dist.scatter_object_list(mine, None if items is None else list(items), group=group)
+    return cast(T, mine[0])
 
 
 def mean(value: torch.Tensor) -> torch.Tensor:
@@ -201,14 +217,14 @@ def total(value: torch.Tensor) -> torch.Tensor:
     return summed
 
 
-def gather(items: list[T]) -> list[T] | None:
+def gather(items: list[T], group: dist.ProcessGroup | None = None) -> list[T] | None:
     """Every worker's ``items``, on rank 0 (a collective); ``None`` on the others."""
     if _alone():
         return items
     parts: list[list[T]] | None = None
     if dist.get_rank() == 0:
         parts = [[] for _ in range(dist.get_world_size())]
-    dist.gather_object(items, parts)
+    dist.gather_object(items, parts, group=group)
     return None if parts is None else [item for part in parts for item in part]
 
 

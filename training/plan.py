@@ -76,7 +76,7 @@ def count_samples(config: StageConfig) -> int:
 
 
 def announcement(
-    plan: Plan, state: TrainState, features: FeatureSource[Any], *, token_limit: int, resumed: bool
+    plan: Plan, state: TrainState, features: FeatureSource[Any], *, token_limit: int
 ) -> str:
     """What will happen and what memory it takes, said before it happens."""
     config = plan.config
@@ -100,18 +100,22 @@ def announcement(
         )
     if held and (cut := held.count_cut(token_limit)):
         lines.append(f"{cut} texts fill all {token_limit} condition tokens; longer ones were cut")
-    if resumed:
-        epoch, batch = divmod(state.step, plan.steps_per_epoch)
-        lines.append(
-            f"resumed after step {state.step} of {plan.steps} (epoch {epoch}, batch "
-            f"{batch} of {plan.steps_per_epoch})"
-        )
-        lines += [
-            f"learning_rate is {event['learning_rate']:g} from here on, and was "
-            f"{event['before']:g} before"
-            for event in state.events[-1:]
-            if event["step"] == state.step and "learning_rate" in event
-        ]
+    return "\n".join(lines)
+
+
+def resumption(plan: Plan, state: TrainState) -> str:
+    """Where a run stands that goes on from a checkpoint."""
+    epoch, batch = divmod(state.step, plan.steps_per_epoch)
+    lines = [
+        f"resumed after step {state.step} of {plan.steps} (epoch {epoch}, batch "
+        f"{batch} of {plan.steps_per_epoch})"
+    ]
+    lines += [
+        f"learning_rate is {event['learning_rate']:g} from here on, and was "
+        f"{event['before']:g} before"
+        for event in state.events[-1:]
+        if event["step"] == state.step and "learning_rate" in event
+    ]
     return "\n".join(lines)
 
 

@@ -30,7 +30,10 @@ OPERATIONAL_KEYS = frozenset(
         "gradient_checkpointing",
         "log_every",
         "checkpoint_every",
+        "checkpoint_minutes",
         "keep_checkpoints",
+        "keep_best",
+        "keep_hours",
         "max_skips",
         "max_returns",
         "max_failures",
@@ -89,6 +92,13 @@ class ParallelismConfig(StrictModel):
         return parts
 
 
+class KeepBestConfig(StrictModel):
+    """Which checkpoint is the best: a metric of validation. One is made after each validation."""
+
+    metric: str = Field("validation_exact", pattern="^validation_")
+    higher_is_better: bool = True
+
+
 class TrackingConfig(StrictModel):
     """Where MLflow lives. Without ``uri``: MLFLOW_TRACKING_URI, else SQLite in the stage's out."""
 
@@ -144,7 +154,10 @@ class StageConfig(StageInputs):
 
     log_every: PositiveInt = 10
     checkpoint_every: PositiveInt | None = None  # steps; None = at the end only
-    keep_checkpoints: PositiveInt = 2
+    checkpoint_minutes: PositiveFloat | None = None  # without one, then one is made
+    keep_checkpoints: PositiveInt = 2  # the last ones
+    keep_best: KeepBestConfig | None = None  # this one too, whatever its age
+    keep_hours: PositiveFloat | None = None  # and one for every so many hours
     max_skips: PositiveInt = 10  # updates in a row without a finite gradient, then back
     max_returns: NonNegativeInt = 3  # to a checkpoint, with other draws; then the run ends
     max_failures: int = Field(default=3, ge=-1)  # worker deaths survived; -1 = any number
@@ -161,6 +174,10 @@ class StageConfig(StageInputs):
             raise ValueError(
                 f"batch_size {self.batch_size} leaves some of {self.workers} workers without a "
                 "sample"
+            )
+        if self.keep_best is not None and self.validation is None:
+            raise ValueError(
+                f"keep_best goes by {self.keep_best.metric}, and validation is not set"
             )
         sharded = self.parallelism.parts(self.workers) > 1
         if sharded and self.lora is not None:

@@ -7,30 +7,24 @@ epoch, place in the data and random numbers are functions of seed, step and salt
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import ray.train
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 
-from dim.errors import CheckpointError
 from dim.learning.ema import Ema
 from dim.learning.optimizer import OptimizerSettings, make_optimizers, updates_made
 from dim.learning.step import Trainable
-from dim.learning.trained import load_trained_weights, trained_weights
+from dim.learning.trained import trained_weights
 from dim.model import DIM
 from training import parallel
 from training.stage import StageConfig
 
 COMPILED_TOKENS = 64  # conditions for compiled blocks have a multiple of so many tokens
-
-_FILE = "state.pt"
-_VERSION = 2
 
 Event = dict[str, float]
 """What happened at ``step``: ``learning_rate`` and ``before``, or ``back_to`` and ``salt``."""
@@ -74,47 +68,86 @@ def new_state(model: DIM, config: StageConfig, mesh: DeviceMesh | None = None) -
     return TrainState(module, optimizers, ema, learning_rate=config.learning_rate)
 
 
-def save(state: TrainState, metrics: Mapping[str, Any], *, rank: int) -> None:
-    """Hand the state to Ray Train as a checkpoint, written by rank 0.
+def tensors_of(state: TrainState) -> dict[str, Tensor]:
+    """Every tensor of the state by name: its own, and not copies.
 
-    Every worker calls this: sharded tensors are gathered, and Ray Train waits for all of them.
+    Names do not depend on the workers. A packed tensor (of an 8-bit optimizer) is those it consists
+    of, each by its own name.
     """
-    name = f"step-{state.step:08d}"
-    packed = parallel.gathered(_pack(state))
-    with tempfile.TemporaryDirectory() as folder:
-        checkpoint = None
-        if rank == 0:
-            torch.save(packed, Path(folder, _FILE))
-            checkpoint = ray.train.Checkpoint.from_directory(folder)
-        told = {**metrics, "step": state.step}
-        ray.train.report(told, checkpoint=checkpoint, checkpoint_dir_name=name)
+    found: dict[str, Tensor] = {}
+    for name, weight in trained_weights(state.module).items():
+        found[f"module.{name}"] = weight
+    for number, optimizer in enumerate(state.optimizers):
+        for place, kept in _kept_by(optimizer).items():
+            for name, value in kept.items():
+                if isinstance(value, Tensor):
+                    found.update(_plain(f"optimizer.{number}.{place}.{name}", value))
+    if state.ema is not None:
+        for name, average in state.ema.state_dict().items():
+            found[f"ema.{name}"] = average
+    return found
 
 
-def restore(state: TrainState, checkpoint: ray.train.Checkpoint | None) -> bool:
-    """Load a checkpoint of this run into ``state``; whether there is one.
+def values_of(state: TrainState) -> dict[str, Any]:
+    """All of the state that is no tensor, as JSON may hold it."""
+    return {
+        "step": state.step,
+        "skipped": state.skipped,
+        "skips_in_a_row": state.skips_in_a_row,
+        "salt": state.salt,
+        "learning_rate": state.learning_rate,
+        "events": state.events,
+        "optimizers": [
+            {
+                "groups": [{"step": g["step"]} if "step" in g else {} for g in o.param_groups],
+                "parameters": {
+                    str(place): {k: v for k, v in kept.items() if not isinstance(v, Tensor)}
+                    for place, kept in _kept_by(o).items()
+                },
+            }
+            for o in state.optimizers
+        ],
+    }
+
+
+def make_room(state: TrainState, names: Collection[str]) -> dict[str, Tensor]:
+    """The tensors of the state, to be filled with those of a checkpoint that has these ``names``.
+
+    An optimizer makes its moments when it makes its first update. So it makes one here, with
+    gradients of zero: as large as in training, on the parameters' devices and sharded as they are.
+    What it did to the weights is overwritten by what is loaded.
+    """
+    if not any(optimizer.state for optimizer in state.optimizers):
+        for weight in state.module.parameters():
+            if weight.requires_grad:
+                weight.grad = torch.zeros_like(weight)
+        for optimizer in state.optimizers:
+            optimizer.step()
+        state.module.zero_grad()
+    for number, optimizer in enumerate(state.optimizers):
+        for place, parameter in enumerate(_parameters_of(optimizer)):
+            start = f"optimizer.{number}.{place}."
+            if not any(name.startswith(start) for name in names):
+                optimizer.state.pop(parameter, None)  # it had no gradient so far
+    return tensors_of(state)
+
+
+def take_values(state: TrainState, values: dict[str, Any]) -> None:
+    """Give the state what ``values_of`` has told of another one, but for its learning rate.
 
     Raises:
-        CheckpointError: it cannot be read or does not fit the model.
+        KeyError, ValueError: they are not of this program's making.
     """
-    if checkpoint is None:
-        return False
-    with checkpoint.as_directory() as folder:
-        _unpack(state, Path(folder, _FILE), where=checkpoint.path)
-    return True
-
-
-def return_to(state: TrainState, checkpoint: ray.train.Checkpoint | None) -> bool:
-    """Load a checkpoint of this run to go on from it with other draws; whether there is one.
-
-    Raises:
-        CheckpointError: as for ``restore``.
-    """
-    left, salt, events = state.step, state.salt + 1, state.events
-    if not restore(state, checkpoint):
-        return False
-    state.salt = salt  # not the checkpoint's own: going back twice would meet the same draws twice
-    state.events = [*events, {"step": left, "back_to": state.step, "salt": salt}]
-    return True
+    for optimizer, told in zip(state.optimizers, values["optimizers"], strict=True):
+        for group, saved in zip(optimizer.param_groups, told["groups"], strict=True):
+            group.update(saved)
+        for place, kept in _kept_by(optimizer).items():
+            kept.update(told["parameters"][str(place)])
+    state.step, state.salt, state.events = values["step"], values["salt"], values["events"]
+    state.skipped, state.skips_in_a_row = values["skipped"], values["skips_in_a_row"]
+    if values["learning_rate"] != state.learning_rate:
+        changed = {"learning_rate": state.learning_rate, "before": values["learning_rate"]}
+        state.events = [*state.events, {"step": state.step} | changed]
 
 
 def check_updates(state: TrainState, steps: int) -> None:
@@ -128,67 +161,19 @@ def check_updates(state: TrainState, steps: int) -> None:
         raise RuntimeError(f"{wanted} updates were asked for but {sorted(made)} made")
 
 
-def _pack(state: TrainState) -> dict[str, Any]:
-    return {
-        "version": _VERSION,
-        "step": state.step,
-        "skipped": state.skipped,
-        "skips_in_a_row": state.skips_in_a_row,
-        "salt": state.salt,
-        "learning_rate": state.learning_rate,
-        "events": state.events,
-        "module": trained_weights(state.module),
-        "optimizers": [optimizer.state_dict() for optimizer in state.optimizers],
-        "ema": None if state.ema is None else state.ema.state_dict(),
-    }
+def _parameters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
-def _unpack(state: TrainState, path: Path, *, where: str) -> None:
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise CheckpointError(f"the checkpoint {where} cannot be read: {error}") from error
-    if saved["version"] != _VERSION:
-        raise CheckpointError(
-            f"the checkpoint {where} has format {saved['version']}, this program reads {_VERSION}"
-        )
-    try:
-        _load_weights(state.module, saved["module"])
-        for optimizer, its in zip(state.optimizers, saved["optimizers"], strict=True):
-            _load_optimizer(optimizer, its)
-        if state.ema is not None:
-            state.ema.load_state_dict(_parts_of(saved["ema"], state.ema.state_dict()))
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(f"the checkpoint {where} does not fit the model: {reason}") from error
-    state.step, state.salt, state.events = saved["step"], saved["salt"], saved["events"]
-    state.skipped, state.skips_in_a_row = saved["skipped"], saved["skips_in_a_row"]
-    if saved["learning_rate"] != state.learning_rate:
-        changed = {"learning_rate": state.learning_rate, "before": saved["learning_rate"]}
-        state.events = [*state.events, {"step": state.step} | changed]
+def _kept_by(optimizer: torch.optim.Optimizer) -> dict[int, dict[str, Any]]:
+    """What an optimizer remembers of its parameters, by their place among them."""
+    parameters = enumerate(_parameters_of(optimizer))
+    return {place: optimizer.state[p] for place, p in parameters if p in optimizer.state}
 
 
-def _load_weights(module: nn.Module, saved: dict[str, torch.Tensor]) -> None:
-    load_trained_weights(module, _parts_of(saved, trained_weights(module)))
-
-
-def _parts_of(
-    saved: dict[str, torch.Tensor], current: dict[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    """This worker's parts of whole tensors: as what is there now is sharded."""
-    return {name: parallel.part_of(tensor, current.get(name)) for name, tensor in saved.items()}
-
-
-def _load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
-    """What is as large as its parameter is sharded as that is."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    states = {
-        number: {
-            name: parallel.part_of(value, parameters[number])
-            if isinstance(value, torch.Tensor) and value.shape == parameters[number].shape
-            else value
-            for name, value in kept.items()
-        }
-        for number, kept in saved["state"].items()
-    }
-    optimizer.load_state_dict({**saved, "state": states})
+def _plain(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(tensor, DTensor) or not hasattr(tensor, "__tensor_flatten__"):
+        yield name, tensor
+        return
+    for inner in tensor.__tensor_flatten__()[0]:
+        yield from _plain(f"{name}.{inner}", getattr(tensor, inner))

@@ -15,7 +15,6 @@ import ray
 import typer
 from ray.exceptions import RayActorError
 from ray.train import (
-    CheckpointConfig,
     FailureConfig,
     LoggingConfig,
     RunConfig,
@@ -35,6 +34,7 @@ from infra.tracking import Run, Tracking, default_uri
 from training.estimate import GPUS, MFU, Wanted
 from training.estimate import plan as make_plan
 from training.loop import train_loop_per_worker
+from training.notices import CatchSigterm
 from training.plan import Plan, absolute, measure
 from training.progress import OnProgress, progress_bar, watch
 from training.record import (
@@ -140,8 +140,8 @@ def make_trainer(plan: Plan) -> TorchTrainer:
             name=CHECKPOINTS_FOLDER,
             storage_path=store.root,
             storage_filesystem=store.filesystem,
-            checkpoint_config=CheckpointConfig(num_to_keep=config.keep_checkpoints),
             failure_config=FailureConfig(max_failures=config.max_failures),
+            callbacks=[CatchSigterm()],  # type: ignore[list-item]
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
@@ -289,8 +289,7 @@ def _fit(plan: Plan, record: StageRecord) -> StageRecord:
     if outcome["error"] is not None:
         record.write(plan.config.out)
         raise outcome["error"]
-    assert result.checkpoint is not None  # the last step leaves one
-    last = storage.join(plan.config.out, CHECKPOINTS_FOLDER, Path(result.checkpoint.path).name)
+    last = outcome["checkpoint"]
     return replace(record, finished=True, metrics=outcome["metrics"], checkpoint=last)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import pickle
 import threading
@@ -381,3 +382,43 @@ def test_what_passes_what_is_damaged_and_what_is_refused(
     with pytest.raises(StorageError) as caught, open_store(str(tmp_path)).open_parquet("x"):
         pass
     assert type(caught.value) is kind and f"{tmp_path}/x" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (OSError("AWS Error UNKNOWN (HTTP status 503) during PutObject"), StorageUnavailable),
+        (OSError(errno.ESTALE, "Stale file handle"), StorageUnavailable),
+        (OSError(errno.ENOSPC, "No space left on device"), StorageError),
+        (pa.ArrowInvalid("no such thing"), StorageError),
+    ],
+)
+def test_a_write_says_whether_another_may_go_well(
+    tmp_path: Path, error: Exception, kind: type[StorageError]
+) -> None:
+    with pytest.raises(StorageError) as caught, open_store(str(tmp_path)).open_upload("x"):
+        raise error
+    assert type(caught.value) is kind and f"{tmp_path}/x" in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_upload_lies_nowhere_on_its_way(
+    s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_disk(*_: object, **__: object) -> None:
+        raise AssertionError("a temporary file was made")
+
+    monkeypatch.setattr(storage.tempfile, "NamedTemporaryFile", no_disk)
+    for store in (open_store(f"{s3}/folder"), open_store(str(tmp_path))):
+        with store.open_upload("whole") as file:
+            file.write(b"some ")
+            file.write(b"bytes")
+        assert (file.size, file.sha256) == (10, hashlib.sha256(b"some bytes").hexdigest())
+        assert store.read("whole") == b"some bytes"
+        assert store.read_part("whole", 3, 4) == b"e by" and store.read_part("whole", 8, 9) == b"es"
+        with pytest.raises(UnreadableFile, match="not found: .*/none"):
+            store.read_part("none", 0, 1)
+        with pytest.raises(ValueError, match="stop"), store.open_upload("half") as file:
+            file.write(b"some")
+            raise ValueError("stop")
+        assert not store.exists("half")

@@ -22,6 +22,7 @@ from dim.model import ModelConfig
 from dim.model.lora import layers
 from infra.tracking import Tracking
 from tests.conftest import ROOT
+from tests.training.saved import read_saved
 from training import loop
 from training.loop import train_loop_per_worker
 from training.plan import Plan, count_samples
@@ -58,7 +59,6 @@ def start(
             "lora": LORA,
         }
         config = StageConfig.model_validate(defaults | settings)
-        alone.folder = Path(config.out) / "checkpoints"
         with Tracking(tracking_uri, "dim-training").run(config.stage) as mlflow_run:
             plan = Plan(
                 config=config,
@@ -78,11 +78,6 @@ def adapter_of(folder: Path) -> dict[str, torch.Tensor]:
         for file in sorted((folder / "adapter").iterdir())
         for name, tensor in load_file(file).items()
     }
-
-
-def saved_state(alone: Any) -> dict[str, Any]:
-    with alone.checkpoint.as_directory() as folder:
-        return torch.load(Path(folder, "state.pt"), weights_only=True)
 
 
 def dim(*arguments: object) -> int:
@@ -123,11 +118,11 @@ def test_from_pairs_to_a_changed_picture(
 
 
 def test_checkpoints_optimizer_and_average_hold_the_adapter_only(
-    start: Callable[..., Any], alone: Any, tmp_path: Path
+    start: Callable[..., Any], tmp_path: Path
 ) -> None:
     answer, _ = start(ema_decay=0.5, lora=LORA | {"targets": ["attn2.to_q"]})
     assert answer["error"] is None
-    saved = saved_state(alone)
+    _, saved = read_saved(tmp_path / "out")
     wanted = {
         f"painter.network.transformer_blocks.{block}.attn2.to_q.lora_{half}.default.weight"
         for block in range(5)
@@ -137,13 +132,15 @@ def test_checkpoints_optimizer_and_average_hold_the_adapter_only(
         "painter.network.patch_embed.proj.weight",
         "painter.network.patch_embed.proj.bias",
     }
-    assert saved["module"].keys() == saved["ema"].keys() == wanted
-    assert len(saved["optimizers"][0]["state"]) == len(wanted)
-    assert len(saved["optimizers"][0]["param_groups"][0]["params"]) == len(wanted)
+    moments = {f"optimizer.0.{place}" for place in range(len(wanted))}
+    assert saved.keys() == {
+        *(f"{part}.{name}" for part in ("module", "ema") for name in wanted),
+        *(f"{each}.{name}" for each in moments for name in ("step", "exp_avg", "exp_avg_sq")),
+    }
     exported = adapter_of(tmp_path / "out")
     key = "transformer_blocks.0.attn2.to_q.lora_B"
     average, trained = (
-        saved[each][f"painter.network.{key}.default.weight"] for each in ("ema", "module")
+        saved[f"{each}.painter.network.{key}.default.weight"] for each in ("ema", "module")
     )
     assert torch.equal(exported[f"transformer.{key}.weight"], average)
     assert not torch.equal(average, trained)
@@ -201,7 +198,7 @@ def test_dropout_is_on_in_training_and_off_in_validation(
 
 
 def test_the_frozen_base_is_bfloat16_under_bf16(
-    start: Callable[..., Any], alone: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    start: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     seen: dict[str, torch.dtype] = {}
     prepare = loop.prepare
@@ -218,8 +215,8 @@ def test_the_frozen_base_is_bfloat16_under_bf16(
     assert answer["error"] is None
     assert seen == {"learns": torch.float32, "frozen": torch.bfloat16}
     assert {tensor.dtype for tensor in adapter_of(tmp_path / "out").values()} == {torch.float32}
-    moments = saved_state(alone)["optimizers"][0]["state"].values()
-    assert {each["exp_avg"].dtype for each in moments} == {torch.float32}
+    _, saved = read_saved(tmp_path / "out")
+    assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
 
 
 def test_the_adapter_is_an_artifact_of_the_run(

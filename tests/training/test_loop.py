@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,10 +12,18 @@ import mlflow
 import numpy as np
 import pytest
 import torch
+from ray.exceptions import RayActorError
+from ray.train import PreemptionInfo
 
 from dim import model, records
 from dim.config import dump_config
-from dim.errors import CheckpointError, DimError, InputError, StorageUnavailable
+from dim.errors import (
+    CheckpointError,
+    DimError,
+    InputError,
+    StorageError,
+    StorageUnavailable,
+)
 from dim.features.shards import ImageShards
 from dim.images import encode_jpeg
 from dim.learning.step import changed_cells
@@ -21,12 +31,16 @@ from dim.model import flow
 from dim.model.autoencoder import Autoencoder
 from dim.model.conditioner import Conditioner
 from dim.model.painter import Painter
+from infra import storage
 from infra.tracking import Tracking
 from tests.datasets import edit_rows
 from tests.feature_shards import write_features
 from tests.image_files import opened
-from training import loop
+from tests.training.saved import read_saved, steps_saved
+from training import loop, notices
 from training.bad_samples import TooManyBadSamples
+from training.checkpoint_files import Snapshot
+from training.checkpoints import UnsavedError
 from training.loop import DivergedError, train_loop_per_worker
 from training.plan import Plan, count_samples
 from training.stage import StageConfig
@@ -49,7 +63,6 @@ def start(
             "log_every": 1,
         }
         config = StageConfig.model_validate(defaults | settings)
-        alone.folder = Path(config.out) / "checkpoints"
         rows = count_samples(config)
         with Tracking(tracking_uri, "dim-training").run(config.stage) as mlflow_run:
             plan = Plan(
@@ -167,18 +180,17 @@ def test_checkpointed_gradients_train_alike(
 
 
 def test_the_exported_weights_are_the_average(
-    start: Callable[..., Any], edit_data: str, tmp_path: Path, alone: Any, tiny_model_dir: Path
+    start: Callable[..., Any], edit_data: str, tmp_path: Path, tiny_model_dir: Path
 ) -> None:
     answer, _ = start(data=[edit_data], ema_decay=0.9, out=str(tmp_path / "out"))
     assert answer["error"] is None
-    with alone.checkpoint.as_directory() as folder:
-        saved = torch.load(Path(folder, "state.pt"), weights_only=True)
+    values, saved = read_saved(tmp_path / "out")
     exported, begun = weights_of(tmp_path / "out" / "model"), weights_of(tiny_model_dir)
     name = "network.proj_out.weight"
-    average, trained = saved["ema"][f"painter.{name}"], saved["module"][f"painter.{name}"]
+    average, trained = saved[f"ema.painter.{name}"], saved[f"module.painter.{name}"]
     assert torch.equal(exported[name], average)
     assert not torch.equal(average, trained) and not torch.equal(average, begun[name])
-    assert saved["step"] == 3
+    assert values["step"] == 3
 
 
 def test_a_run_goes_on_from_its_checkpoint_and_not_from_the_start(
@@ -231,6 +243,131 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> Poison:
     return apply
 
 
+@pytest.mark.parametrize("told_by", ["SIGTERM", "Ray Train"])
+def test_a_run_that_is_told_to_end_saves_at_once_and_goes_on_exactly(
+    start: Callable[..., Any],
+    edit_data: str,
+    tracking_uri: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    alone: Any,
+    told_by: str,
+) -> None:
+    settings = {"data": [edit_data], "steps": 6, "checkpoint_every": 2, "ema_decay": 0.9}
+    _, through = start(**settings, out=str(tmp_path / "through"))
+    update, former = loop.update, signal.getsignal(signal.SIGTERM)
+
+    def told(worker: Any, step: int) -> Any:
+        if step == 2 and told_by == "SIGTERM":
+            os.kill(os.getpid(), signal.SIGTERM)
+        elif step == 2:
+            alone.preemption = PreemptionInfo(None, {"node": [0]})
+            worker.notices._asked -= notices._ASK_EVERY_S
+        return update(worker, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "update", told)
+        with pytest.raises(RayActorError) as caught:
+            start(**settings, out=str(tmp_path / "resumed"))
+    assert caught.value.preempted  # so Ray Train does not count it as a failure
+    reason = "told to end (SIGTERM)" if told_by == "SIGTERM" else "1 nodes are about to be taken"
+    assert reason in str(caught.value) and str(caught.value).endswith(": ended after step 3")
+    assert steps_saved(tmp_path / "resumed") == [2, 3]
+    assert signal.getsignal(signal.SIGTERM) is former
+
+    alone.preemption = None
+    answer, resumed = start(**settings, out=str(tmp_path / "resumed"))
+    assert answer["error"] is None
+    assert answer["checkpoint"] == f"{tmp_path}/resumed/checkpoints/step-00000006"
+    whole, rest = losses_of(tracking_uri, through), losses_of(tracking_uri, resumed)
+    assert rest == {step: whole[step] for step in (4, 5, 6)}
+    one, other = (weights_of(tmp_path / name / "model") for name in ("through", "resumed"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_run_that_is_told_to_end_while_no_gradient_is_finite_leaves_what_it_had(
+    start: Callable[..., Any],
+    edit_data: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    poison: Poison,
+) -> None:
+    poison(lambda step, salt: step >= 3)
+    update = loop.update
+
+    def told(worker: Any, step: int) -> Any:
+        worker.notices.ending = "the end" if step == 4 else ""
+        return update(worker, step)
+
+    monkeypatch.setattr(loop, "update", told)
+    with pytest.raises(RayActorError, match="the end: ended after step 5"):
+        start(data=[edit_data], steps=6, checkpoint_every=2)
+    assert steps_saved(tmp_path / "out") == [2]
+
+
+def test_checkpoints_by_the_clock_and_of_the_best(
+    start: Callable[..., Any],
+    edit_data: str,
+    held_out_data: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    update, scores = loop.update, iter([0.5, 0.9, 0.1])
+
+    def an_hour_later(worker: Any, step: int) -> Any:
+        if step == 4:
+            worker.notices._saved -= 3600
+        return update(worker, step)
+
+    def scored(worker: Any) -> dict[str, float]:
+        return {"validation_exact": next(scores)}
+
+    monkeypatch.setattr(loop, "update", an_hour_later)
+    monkeypatch.setattr(loop, "validate", scored)
+    answer, _ = start(
+        data=[edit_data],
+        steps=8,
+        checkpoint_minutes=60,
+        keep_checkpoints=2,
+        keep_best={},
+        validation={"data": [held_out_data], "samples": 1, "steps": 1, "every": 3},
+    )
+    assert answer["error"] is None and answer["metrics"]["validation_exact"] == 0.1
+    # Made after validation at 3 and 6, by the clock at 5, and at the end.
+    assert steps_saved(tmp_path / "out") == [6, 8]
+
+
+def test_checkpoints_that_cannot_be_written_are_returned(
+    start: Callable[..., Any],
+    edit_data: str,
+    tracking_uri: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full(self: Snapshot, store: storage.Store, name: str) -> Any:
+        raise StorageError(f"cannot write {name}: no space left on the disk")
+
+    monkeypatch.setattr(Snapshot, "write", full)
+    answer, run_id = start(data=[edit_data], steps=6, checkpoint_every=1)
+    assert isinstance(answer["error"], UnsavedError)
+    assert str(answer["error"]).endswith("no space left on the disk")
+    assert list(losses_of(tracking_uri, run_id)) == [1, 2, 3]  # the second one's failure was seen
+    said = mlflow.MlflowClient(tracking_uri).get_run(run_id).data.tags["said"]
+    assert said.count("warning: a checkpoint was not written") == 2
+    assert not (tmp_path / "out" / "model").exists()
+
+
+def test_checkpoints_that_cannot_be_used_are_returned(
+    start: Callable[..., Any], edit_data: str, tmp_path: Path
+) -> None:
+    former = tmp_path / "out" / "checkpoints" / "step-00000004"
+    former.mkdir(parents=True)
+    (former / "state.pt").write_bytes(b"of a former version")
+    answer, _ = start(data=[edit_data])
+    assert isinstance(answer["error"], CheckpointError)
+    assert "saved by a former version of this program (state.pt)" in str(answer["error"])
+
+
 def test_a_gradient_that_is_no_number_moves_nothing_and_is_counted(
     start: Callable[..., Any],
     edit_data: str,
@@ -264,7 +401,6 @@ def test_a_run_of_such_gradients_goes_back_and_meets_other_noise(
     tracking_uri: str,
     tmp_path: Path,
     poison: Poison,
-    alone: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     settings = {"data": [edit_data], "steps": 8, "checkpoint_every": 2, "max_skips": 2}
@@ -332,7 +468,6 @@ def test_a_run_may_go_on_with_another_learning_rate(
     tracking_uri: str,
     tmp_path: Path,
     poison: Poison,
-    alone: Any,
 ) -> None:
     settings = {"data": [edit_data], "steps": 6, "checkpoint_every": 2, "max_skips": 2}
     poison(lambda step, salt: step >= 4)
@@ -345,9 +480,8 @@ def test_a_run_may_go_on_with_another_learning_rate(
     run = mlflow.MlflowClient(tracking_uri).get_run(run_id)
     assert "learning_rate is 0.0002 from here on, and was 0.001 before" in run.data.tags["said"]
     assert run.data.metrics["learning_rate"] == 2e-4
-    with alone.checkpoint.as_directory() as folder:
-        saved = torch.load(Path(folder, "state.pt"), weights_only=True)
-    assert saved["events"] == [change] and saved["learning_rate"] == 2e-4
+    values, _ = read_saved(tmp_path / "out")
+    assert values["events"] == [change] and values["learning_rate"] == 2e-4
 
 
 def test_mistakes_are_returned_before_the_first_step(
@@ -364,20 +498,6 @@ def test_mistakes_are_returned_before_the_first_step(
     assert isinstance(error_of(data=[broken]), InputError)
     missing = error_of(data=[edit_data], init=str(tmp_path / "nothing"))
     assert isinstance(missing, CheckpointError) and "neither a model folder nor" in str(missing)
-
-
-def test_a_checkpoint_of_another_model_is_refused(
-    start: Callable[..., Any], edit_data: str, alone: Any
-) -> None:
-    start(data=[edit_data], steps=1)
-    with alone.checkpoint.as_directory() as folder:
-        file = Path(folder, "state.pt")
-        saved = torch.load(file, weights_only=True)
-        saved["module"].pop("connector.0.weight")
-        torch.save(saved, file)
-    answer, _ = start(data=[edit_data], steps=2)
-    assert isinstance(answer["error"], CheckpointError)
-    assert "does not fit the model" in str(answer["error"])
 
 
 def test_updates_are_counted(

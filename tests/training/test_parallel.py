@@ -36,8 +36,9 @@ def take_part(rank: int, folder: str) -> None:
         "waits": waits,
         "mean": parallel.mean(value).item(),
         "value": value.item(),
-        "finite": parallel.all_finite(value),
-        "not finite": parallel.all_finite(value / rank),  # infinite on the first worker alone
+        "seen": parallel.any_sees(value > 1.5, rank == 0, False),
+        "not seen": parallel.any_sees(value > 5),
+        "scattered": parallel.scatter([3, 4] if rank == 0 else None),
         "from first": parallel.from_first(f"worker {rank}"),
         "gathered": parallel.gather([rank, rank + 10]),
         "first": f"{type(first).__name__}: {first}",
@@ -57,8 +58,9 @@ def test_two_workers_agree_average_and_gather(tmp_path: Path) -> None:
     assert one["first"] == other["first"] == "InputError: worker 1 found it"
     assert one["none"] and other["none"]
     assert one["waits"] == other["waits"] == [False, True]
-    assert one["finite"] and other["finite"]
-    assert not one["not finite"] and not other["not finite"]
+    assert one["seen"] == other["seen"] == [True, True, False]
+    assert one["not seen"] == other["not seen"] == [False]
+    assert (one["scattered"], other["scattered"]) == (3, 4)
     assert one["from first"] == other["from first"] == "worker 0"
 
 
@@ -68,8 +70,8 @@ def test_one_worker_needs_nobody() -> None:
     assert parallel.mean(torch.tensor(3.0)).item() == 3.0
     assert parallel.gather([1, 2]) == [1, 2]
     assert parallel.from_first("here") == "here"
-    assert parallel.all_finite(torch.tensor(3.0))
-    assert not parallel.all_finite(torch.tensor(float("nan")))
+    assert parallel.any_sees(torch.tensor(True), False) == [True, False]
+    assert parallel.scatter([5]) == 5 and parallel.side_group(1.0) is None
 
 
 def test_the_precision_of_a_forward_pass() -> None:
@@ -164,5 +166,4 @@ def test_sharded_blocks_can_be_compiled(
 def test_what_is_not_sharded_stays_as_it_is() -> None:
     assert parallel.make_mesh(4, 1, torch.device("cpu")) is None
     plain = torch.ones(3)
-    assert parallel.part_of(plain, None) is plain and parallel.part_of(plain, plain) is plain
     assert parallel.gathered({"a": [plain, 3]}) == {"a": [plain, 3]}

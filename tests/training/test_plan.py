@@ -14,7 +14,7 @@ from dim.errors import CheckpointError, InputError
 from dim.features.encoder import CachedFeatures, FrozenEncoder, LiveFeatures
 from dim.features.shards import Share
 from infra.samples import open_images
-from training.plan import Plan, absolute, announcement, measure
+from training.plan import Plan, absolute, announcement, measure, resumption
 from training.stage import StageConfig
 from training.state import TrainState
 
@@ -24,12 +24,12 @@ def stage(data: str, init: str | Path, **changes: Any) -> StageConfig:
     return StageConfig.model_validate(values | {"learning_rate": 1, "epochs": 4} | changes)
 
 
-def said(config: StageConfig, features: Any, step: int = 0, **options: Any) -> list[str]:
+def said(config: StageConfig, features: Any, **options: Any) -> list[str]:
     plan = Plan(config=config, steps=12, rows=20, tracking_uri="", run_id="")
     module = nn.Linear(1000, 1000)
     module.bias.requires_grad_(False)
-    state = TrainState(module, [torch.optim.SGD(module.parameters())], None, step)
-    options = {"token_limit": 512, "resumed": False} | options
+    state = TrainState(module, [torch.optim.SGD(module.parameters())], None)
+    options = {"token_limit": 512} | options
     return announcement(plan, state, features, **options).splitlines()
 
 
@@ -90,7 +90,8 @@ def test_few_samples_and_a_run_that_goes_on_are_announced(
         ["instruction"],
     )
     config = stage(edit_data, tiny_model_dir)
-    lines = said(config, live, step=7, resumed=True)
-    assert lines[1:] == ["resumed after step 7 of 12 (epoch 2, batch 1 of 3)"]
+    plan = Plan(config=config, steps=12, rows=20, tracking_uri="", run_id="")
+    state = TrainState(nn.Linear(1, 1), [], None, 7)
+    assert resumption(plan, state) == "resumed after step 7 of 12 (epoch 2, batch 1 of 3)"
     lines = said(config.model_copy(update={"batch_size": 32}), live)
     assert lines[1:] == ["20 samples are fewer than a batch of 32: they repeat in it"]

@@ -161,3 +161,12 @@ def test_learning_rate_schedules() -> None:
     rates = [learning_rate_at(cosine, step, 10) for step in range(10)]
     assert rates[2] == 1.0 and rates[6] == pytest.approx(0.5) and 0 < rates[9] < 0.1
     assert rates[2:] == sorted(rates[2:], reverse=True)
+
+
+def test_the_best_checkpoint_goes_by_validation() -> None:
+    with pytest.raises(ConfigError, match="goes by validation_exact, and validation is not set"):
+        stage(keep_best={})
+    with pytest.raises(ConfigError, match=r"keep_best\.metric"):
+        stage(keep_best={"metric": "loss"}, validation={"data": ["d"]})
+    best = stage(keep_best={}, validation={"data": ["d"]}).keep_best
+    assert best is not None and (best.metric, best.higher_is_better) == ("validation_exact", True)

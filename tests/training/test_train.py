@@ -26,6 +26,7 @@ from infra.models import load_initial, on_this_machine
 from infra.registry import Registry, located
 from infra.tracking import Tracking, TrackingError
 from tests.feature_shards import write_features
+from tests.training.saved import steps_saved
 from training import train
 from training.loop import DivergedError
 from training.plan import absolute, measure
@@ -193,24 +194,31 @@ def assert_close(one: str, other: str, tolerance: float) -> None:
         assert torch.allclose(tensor, expected[name], atol=tolerance), name
 
 
-def loop_that_is_killed(step: int, after: str, out: Path) -> Callable[[dict[str, Any]], Any]:
-    """The training loop whose rank 0 dies before ``step``, once, when ``after`` is committed.
+def loop_that_is_killed(
+    step: int, after: str, out: Path, told: int | None = None
+) -> Callable[[dict[str, Any]], Any]:
+    """The training loop whose rank 0 dies before ``step``, once, when ``after`` is written.
 
-    Ray Train's controller takes note of a checkpoint a moment after it was reported.
+    Rank 1 gets SIGTERM before the step ``told``, once.
     """
-    snapshot, died = out / "checkpoints" / "checkpoint_manager_snapshot.json", out / f"died-{step}"
+    committed, died = out / "checkpoints" / after / "manifest.json", out / f"died-{step}"
 
     def train_loop(config: dict[str, Any]) -> Any:
-        from training import loop
+        from training import loop, notices
 
         update = loop.update
 
         def fatal(worker: Any, number: int) -> Any:
             if number == step and worker.rank == 0 and not died.exists():
-                while after not in snapshot.read_text():
+                while not committed.exists():
                     time.sleep(0.05)
                 died.touch()
                 os.kill(os.getpid(), signal.SIGKILL)
+            if number == told and worker.rank == 1 and not (out / "told").exists():
+                (out / "told").touch()
+                os.kill(os.getpid(), signal.SIGTERM)
+                while not notices._Terminated.told:  # the main thread takes note of it
+                    time.sleep(0.05)
             return update(worker, number)
 
         loop.update = fatal
@@ -241,8 +249,9 @@ def test_a_stage_leaves_a_model_metrics_and_a_picture(
 
 def test_only_the_last_checkpoints_are_kept(undisturbed: StageResult, out: str) -> None:
     assert undisturbed.checkpoint == f"{out}/checkpoints/step-00000012"
-    files = storage.open_store(f"{out}/checkpoints").list(suffix="state.pt")
-    assert [name for name, _ in files] == ["step-00000008/state.pt", "step-00000012/state.pt"]
+    assert steps_saved(out) == [8, 12]
+    files = storage.open_store(f"{out}/checkpoints/step-00000012").list(suffix=".bin")
+    assert len(files) == 2 and files[0][1] == pytest.approx(files[1][1], rel=0.1)  # a half each
 
 
 def test_a_finished_stage_is_handed_back_and_not_run_again(
@@ -267,17 +276,18 @@ def test_killed_workers_and_another_number_of_them_change_nothing(
     monkeypatch.setattr(train, "train_loop_per_worker", killed)
     with pytest.raises(TrainingError, match="stage edit2 failed after 0 restarts"):
         train.run(settings.stage(tmp_path, workers=1))
-    killed = loop_that_is_killed(10, "step-00000008", tmp_path)
+    killed = loop_that_is_killed(9, "step-00000008", tmp_path, told=10)
     monkeypatch.setattr(train, "train_loop_per_worker", killed)
     said: list[str] = []
     result = train.run(
-        settings.stage(tmp_path, max_failures=1),
+        settings.stage(tmp_path, max_failures=1),  # SIGTERM is none
         on_progress=lambda lines, metrics: said.extend(lines),
     )
     resumed = [line[len("00:00:00 ") :] for line in said if "resumed" in line]
     assert resumed == [
         "resumed after step 4 of 12 (epoch 0, batch 4 of 5)",
         "resumed after step 8 of 12 (epoch 1, batch 3 of 5)",
+        "resumed after step 11 of 12 (epoch 2, batch 1 of 5)",
     ]
     curve, expected = losses_of(tracking_uri, result), losses_of(tracking_uri, undisturbed)
     assert list(curve) == list(expected)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,15 +13,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.multiprocessing as mp
 
 from dim import model, records
 from dim.errors import InputError
 from infra import storage
+from infra.storage import Store
 from tests.datasets import edit_rows
 from tests.feature_shards import write_features
+from tests.training.saved import steps_saved
 from tests.training.workers import train_together
 from training import loop
 from training.bad_samples import TooManyBadSamples
+from training.checkpoint_files import Snapshot
 from training.stage import StageConfig
 
 MakeStage = Callable[..., StageConfig]
@@ -266,3 +272,54 @@ def test_replaced_samples_are_the_same_on_one_worker_and_on_two(
     assert len(losses_of(alone)) == 7
     assert losses_of(both) == pytest.approx(losses_of(alone), rel=1e-4)
     assert apart(weights_of(tmp_path / "2"), weights_of(tmp_path / "1")) < 1e-4
+
+
+def be_told_and_be_killed(rank: int) -> None:
+    """Of the second worker: SIGTERM before step 3 of ``told``; death in ``killed``, half way
+    through the writing of its file of step 4. Each happens once.
+    """
+    update, write = loop.update, Snapshot.write
+
+    def told(worker: Any, step: int) -> Any:
+        out = Path(worker.config.out)
+        if rank == 1 and step == 2 and out.name == "told" and once(out / "told"):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return update(worker, step)
+
+    def killed(self: Snapshot, store: Store, name: str) -> Any:
+        out = Path(store.root).parent
+        if rank == 1 and out.name == "killed" and "step-00000004" in name and once(out / "died"):
+            Path(store.path(name)).parent.mkdir(parents=True, exist_ok=True)
+            Path(store.path(name)).write_bytes(bytes(100))
+            os.kill(os.getpid(), signal.SIGKILL)
+        return write(self, store, name)
+
+    loop.update, Snapshot.write = told, killed
+
+
+def once(mark: Path) -> bool:
+    there = mark.exists()
+    mark.touch()
+    return not there
+
+
+def test_a_worker_that_is_told_to_end_or_killed_while_it_saves_changes_nothing(
+    make_stage: MakeStage, tracking_uri: str, tmp_path: Path
+) -> None:
+    settings = {"steps": 6, "checkpoint_every": 2, "ema_decay": 0.9, "workers": 2}
+    through, told, killed = (make_stage(name, **settings) for name in ("through", "told", "killed"))
+    with pytest.raises(mp.ProcessRaisedException, match="ended after step 3"):
+        train_together([through, told], tracking_uri, tmp_path / "first", be_told_and_be_killed)
+    assert steps_saved(told.out) == [2, 3]
+    with pytest.raises((mp.ProcessExitedException, mp.ProcessRaisedException)):
+        train_together([told, killed], tracking_uri, tmp_path / "second", be_told_and_be_killed)
+    assert steps_saved(killed.out) == [2]
+    assert (Path(killed.out) / "checkpoints" / "step-00000004").is_dir()
+    ((answer, history),) = train_together(
+        [killed], tracking_uri, tmp_path / "third", be_told_and_be_killed
+    )
+    assert answer["error"] is None
+    assert min(step for step, metrics in history.items() if "loss" in metrics) == 3
+    expected = weights_of(tmp_path / "through")
+    for stage in (told, killed):
+        assert torch.equal(weights_of(Path(stage.out)), expected), stage.out

@@ -1,7 +1,6 @@
 """Several workers without a cluster: processes that train together over gloo.
 
-What Ray Train does for a worker is played here, with its habits: only the worker that reported a
-checkpoint knows of it before the next start.
+What Ray Train does for a worker is played here.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ import gc
 import multiprocessing
 import os
 import pickle
-import shutil
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -41,11 +39,8 @@ Hook = Callable[[int], None]
 class Member:
     """Ray Train as one worker of a run sees it."""
 
-    def __init__(self, rank: int, world_size: int, out: str) -> None:
+    def __init__(self, rank: int, world_size: int) -> None:
         self._rank, self._world_size = rank, world_size
-        self._folder = Path(out, "checkpoints")
-        kept = sorted(self._folder.glob("step-*"))
-        self.checkpoint = ray.train.Checkpoint.from_directory(kept[-1]) if kept else None
 
     def get_world_rank(self) -> int:
         return self._rank
@@ -54,19 +49,6 @@ class Member:
 
     def get_world_size(self) -> int:
         return self._world_size
-
-    def report(
-        self,
-        metrics: dict[str, Any],
-        checkpoint: ray.train.Checkpoint | None,
-        checkpoint_dir_name: str,
-    ) -> None:
-        if checkpoint is not None:
-            kept = self._folder / checkpoint_dir_name
-            shutil.rmtree(kept, ignore_errors=True)
-            self.checkpoint = ray.train.Checkpoint.from_directory(checkpoint.to_directory(kept))
-        if dist.is_initialized():
-            dist.barrier()
 
 
 def start(function: Callable[..., None], arguments: tuple[Any, ...], processes: int) -> None:
@@ -137,11 +119,10 @@ def _take_part(rank: int, folder: str, plans: list[dict[str, Any]], hook: Hook |
             dist.init_process_group(
                 "gloo", timeout=PATIENCE, init_method=meet, rank=rank, world_size=workers
             )
-        member = Member(rank, workers, plan["config"]["out"])
+        member = Member(rank, workers)
         with (
             mock.patch.object(ray.train, "get_context", lambda member=member: member),
-            mock.patch.object(ray.train, "get_checkpoint", lambda member=member: member.checkpoint),
-            mock.patch.object(ray.train, "report", member.report),
+            mock.patch.object(ray.train, "get_preemption_info", lambda: None),
             mock.patch.object(ray.train.torch, "get_device", lambda: torch.device("cpu")),
         ):
             answers.append(train_loop_per_worker(plan))
