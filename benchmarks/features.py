@@ -39,6 +39,7 @@ from pipelines.ingest import IngestConfig
 from training.data import Feed, make_feed
 from training.log import RunLog
 from training.loop import Worker, update
+from training.owner import Fence
 from training.plan import Plan
 from training.stage import StageConfig
 from training.state import new_state
@@ -134,6 +135,7 @@ def _worker(plan: Plan, model: DIM, feed: Feed) -> Worker:
         feed=feed,
         validation=None,
         log=RunLog(None),
+        fence=Fence(plan.config.out, plan.owner),
     )
 
 

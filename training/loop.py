@@ -23,6 +23,7 @@ from training import finetune, parallel
 from training.bad_samples import TooManyBadSamples
 from training.data import Feed, choose_source, make_feed, open_shards
 from training.log import RunLog, StepLog, open_log, silence_repeats
+from training.owner import Fence, LostOutputError
 from training.plan import Plan, announcement
 from training.stage import StageConfig, learning_rate_at
 from training.state import TrainState, check_updates, new_state, restore, return_to, save
@@ -48,6 +49,7 @@ class Worker:
     feed: Feed
     validation: Validation | None
     log: RunLog
+    fence: Fence
 
     @property
     def config(self) -> StageConfig:
@@ -77,9 +79,9 @@ def train_loop_per_worker(config: dict[str, Any]) -> dict[str, Any]:
     worker.trainable = parallel.wrap(worker.state.module)
     try:
         metrics = train(worker)
-    except (DivergedError, TooManyBadSamples) as stopped:
+        export(worker)
+    except (DivergedError, LostOutputError, TooManyBadSamples) as stopped:
         return {"error": stopped, "events": worker.state.events}
-    export(worker)
     worker.log.close()
     return {"error": None, "metrics": metrics, "events": worker.state.events}
 
@@ -96,6 +98,8 @@ def prepare(plan: Plan) -> Worker:
     rank, world_size, device = parallel.this_worker()
     mesh = parallel.make_mesh(world_size, config.parallelism.parts(world_size), device)
     log = open_log(plan, rank)
+    fence = Fence(config.out, plan.owner)
+    fence.confirm()  # also after a restart of the workers
     model = load_initial(config.init, edits=config.edits)
     shards = open_shards(plan, model, rank)
     frozen_are_used = shards is None or config.validation is not None
@@ -123,6 +127,7 @@ def prepare(plan: Plan) -> Worker:
         feed=feed,
         validation=validation,
         log=log,
+        fence=fence,
     )
 
 
@@ -198,6 +203,7 @@ def train(worker: Worker) -> dict[str, float]:
         if last or due(done, config.log_every):
             metrics |= log.read(done) | worker.feed.bad.read(worker.log, worker.device)
             metrics["skipped_updates"] = state.skipped
+            confirm_owner(worker)
             log.write(done, metrics)
         if state.skips_in_a_row == config.max_skips:
             go_back(worker)
@@ -258,6 +264,7 @@ def validate(worker: Worker) -> dict[str, float]:
 
 def checkpoint(worker: Worker, metrics: dict[str, float]) -> None:
     """Save the state; all workers take part."""
+    confirm_owner(worker)
     worker.log.flush()
     save(worker.state, metrics, rank=worker.rank)
 
@@ -265,6 +272,7 @@ def checkpoint(worker: Worker, metrics: dict[str, float]) -> None:
 def export(worker: Worker) -> None:
     """Write the averaged weights, a model folder or an adapter; all workers take part."""
     config, model = worker.config, worker.model
+    confirm_owner(worker)
     with averaged(worker.state.ema):
         weights = parallel.gathered(trained_weights(worker.state.module))
         if worker.rank != 0:
@@ -273,6 +281,22 @@ def export(worker: Worker) -> None:
             model = load_initial(config.init, edits=config.edits)
             load_trained_weights(Trainable(model), weights)
         finetune.export(model, config, worker.log)
+
+
+def confirm_owner(worker: Worker) -> None:
+    """Go on only while the output is this run's; all workers take part.
+
+    Raises:
+        LostOutputError: another driver has taken it over.
+    """
+    lost: Exception | None = None
+    if worker.rank == 0:
+        try:
+            worker.fence.confirm()
+        except DimError as error:
+            lost = error
+    if (lost := parallel.agree(lost)) is not None:
+        raise lost
 
 
 def due(step: int, every: int | None) -> bool:

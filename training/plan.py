@@ -26,6 +26,7 @@ class Plan(StrictModel):
     rows: int
     tracking_uri: str
     run_id: str
+    owner: str = ""  # the driver's token, see ``training.owner``; empty: nobody owns the output
 
     @property
     def steps_per_epoch(self) -> int:

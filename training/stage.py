@@ -34,6 +34,8 @@ OPERATIONAL_KEYS = frozenset(
         "max_skips",
         "max_returns",
         "max_failures",
+        "owner_wait_s",
+        "owner_timeout_s",
         "collective_timeout_s",
         "validation",
         "tracking",
@@ -148,6 +150,8 @@ class StageConfig(StageInputs):
     max_skips: PositiveInt = 10  # updates in a row without a finite gradient, then back
     max_returns: NonNegativeInt = 3  # to a checkpoint, with other draws; then the run ends
     max_failures: int = Field(default=3, ge=-1)  # worker deaths survived; -1 = any number
+    owner_wait_s: NonNegativeInt = 0  # for another driver of the same out, if it lives, to end
+    owner_timeout_s: PositiveFloat = 60.0  # without a sign of life, this driver counts as dead
     collective_timeout_s: PositiveInt = 1800
     validation: ValidationConfig | None = None
     tracking: TrackingConfig = TrackingConfig()
