@@ -36,6 +36,7 @@ OPERATIONAL_KEYS = frozenset(
         "max_failures",
         "owner_wait_s",
         "owner_timeout_s",
+        "export_understanding",
         "collective_timeout_s",
         "validation",
         "tracking",
@@ -155,6 +156,8 @@ class StageConfig(StageInputs):
     collective_timeout_s: PositiveInt = 1800
     validation: ValidationConfig | None = None
     tracking: TrackingConfig = TrackingConfig()
+    # Whether the model that is made holds the frozen understanding model, or says where it lies.
+    export_understanding: Literal["copy", "reference"] = "copy"
     registry: RegistryConfig | None = RegistryConfig()  # null: the model is not registered
 
     @model_validator(mode="after")
@@ -165,6 +168,10 @@ class StageConfig(StageInputs):
             raise ValueError(
                 f"batch_size {self.batch_size} leaves some of {self.workers} workers without a "
                 "sample"
+            )
+        if self.lora is not None and self.export_understanding != "copy":
+            raise ValueError(
+                "export_understanding goes with stages without lora, which make a model"
             )
         sharded = self.parallelism.parts(self.workers) > 1
         if sharded and self.lora is not None:

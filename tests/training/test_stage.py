@@ -90,6 +90,10 @@ def test_mixed_texts() -> None:
             "ema_on_cpu goes with strategy ddp",
         ),
         ({"optimizer": "lion"}, "optimizer"),
+        (
+            {"lora": {}, "export_understanding": "reference"},
+            "export_understanding goes with stages without lora",
+        ),
         ({"text": "caption"}, "stage edit1 cannot train on the text 'caption'"),
         ({"learning_rate": -1}, "learning_rate"),
         ({"data": []}, "data"),
