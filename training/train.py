@@ -171,6 +171,7 @@ def make_trainer(plan: Plan) -> TorchTrainer:
         torch_config=TorchConfig(timeout_s=config.collective_timeout_s),
         scaling_config=ScalingConfig(
             num_workers=config.workers,
+            elastic_resize_monitor_interval_s=config.resize_interval_s,
             use_gpu=config.use_gpu,
             resources_per_worker={
                 "CPU": config.cpus_per_worker,
@@ -315,7 +316,8 @@ def ray_session(config: StageConfig) -> Iterator[None]:
 
 def _start_ray(config: StageConfig) -> None:
     address = os.environ.get("RAY_ADDRESS", "local")
-    cpus = max(config.workers * config.cpus_per_worker, os.cpu_count() or 1)
+    _, most = config.worker_range
+    cpus = max(most * config.cpus_per_worker, os.cpu_count() or 1)
     try:
         if address == "local":
             # What the workers say comes through on_progress; Ray's own lines stay in its log files.
