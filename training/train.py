@@ -169,8 +169,8 @@ def make_trainer(plan: Plan) -> TorchTrainer:
         train_loop_per_worker,  # type: ignore[arg-type]
         train_loop_config=dump_config(plan),
         torch_config=TorchConfig(timeout_s=config.collective_timeout_s),
-        scaling_config=ScalingConfig(
-            num_workers=config.workers,
+        scaling_config=ScalingConfig(  # type: ignore[call-arg]
+            num_workers=config.workers,  # type: ignore[arg-type]
             elastic_resize_monitor_interval_s=config.resize_interval_s,
             use_gpu=config.use_gpu,
             resources_per_worker={

@@ -1,4 +1,4 @@
-"""A driver and a node that are really killed: the run goes on, and no step is lost or done twice."""
+"""A driver and a node that are really killed: the run goes on, no step is lost or done twice."""
 
 from __future__ import annotations
 
@@ -107,14 +107,19 @@ def kill_at(sign: Path, kill: Callable[[], None]) -> None:
     kill()
 
 
+def saved(out: Path, name: str) -> Callable[[], bool]:
+    """Tells whether the checkpoint is there that a run would go on from."""
+    snapshot = out / "checkpoints" / "checkpoint_manager_snapshot.json"
+    return lambda: snapshot.exists() and name in snapshot.read_text()
+
+
 def loop_that_waits_to_be_killed(
-    step: int, after: str, out: Path, node: str
+    step: int, is_saved: Callable[[], bool], out: Path, node: str
 ) -> Callable[[dict[str, Any]], Any]:
     """The training loop that writes down the rows of each step, and stops on ``node`` to be killed.
 
-    It does so before ``step``, when the checkpoint ``after`` is committed.
+    It does so before ``step``, when an earlier checkpoint ``is_saved``.
     """
-    snapshot = out / "checkpoints" / "checkpoint_manager_snapshot.json"
 
     def train_loop(config: dict[str, Any]) -> Any:
         from training import loop
@@ -124,7 +129,7 @@ def loop_that_waits_to_be_killed(
         def noted(worker: Any, number: int) -> Any:
             here = ray.get_runtime_context().get_node_id() == node
             if here and number == step:
-                while after not in snapshot.read_text():
+                while not is_saved():
                     time.sleep(0.05)
                 (out / "now").touch()
                 time.sleep(PATIENCE_S)
@@ -195,7 +200,7 @@ def test_a_run_goes_on_with_one_worker_when_the_other_one_s_node_is_lost(
     settings = {"steps": 3 * EPOCH, "checkpoint_every": 3}
     out, (node, kill) = tmp_path / "elastic", second_node
     out.mkdir()
-    waiting = loop_that_waits_to_be_killed(7, "step-00000006", out, node)
+    waiting = loop_that_waits_to_be_killed(7, saved(out, "step-00000006"), out, node)
     with monkeypatch.context() as patch:
         patch.setattr(train, "train_loop_per_worker", waiting)
         elastic = make_stage(
@@ -241,14 +246,14 @@ def test_the_same_command_goes_on_after_its_driver_was_killed(
     file.write_text(yaml.safe_dump(dump_config(stage)))
     command = [sys.executable, "-m", "training.train", str(file)]
     address = ray.get_runtime_context().gcs_address
-    snapshot = tmp_path / "out" / "checkpoints" / "checkpoint_manager_snapshot.json"
+    is_saved = saved(tmp_path / "out", "step-00000005")
     with subprocess.Popen(command, cwd=ROOT, env=os.environ | {"RAY_ADDRESS": address}) as driver:
         wait_until(lambda: driver.poll() is not None or (tmp_path / "out" / "owner.json").exists())
         # Nobody else may begin meanwhile, and nobody may discard it.
         for fresh in (False, True):
             with pytest.raises(OutputTakenError, match=f"trained into by process {driver.pid} on"):
                 train.run(stage, fresh=fresh)
-        wait_until(lambda: driver.poll() is not None or snapshot.exists())
+        wait_until(lambda: driver.poll() is not None or is_saved())
         driver.send_signal(signal.SIGKILL)
     assert driver.returncode == -signal.SIGKILL
     said: list[str] = []

@@ -17,10 +17,16 @@ from typing import Any
 
 import pytest
 
+from dim.config import dump_config
 from dim.errors import ConfigError, StorageError
 from infra import storage
-from training import owner
+from infra.tracking import Tracking
+from training import loop, owner
 from training.owner import OWNER_FILE, Fence, LostOutputError, OutputTakenError, Owner, owning
+from training.plan import Plan
+from training.stage import StageConfig
+
+OURS = {"token": "ours"}
 
 
 @pytest.fixture(params=["tmp_path", "s3", "rclone_s3"])
@@ -192,3 +198,42 @@ def test_another_file_of_that_name_is_named(tmp_path: Path) -> None:
     message = r"owner\.json does not say who trains there: delete it if nobody does"
     with pytest.raises(ConfigError, match=message), hold(str(tmp_path)):
         raise AssertionError("begun")
+
+
+@pytest.mark.parametrize("step", [0, 2])
+def test_workers_whose_output_was_lost_stop_and_write_no_more(
+    step: int,
+    alone: Any,
+    tiny_model_dir: Path,
+    edit_data: str,
+    tracking_uri: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Before the first step, as after a restart of the workers, and on the way."""
+    out = tmp_path / "out"
+    alone.folder = out / "checkpoints"
+    values = {"stage": "edit1", "init": str(tiny_model_dir), "data": [edit_data], "out": str(out)}
+    values |= {"steps": 4, "batch_size": 2, "learning_rate": 1e-3, "checkpoint_every": 1}
+    config, update = StageConfig.model_validate(values | {"log_every": 100}), loop.update
+    leave(str(out), **OURS)
+
+    def taken_over(worker: Any, number: int) -> Any:
+        if number == step:
+            leave(str(out))
+        return update(worker, number)
+
+    monkeypatch.setattr(loop, "update", taken_over)
+    with Tracking(tracking_uri, "test").run("edit1") as run:
+        plan = Plan(
+            config=config,
+            steps=4,
+            rows=20,
+            tracking_uri=tracking_uri,
+            run_id=run.id,
+            owner=OURS["token"] if step else "of a driver before",
+        )
+        answer = loop.train_loop_per_worker(dump_config(plan))
+    assert isinstance(answer["error"], LostOutputError)
+    assert "was taken over by process 7 on far" in str(answer["error"])
+    assert len(list(out.glob("checkpoints/step-*"))) == step and not (out / "model").exists()
