@@ -30,6 +30,7 @@ OWNER_FILE = "owner.json"
 BEATS = 6  # signs of life within the time after which a silent owner counts as dead
 _POLL_S = 1.0
 _SETTLE_S = 2.0
+_UNSEEN = "unseen"
 _JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # what Ray's job server tells a job of itself
 
 Say = Callable[[str], None]
@@ -140,6 +141,8 @@ class Lease:
     def _write(self, owner: Owner) -> bool:
         """Whether the output was still this driver's; then ``owner`` stands in the file."""
         with self._writing:
+            if self.owner.released:  # while a sign of life was about to be given
+                return True
             found = self._store.read_version(OWNER_FILE)
             if found is not None and _parse(self._store, found).token != owner.token:
                 return False
@@ -238,7 +241,7 @@ def _this_driver(timeout_s: float) -> Owner:
 def _is_dead(holder: Owner, silent_s: float) -> bool:
     if silent_s >= holder.timeout_s:
         return True
-    return _is_of_this_machine(holder) and _process(holder.pid) != holder.process
+    return _is_of_this_machine(holder) and _process(holder.pid) not in (holder.process, _UNSEEN)
 
 
 def _lives_here(holder: Owner) -> bool:
@@ -268,14 +271,23 @@ def _machine() -> str:
 def _process(pid: int) -> str:
     """What no other process is called, nor a later one of the same number; empty if there is none.
 
-    A process that has ended and was not yet waited for is none.
+    A process that has ended and was not yet waited for is none. ``_UNSEEN``: there is one, of
+    another user, of whom this one may see no more.
     """
     try:
         # pid (name) state parent …; the 22nd is the start, and a name may hold anything
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
-        return ""
+        return _UNSEEN if _exists(pid) else ""
     return "" if fields[0] in "ZX" else f"{_machine()} {pid} {fields[19]}"
+
+
+def _exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except OSError as error:
+        return not isinstance(error, ProcessLookupError)  # it may be another user's
+    return True
 
 
 def _job() -> str:

@@ -162,6 +162,32 @@ def test_a_process_of_this_machine_that_was_killed_is_not_waited_for(tmp_path: P
     assert f"process {other.pid} on" in said[0] and said[0].endswith("is dead: taking over")
 
 
+def test_a_process_that_cannot_be_seen_is_not_taken_for_dead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where /proc hides what others run."""
+    out, read = str(tmp_path / "out"), Path.read_text
+
+    def hide(path: Path, *options: Any) -> str:
+        if path.name == "stat":
+            raise PermissionError
+        return read(path, *options)
+
+    with hold(out) as lease:
+        monkeypatch.setattr(Path, "read_text", hide)
+        assert not owner._is_dead(lease.owner, 0) and not owner._lives_here(lease.owner)
+        assert owner._is_dead(lease.owner, lease.owner.timeout_s)
+        nobody = lease.owner.model_copy(update={"pid": 2**22 + 1})  # more than Linux gives
+        assert owner._is_dead(nobody, 0)
+
+
+def test_a_sign_of_life_that_comes_late_does_not_undo_the_end(tmp_path: Path) -> None:
+    out = str(tmp_path / "out")
+    with hold(out) as lease:
+        late = lease.owner.ticked()
+    assert lease._write(late) and there(out).released
+
+
 def test_who_lost_the_output_says_so_and_does_not_write_again(out: str) -> None:
     said: list[str] = []
     with hold(out, timeout_s=0.6, said=said):
