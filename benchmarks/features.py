@@ -41,6 +41,7 @@ from training.data import Feed, make_feed
 from training.log import RunLog
 from training.loop import Worker, update
 from training.notices import Notices
+from training.owner import Fence
 from training.plan import Plan
 from training.stage import StageConfig
 from training.state import new_state
@@ -138,6 +139,7 @@ def _worker(plan: Plan, model: DIM, feed: Feed) -> Worker:
         checkpoints=Checkpoints(plan.config, 0, None, log),
         notices=Notices(None),
         log=log,
+        fence=Fence(plan.config.out, plan.owner),
     )
 
 

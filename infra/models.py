@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
@@ -12,13 +13,15 @@ from filelock import FileLock
 
 import dim.model
 from dim.config import load_config
-from dim.errors import CheckpointError, StorageError
+from dim.errors import CheckpointError, InputError, StorageError
 from dim.model import DIM, parts
 from dim.model.autoencoder import Autoencoder
 from dim.model.checkpoint import folder
+from dim.model.checkpoint.folder import Description
 from dim.model.conditioner import Conditioner
 from dim.model.config import ModelConfig
 from infra import storage
+from infra.storage import Store
 
 _EDGE = 1 << 20  # bytes hashed at each end of a weights file
 
@@ -61,18 +64,45 @@ def load_frozen(init: str) -> FrozenModel:
     return FrozenModel(conditioner, parts.autoencoder(config.autoencoder), config)
 
 
-def save_model(model: DIM, address: str) -> None:
+def save_model(model: DIM, address: str, understanding: str = "copy") -> None:
     """Write a complete model folder, which ``load_initial`` and ``dim.model.load`` read.
 
+    It takes the place of an earlier one, and what a call that is cut off leaves does not load.
+
+    Args:
+        model: The model.
+        address: Of the folder.
+        understanding: ``"copy"`` or ``"reference"``, as for ``DIM.save``.
+
     Raises:
-        StorageError: it cannot be uploaded.
+        InputError: there is nothing to refer to.
+        CheckpointError, StorageError: it cannot be written.
     """
     if storage.is_local(address):
-        model.save(storage.local_path(address))
+        model.save(storage.local_path(address), understanding)
         return
     with tempfile.TemporaryDirectory() as copy:
-        model.save(copy)
-        storage.upload_folder(copy, address)
+        model.save(copy, understanding)
+        storage.replace_folder(copy, address, folder.DESCRIPTION)
+
+
+def check_reference(init: str) -> None:
+    """Refuse a start whose understanding model a later folder cannot refer to.
+
+    Raises:
+        InputError: it is random, or lies in the object store within the model's own folder.
+        CheckpointError, StorageError: there is no such model.
+    """
+    store = storage.open_store(init)
+    if store.is_local and Path(store.root).is_file():
+        if load_config(ModelConfig, store.root).understanding.weights is None:
+            raise InputError(f"{init} has a random understanding model: there is none to refer to")
+        return
+    if _description(store).holds_understanding and not store.is_local:
+        raise InputError(
+            f"{init} holds a copy of its understanding model, which no other folder can refer to "
+            "in an object store: start from a model that refers to one, or copy it again"
+        )
 
 
 def read_config(address: str) -> ModelConfig:
@@ -87,13 +117,19 @@ def read_config(address: str) -> ModelConfig:
         raise CheckpointError(f"{address} is neither a model folder nor a model YAML")
     if store.is_local:
         path = Path(store.root)
-        if path.is_dir():
-            return folder.read_description(path).config
-        return load_config(ModelConfig, path)
+        if path.is_file():
+            return load_config(ModelConfig, path)
+    return _description(store).config
+
+
+def _description(store: Store) -> Description:
+    """What the ``dim.json`` of the folder ``store`` says."""
+    if store.is_local:
+        return folder.read_description(Path(store.root))
     with tempfile.TemporaryDirectory() as copy:
         if store.is_file(folder.DESCRIPTION):
             Path(copy, folder.DESCRIPTION).write_bytes(store.read(folder.DESCRIPTION))
-        return folder.read_description(Path(copy)).config
+        return folder.read_description(Path(copy))
 
 
 def fingerprint(address: str) -> str:
@@ -124,18 +160,23 @@ def on_this_machine(address: str) -> Path:
     it is kept in the folder that ``DIM_CACHE`` names, else among the machine's temporary files.
 
     Raises:
-        CheckpointError: there is neither at a local address.
-        StorageError: the folder cannot be read, or there is no place for it.
+        CheckpointError: there is neither at a local address, or no finished folder at another.
+        StorageError: the folder cannot be read, changes meanwhile, or there is no place for it.
     """
     if storage.is_local(address):
         path = Path(storage.local_path(address))
         if not path.exists():
             raise CheckpointError(f"{address} is neither a model folder nor a model YAML")
         return path
+    if not storage.open_store(address).is_file(folder.DESCRIPTION):
+        raise CheckpointError(f"{address} is no finished model folder: no {folder.DESCRIPTION}")
     kept = _cache() / fingerprint(address)
     with FileLock(f"{kept}.lock"):
         if not kept.is_dir():
             storage.download_folder(address, f"{kept}.part")
+            if fingerprint(address) != kept.name:
+                shutil.rmtree(f"{kept}.part")
+                raise StorageError(f"{address} was written anew while it was fetched: try again")
             Path(f"{kept}.part").rename(kept)
     return kept
 

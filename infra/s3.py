@@ -42,6 +42,12 @@ _REFUSALS = (
     "HTTPSTATUS403",
 )
 
+# How a store answers where there is no such object, where another than the expected one lies, and
+# where it does not know the condition.
+_ABSENT = frozenset({"NoSuchKey", "404"})
+_CONFLICT = frozenset({"PreconditionFailed", "412", "ConditionalRequestConflict", "409"}) | _ABSENT
+_UNKNOWN_CONDITION = frozenset({"NotImplemented", "501"})
+
 
 class Keys(NamedTuple):
     """An access key as AWS's variables hold it; with a session token it is one that expires."""
@@ -211,6 +217,40 @@ class Files(pafs.FileSystemHandler):
         self.copy_file(src, dest)
         self.delete_file(src)
 
+    def read_version(self, path: str) -> tuple[bytes, str] | None:
+        """The bytes of an object and its ETag; ``None`` if there is no such object."""
+        bucket, key = _split(path)
+
+        def read(clients: Clients) -> tuple[bytes, str] | None:
+            with _told(unless=_ABSENT) as refused:
+                found = clients.objects.get_object(Bucket=bucket, Key=key)
+                return found["Body"].read(), found["ETag"]
+            assert refused
+            return None
+
+        return self._call(read)
+
+    def write_version(self, path: str, data: bytes, version: str | None) -> str | None:
+        """Write an object where that of ETag ``version`` lies, or none at all if it is ``None``.
+
+        Returns:
+            The new ETag; ``None`` if something else lies there. A store that does not know such
+            conditions writes all the same.
+        """
+        bucket, key = _split(path)
+        condition = {"IfNoneMatch": "*"} if version is None else {"IfMatch": version}
+
+        def write(clients: Clients) -> str | None:
+            for more in (condition, {}):
+                with _told(unless=_CONFLICT | _UNKNOWN_CONDITION) as refused:
+                    made = clients.objects.put_object(Bucket=bucket, Key=key, Body=data, **more)
+                    return str(made["ETag"])
+                if refused[0] in _CONFLICT:
+                    return None
+            raise OSError(f"AWS Error {refused[0]}: {path} cannot be written")
+
+        return self._call(write)
+
     def _call(self, action: Callable[[Clients], ResultT]) -> ResultT:
         try:
             return action(self._clients)
@@ -315,15 +355,19 @@ def _delete(objects: Any, bucket: str, pages: Iterable[list[str]]) -> None:
 
 
 @contextmanager
-def _told() -> Iterator[None]:
-    """boto3's errors in the words of pyarrow's."""
+def _told(unless: frozenset[str] = frozenset()) -> Iterator[list[str]]:
+    """boto3's errors in the words of pyarrow's; a code of ``unless`` goes into the list instead."""
     from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError
 
+    refused: list[str] = []
     try:
-        yield
+        yield refused
     except ClientError as error:
         said = error.response.get("Error", {})
         code = said.get("Code", "UNKNOWN")
+        if code in unless:
+            refused.append(code)
+            return
         raise OSError(f"AWS Error {code}: {said.get('Message') or error}") from None
     except HTTPClientError as error:
         raise OSError(f"AWS Error NETWORK_CONNECTION: {error}") from None

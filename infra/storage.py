@@ -23,13 +23,14 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any, TextIO
+from typing import IO, Any, NamedTuple, TextIO
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
+from filelock import FileLock
 
 from dim import records, tables
 from dim.errors import StorageError, StorageUnavailable, UnreadableFile
@@ -37,6 +38,8 @@ from infra.s3 import ATTEMPTS, Connection, Files, PatientFile, squeezed
 
 _PART = 16 << 20
 _FOOTERS_AT_ONCE = 16
+_FILES_AT_ONCE = 4
+_LOCK_S = 60.0  # whoever holds it writes a small file
 
 _EXPIRED = (
     "the session token has expired; run it again with fresh credentials, or use a profile or a "
@@ -131,6 +134,13 @@ class Output(io.RawIOBase):
         return self._digest.hexdigest()
 
 
+class Version(NamedTuple):
+    """A file's bytes, and a tag that other bytes in its place do not have."""
+
+    data: bytes
+    tag: str
+
+
 @dataclass(frozen=True)
 class Store:
     """A folder in a store. Names are relative to it, with ``/`` between parts.
@@ -146,9 +156,12 @@ class Store:
     @cached_property
     def filesystem(self) -> pafs.FileSystem:
         """The pyarrow file system that :attr:`root` lies in."""
-        if self.connection is None:
-            return pafs.LocalFileSystem()
-        return pafs.PyFileSystem(Files(self.connection))
+        return pafs.LocalFileSystem() if self._files is None else pafs.PyFileSystem(self._files)
+
+    @cached_property
+    def _files(self) -> Files | None:
+        """The object store, which has more than pyarrow asks for."""
+        return None if self.connection is None else Files(self.connection)
 
     def __getstate__(self) -> dict[str, object]:
         """Leave the open file system behind: a worker opens its own."""
@@ -246,6 +259,40 @@ class Store:
                 path = self.path(name)  # of which pyarrow would compress one that ends in .gz
                 with self.filesystem.open_output_stream(path, compression=None) as stream:
                     stream.write(data)
+
+    def read_version(self, name: str) -> Version | None:
+        """A small file with what tells it from others of its name; ``None`` if it is not there."""
+        with _errors("read", self.address(name)):
+            if self._files is not None:
+                found = self._files.read_version(self.path(name))
+                return found and Version(*found)
+            path = Path(self.path(name))
+            return _version(path.read_bytes()) if path.is_file() else None
+
+    def write_version(self, name: str, data: bytes, before: Version | None) -> Version | None:
+        """Write a small file if what lies there is ``before`` (``None``: nothing).
+
+        Of several who try, one succeeds: on disks that know locks, and in stores that heed the
+        condition of a write (``If-None-Match``, ``If-Match``). Others write all the same.
+
+        Returns:
+            What lies there now; ``None`` if something else than ``before`` did.
+        """
+        with _errors("write", self.address(name)):
+            if self._files is not None:
+                expected = before and before.tag
+                tag = self._files.write_version(self.path(name), data, expected)
+                if tag is not None:
+                    return Version(data, tag)
+                # A write whose answer was lost is tried again, and meets itself.
+                return found if (found := self.read_version(name)) and found.data == data else None
+            path = Path(self.path(name))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(path.with_name(f".{path.name}.lock"), timeout=_LOCK_S):
+                if self.read_version(name) != before:
+                    return None
+                self.write(name, data)
+                return _version(data)
 
     @contextmanager
     def open_output(self, name: str) -> Iterator[Output]:
@@ -474,6 +521,33 @@ def upload_folder(folder: str | Path, uri: str) -> None:
     _copy_folder(open_store(str(folder)), open_store(uri))
 
 
+def replace_folder(folder: str | Path, uri: str, last: str) -> None:
+    """Put a local folder's files in the place of all that lies at an address.
+
+    Its file ``last`` is what makes the folder one. It goes first and comes last, so what a call
+    that is cut off leaves is none, and nothing of an older folder stays beside the new files.
+
+    Raises:
+        StorageError: a file cannot be read, written or deleted.
+    """
+    source, target = open_store(str(folder)), open_store(uri)
+    target.delete(last)
+    target.delete("")
+    names = [name for name, _ in source.list() if name != last]
+    with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
+        list(pool.map(lambda name: _copy_file(source, target, name), names))
+    _copy_file(source, target, last)
+
+
+def _copy_file(source: Store, target: Store, name: str) -> None:
+    with _errors("copy", f"{source.address(name)} to {target.uri}"):
+        if target.is_local:
+            with _replacing(Path(target.path(name))) as file, source.open_input(name) as stream:
+                shutil.copyfileobj(stream, file, _PART)
+        else:
+            _copy(replace(source, root=source.path(name)), replace(target, root=target.path(name)))
+
+
 def everywhere(address: str) -> str:
     """An address as a process with another working directory can use it."""
     store = open_store(address)
@@ -641,6 +715,10 @@ def _split_query(uri: str) -> tuple[str, str]:
 
 def _absolute(path: str) -> str:
     return os.path.abspath(os.path.expanduser(path))
+
+
+def _version(data: bytes) -> Version:
+    return Version(data, hashlib.sha256(data).hexdigest())
 
 
 @contextmanager

@@ -149,6 +149,7 @@ def ray_cluster(s3_endpoint: str) -> Iterator[None]:
         object_store_memory=300 * 2**20,
         include_dashboard=False,
         log_to_driver=False,  # or the workers of one test would speak into another's output
+        _system_config={"health_check_period_ms": 1000},  # a node that is killed is soon missed
         logging_level="warning",
     )
     yield

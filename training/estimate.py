@@ -98,7 +98,8 @@ class Estimate:
         checkpoint: bytes of one.
         trained_flops: of a step, over all workers, for connector and painter.
         frozen_flops: the same for the frozen parts; 0 where features were made before.
-        workers: GPUs.
+        workers: GPUs, where their number may change the fewest, of which each holds most.
+        most_workers: the same at most.
     """
 
     parameters: int
@@ -111,6 +112,7 @@ class Estimate:
     trained_flops: float
     frozen_flops: float
     workers: int
+    most_workers: int
 
     @property
     def needed(self) -> float:
@@ -118,7 +120,7 @@ class Estimate:
         return sum(self.memory.values())
 
     def hours(self, gpu: Gpu, mfu: float = MFU) -> float:
-        """How long all steps take at that share of the peak."""
+        """How long all steps take on the fewest GPUs at that share of the peak."""
         flops = (self.trained_flops + self.frozen_flops) * self.steps
         return flops / (gpu.flops * mfu * self.workers) / 3600
 
@@ -149,7 +151,8 @@ def estimate(
     if config.edits:
         tokens += _image_tokens(model)
     tokens = min(tokens, model.understanding.max_condition_tokens)
-    share = math.ceil(config.batch_size / config.workers)
+    fewest, most = config.worker_range
+    share = math.ceil(config.batch_size / fewest)
     rows = min(config.micro_batch or share, share)
     passes = math.ceil(share / rows)
     counted = count_pass(
@@ -157,7 +160,7 @@ def estimate(
         checkpointed=config.gradient_checkpointing, bf16=config.precision == "bf16",
         lora=config.lora,
     )  # fmt: skip
-    held = counted.parameters / config.parallelism.parts(config.workers)
+    held = counted.parameters / config.parallelism.parts(fewest)
     short = _HALF if config.precision == "bf16" else _FLOAT
     averages = 0 if config.ema_decay is None else _FLOAT
     pictures = 0 if features else (2 if config.edits else 1)
@@ -184,7 +187,8 @@ def estimate(
         checkpoint=counted.parameters * (_FLOAT + MOMENT_BYTES[config.optimizer] + averages),
         trained_flops=counted.flops / rows * samples,
         frozen_flops=0 if features else samples * (work + pictures * frozen.flops_a_latent),
-        workers=config.workers,
+        workers=fewest,
+        most_workers=most,
     )
 
 
@@ -327,6 +331,9 @@ def as_table(made: Estimate, config: StageConfig, wanted: Wanted) -> Table:
         fits = "fits" if made.needed < _USABLE * gpu.memory else "does not fit"
         table.add_row(f"on {wanted.gpu}", f"{fits} into {_gigabytes(gpu.memory)}")
         table.add_row(f"hours at {wanted.mfu:.0%} of its peak", f"{hours:,.1f}")
+        if made.most_workers > made.workers:
+            least = hours * made.workers / made.most_workers
+            table.add_row(f"on {made.most_workers} GPUs", f"{least:,.1f}")
         if wanted.price is not None:
             dollars = hours * made.workers * wanted.price
             table.add_row(f"at ${wanted.price:g} a GPU and hour", f"${dollars:,.0f}")

@@ -12,10 +12,11 @@ import torch
 
 from dim.model import DIM
 from dim.model.lora import layers
+from dim.model.lora.adapter import LORA_FILE
 from infra import storage
 from infra.models import save_model
 from training.log import RunLog
-from training.record import ADAPTER_FOLDER, MODEL_FOLDER
+from training.record import ADAPTER_FOLDER, MODEL_FOLDER, discard_partial
 from training.stage import StageConfig
 
 
@@ -43,15 +44,15 @@ def export(model: DIM, config: StageConfig, log: RunLog) -> None:
     """Write what the stage made into its output: the adapter, also for MLflow, or the whole model.
 
     Raises:
-        StorageError: it cannot be written.
+        CheckpointError, StorageError: it cannot be written.
     """
+    discard_partial(config.out)
     if config.lora is None:
-        save_model(model, storage.join(config.out, MODEL_FOLDER))
+        address = storage.join(config.out, MODEL_FOLDER)
+        save_model(model, address, config.export_understanding)
         return
     with tempfile.TemporaryDirectory() as folder:
         layers.save(model, config.lora, Path(folder))
-        store = storage.open_store(config.out)
-        store.delete(ADAPTER_FOLDER)  # of an export that was cut off
-        storage.upload_folder(folder, storage.join(config.out, ADAPTER_FOLDER))
+        storage.replace_folder(folder, storage.join(config.out, ADAPTER_FOLDER), LORA_FILE)
         for file in sorted(Path(folder).iterdir()):
             log.file(file, ADAPTER_FOLDER)

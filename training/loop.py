@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -24,6 +25,7 @@ from training.checkpoints import Checkpoints, UnsavedError
 from training.data import Feed, choose_source, make_feed, open_shards
 from training.log import RunLog, StepLog, open_log, silence_repeats
 from training.notices import Notices, interrupted, listening
+from training.owner import Fence, LostOutputError
 from training.plan import Plan, announcement, resumption
 from training.stage import StageConfig, learning_rate_at
 from training.state import TrainState, check_updates, new_state
@@ -32,6 +34,10 @@ from training.validation import Validation, open_validation
 
 class DivergedError(DimError):
     """Gradients are no finite numbers, and going back is of no use. All workers see it at once."""
+
+
+STOPPED = (CheckpointError, DivergedError, LostOutputError, TooManyBadSamples, UnsavedError)
+"""What another try would meet again."""
 
 
 @dataclass
@@ -51,6 +57,7 @@ class Worker:
     checkpoints: Checkpoints
     notices: Notices
     log: RunLog
+    fence: Fence
 
     @property
     def config(self) -> StageConfig:
@@ -88,15 +95,14 @@ def run(worker: Worker) -> dict[str, Any]:
     """
     state, checkpoints = worker.state, worker.checkpoints
     try:
-        if checkpoints.restore(state):
-            worker.log.say(resumption(worker.plan, state))
-        worker.trainable = parallel.wrap(state.module)
-        metrics = train(worker)
-    except (CheckpointError, DivergedError, TooManyBadSamples, UnsavedError) as stopped:
+        with closing(checkpoints):
+            if checkpoints.restore(state):
+                worker.log.say(resumption(worker.plan, state))
+            worker.trainable = parallel.wrap(state.module)
+            metrics = train(worker)
+        export(worker)
+    except STOPPED as stopped:
         return {"error": stopped, "events": state.events}
-    finally:
-        checkpoints.close()
-    export(worker)
     worker.log.close()
     return {
         "error": None,
@@ -119,6 +125,8 @@ def prepare(plan: Plan) -> Worker:
     mesh = parallel.make_mesh(world_size, config.parallelism.parts(world_size), device)
     group = parallel.side_group(config.collective_timeout_s)
     log = open_log(plan, rank)
+    fence = Fence(config.out, plan.owner)
+    fence.confirm()  # also after a restart of the workers
     model = load_initial(config.init, edits=config.edits)
     shards = open_shards(plan, model, rank)
     frozen_are_used = shards is None or config.validation is not None
@@ -147,6 +155,7 @@ def prepare(plan: Plan) -> Worker:
         checkpoints=Checkpoints(config, rank, group, log),
         notices=Notices(config.checkpoint_minutes),
         log=log,
+        fence=fence,
     )
 
 
@@ -226,6 +235,7 @@ def train(worker: Worker) -> dict[str, float]:
         if last or due(done, config.log_every):
             measured |= log.read(done) | worker.feed.bad.read(worker.log, worker.device)
             measured["skipped_updates"] = state.skipped
+            confirm_owner(worker)
             log.write(done, metrics | measured)
         if state.skips_in_a_row == config.max_skips:
             go_back(worker)
@@ -317,6 +327,7 @@ def validate(worker: Worker) -> dict[str, float]:
 
 def checkpoint(worker: Worker, metrics: dict[str, float]) -> None:
     """Begin to save the state, with what was measured after its last step; all take part."""
+    confirm_owner(worker)
     worker.log.flush()
     worker.checkpoints.save(worker.state, metrics)
     worker.notices.saved()
@@ -325,6 +336,7 @@ def checkpoint(worker: Worker, metrics: dict[str, float]) -> None:
 def export(worker: Worker) -> None:
     """Write the averaged weights, a model folder or an adapter; all workers take part."""
     config, model = worker.config, worker.model
+    confirm_owner(worker)
     with averaged(worker.state.ema):
         weights = parallel.gathered(trained_weights(worker.state.module))
         if worker.rank != 0:
@@ -333,6 +345,22 @@ def export(worker: Worker) -> None:
             model = load_initial(config.init, edits=config.edits)
             load_trained_weights(Trainable(model), weights)
         finetune.export(model, config, worker.log)
+
+
+def confirm_owner(worker: Worker) -> None:
+    """Go on only while the output is this run's; all workers take part.
+
+    Raises:
+        LostOutputError: another driver has taken it over.
+    """
+    lost: Exception | None = None
+    if worker.rank == 0:
+        try:
+            worker.fence.confirm()
+        except DimError as error:
+            lost = error
+    if (lost := parallel.agree(lost)) is not None:
+        raise lost
 
 
 def due(step: int, every: int | None) -> bool:

@@ -13,6 +13,7 @@ from dim.features.encoder import CachedFeatures, FeatureSource, ShardFeatures
 from dim.learning.batch import steps_per_epoch
 from dim.learning.optimizer import MOMENT_BYTES
 from infra import storage
+from infra.models import check_reference
 from infra.samples import holds_features, open_features, open_images
 from training.stage import StageConfig
 from training.state import TrainState
@@ -26,6 +27,7 @@ class Plan(StrictModel):
     rows: int
     tracking_uri: str
     run_id: str
+    owner: str = ""  # the driver's token, see ``training.owner``; empty: nobody owns the output
 
     @property
     def steps_per_epoch(self) -> int:
@@ -51,10 +53,13 @@ def measure(config: StageConfig) -> tuple[int, int]:
 
     Raises:
         CheckpointError: there is nothing at ``init``.
-        InputError, StorageError: the data are not what the stage needs; the message says where.
+        InputError, StorageError: the data are not what the stage needs, or ``init`` has no
+            understanding model to refer to; the message says where.
     """
     if not storage.exists(config.init):
         raise CheckpointError(f"init: there is no model folder or model YAML at {config.init}")
+    if config.export_understanding == "reference":
+        check_reference(config.init)
     rows = count_samples(config)
     if config.validation is not None:
         open_images(config.validation.data, config.columns)

@@ -7,8 +7,10 @@ whether to go on, to hand back what is there, or to refuse because something els
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from dim.config import dump_config
@@ -109,6 +111,17 @@ def discard(out: str) -> None:
     store = storage.open_store(out)
     for name in (CHECKPOINTS_FOLDER, MODEL_FOLDER, ADAPTER_FOLDER, STAGE_FILE):
         store.delete(name)
+    discard_partial(out)
+
+
+def discard_partial(out: str) -> None:
+    """Remove what exports that were cut off have left beside the folders of a local ``out``.
+
+    Their names begin with a dot; only the owner of ``out`` may call this.
+    """
+    if storage.is_local(out):
+        for left in Path(storage.local_path(out)).glob(f".{MODEL_FOLDER}-*"):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def identify(config: StageConfig, steps: int) -> dict[str, Any]:

@@ -18,6 +18,7 @@ OPERATIONAL_KEYS = frozenset(
     {
         "out",
         "workers",
+        "resize_interval_s",
         "cpus_per_worker",
         "use_gpu",
         "micro_batch",
@@ -37,6 +38,9 @@ OPERATIONAL_KEYS = frozenset(
         "max_skips",
         "max_returns",
         "max_failures",
+        "owner_wait_s",
+        "owner_timeout_s",
+        "export_understanding",
         "collective_timeout_s",
         "validation",
         "tracking",
@@ -137,7 +141,9 @@ class StageConfig(StageInputs):
     seed: NonNegativeInt = 0
     lora: LoraSettings | None = None  # train an adapter of painter and connector; else all of both
 
-    workers: PositiveInt = 1
+    # Fewest and most where a run goes on with those that there are. Nothing depends on how many.
+    workers: PositiveInt | tuple[PositiveInt, PositiveInt] = 1
+    resize_interval_s: PositiveFloat = 600.0  # between two looks whether there could be more
     cpus_per_worker: PositiveInt = 1
     use_gpu: bool = False
     micro_batch: PositiveInt | None = None  # samples of a worker's forward pass; None = its share
@@ -161,25 +167,40 @@ class StageConfig(StageInputs):
     max_skips: PositiveInt = 10  # updates in a row without a finite gradient, then back
     max_returns: NonNegativeInt = 3  # to a checkpoint, with other draws; then the run ends
     max_failures: int = Field(default=3, ge=-1)  # worker deaths survived; -1 = any number
+    owner_wait_s: NonNegativeInt = 0  # for another driver of the same out, if it lives, to end
+    owner_timeout_s: PositiveFloat = 60.0  # without a sign of life, this driver counts as dead
     collective_timeout_s: PositiveInt = 1800
     validation: ValidationConfig | None = None
     tracking: TrackingConfig = TrackingConfig()
+    # Whether the model that is made holds the frozen understanding model, or says where it lies.
+    export_understanding: Literal["copy", "reference"] = "copy"
     registry: RegistryConfig | None = RegistryConfig()  # null: the model is not registered
 
     @model_validator(mode="after")
     def _check_together(self) -> StageConfig:
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("give exactly one of steps and epochs")
-        if self.batch_size < self.workers:
+        fewest, most = self.worker_range
+        if fewest > most:
+            raise ValueError(f"workers [{fewest}, {most}]: the fewest stand first")
+        if self.batch_size < most:
             raise ValueError(
-                f"batch_size {self.batch_size} leaves some of {self.workers} workers without a "
-                "sample"
+                f"batch_size {self.batch_size} leaves some of {most} workers without a sample"
             )
         if self.keep_best is not None and self.validation is None:
             raise ValueError(
                 f"keep_best goes by {self.keep_best.metric}, and validation is not set"
             )
-        sharded = self.parallelism.parts(self.workers) > 1
+        if fewest < most and self.parallelism.strategy == "hsdp":
+            raise ValueError(
+                f"strategy hsdp goes with a fixed number of workers: not all numbers from {fewest} "
+                f"to {most} divide into groups; choose fsdp"
+            )
+        if self.lora is not None and self.export_understanding != "copy":
+            raise ValueError(
+                "export_understanding goes with stages without lora, which make a model"
+            )
+        sharded = max(self.parallelism.parts(n) for n in range(fewest, most + 1)) > 1
         if sharded and self.lora is not None:
             raise ValueError(
                 f"lora goes with strategy ddp, not {self.parallelism.strategy}: an adapter is small"
@@ -195,6 +216,11 @@ class StageConfig(StageInputs):
                 "share the averages already"
             )
         return self
+
+    @property
+    def worker_range(self) -> tuple[int, int]:
+        """The fewest workers to train with, and the most."""
+        return (self.workers, self.workers) if isinstance(self.workers, int) else self.workers
 
     @property
     def validation_text(self) -> TextName:

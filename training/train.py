@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import ray
 import typer
@@ -35,6 +35,7 @@ from training.estimate import GPUS, MFU, Wanted
 from training.estimate import plan as make_plan
 from training.loop import train_loop_per_worker
 from training.notices import CatchSigterm
+from training.owner import Fence, owning
 from training.plan import Plan, absolute, measure
 from training.progress import OnProgress, progress_bar, watch
 from training.record import (
@@ -77,24 +78,57 @@ def run(
 
     Args:
         config: The stage.
-        fresh: Discard what an earlier run left in ``out``.
+        fresh: Discard what an earlier run left in ``out``, unless another driver trains there.
         on_progress: Called with the lines that rank 0 has said since the last call and the latest
             metrics: ``progress`` (0 to 1), ``loss``, ``samples_per_second``, …,
             and before the first step ``features_done`` (0 to 1).
 
     Raises:
         DimError: configuration, data, model, tracker or storage are not as they must be (before
-            the first step), the training diverged, or workers failed too often.
+            the first step), another driver trains into ``out``, the training diverged, or workers
+            failed too often.
     """
     config = absolute(_with_init_found(config))
     steps, rows = measure(config)
-    if fresh:
-        discard(config.out)
-    identity, earlier = identify(config, steps), read_record(config.out)
-    if earlier is not None:
-        earlier.check_same(identity, config.out)
-        if earlier.finished:
-            return _result(config, _registered(config, earlier))
+    identity = identify(config, steps)
+    if not fresh and (done := _finished(config, identity)) is not None:
+        return done
+    with owning(
+        config.out,
+        wait_s=config.owner_wait_s,
+        timeout_s=config.owner_timeout_s,
+        say=lambda line: _say(line, on_progress),
+    ) as lease:
+        if fresh:
+            discard(config.out)
+        elif (done := _finished(config, identity)) is not None:  # by a driver that was waited for
+            return done
+        return _train(config, identity, steps, rows, lease.owner.token, on_progress)
+
+
+def _finished(config: StageConfig, identity: Mapping[str, Any]) -> StageResult | None:
+    """What an earlier call finished in ``out``.
+
+    Raises:
+        ConfigError: a run that differs is there.
+    """
+    earlier = read_record(config.out)
+    if earlier is None:
+        return None
+    earlier.check_same(identity, config.out)
+    return _result(config, _registered(config, earlier)) if earlier.finished else None
+
+
+def _train(
+    config: StageConfig,
+    identity: dict[str, Any],
+    steps: int,
+    rows: int,
+    token: str,
+    on_progress: OnProgress | None,
+) -> StageResult:
+    """Begin or go on, in an output that is this driver's by ``token``."""
+    earlier = read_record(config.out)
     uri = config.tracking.uri or default_uri(config.out)
     tracking = Tracking(uri, config.tracking.experiment)
     settings = dump_config(config)
@@ -112,10 +146,17 @@ def run(
         record.write(config.out)
         mlflow_run.log_dict(settings, "stage.json")  # also proves that artifacts can be stored
         log_inputs(mlflow_run, config)
-        plan = Plan(config=config, steps=steps, rows=rows, tracking_uri=uri, run_id=mlflow_run.id)
+        plan = Plan(
+            config=config,
+            steps=steps,
+            rows=rows,
+            tracking_uri=uri,
+            run_id=mlflow_run.id,
+            owner=token,
+        )
         with watch(mlflow_run.id, on_progress):
             record = _fit(plan, record)
-    record.write(config.out)
+    _write(record, plan)
     return _result(config, _registered(config, record))
 
 
@@ -128,8 +169,9 @@ def make_trainer(plan: Plan) -> TorchTrainer:
         train_loop_per_worker,  # type: ignore[arg-type]
         train_loop_config=dump_config(plan),
         torch_config=TorchConfig(timeout_s=config.collective_timeout_s),
-        scaling_config=ScalingConfig(
-            num_workers=config.workers,
+        scaling_config=ScalingConfig(  # type: ignore[call-arg]
+            num_workers=config.workers,  # type: ignore[arg-type]
+            elastic_resize_monitor_interval_s=config.resize_interval_s,
             use_gpu=config.use_gpu,
             resources_per_worker={
                 "CPU": config.cpus_per_worker,
@@ -215,6 +257,23 @@ def log_inputs(run: Run, config: StageConfig) -> None:
         )
 
 
+def _write(record: StageRecord, plan: Plan) -> None:
+    """Put the record into the output, which is still this driver's.
+
+    Raises:
+        LostOutputError: it is not.
+    """
+    Fence(plan.config.out, plan.owner).confirm()
+    record.write(plan.config.out)
+
+
+def _say(line: str, on_progress: OnProgress | None) -> None:
+    if on_progress is not None:
+        on_progress([line], {})
+    else:
+        Console(stderr=True, soft_wrap=True).print(line, markup=False)
+
+
 def _with_init_found(config: StageConfig) -> StageConfig:
     """With ``init: models:/…`` as the folder that it leads to."""
     return config.model_copy(update={"init": located(config.init, config.tracking.uri)})
@@ -257,7 +316,8 @@ def ray_session(config: StageConfig) -> Iterator[None]:
 
 def _start_ray(config: StageConfig) -> None:
     address = os.environ.get("RAY_ADDRESS", "local")
-    cpus = max(config.workers * config.cpus_per_worker, os.cpu_count() or 1)
+    _, most = config.worker_range
+    cpus = max(most * config.cpus_per_worker, os.cpu_count() or 1)
     try:
         if address == "local":
             # What the workers say comes through on_progress; Ray's own lines stay in its log files.
@@ -287,7 +347,7 @@ def _fit(plan: Plan, record: StageRecord) -> StageRecord:
     outcome = result.return_value  # type: ignore[attr-defined]
     record = record.with_events(outcome["events"])
     if outcome["error"] is not None:
-        record.write(plan.config.out)
+        _write(record, plan)
         raise outcome["error"]
     last = outcome["checkpoint"]
     return replace(record, finished=True, metrics=outcome["metrics"], checkpoint=last)

@@ -10,9 +10,17 @@ import pytest
 import torch
 
 from dim import model
-from dim.errors import StorageError
+from dim.errors import CheckpointError, InputError, StorageError
 from infra import storage
-from infra.models import fingerprint, load_initial, on_this_machine, save_model
+from infra.models import (
+    check_reference,
+    fingerprint,
+    load_initial,
+    on_this_machine,
+    save_model,
+)
+from infra.storage import Store
+from tests.conftest import ROOT
 
 
 def test_a_model_comes_back_from_an_object_store(tiny_model_dir: Path, s3: str) -> None:
@@ -80,6 +88,71 @@ def test_another_model_at_the_same_address_is_fetched_anew(
     first = on_this_machine(stored)
     storage.open_store(stored).write("dim.json", b"{}")
     assert on_this_machine(stored) != first
+
+
+def test_a_folder_that_is_written_anew_while_it_is_fetched_is_none(
+    stored: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DIM_CACHE", str(tmp_path))
+    download = storage.download_folder
+
+    def late(uri: str, folder: str) -> None:
+        storage.open_store(stored).write("dim.json", b"{}")
+        download(uri, folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "download_folder", late)
+        with pytest.raises(StorageError, match="was written anew while it was fetched: try again"):
+            on_this_machine(stored)
+    assert (on_this_machine(stored) / "dim.json").read_text() == "{}"
+
+
+def test_an_export_that_is_cut_off_leaves_no_model_and_the_next_one_nothing_of_it(
+    tiny_model_dir: Path, s3: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model_, address = model.load(tiny_model_dir), f"{s3}/out/model"
+    save_model(model_, address)
+    store = storage.open_store(address)
+    store.write("painter/diffusion_pytorch_model-00002-of-00002.safetensors", b"of an older one")
+    copy_file = storage._copy_file
+
+    def cut_off(source: Store, target: Store, name: str) -> None:
+        if "painter" in name:
+            raise StorageError("cut off")
+        copy_file(source, target, name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "_copy_file", cut_off)
+        with pytest.raises(StorageError, match="cut off"):
+            save_model(model_, address)
+    assert store.is_file("connector.safetensors") and not store.exists("painter")
+    with pytest.raises(CheckpointError, match="model is no finished model folder: no dim.json"):
+        on_this_machine(address)
+    save_model(model_, address)
+    names = [name for name, _ in storage.open_store(str(tiny_model_dir)).list()]
+    assert [name for name, _ in store.list()] == names
+
+
+def test_a_model_is_stored_with_a_reference_to_where_its_understanding_model_lies(
+    tiny_model_dir: Path, s3: str
+) -> None:
+    save_model(model.load(tiny_model_dir), f"{s3}/light", "reference")
+    assert not storage.exists(f"{s3}/light/understanding")
+    again = load_initial(f"{s3}/light", edits=True)
+    assert again.understanding_source == str(tiny_model_dir / "understanding")
+    check_reference(f"{s3}/light")
+    check_reference(str(tiny_model_dir))
+
+
+def test_what_no_folder_can_refer_to_is_refused(stored: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="model holds a copy of its understanding model, which no"):
+        check_reference(stored)
+    random = tmp_path / "random.yaml"
+    tiny = (ROOT / "configs" / "tiny.yaml").read_text()
+    random.write_text(tiny.replace("package:tiny/understanding", "null"))
+    with pytest.raises(InputError, match="yaml has a random understanding model: there is none"):
+        check_reference(str(random))
+    check_reference(str(ROOT / "configs" / "dim-4.6b.yaml"))
 
 
 def test_a_place_that_is_not_ours_keeps_no_model(

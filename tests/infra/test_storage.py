@@ -10,14 +10,17 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from botocore.exceptions import ClientError
 
 from dim import records
 from dim.errors import InputError, StorageError, StorageUnavailable, UnreadableFile
 from infra import storage
+from infra.s3 import Connection, Files
 from infra.storage import Store, open_store
 from tests.fault_proxy import running
 
@@ -258,6 +261,60 @@ def test_a_busy_store_is_asked_again(busy_server: tuple[str, list[str]], s3_endp
     uri = f"s3://bucket/a.txt?endpoint_override={endpoint}"
     assert storage.read_bytes(uri) == b"finally"
     assert len(asked) >= 3
+
+
+def test_of_two_writes_on_the_same_condition_one_succeeds(
+    store: Store, request: pytest.FixtureRequest
+) -> None:
+    heeded = "rclone_s3" not in request.fixturenames
+    assert store.read_version("a") is None
+    first = store.write_version("a", b"one", None)
+    assert first is not None and first == store.read_version("a")
+    assert (store.write_version("a", b"two", None) is None) == heeded
+    found = store.read_version("a")
+    assert found is not None and found.data == (b"one" if heeded else b"two")
+    third = store.write_version("a", b"three", found)
+    assert third is not None and store.read("a") == b"three"
+    assert (store.write_version("a", b"four", first) is None) == heeded
+    assert (store.write_version("gone", b"five", first) is None) == heeded
+
+
+def test_a_write_whose_answer_was_lost_meets_itself(
+    s3: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, write = open_store(f"{s3}/out"), Files.write_version
+
+    def lose(files: Files, path: str, data: bytes, version: str | None) -> str | None:
+        write(files, path, data, version)
+        return write(files, path, data, version)
+
+    monkeypatch.setattr(Files, "write_version", lose)
+    made = store.write_version("a", b"one", None)
+    assert made is not None and made == store.read_version("a")
+    assert store.write_version("a", b"two", None) is None and store.read("a") == b"one"
+
+
+def test_a_store_that_knows_no_conditions_writes_all_the_same(
+    s3: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_objects = Connection.open_objects
+
+    def without(connection: Connection) -> Any:
+        client = open_objects(connection)
+        put = client.put_object
+
+        def refuse(**options: Any) -> Any:
+            if options.keys() & {"IfMatch", "IfNoneMatch"}:
+                raise ClientError({"Error": {"Code": "NotImplemented"}}, "PutObject")
+            return put(**options)
+
+        client.put_object = refuse
+        return client
+
+    monkeypatch.setattr(Connection, "open_objects", without)
+    store = open_store(f"{s3}/out")
+    assert store.write_version("a", b"one", None) and store.write_version("a", b"two", None)
+    assert store.read("a") == b"two"
 
 
 def test_writes_part_by_part(store: Store) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -134,12 +135,14 @@ def test_the_command_says_it_before_anything_starts(
     plan: Callable[..., str], tmp_path: Path
 ) -> None:
     said = plan(
-        str(CONFIGS / "dim-4.6b-edit2.yaml"), f"out={tmp_path}/out", "--plan",
+        str(CONFIGS / "dim-4.6b-edit2.yaml"), f"out={tmp_path}/out", "workers=[8,16]", "--plan",
         "--model", str(CONFIGS / "dim-4.6b.yaml"), "--samples", "233000", "--gpu", "h100",
         "--price", "2.5",
     )  # fmt: skip
     assert "1,633,619,616" in said and "364,050 of 32 samples" in said
     assert "memory of each of 8 GPUs" in said and "fits into 80.0 GB" in said
+    of_the_fewest = float(re.search(r"of its peak │ ([\d.]+)", said)[1])  # type: ignore[index]
+    assert f"│ on 16 GPUs │ {of_the_fewest / 2:.1f} │" in said
     assert "hours at 35% of its peak" in said and "at $2.5 a GPU and hour" in said
     assert not (tmp_path / "out").exists()
 

@@ -14,6 +14,7 @@ from dim.errors import CheckpointError, InputError
 from dim.features.encoder import CachedFeatures, FrozenEncoder, LiveFeatures
 from dim.features.shards import Share
 from infra.samples import open_images
+from tests.conftest import ROOT
 from training.plan import Plan, absolute, announcement, measure, resumption
 from training.stage import StageConfig
 from training.state import TrainState
@@ -39,11 +40,18 @@ def test_epochs_are_steps_and_the_data_are_counted(edit_data: str, tiny_model_di
     assert measure(stage(edit_data, tiny_model_dir, epochs=None, steps=7)) == (7, 20)
 
 
-def test_what_is_not_there_is_named(edit_data: str, tiny_model_dir: Path, t2i_data: str) -> None:
+def test_what_is_not_there_is_named(
+    edit_data: str, tiny_model_dir: Path, t2i_data: str, tmp_path: Path
+) -> None:
     with pytest.raises(CheckpointError, match="no model folder or model YAML at /nowhere"):
         measure(stage(edit_data, "/nowhere"))
     with pytest.raises(InputError, match=f"the training data in {t2i_data} lacks"):
         measure(stage(edit_data, tiny_model_dir, validation={"data": [t2i_data]}))
+    config = tmp_path / "model.yaml"
+    tiny = (ROOT / "configs" / "tiny.yaml").read_text()
+    config.write_text(tiny.replace("package:tiny/understanding", "null"))
+    with pytest.raises(InputError, match=r"model\.yaml has a random understanding model"):
+        measure(stage(edit_data, config, export_understanding="reference"))
 
 
 def test_local_paths_are_made_absolute_and_others_stay() -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from dim.errors import ConfigError
 from infra.models import fingerprint
-from training.record import StageRecord, read_record
+from training.record import StageRecord, discard_partial, read_record
 
 
 def test_a_record_survives_writing(tmp_path: Path) -> None:
@@ -50,6 +50,14 @@ def test_a_damaged_record_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "stage.json").write_text(text)
     with pytest.raises(ConfigError, match=r"stage\.json is not the record of a training stage"):
         read_record(str(tmp_path))
+
+
+def test_what_an_export_has_left_half_done_is_removed(tmp_path: Path) -> None:
+    for name in (".model-x1", ".model-old-x2", "model", ".other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "weights").write_text("half")
+    discard_partial(str(tmp_path))
+    assert {path.name for path in tmp_path.iterdir()} == {"model", ".other"}
 
 
 def test_the_fingerprint_of_a_start_follows_its_content(tmp_path: Path) -> None:

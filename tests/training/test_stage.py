@@ -67,6 +67,22 @@ def test_mixed_texts() -> None:
         ({"steps": None}, "exactly one of steps and epochs"),
         ({"epochs": 3}, "exactly one of steps and epochs"),
         ({"workers": 5}, "batch_size 4 leaves some of 5 workers without a sample"),
+        ({"workers": [1, 5]}, "batch_size 4 leaves some of 5 workers without a sample"),
+        ({"workers": [3, 2]}, r"workers \[3, 2\]: the fewest stand first"),
+        ({"workers": [0, 2]}, "workers"),
+        ({"workers": [1, 2, 3]}, "workers"),
+        (
+            {"workers": [2, 4], "parallelism": {"strategy": "hsdp", "shard": 2}},
+            "strategy hsdp goes with a fixed number of workers: not all numbers from 2 to 4 divide",
+        ),
+        (
+            {"workers": [2, 4], "parallelism": {"strategy": "fsdp", "shard": 4}},
+            "strategy fsdp on 2 workers has shard 2, not 4: leave shard out",
+        ),
+        (
+            {"workers": [1, 4], "parallelism": {"strategy": "fsdp"}, "ema_on_cpu": True},
+            "ema_on_cpu goes with strategy ddp",
+        ),
         ({"parallelism": {"strategy": "zero"}}, "parallelism.strategy"),
         (
             {"workers": 4, "parallelism": {"strategy": "hsdp"}},
@@ -90,6 +106,10 @@ def test_mixed_texts() -> None:
             "ema_on_cpu goes with strategy ddp",
         ),
         ({"optimizer": "lion"}, "optimizer"),
+        (
+            {"lora": {}, "export_understanding": "reference"},
+            "export_understanding goes with stages without lora",
+        ),
         ({"text": "caption"}, "stage edit1 cannot train on the text 'caption'"),
         ({"learning_rate": -1}, "learning_rate"),
         ({"data": []}, "data"),
@@ -146,6 +166,14 @@ def test_how_many_workers_hold_a_copy_between_them() -> None:
     assert parts(4, strategy="hsdp", shard=2) == 2
     alone = {"parallelism": {"strategy": "fsdp"}, "ema_on_cpu": True, "optimizer": "adamw8bit"}
     assert stage(**alone).workers == 1  # who is alone holds all
+
+
+def test_the_number_of_workers_may_be_a_range() -> None:
+    assert stage(workers=3).worker_range == (3, 3)
+    elastic = stage(workers=[1, 4], parallelism={"strategy": "fsdp"})
+    assert elastic.worker_range == (1, 4)
+    assert stage(**dump_config(elastic)) == elastic
+    assert load_config(StageConfig, CONFIGS / "tiny-t2i.yaml", ["workers=[1,2]"]).workers == (1, 2)
 
 
 def test_learning_rate_schedules() -> None:

@@ -90,7 +90,7 @@ def train_together(
                 )
             )
     told = [dump_config(plan) for plan in plans]
-    most = max(config.workers for config in configs)
+    most = max(config.worker_range[1] for config in configs)
     start(_take_part, (str(folder), told, hook), most)
     answers = pickle.loads((folder / "answers").read_bytes())
     return [(answer, _history(plan)) for answer, plan in zip(answers, plans, strict=True)]

@@ -19,6 +19,7 @@ from dim import __version__
 from dim.config import StrictModel, dump_config, validate_config
 from dim.errors import CheckpointError, InputError
 from dim.model import parts
+from dim.model.checkpoint.reference import everywhere, fingerprint, require_same
 from dim.model.conditioner import Conditioner
 from dim.model.config import ModelConfig, Task, weights_path
 from dim.model.connector import Connector
@@ -58,11 +59,13 @@ class Description:
     """A ``dim.json``.
 
     ``understanding``: where the understanding model is; ``UNDERSTANDING`` is in the folder.
-    ``version``: of the program that wrote it.
+    ``fingerprint``: of one elsewhere, see ``dim.model.checkpoint.reference``; None if it was not at
+    hand. ``version``: of the program that wrote it.
     """
 
     config: ModelConfig
     understanding: str
+    fingerprint: str | None
     provenance: Provenance | None
     version: str
 
@@ -102,7 +105,7 @@ def write(
         modules.autoencoder.network.save_pretrained(staged / AUTOENCODER)
         write_painter(staged, modules.painter)
         write_connector(staged / CONNECTOR_FILE, modules.connector)
-        describe(staged, config, reference or UNDERSTANDING, provenance)
+        describe(staged, config, reference and everywhere(reference), provenance)
 
 
 @contextmanager
@@ -158,7 +161,8 @@ def read(path: Path, dtype: torch.dtype | None) -> tuple[Description, parts.Part
     The described understanding model is where it was loaded from.
 
     Raises:
-        CheckpointError: no such folder, not a DIM, or a part is missing or damaged.
+        CheckpointError: no such folder, not a DIM, or a part is missing or damaged; or the
+            understanding model that it refers to is gone, or has become another one.
     """
     description = read_description(path)
     needed = (PAINTER, AUTOENCODER, CONNECTOR_FILE, parts.NULL_CONDITION_FILE)
@@ -174,8 +178,13 @@ def located(path: Path, description: Description) -> ModelConfig:
 
     What is in the folder keeps the type that it has there. What is referred to lies as it was
     first loaded, so the configured type holds for it.
+
+    Raises:
+        CheckpointError: what is referred to is gone, or has become another.
     """
     config = description.config
+    if description.fingerprint is not None:
+        require_same(path, description.understanding, description.fingerprint)
     inside = {
         "connector": path / CONNECTOR_FILE,
         "painter": path / PAINTER,
@@ -201,13 +210,17 @@ def write_understanding(folder: Path, conditioner: Conditioner) -> None:
 
 
 def describe(
-    folder: Path, config: ModelConfig, understanding: str, provenance: Provenance | None
+    folder: Path, config: ModelConfig, referred: str | None, provenance: Provenance | None
 ) -> None:
-    """Write the ``dim.json`` of ``folder``; ``understanding`` as in ``Description``."""
+    """Write the ``dim.json`` of ``folder``, which makes it a DIM.
+
+    ``referred``: where the understanding model is; None: in the folder.
+    """
     description = {
         "format": FORMAT,
         "dim": __version__,
-        "understanding": understanding,
+        "understanding": referred or UNDERSTANDING,
+        "fingerprint": referred and _fingerprint(referred),
         "provenance": None if provenance is None else dump_config(provenance),
         "config": dump_config(config),
     }
@@ -230,6 +243,7 @@ def read_description(path: Path) -> Description:
         description = json.loads(file.read_text(encoding="utf-8"))
         written = description["format"]
         config, understanding = description["config"], str(description["understanding"])
+        known = description.get("fingerprint")
         provenance, version = description.get("provenance"), str(description.get("dim"))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{file} is damaged: {' '.join(str(error).split())}") from None
@@ -238,9 +252,18 @@ def read_description(path: Path) -> Description:
     return Description(
         validate_config(ModelConfig, config, where=str(file)),
         understanding,
+        None if known is None else str(known),
         provenance and validate_config(Provenance, provenance, where=str(file)),
         version,
     )
+
+
+def _fingerprint(referred: str) -> str | None:
+    """Of an understanding model that is at hand; loading will tell whether the other is there."""
+    try:
+        return fingerprint(referred)
+    except CheckpointError:
+        return None
 
 
 def replace(staged: Path, path: Path) -> None:

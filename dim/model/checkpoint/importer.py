@@ -18,7 +18,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from dim.config import dump_config, validate_config
 from dim.errors import CheckpointError, ConfigError, InputError
 from dim.model import parts, released
-from dim.model.checkpoint import folder, tensorfile
+from dim.model.checkpoint import folder, reference, tensorfile
 from dim.model.checkpoint.finite import is_finite, refuse_not_finite
 from dim.model.checkpoint.folder import Provenance
 from dim.model.checkpoint.tensorfile import MAX_SHARD_BYTES, Produce, Shape, Spec, TensorFiles
@@ -119,8 +119,8 @@ def import_checkpoint(
             place = staged / folder.UNDERSTANDING
             _write_understanding(place, writer, config.understanding, mllm)
         refuse_not_finite(str(path), writer.not_finite)
-        reference = folder.UNDERSTANDING if copied else _reference(config.understanding)
-        folder.describe(staged, settings, reference, provenance)
+        referred = None if copied else reference.everywhere(str(config.understanding.weights))
+        folder.describe(staged, settings, referred, provenance)
     return provenance
 
 
@@ -299,12 +299,6 @@ def _understanding_place(config: UnderstandingConfig) -> str:
             "understanding model is"
         )
     return weights_path(config.weights)
-
-
-def _reference(config: UnderstandingConfig) -> str:
-    """Where the understanding model is, wherever the folder is read from."""
-    weights = str(config.weights)
-    return str(Path(weights).resolve()) if Path(weights).is_dir() else weights
 
 
 def _autoencoder(config: AutoencoderConfig) -> AutoencoderDC:

@@ -15,6 +15,8 @@ from dim.blueprint import Blueprint
 from dim.config import load_config
 from dim.designers.self_play import SelfDesigner
 from dim.errors import CheckpointError, ConfigError, DesignerError, InputError
+from dim.model.checkpoint import reference
+from dim.model.checkpoint.folder import read_description
 from dim.model.config import ModelConfig
 
 BLUEPRINT = Blueprint("Remove it.", "A table.", "A red circle.", "The middle.", "Empty.").render()
@@ -323,6 +325,36 @@ def test_a_model_can_refer_to_its_understanding_model(saved, tmp_path, photos):
     again = model.load(tmp_path / "light")
     assert again.understanding_source == str(saved / "understanding")
     assert torch.equal(*(m.conditioner.encode(["a"], photos[:1])[0] for m in (loaded, again)))
+
+
+def test_an_understanding_model_that_is_gone_or_another_is_not_loaded(saved, tmp_path, monkeypatch):
+    loaded = model.load(saved)
+    place = tmp_path / "qwen"
+    shutil.copytree(saved / "understanding", place)
+    loaded.understanding_source = str(place)
+    loaded.save(tmp_path / "light", understanding="reference")
+    weights = place / "model.safetensors"
+    held = bytearray(weights.read_bytes())
+    held[-1] ^= 1
+    weights.write_bytes(held)
+    message = f"{tmp_path}/light refers to the understanding model {place}, which is another one"
+    with pytest.raises(CheckpointError, match=message):
+        model.load(tmp_path / "light")
+    place.rename(tmp_path / "away")
+    message = f"light refers to an understanding model: {place} is not there$"
+    with pytest.raises(CheckpointError, match=message):
+        model.load(tmp_path / "light")
+    # The same from the hub, whose files lie in a cache; away from it there is nothing to compare.
+    loaded.understanding_source = "somebody/qwen"
+    loaded.save(tmp_path / "unknown", understanding="reference")
+    assert json.loads((tmp_path / "unknown" / "dim.json").read_text())["fingerprint"] is None
+    monkeypatch.setattr(reference, "snapshot_download", lambda *_, **__: tmp_path / "away")
+    loaded.save(tmp_path / "hub", understanding="reference")
+    description = read_description(tmp_path / "hub")
+    assert description.fingerprint == reference.fingerprint(str(tmp_path / "away"))
+    (tmp_path / "away" / "tokenizer.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="somebody/qwen, which is another one"):
+        model.load(tmp_path / "hub")
 
 
 def test_the_type_can_be_chosen_and_stays(saved, tmp_path, photos):
