@@ -188,9 +188,9 @@ def open_shards(plan: Plan, model: DIM, rank: int) -> FeatureShards | None:
         DimError: they cannot be read, or are not what this stage and ``model`` need.
     """
     config = plan.config
-    if not holds_features(config.data):
+    if not holds_features(config.uris):
         return None
-    shards = open_features(config.data, config.texts, edits=config.edits, every_file=False)
+    shards = open_features(config.uris, config.texts, edits=config.edits, every_file=False)
     _check_rows(plan, shards.rows)
     if rank == 0:
         resolution = model.config.sampling.resolution
@@ -213,7 +213,7 @@ def choose_source(
         return ShardFeatures(
             shards, order.rows, config.texts, in_memory=config.cache_features, device=device
         )
-    images = open_images(config.data, config.columns, every_file=False)
+    images = open_images(config.uris, config.columns, every_file=False)
     _check_rows(plan, images.rows)
     hold_groups(config, order, images.groups)
     share, threads = Share(images, order.rows), config.cpus_per_worker
@@ -234,7 +234,8 @@ def hold_groups(config: StageConfig, order: WorkerOrder, groups: RowGroups) -> N
     """Where samples are mixed within a window, each row group is read once and kept for a while."""
     window = config.shuffle_window
     if window is not None and not config.cache_features:
-        groups.hold(len(order.slots), window, 2 + window // BLOCK)
+        walks = len(order.slots) + len(config.data) - 1  # slots may walk through several sources
+        groups.hold(walks, window, 2 + window // BLOCK)
 
 
 def _check_rows(plan: Plan, count: int) -> None:

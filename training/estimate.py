@@ -30,7 +30,7 @@ from dim.model.connector import Connector
 from dim.model.painter import Painter
 from infra.models import read_config
 from infra.samples import holds_features
-from training.plan import count_samples
+from training.plan import count_samples, count_sources, describe_mixture, epoch_samples
 from training.stage import StageConfig
 
 TEXT_TOKENS = {"caption": 700, "instruction": 80, "blueprint": 430}
@@ -209,10 +209,24 @@ def plan(config: StageConfig, wanted: Wanted) -> Table:
     if wanted.price is not None and wanted.gpu is None:
         raise InputError("--price needs --gpu: dollars follow from hours")
     model = read_config(wanted.model or config.init)
-    features = wanted.samples is None and holds_features(config.data)
-    rows = wanted.samples if wanted.samples is not None else count_samples(config)
+    features = wanted.samples is None and holds_features(config.uris)
+    mixture = ""
+    if wanted.samples is None:
+        count_samples(config)  # and check them
+        sources = count_sources(config)
+        rows = sum(epoch_samples(config, sources))
+        if len(sources) > 1:
+            mixture = describe_mixture(config, sources)
+    elif any(source.changes_the_mixture for source in config.data) and config.epochs:
+        raise InputError(
+            "--samples says nothing about each of the sources that are mixed: give steps=N, for "
+            "epochs depend on it"
+        )
+    else:
+        rows = wanted.samples
     steps = config.steps or (config.epochs or 0) * steps_per_epoch(rows, config.batch_size)
-    return as_table(estimate(config, model, steps, features=features), config, wanted)
+    made = estimate(config, model, steps, features=features)
+    return as_table(made, config, wanted, mixture=mixture)
 
 
 class Pass(NamedTuple):
@@ -281,8 +295,8 @@ def count_pass(
     return Pass(parameters, nbytes, passes * int(counter.get_total_flops()))
 
 
-def as_table(made: Estimate, config: StageConfig, wanted: Wanted) -> Table:
-    """The estimate for a terminal.
+def as_table(made: Estimate, config: StageConfig, wanted: Wanted, *, mixture: str = "") -> Table:
+    """The estimate for a terminal; ``mixture`` says what an epoch has of each source.
 
     Raises:
         InputError: there is no such GPU.
@@ -290,6 +304,8 @@ def as_table(made: Estimate, config: StageConfig, wanted: Wanted) -> Table:
     table = Table("", "", title=f"{config.stage}: what it takes", show_header=False)
     table.add_row("trained parameters", f"{made.parameters:,}")
     table.add_row("steps", f"{made.steps:,} of {config.batch_size} samples")
+    if mixture:
+        table.add_row("an epoch", mixture)
     table.add_row(
         "a step of a worker",
         f"{made.passes} {'pass' if made.passes == 1 else 'passes'} of {made.rows} samples with "

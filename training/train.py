@@ -36,7 +36,7 @@ from training.estimate import GPUS, MFU, Wanted
 from training.estimate import plan as make_plan
 from training.log import OnProgress, progress_bar, watch
 from training.loop import train_loop_per_worker
-from training.plan import Plan, absolute, measure
+from training.plan import Plan, absolute, count_sources, measure
 from training.record import (
     ADAPTER_FOLDER,
     CHECKPOINTS_FOLDER,
@@ -112,7 +112,14 @@ def run(
         record.write(config.out)
         mlflow_run.log_dict(settings, "stage.json")  # also proves that artifacts can be stored
         log_inputs(mlflow_run, config)
-        plan = Plan(config=config, steps=steps, rows=rows, tracking_uri=uri, run_id=mlflow_run.id)
+        plan = Plan(
+            config=config,
+            steps=steps,
+            rows=rows,
+            sources=count_sources(config),
+            tracking_uri=uri,
+            run_id=mlflow_run.id,
+        )
         with watch(mlflow_run, on_progress):
             record = _fit(plan, record)
     record.write(config.out)
@@ -204,14 +211,19 @@ def main(
 
 
 def log_inputs(run: Run, config: StageConfig) -> None:
-    """Record with MLflow what is trained on: each data set's address, size and digest."""
-    for uri in config.data:
+    """Record with MLflow what is trained on: each data set's address, size, digest and part."""
+    for name, source in zip(config.source_names, config.data, strict=True):
+        parts = {"weight": source.weight, "repeats": source.repeats, "cap": source.cap}
         run.log_dataset(
             config.stage,
-            uri,
-            fingerprint([uri])[:36],
+            source.uri,
+            fingerprint([source.uri])[:36],
             context="training",
-            profile=extent(uri),
+            profile={
+                **extent(source.uri),
+                "name": name,
+                **{key: value for key, value in parts.items() if value is not None},
+            },
         )
 
 

@@ -130,6 +130,19 @@ def test_a_plan_of_what_is_here_needs_nothing_more(
     assert "hours" not in said and not (tmp_path / "out").exists()
 
 
+def test_a_plan_says_what_is_mixed(
+    plan: Callable[..., str], tiny_model_dir: Path, edit_data: str, held_out_data: str
+) -> None:
+    data = f"data=[{{uri: {edit_data}, weight: 1, name: one}}, {{uri: {held_out_data}, weight: 1}}]"
+    stage = (str(CONFIGS / "tiny-edit2.yaml"), f"init={tiny_model_dir}", data, "validation=null")
+    said = plan(*stage, "steps=null", "epochs=3", "--plan")
+    assert "an epoch │ 50.0% one (20 samples, 3 times each), 50.0% " in said
+    assert "15 of 24 samples" in said
+    with pytest.raises(InputError, match="--samples says nothing about each of the sources"):
+        plan(*stage, "steps=null", "epochs=3", "--plan", "--samples", "1000")
+    assert "7 of 24 samples" in plan(*stage, "steps=7", "--plan", "--samples", "1000")
+
+
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [

@@ -28,7 +28,7 @@ from tests.image_files import opened
 from training import loop
 from training.bad_samples import TooManyBadSamples
 from training.loop import DivergedError, train_loop_per_worker
-from training.plan import Plan, count_samples
+from training.plan import Plan, count_samples, count_sources
 from training.stage import StageConfig
 
 
@@ -56,6 +56,7 @@ def start(
                 config=config,
                 steps=config.steps or 1,
                 rows=rows,
+                sources=count_sources(config),
                 tracking_uri=tracking_uri,
                 run_id=mlflow_run.id,
             )
@@ -563,6 +564,53 @@ def test_the_samples_of_a_window_train_and_go_on_exactly(
     monkeypatch.setattr(loop, "update", update)
     resumed = start(**settings, shuffle_window=3, out=str(tmp_path / "resumed"))[1]
     assert losses_of(tracking_uri, resumed) == {step: whole[step] for step in (5, 6)}
+
+
+@pytest.mark.parametrize("cache_features", [True, False])
+def test_mixed_sources_train_and_go_on_exactly(
+    start: Callable[..., Any],
+    edit_data: str,
+    make_dataset: Callable[..., str],
+    tracking_uri: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    cache_features: bool,
+) -> None:
+    other = make_dataset("other", edit_rows(7, seed=9), records.EDIT)
+    settings = {
+        "data": [{"uri": edit_data, "weight": 1, "cap": 12}, {"uri": other, "weight": 3}],
+        "steps": 6,
+        "batch_size": 4,
+        "checkpoint_every": 2,
+        "cache_features": cache_features,
+    }
+    held: list[int] = []
+    make = loop.make_feed
+
+    def noted(config: Any, order: Any, features: Any, *more: Any) -> Any:
+        if cache_features:
+            held.append(len(features._latents))
+        return make(config, order, features, *more)
+
+    monkeypatch.setattr(loop, "make_feed", noted)
+    _, through = start(**settings, out=str(tmp_path / "through"))
+    assert held in ([], [12 + 7])  # each once, though most come several times in an epoch
+    update = loop.update
+
+    def power_cut(worker: Any, step: int) -> Any:
+        if step == 5:
+            raise ConnectionError("the power went")
+        return update(worker, step)
+
+    monkeypatch.setattr(loop, "update", power_cut)
+    with pytest.raises(ConnectionError):
+        start(**settings, out=str(tmp_path / "resumed"))
+    monkeypatch.setattr(loop, "update", update)
+    _, resumed = start(**settings, out=str(tmp_path / "resumed"))
+    whole, rest = losses_of(tracking_uri, through), losses_of(tracking_uri, resumed)
+    assert rest == {step: whole[step] for step in (5, 6)}
+    said = mlflow.MlflowClient(tracking_uri).get_run(resumed).data.tags["said"]
+    assert "(12 of 20 samples, " in said and "75.0% other (7 samples, " in said
 
 
 def test_too_many_bad_samples_are_returned_and_not_tried_again(

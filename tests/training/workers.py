@@ -25,7 +25,7 @@ import torch.multiprocessing as mp
 from dim.config import dump_config
 from infra.tracking import Tracking
 from training.loop import train_loop_per_worker
-from training.plan import Plan, count_samples
+from training.plan import Plan, count_samples, count_sources
 from training.stage import StageConfig
 
 PATIENCE = timedelta(seconds=120)  # with another worker: a run that hangs is a failed test
@@ -81,6 +81,7 @@ def train_together(
                     config=config,
                     steps=config.steps or 1,
                     rows=count_samples(config),
+                    sources=count_sources(config),
                     tracking_uri=tracking_uri,
                     run_id=run.id,
                 )
