@@ -36,6 +36,7 @@ from pipelines import edit, features, ingest
 from pipelines.edit import EditConfig
 from pipelines.features import FeaturesConfig
 from pipelines.ingest import IngestConfig
+from training.breakdown import Breakdown
 from training.data import Feed, make_feed
 from training.log import RunLog
 from training.loop import Worker, update
@@ -132,6 +133,7 @@ def _worker(plan: Plan, model: DIM, feed: Feed) -> Worker:
         state=state,
         trainable=state.module,
         feed=feed,
+        breakdown=Breakdown(plan.config.source_names, torch.device("cpu")),
         validation=None,
         log=RunLog(None),
     )

@@ -19,6 +19,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from infra.tracking import Run, Tracking, TrackingError
 from training import parallel
+from training.breakdown import Breakdown
 from training.plan import Plan
 from training.stage import learning_rate_at
 
@@ -125,11 +126,13 @@ class StepLog:
         log: Where they go.
         plan: What the worker was told.
         device: Of the losses.
+        breakdown: To which the steps add their losses by source and noise level.
     """
 
-    def __init__(self, log: RunLog, plan: Plan, device: torch.device) -> None:
+    def __init__(self, log: RunLog, plan: Plan, device: torch.device, breakdown: Breakdown) -> None:
         self._log = log
         self._plan = plan
+        self._breakdown = breakdown
         self._sum = torch.zeros((), device=device)
         self._norm = torch.zeros((), device=device)
         self._said = time.monotonic()
@@ -140,6 +143,7 @@ class StepLog:
         self._sum.zero_()
         self._steps = self._counted = 0
         self._waited = 0.0
+        self._breakdown.restart()
         self._started = time.perf_counter()
 
     def add(
@@ -158,6 +162,7 @@ class StepLog:
         self._steps += 1
         self._waited += waited
         self._norm = norm
+        self._breakdown.end_step(skipped=skipped)
         if not skipped:
             self._sum += loss
             self._counted += 1
@@ -169,15 +174,18 @@ class StepLog:
         if all updates were skipped. ``grad_norm`` is that of the last step,
         ``samples_per_second`` counts all workers. ``data_wait`` is the share of the time in which
         this worker waited for samples, ``memory_gb`` the most that it has held so far: of its GPU,
-        or of the machine where it has none.
+        or of the machine where it has none. ``loss/NAME`` is the mean loss of a source's samples,
+        or of those of a quartile of the noise levels, where there were any.
         """
         plan = self._plan
         loss = parallel.mean(self._sum / self._counted)  # 0 / 0 is nan
         seconds = time.perf_counter() - self._started
         samples, waited = self._steps * plan.config.batch_size, self._waited
+        parts = self._breakdown.read()
         self.restart()
         return {
             "loss": loss.item(),
+            **parts,
             "samples_per_second": samples / max(seconds, 1e-9),
             "learning_rate": learning_rate_at(plan.config, done - 1, plan.steps),
             "grad_norm": self._norm.item(),

@@ -21,6 +21,7 @@ from dim.model.flow import FlowSchedule, squared_error
 from infra.models import load_initial
 from training import finetune, parallel
 from training.bad_samples import TooManyBadSamples
+from training.breakdown import Breakdown, without_breakdown
 from training.data import Feed, choose_source, make_feed, open_shards
 from training.log import RunLog, StepLog, open_log, silence_repeats
 from training.plan import Plan, announcement
@@ -46,6 +47,7 @@ class Worker:
     state: TrainState
     trainable: nn.Module
     feed: Feed
+    breakdown: Breakdown
     validation: Validation | None
     log: RunLog
 
@@ -107,7 +109,7 @@ def prepare(plan: Plan) -> Worker:
     order = WorkerOrder(plan.order(), rank, world_size)
     features = choose_source(plan, model, shards, order, log)
     validation = open_validation(config, model, rank, world_size)
-    feed = make_feed(config, order, features)
+    feed = make_feed(config, order, features, plan.ends)
     limit = model.config.understanding.max_condition_tokens
     log.say(announcement(plan, state, features, token_limit=limit, resumed=resumed))
     return Worker(
@@ -120,6 +122,7 @@ def prepare(plan: Plan) -> Worker:
         state=state,
         trainable=state.module,
         feed=feed,
+        breakdown=Breakdown(config.source_names, device),
         validation=validation,
         log=log,
     )
@@ -179,6 +182,7 @@ def flow_matching(worker: Worker, step: int, number: int) -> torch.Tensor:
     weight = changed_cells(batch.latent, batch.source_latent, config.changed_cell_weight)
     errors = squared_error(velocity, noise - batch.latent, weight)
     counted = worker.feed.passes.counted(number).to(worker.device)
+    worker.breakdown.add(errors, counted, index, worker.feed.sources(number))
     return (errors * counted).sum() / (config.batch_size / parallel.world_size())
 
 
@@ -186,7 +190,7 @@ def train(worker: Worker) -> dict[str, float]:
     """Every step from where the state stands to the end; the last metrics of each kind."""
     config, state, steps = worker.config, worker.state, worker.plan.steps
     validate_every = config.validation.every if config.validation else None
-    log = StepLog(worker.log, worker.plan, worker.device)
+    log = StepLog(worker.log, worker.plan, worker.device, worker.breakdown)
     metrics: dict[str, float] = {}
     begun = state.step
     while state.step < steps:
@@ -195,7 +199,8 @@ def train(worker: Worker) -> dict[str, float]:
         log.add(loss, norm, skipped=skipped, waited=waited)
         done, last = state.step, state.step == steps
         if last or due(done, config.log_every):
-            metrics |= log.read(done) | worker.feed.bad.read(worker.log, worker.device)
+            metrics = without_breakdown(metrics) | log.read(done)
+            metrics |= worker.feed.bad.read(worker.log, worker.device)
             metrics["skipped_updates"] = state.skipped
             log.write(done, metrics)
         if state.skips_in_a_row == config.max_skips:

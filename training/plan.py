@@ -38,6 +38,11 @@ class Plan(StrictModel):
         return self.sources or [self.rows]
 
     @property
+    def ends(self) -> list[int]:
+        """How many rows there are up to the end of each of the config's data."""
+        return list(accumulate(self.source_rows))
+
+    @property
     def epoch_samples(self) -> list[int]:
         """Of each of the config's data, how many samples an epoch has."""
         return epoch_samples(self.config, self.source_rows)
@@ -58,7 +63,7 @@ class Plan(StrictModel):
             config.seed,
             window=window,
             samples=samples,
-            ends=() if samples is None else list(accumulate(rows)),
+            ends=() if samples is None else self.ends,
         )
 
 

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from infra.tracking import TrackingError
 from training import log as training_log
+from training.breakdown import Breakdown
 from training.log import SAID, RunLog, StepLog, progress_bar
 from training.plan import Plan
 from training.stage import StageConfig
@@ -95,7 +96,8 @@ def steps_of(log: RunLog) -> StepLog:
         stage="edit1", init="m", data=["d"], out="o", steps=40, batch_size=8, learning_rate=2
     )
     plan = Plan(config=config, steps=40, rows=80, tracking_uri="", run_id="")
-    return StepLog(log, plan, torch.device("cpu"))
+    device = torch.device("cpu")
+    return StepLog(log, plan, device, Breakdown([], device))
 
 
 def test_memory_is_what_the_process_has_held() -> None:

@@ -27,6 +27,7 @@ from tests.feature_shards import write_features
 from tests.image_files import opened
 from training import loop
 from training.bad_samples import TooManyBadSamples
+from training.breakdown import Breakdown
 from training.loop import DivergedError, train_loop_per_worker
 from training.plan import Plan, count_samples, count_sources
 from training.stage import StageConfig
@@ -564,6 +565,38 @@ def test_the_samples_of_a_window_train_and_go_on_exactly(
     monkeypatch.setattr(loop, "update", update)
     resumed = start(**settings, shuffle_window=3, out=str(tmp_path / "resumed"))[1]
     assert losses_of(tracking_uri, resumed) == {step: whole[step] for step in (5, 6)}
+
+
+def test_losses_are_logged_by_source_and_noise_level_where_there_were_any(
+    start: Callable[..., Any],
+    edit_data: str,
+    make_dataset: Callable[..., str],
+    tracking_uri: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    other = make_dataset("other", edit_rows(4, seed=9), records.EDIT)
+    taken: list[tuple[float, int, int]] = []
+    add = Breakdown.add
+
+    def noted(self: Any, losses: Any, counted: Any, index: Any, source: Any) -> None:
+        taken.extend(zip(losses.tolist(), index.tolist(), source.tolist(), strict=True))
+        add(self, losses, counted, index, source)
+
+    monkeypatch.setattr(Breakdown, "add", noted)
+    data = [{"uri": edit_data, "name": "many"}, {"uri": other, "name": "few"}]
+    answer, run_id = start(data=data, steps=6, batch_size=1, seed=2)
+    assert answer["error"] is None and len(taken) == 6
+    client = mlflow.MlflowClient(tracking_uri)
+    names = ["many", "few", "sigma_q1", "sigma_q2", "sigma_q3", "sigma_q4"]
+    logged: dict[int, dict[str, float]] = {}
+    for name in names:
+        for point in client.get_metric_history(run_id, f"loss/{name}"):
+            logged.setdefault(point.step, {})[name] = point.value
+    for step, (loss, index, source) in enumerate(taken, 1):
+        quartile = names[2 + int(flow.quartile_of(torch.tensor([index])))]
+        # A batch of one sample: what it is no part of has no value, not even an old one.
+        assert logged[step] == pytest.approx({names[source]: loss, quartile: loss})
+    assert {source for _, _, source in taken} == {0, 1}
 
 
 @pytest.mark.parametrize("cache_features", [True, False])
