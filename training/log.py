@@ -105,7 +105,11 @@ class RunLog:
         """Note, show and say what validation after ``step`` found."""
         self.add(step, metrics)
         self.picture(sheet, f"validation/step-{step:08d}.png")
-        named = (f"{name.removeprefix('validation_')} {v:.3f}" for name, v in metrics.items())
+        named = (
+            f"{name.removeprefix('validation_')} {value:.3f}"
+            for name, value in metrics.items()
+            if "/" not in name  # parts of another one
+        )
         self.say(f"validation after step {step}: {', '.join(named)}")
 
     def close(self) -> None:
