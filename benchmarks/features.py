@@ -43,6 +43,7 @@ from training.loop import Worker, update
 from training.plan import Plan
 from training.stage import StageConfig
 from training.state import new_state
+from training.throughput import Throughput
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 LIVE = "live"
@@ -134,6 +135,7 @@ def _worker(plan: Plan, model: DIM, feed: Feed) -> Worker:
         trainable=state.module,
         feed=feed,
         breakdown=Breakdown(plan.config.source_names, torch.device("cpu")),
+        throughput=Throughput(plan, model.config, torch.device("cpu"), live=False),
         validation=None,
         log=RunLog(None),
     )

@@ -7,9 +7,11 @@ once. What their backward pass keeps, and their multiplications, are counted so,
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -155,7 +157,6 @@ def estimate(
     )  # fmt: skip
     held = counted.parameters / config.parallelism.parts(config.workers)
     averages = 0 if config.ema_decay is None else _FLOAT
-    pictures = 0 if features else (2 if config.edits else 1)
     memory = {
         "weights": _FLOAT * held,
         "gradients": _FLOAT * held,
@@ -170,7 +171,6 @@ def estimate(
         ),
     }
     samples = config.batch_size
-    work = frozen.flops_a_token * tokens + frozen.flops_a_picture * config.edits
     return Estimate(
         parameters=counted.parameters,
         steps=steps,
@@ -180,9 +180,36 @@ def estimate(
         memory=memory,
         checkpoint=counted.parameters * (_FLOAT + MOMENT_BYTES[config.optimizer] + averages),
         trained_flops=counted.flops / rows * samples,
-        frozen_flops=0 if features else samples * (work + pictures * frozen.flops_a_latent),
+        frozen_flops=0 if features else samples * _frozen_flops(frozen, config, tokens),
         workers=config.workers,
     )
+
+
+def sample_flops(config: StageConfig, model: ModelConfig, tokens: int, *, live: bool) -> float:
+    """The work of a sample with so many condition tokens, forward and backward, of the model alone.
+
+    Args:
+        config: of the stage.
+        model: that is trained.
+        tokens: of text and image.
+        live: the frozen parts run too.
+
+    Raises:
+        ConfigError: as for :func:`estimate`.
+    """
+    frozen, cell = _frozen(model)
+    counted = count_pass(
+        model, frozen.hidden, 1, max(1, tokens), model.sampling.resolution // cell,
+        edits=config.edits, checkpointed=False, bf16=config.precision == "bf16",
+    )  # fmt: skip
+    return counted.flops + (_frozen_flops(frozen, config, tokens) if live else 0)
+
+
+def _frozen_flops(frozen: Frozen, config: StageConfig, tokens: int) -> float:
+    """The work of the frozen parts on a sample."""
+    pictures = 2 if config.edits else 1
+    work = frozen.flops_a_token * tokens + frozen.flops_a_picture * config.edits
+    return work + pictures * frozen.flops_a_latent
 
 
 class Wanted(NamedTuple):
@@ -340,6 +367,13 @@ def find_gpu(name: str) -> Gpu:
     if name.lower() not in GPUS:
         raise InputError(f"unknown GPU {name!r}; there are {', '.join(GPUS)}")
     return GPUS[name.lower()]
+
+
+def named_gpu(device: str) -> Gpu | None:
+    """The GPU of the table that a driver calls ``device``, as in ``NVIDIA H100 80GB HBM3``."""
+    words = re.split(r"[\s-]+", device.lower())
+    names = {*words, *(one + other for one, other in pairwise(words))}
+    return next((gpu for name, gpu in GPUS.items() if name in names), None)
 
 
 def _trainable(

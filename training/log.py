@@ -22,6 +22,7 @@ from training import parallel
 from training.breakdown import Breakdown
 from training.plan import Plan
 from training.stage import learning_rate_at
+from training.throughput import Throughput
 
 OnProgress = Callable[[Sequence[str], Mapping[str, float]], None]
 """Is told the lines that rank 0 has said since the last call, and the latest metrics."""
@@ -131,12 +132,21 @@ class StepLog:
         plan: What the worker was told.
         device: Of the losses.
         breakdown: To which the steps add their losses by source and noise level.
+        throughput: To which they add their tokens.
     """
 
-    def __init__(self, log: RunLog, plan: Plan, device: torch.device, breakdown: Breakdown) -> None:
+    def __init__(
+        self,
+        log: RunLog,
+        plan: Plan,
+        device: torch.device,
+        breakdown: Breakdown,
+        throughput: Throughput,
+    ) -> None:
         self._log = log
         self._plan = plan
         self._breakdown = breakdown
+        self._throughput = throughput
         self._sum = torch.zeros((), device=device)
         self._norm = torch.zeros((), device=device)
         self._said = time.monotonic()
@@ -148,6 +158,7 @@ class StepLog:
         self._steps = self._counted = 0
         self._waited = 0.0
         self._breakdown.restart()
+        self._throughput.restart()
         self._started = time.perf_counter()
 
     def add(
@@ -179,18 +190,21 @@ class StepLog:
         ``samples_per_second`` counts all workers. ``data_wait`` is the share of the time in which
         this worker waited for samples, ``memory_gb`` the most that it has held so far: of its GPU,
         or of the machine where it has none. ``loss/NAME`` is the mean loss of a source's samples,
-        or of those of a quartile of the noise levels, where there were any.
+        or of those of a quartile of the noise levels, where there were any; for tokens, ``mfu`` and
+        dollars see ``Throughput.read``.
         """
         plan = self._plan
         loss = parallel.mean(self._sum / self._counted)  # 0 / 0 is nan
         seconds = time.perf_counter() - self._started
         samples, waited = self._steps * plan.config.batch_size, self._waited
         parts = self._breakdown.read()
+        rates = self._throughput.read(samples, seconds)
         self.restart()
         return {
             "loss": loss.item(),
             **parts,
             "samples_per_second": samples / max(seconds, 1e-9),
+            **rates,
             "learning_rate": learning_rate_at(plan.config, done - 1, plan.steps),
             "grad_norm": self._norm.item(),
             "data_wait": waited / max(seconds, 1e-9),

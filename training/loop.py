@@ -11,6 +11,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from dim.errors import DimError, StorageUnavailable
+from dim.features.encoder import LiveFeatures
 from dim.learning.batch import WorkerOrder
 from dim.learning.ema import averaged
 from dim.learning.optimizer import set_learning_rate
@@ -27,6 +28,7 @@ from training.log import RunLog, StepLog, open_log, silence_repeats
 from training.plan import Plan, announcement
 from training.stage import StageConfig, learning_rate_at
 from training.state import TrainState, check_updates, new_state, restore, return_to, save
+from training.throughput import Throughput
 from training.validation import Validation, open_validation
 
 
@@ -48,6 +50,7 @@ class Worker:
     trainable: nn.Module
     feed: Feed
     breakdown: Breakdown
+    throughput: Throughput
     validation: Validation | None
     log: RunLog
 
@@ -123,6 +126,7 @@ def prepare(plan: Plan) -> Worker:
         trainable=state.module,
         feed=feed,
         breakdown=Breakdown(config.source_names, device),
+        throughput=Throughput(plan, model.config, device, live=isinstance(features, LiveFeatures)),
         validation=validation,
         log=log,
     )
@@ -183,6 +187,7 @@ def flow_matching(worker: Worker, step: int, number: int) -> torch.Tensor:
     errors = squared_error(velocity, noise - batch.latent, weight)
     counted = worker.feed.passes.counted(number).to(worker.device)
     worker.breakdown.add(errors, counted, index, worker.feed.sources(number))
+    worker.throughput.add(batch.mask, counted)
     return (errors * counted).sum() / (config.batch_size / parallel.world_size())
 
 
@@ -190,7 +195,7 @@ def train(worker: Worker) -> dict[str, float]:
     """Every step from where the state stands to the end; the last metrics of each kind."""
     config, state, steps = worker.config, worker.state, worker.plan.steps
     validate_every = config.validation.every if config.validation else None
-    log = StepLog(worker.log, worker.plan, worker.device, worker.breakdown)
+    log = StepLog(worker.log, worker.plan, worker.device, worker.breakdown, worker.throughput)
     metrics: dict[str, float] = {}
     begun = state.step
     while state.step < steps:

@@ -44,6 +44,7 @@ OPERATIONAL_KEYS = frozenset(
         "max_returns",
         "max_failures",
         "collective_timeout_s",
+        "price_per_hour",
         "validation",
         "tracking",
         "registry",
@@ -173,6 +174,7 @@ class StageConfig(StageInputs):
     max_returns: NonNegativeInt = 3  # to a checkpoint, with other draws; then the run ends
     max_failures: int = Field(default=3, ge=-1)  # worker deaths survived; -1 = any number
     collective_timeout_s: PositiveInt = 1800
+    price_per_hour: float | None = Field(default=None, ge=0)  # dollars a worker, for the metrics
     validation: ValidationConfig | None = None
     tracking: TrackingConfig = TrackingConfig()
     registry: RegistryConfig | None = RegistryConfig()  # null: the model is not registered

@@ -15,7 +15,7 @@ from dim.errors import ConfigError, InputError
 from dim.learning.step import Trainable
 from dim.model.config import ModelConfig
 from training import estimate, train
-from training.estimate import _keeping, count_pass, find_gpu
+from training.estimate import _keeping, count_pass, find_gpu, named_gpu
 from training.stage import StageConfig
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -53,6 +53,32 @@ def test_settings_change_what_they_are_for() -> None:
     assert of("edit2", "ema_decay=0.999", "ema_on_cpu=true").memory["averages"] == 0
     assert of("edit2", features=True).frozen_flops == 0
     assert of("t2i").tokens == 700
+
+
+def test_a_step_s_samples_add_up_to_its_work() -> None:
+    config = load_config(StageConfig, CONFIGS / "dim-4.6b-edit2.yaml")
+    made = of("edit2")
+    live = estimate.sample_flops(config, PUBLISHED, made.tokens, live=True)
+    assert live * 32 == pytest.approx(made.trained_flops + made.frozen_flops)
+    cached = estimate.sample_flops(config, PUBLISHED, made.tokens, live=False)
+    assert cached * 32 == pytest.approx(made.trained_flops)
+    spared = config.model_copy(update={"gradient_checkpointing": True})
+    assert estimate.sample_flops(spared, PUBLISHED, made.tokens, live=False) == cached
+
+
+@pytest.mark.parametrize(
+    ("device", "name"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA GeForce RTX 4090", "rtx4090"),
+        ("NVIDIA L40S", "l40s"),
+        ("NVIDIA RTX A1000", None),
+        ("Tesla T4", None),
+    ],
+)
+def test_a_gpu_is_known_by_what_its_driver_calls_it(device: str, name: str | None) -> None:
+    assert named_gpu(device) == (None if name is None else estimate.GPUS[name])
 
 
 def test_time_follows_from_the_work_and_the_gpus() -> None:

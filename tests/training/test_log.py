@@ -9,12 +9,14 @@ import torch
 from PIL import Image
 from rich.console import Console
 
+from dim.model.config import ModelConfig
 from infra.tracking import TrackingError
 from training import log as training_log
 from training.breakdown import Breakdown
 from training.log import SAID, RunLog, StepLog, progress_bar
 from training.plan import Plan
 from training.stage import StageConfig
+from training.throughput import Throughput
 
 
 class Store:
@@ -97,7 +99,8 @@ def steps_of(log: RunLog) -> StepLog:
     )
     plan = Plan(config=config, steps=40, rows=80, tracking_uri="", run_id="")
     device = torch.device("cpu")
-    return StepLog(log, plan, device, Breakdown([], device))
+    throughput = Throughput(plan, ModelConfig(), device, live=False)
+    return StepLog(log, plan, device, Breakdown([], device), throughput)
 
 
 def test_memory_is_what_the_process_has_held() -> None:
@@ -117,6 +120,7 @@ def test_losses_are_averaged_and_start_anew(monkeypatch: pytest.MonkeyPatch) -> 
     assert steps.read(20) == {
         "loss": 1.5,
         "samples_per_second": 2 * 8 / 4.0,
+        "tokens_per_second": 0.0,
         "learning_rate": 2.0,
         "grad_norm": 0.25,
         "data_wait": 0.25,
