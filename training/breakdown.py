@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -10,7 +10,8 @@ from dim.learning.config import RESERVED_NAME
 from dim.model.flow import QUARTILES, quartile_of
 from training import parallel
 
-_PREFIX = "loss/"
+PREFIX = "loss/"
+"""How the metrics of parts of the loss begin."""
 
 
 class Breakdown:
@@ -66,7 +67,7 @@ class Breakdown:
         sums, counts = parallel.total(self._sum).tolist()
         self.restart()
         return {
-            f"{_PREFIX}{name}": total / count
+            f"{PREFIX}{name}": total / count
             for name, total, count in zip(self._names, sums, counts, strict=True)
             if count
         }
@@ -75,8 +76,3 @@ class Breakdown:
         """Forget what was added."""
         self._sum.zero_()
         self._step.zero_()
-
-
-def without_breakdown(metrics: Mapping[str, float]) -> dict[str, float]:
-    """``metrics`` without what ``Breakdown.read`` gave, which the next reading may not have."""
-    return {name: value for name, value in metrics.items() if not name.startswith(_PREFIX)}

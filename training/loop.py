@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,7 @@ from dim.model.flow import FlowSchedule, squared_error
 from infra.models import load_initial
 from training import finetune, parallel
 from training.bad_samples import TooManyBadSamples
-from training.breakdown import Breakdown, without_breakdown
+from training.breakdown import PREFIX, Breakdown
 from training.data import Feed, choose_source, make_feed, open_shards
 from training.log import RunLog, StepLog, open_log, silence_repeats
 from training.plan import Plan, announcement
@@ -204,7 +205,7 @@ def train(worker: Worker) -> dict[str, float]:
         log.add(loss, norm, skipped=skipped, waited=waited)
         done, last = state.step, state.step == steps
         if last or due(done, config.log_every):
-            metrics = without_breakdown(metrics) | log.read(done)
+            metrics = without(metrics, PREFIX) | log.read(done)
             metrics |= worker.feed.bad.read(worker.log, worker.device)
             metrics["skipped_updates"] = state.skipped
             log.write(done, metrics)
@@ -213,13 +214,13 @@ def train(worker: Worker) -> dict[str, float]:
             log.restart()
             continue
         if not last and due(done, validate_every):
-            metrics |= validate(worker)
+            metrics = without(metrics, "validation_") | validate(worker)
             log.restart()
         # Weights with which no gradient is finite are none to go back to.
         if not last and due(done, config.checkpoint_every) and not state.skips_in_a_row:
             checkpoint(worker, metrics)
             log.restart()
-    metrics |= validate(worker)
+    metrics = without(metrics, "validation_") | validate(worker)
     if begun != steps:
         checkpoint(worker, metrics)
     check_updates(state, steps)
@@ -282,6 +283,11 @@ def export(worker: Worker) -> None:
             model = load_initial(config.init, edits=config.edits)
             load_trained_weights(Trainable(model), weights)
         finetune.export(model, config, worker.log)
+
+
+def without(metrics: Mapping[str, float], prefix: str) -> dict[str, float]:
+    """``metrics`` but for those that begin so and, where there is no new value, would stay."""
+    return {name: value for name, value in metrics.items() if not name.startswith(prefix)}
 
 
 def due(step: int, every: int | None) -> bool:

@@ -8,7 +8,7 @@ import torch
 
 from dim.learning.batch import draw
 from dim.model.flow import LEVELS, quartile_of
-from training.breakdown import Breakdown, without_breakdown
+from training.breakdown import Breakdown
 
 CPU = torch.device("cpu")
 
@@ -51,11 +51,6 @@ def test_a_single_source_has_no_loss_of_its_own() -> None:
     parts.add(*rows_of((1.0, True, 662, 0)))
     parts.end_step(skipped=False)
     assert parts.read() == {"loss/sigma_q4": 1.0}
-
-
-def test_what_was_read_before_is_forgotten() -> None:
-    before = {"loss": 1.0, "loss/photos": 2.0, "validation_loss": 3.0}
-    assert without_breakdown(before) == {"loss": 1.0, "validation_loss": 3.0}
 
 
 def test_each_quartile_has_a_quarter_of_the_draws() -> None:

@@ -599,6 +599,33 @@ def test_losses_are_logged_by_source_and_noise_level_where_there_were_any(
     assert {source for _, _, source in taken} == {0, 1}
 
 
+class Fickle:
+    """A judge that has a score at first, and later none."""
+
+    columns = ()
+    left = 2  # the trial before training, and the first validation
+
+    def judge(self, *_: Any) -> dict[str, float]:
+        Fickle.left -= 1
+        return {"mood": 1.0} if Fickle.left >= 0 else {}
+
+
+def make_fickle() -> Fickle:
+    return Fickle()
+
+
+def test_a_score_that_is_missing_is_not_the_one_of_before(
+    start: Callable[..., Any], edit_data: str, held_out_data: str, tracking_uri: str
+) -> None:
+    validation = {"data": [held_out_data], "samples": 1, "steps": 1, "every": 1}
+    validation["judge"] = f"{__name__}:make_fickle"
+    answer, run_id = start(data=[edit_data], steps=3, validation=validation)
+    assert answer["error"] is None
+    assert "validation_loss" in answer["metrics"] and "validation_mood" not in answer["metrics"]
+    points = mlflow.MlflowClient(tracking_uri).get_metric_history(run_id, "validation_mood")
+    assert {point.step for point in points} == {1, 2}  # 2: the line between two validations
+
+
 @pytest.mark.parametrize("cache_features", [True, False])
 def test_mixed_sources_train_and_go_on_exactly(
     start: Callable[..., Any],
