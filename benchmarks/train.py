@@ -138,7 +138,7 @@ def plain_loop(config: StageConfig, rows: int) -> Steps:
     model = load_initial(config.init, edits=config.edits).train()
     order = WorkerOrder(SampleOrder(rows, config.batch_size, config.seed), 0, 1)
     encoder = FrozenEncoder(model, edits=config.edits, resolution=model.config.sampling.resolution)
-    images = open_images(config.data, config.columns)
+    images = open_images(config.uris, config.columns)
     features = CachedFeatures(encoder, Share(images, order.rows), config.texts)
     schedule = FlowSchedule(model.config.sampling.shift)
     module = Trainable(model)

@@ -169,12 +169,12 @@ def _preparation(model: str, *, edits: bool) -> Preparation:
 def _stage_settings(file: Path, data: str | None) -> dict[str, Any]:
     """What a training stage says about its features."""
     stage = load_part(StageInputs, file)
-    if data is None and len(stage.data) > 1:
+    if data is None and len(stage.uris) > 1:
         raise ConfigError(
-            f"{file} trains on {len(stage.data)} data sets: give one of them as --data at a time"
+            f"{file} trains on {len(stage.uris)} data sets: give one of them as --data at a time"
         )
     return {
-        "data": data or stage.data[0],
+        "data": data or stage.uris[0],
         "model": stage.init,
         "texts": list(stage.texts),
         "precision": stage.precision,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from dim.errors import InputError, SampleError
@@ -37,6 +39,7 @@ class _Fetched:
 
     draws: Draws
     samples: list[Any]
+    sources: NDArray[np.int64]
     bad: list[SampleError]
 
 
@@ -54,6 +57,7 @@ class Feed:
         latent_shape: (C, h, w) of the noise.
         rows: Samples of the data.
         ahead: Steps that are fetched while one is computed; 0 where nothing is waited for.
+        ends: How many of the data's rows there are up to the end of each source.
 
     Attributes:
         bad: The samples that could not be used, as far as steps have asked for them.
@@ -69,12 +73,14 @@ class Feed:
         *,
         rows: int,
         ahead: int,
+        ends: Sequence[int] = (),
     ) -> None:
         self.bad = BadSamples(config.bad_samples, rows)
         self._config = config
         self._order = order
         self._features = features
         self._latent_shape = latent_shape
+        self._ends = np.array(ends, np.int64)
         self.passes = order.passes(config.micro_batch)
         self._threads = ThreadPoolExecutor(ahead, thread_name_prefix="feed") if ahead else None
         self._ahead = ahead
@@ -101,6 +107,11 @@ class Feed:
         chosen = self.passes.places(number).tolist()
         samples = [fetched.samples[place] for place in chosen]
         return fetched.draws.take(chosen), self._features.collate(samples)
+
+    def sources(self, number: int = 0) -> torch.Tensor:
+        """The number (B,) int64 of the source of each row that ``get`` gave last for ``number``."""
+        assert self._now is not None
+        return torch.from_numpy(self._now[1].sources[self.passes.places(number)])
 
     def take_wait(self) -> float:
         """Seconds in which steps have waited for samples since this was asked last."""
@@ -129,18 +140,24 @@ class Feed:
             salt=salt,
         )
         texts = choose_texts(draws.choice, self._config.text_shares)
-        samples, bad = _usable(self._features, place, texts)
-        return _Fetched(draws, samples, bad)
+        samples, positions, bad = _usable(self._features, place, texts)
+        rows = self._order.rows[positions]
+        return _Fetched(draws, samples, np.searchsorted(self._ends, rows, side="right"), bad)
 
 
-def make_feed(config: StageConfig, order: WorkerOrder, features: FeatureSource[Any]) -> Feed:
-    """The feed of one worker, whose features are those of ``order.rows``.
+def make_feed(
+    config: StageConfig,
+    order: WorkerOrder,
+    features: FeatureSource[Any],
+    ends: Sequence[int] = (),
+) -> Feed:
+    """The feed of one worker, whose features are those of ``order.rows``; ``ends`` as in ``Feed``.
 
     Raises:
         DimError: the samples cannot be read; none of a slot's can be used.
     """
     # Of all slots, so that one without a usable sample is found before the first step.
-    samples, _ = _usable(features, order.at(0), np.zeros(len(order.slots), np.int64))
+    samples, *_ = _usable(features, order.at(0), np.zeros(len(order.slots), np.int64))
     shape = features.collate(samples[:1]).latent.shape
     return Feed(
         config,
@@ -149,14 +166,16 @@ def make_feed(config: StageConfig, order: WorkerOrder, features: FeatureSource[A
         (shape[1], shape[2], shape[3]),
         rows=order.total,
         ahead=config.prefetch_steps if _reads(features) else 0,
+        ends=ends,
     )
 
 
 def _usable(
     features: FeatureSource[Any], place: Place, texts: NDArray[np.int64]
-) -> tuple[list[Any], list[SampleError]]:
-    """What was fetched for each slot at ``place``, and what could not be used in its stead."""
-    samples = features.fetch(place.positions(), texts)
+) -> tuple[list[Any], NDArray[np.int64], list[SampleError]]:
+    """What was fetched for each slot at ``place``, from where, and what could not be used."""
+    positions = place.positions()
+    samples = features.fetch(positions, texts)
     bad: list[SampleError] = []
     for slot, found in enumerate(samples):
         tries = 0
@@ -170,8 +189,9 @@ def _usable(
                     "these out of the data, or a smaller batch_size, which gives a slot more"
                 )
             (found,) = features.fetch(following, texts[slot : slot + 1])
+            positions[slot] = following[0]
         samples[slot] = found
-    return samples, bad
+    return samples, positions, bad
 
 
 def _reads(features: FeatureSource[Any]) -> bool:
@@ -188,9 +208,9 @@ def open_shards(plan: Plan, model: DIM, rank: int) -> FeatureShards | None:
         DimError: they cannot be read, or are not what this stage and ``model`` need.
     """
     config = plan.config
-    if not holds_features(config.data):
+    if not holds_features(config.uris):
         return None
-    shards = open_features(config.data, config.texts, edits=config.edits, every_file=False)
+    shards = open_features(config.uris, config.texts, edits=config.edits, every_file=False)
     _check_rows(plan, shards.rows)
     if rank == 0:
         resolution = model.config.sampling.resolution
@@ -213,7 +233,7 @@ def choose_source(
         return ShardFeatures(
             shards, order.rows, config.texts, in_memory=config.cache_features, device=device
         )
-    images = open_images(config.data, config.columns, every_file=False)
+    images = open_images(config.uris, config.columns, every_file=False)
     _check_rows(plan, images.rows)
     hold_groups(config, order, images.groups)
     share, threads = Share(images, order.rows), config.cpus_per_worker
@@ -234,7 +254,8 @@ def hold_groups(config: StageConfig, order: WorkerOrder, groups: RowGroups) -> N
     """Where samples are mixed within a window, each row group is read once and kept for a while."""
     window = config.shuffle_window
     if window is not None and not config.cache_features:
-        groups.hold(len(order.slots), window, 2 + window // BLOCK)
+        walks = len(order.slots) + len(config.data) - 1  # slots may walk through several sources
+        groups.hold(walks, window, 2 + window // BLOCK)
 
 
 def _check_rows(plan: Plan, count: int) -> None:

@@ -7,9 +7,11 @@ once. What their backward pass keeps, and their multiplications, are counted so,
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -32,7 +34,7 @@ from dim.model.lora.settings import LoraSettings
 from dim.model.painter import Painter
 from infra.models import read_config
 from infra.samples import holds_features
-from training.plan import count_samples
+from training.plan import count_samples, count_sources, describe_mixture, epoch_samples
 from training.stage import StageConfig
 
 TEXT_TOKENS = {"caption": 700, "instruction": 80, "blueprint": 430}
@@ -163,7 +165,6 @@ def estimate(
     held = counted.parameters / config.parallelism.parts(fewest)
     short = _HALF if config.precision == "bf16" else _FLOAT
     averages = 0 if config.ema_decay is None else _FLOAT
-    pictures = 0 if features else (2 if config.edits else 1)
     memory = {
         "weights": _FLOAT * held + short * counted.frozen,
         "gradients": _FLOAT * held,
@@ -176,7 +177,6 @@ def estimate(
         ),
     }
     samples = config.batch_size
-    work = frozen.flops_a_token * tokens + frozen.flops_a_picture * config.edits
     return Estimate(
         parameters=counted.parameters,
         steps=steps,
@@ -186,10 +186,37 @@ def estimate(
         memory=memory,
         checkpoint=counted.parameters * (_FLOAT + MOMENT_BYTES[config.optimizer] + averages),
         trained_flops=counted.flops / rows * samples,
-        frozen_flops=0 if features else samples * (work + pictures * frozen.flops_a_latent),
+        frozen_flops=0 if features else samples * _frozen_flops(frozen, config, tokens),
         workers=fewest,
         most_workers=most,
     )
+
+
+def sample_flops(config: StageConfig, model: ModelConfig, tokens: int, *, live: bool) -> float:
+    """The work of a sample with so many condition tokens, forward and backward, of the model alone.
+
+    Args:
+        config: of the stage.
+        model: that is trained.
+        tokens: of text and image.
+        live: the frozen parts run too.
+
+    Raises:
+        ConfigError: as for :func:`estimate`.
+    """
+    frozen, cell = _frozen(model)
+    counted = count_pass(
+        model, frozen.hidden, 1, max(1, tokens), model.sampling.resolution // cell,
+        edits=config.edits, checkpointed=False, bf16=config.precision == "bf16",
+    )  # fmt: skip
+    return counted.flops + (_frozen_flops(frozen, config, tokens) if live else 0)
+
+
+def _frozen_flops(frozen: Frozen, config: StageConfig, tokens: int) -> float:
+    """The work of the frozen parts on a sample."""
+    pictures = 2 if config.edits else 1
+    work = frozen.flops_a_token * tokens + frozen.flops_a_picture * config.edits
+    return work + pictures * frozen.flops_a_latent
 
 
 class Wanted(NamedTuple):
@@ -214,10 +241,24 @@ def plan(config: StageConfig, wanted: Wanted) -> Table:
     if wanted.price is not None and wanted.gpu is None:
         raise InputError("--price needs --gpu: dollars follow from hours")
     model = read_config(wanted.model or config.init)
-    features = wanted.samples is None and holds_features(config.data)
-    rows = wanted.samples if wanted.samples is not None else count_samples(config)
+    features = wanted.samples is None and holds_features(config.uris)
+    mixture = ""
+    if wanted.samples is None:
+        count_samples(config)  # and check them
+        sources = count_sources(config)
+        rows = sum(epoch_samples(config, sources))
+        if len(sources) > 1:
+            mixture = describe_mixture(config, sources)
+    elif any(source.changes_the_mixture for source in config.data) and config.epochs:
+        raise InputError(
+            "--samples says nothing about each of the sources that are mixed: give steps=N, for "
+            "epochs depend on it"
+        )
+    else:
+        rows = wanted.samples
     steps = config.steps or (config.epochs or 0) * steps_per_epoch(rows, config.batch_size)
-    return as_table(estimate(config, model, steps, features=features), config, wanted)
+    made = estimate(config, model, steps, features=features)
+    return as_table(made, config, wanted, mixture=mixture)
 
 
 class Pass(NamedTuple):
@@ -299,8 +340,8 @@ def count_pass(
     return Pass(learning, every - learning, nbytes, flops)
 
 
-def as_table(made: Estimate, config: StageConfig, wanted: Wanted) -> Table:
-    """The estimate for a terminal.
+def as_table(made: Estimate, config: StageConfig, wanted: Wanted, *, mixture: str = "") -> Table:
+    """The estimate for a terminal; ``mixture`` says what an epoch has of each source.
 
     Raises:
         InputError: there is no such GPU.
@@ -308,6 +349,8 @@ def as_table(made: Estimate, config: StageConfig, wanted: Wanted) -> Table:
     table = Table("", "", title=f"{config.stage}: what it takes", show_header=False)
     table.add_row("trained parameters", f"{made.parameters:,}")
     table.add_row("steps", f"{made.steps:,} of {config.batch_size} samples")
+    if mixture:
+        table.add_row("an epoch", mixture)
     table.add_row(
         "a step of a worker",
         f"{made.passes} {'pass' if made.passes == 1 else 'passes'} of {made.rows} samples with "
@@ -349,6 +392,13 @@ def find_gpu(name: str) -> Gpu:
     if name.lower() not in GPUS:
         raise InputError(f"unknown GPU {name!r}; there are {', '.join(GPUS)}")
     return GPUS[name.lower()]
+
+
+def named_gpu(device: str) -> Gpu | None:
+    """The GPU of the table that a driver calls ``device``, as in ``NVIDIA H100 80GB HBM3``."""
+    words = re.split(r"[\s-]+", device.lower())
+    names = {*words, *(one + other for one, other in pairwise(words))}
+    return next((gpu for name, gpu in GPUS.items() if name in names), None)
 
 
 def _trainable(

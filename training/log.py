@@ -16,9 +16,11 @@ from PIL import Image
 
 from infra.tracking import Run, Tracking, TrackingError
 from training import parallel
+from training.breakdown import Breakdown
 from training.plan import Plan
 from training.progress import Teller, find_teller
 from training.stage import learning_rate_at
+from training.throughput import Throughput
 
 SAID = "said"  # the tag that holds what was said last
 _SAID_LINES = 20
@@ -102,7 +104,11 @@ class RunLog:
         """Note, show and say what validation after ``step`` found."""
         self.add(step, metrics)
         self.picture(sheet, f"validation/step-{step:08d}.png")
-        named = (f"{name.removeprefix('validation_')} {v:.3f}" for name, v in metrics.items())
+        named = (
+            f"{name.removeprefix('validation_')} {value:.3f}"
+            for name, value in metrics.items()
+            if "/" not in name  # parts of another one
+        )
         self.say(f"validation after step {step}: {', '.join(named)}")
 
     def close(self) -> None:
@@ -123,11 +129,22 @@ class StepLog:
         log: Where they go.
         plan: What the worker was told.
         device: Of the losses.
+        breakdown: To which the steps add their losses by source and noise level.
+        throughput: To which they add their tokens.
     """
 
-    def __init__(self, log: RunLog, plan: Plan, device: torch.device) -> None:
+    def __init__(
+        self,
+        log: RunLog,
+        plan: Plan,
+        device: torch.device,
+        breakdown: Breakdown,
+        throughput: Throughput,
+    ) -> None:
         self._log = log
         self._plan = plan
+        self._breakdown = breakdown
+        self._throughput = throughput
         self._sum = torch.zeros((), device=device)
         self._norm = torch.zeros((), device=device)
         self._said = time.monotonic()
@@ -138,6 +155,8 @@ class StepLog:
         self._sum.zero_()
         self._steps = self._counted = 0
         self._waited = 0.0
+        self._breakdown.restart()
+        self._throughput.restart()
         self._started = time.perf_counter()
 
     def add(
@@ -156,6 +175,7 @@ class StepLog:
         self._steps += 1
         self._waited += waited
         self._norm = norm
+        self._breakdown.end_step(skipped=skipped)
         if not skipped:
             self._sum += loss
             self._counted += 1
@@ -167,16 +187,22 @@ class StepLog:
         if all updates were skipped. ``grad_norm`` is that of the last step,
         ``samples_per_second`` counts all workers. ``data_wait`` is the share of the time in which
         this worker waited for samples, ``memory_gb`` the most that it has held so far: of its GPU,
-        or of the machine where it has none.
+        or of the machine where it has none. ``loss/NAME`` is the mean loss of a source's samples,
+        or of those of a quartile of the noise levels, where there were any; for tokens, ``mfu`` and
+        dollars see ``Throughput.read``.
         """
         plan = self._plan
         loss = parallel.mean(self._sum / self._counted)  # 0 / 0 is nan
         seconds = time.perf_counter() - self._started
         samples, waited = self._steps * plan.config.batch_size, self._waited
+        parts = self._breakdown.read()
+        rates = self._throughput.read(samples, seconds)
         self.restart()
         return {
             "loss": loss.item(),
+            **parts,
             "samples_per_second": samples / max(seconds, 1e-9),
+            **rates,
             "learning_rate": learning_rate_at(plan.config, done - 1, plan.steps),
             "grad_norm": self._norm.item(),
             "data_wait": waited / max(seconds, 1e-9),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -11,7 +12,8 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from dim.errors import CheckpointError, DimError, StorageUnavailable
-from dim.learning.batch import SampleOrder, WorkerOrder
+from dim.features.encoder import LiveFeatures
+from dim.learning.batch import WorkerOrder
 from dim.learning.ema import averaged
 from dim.learning.optimizer import set_learning_rate
 from dim.learning.step import Trainable, changed_cells
@@ -21,6 +23,7 @@ from dim.model.flow import FlowSchedule, squared_error
 from infra.models import load_initial
 from training import finetune, parallel
 from training.bad_samples import TooManyBadSamples
+from training.breakdown import PREFIX, Breakdown
 from training.checkpoints import Checkpoints, UnsavedError
 from training.data import Feed, choose_source, make_feed, open_shards
 from training.log import RunLog, StepLog, open_log, silence_repeats
@@ -29,6 +32,7 @@ from training.owner import Fence, LostOutputError
 from training.plan import Plan, announcement, resumption
 from training.stage import StageConfig, learning_rate_at
 from training.state import TrainState, check_updates, new_state
+from training.throughput import Throughput
 from training.validation import Validation, open_validation
 
 
@@ -53,6 +57,8 @@ class Worker:
     state: TrainState
     trainable: nn.Module
     feed: Feed
+    breakdown: Breakdown
+    throughput: Throughput
     validation: Validation | None
     checkpoints: Checkpoints
     notices: Notices
@@ -134,11 +140,10 @@ def prepare(plan: Plan) -> Worker:
     finetune.attach(model, config)
     model.painter.checkpoint_gradients(config.gradient_checkpointing)
     state = new_state(model, config, mesh)
-    every = SampleOrder(plan.rows, config.batch_size, config.seed, window=config.shuffle_window)
-    order = WorkerOrder(every, rank, world_size)
+    order = WorkerOrder(plan.order(), rank, world_size)
     features = choose_source(plan, model, shards, order, log)
     validation = open_validation(config, model, rank, world_size)
-    feed = make_feed(config, order, features)
+    feed = make_feed(config, order, features, plan.ends)
     limit = model.config.understanding.max_condition_tokens
     log.say(announcement(plan, state, features, token_limit=limit))
     return Worker(
@@ -151,6 +156,8 @@ def prepare(plan: Plan) -> Worker:
         state=state,
         trainable=state.module,
         feed=feed,
+        breakdown=Breakdown(config.source_names, device),
+        throughput=Throughput(plan, model.config, device, live=isinstance(features, LiveFeatures)),
         validation=validation,
         checkpoints=Checkpoints(config, rank, group, log),
         notices=Notices(config.checkpoint_minutes),
@@ -215,6 +222,8 @@ def flow_matching(worker: Worker, step: int, number: int) -> torch.Tensor:
     weight = changed_cells(batch.latent, batch.source_latent, config.changed_cell_weight)
     errors = squared_error(velocity, noise - batch.latent, weight)
     counted = worker.feed.passes.counted(number).to(worker.device)
+    worker.breakdown.add(errors, counted, index, worker.feed.sources(number))
+    worker.throughput.add(batch.mask, counted)
     return (errors * counted).sum() / (config.batch_size / parallel.world_size())
 
 
@@ -222,7 +231,7 @@ def train(worker: Worker) -> dict[str, float]:
     """Every step from where the state stands to the end; the last metrics of each kind."""
     config, state, steps = worker.config, worker.state, worker.plan.steps
     validate_every = config.validation.every if config.validation else None
-    log = StepLog(worker.log, worker.plan, worker.device)
+    log = StepLog(worker.log, worker.plan, worker.device, worker.breakdown, worker.throughput)
     metrics: dict[str, float] = {}
     begun = state.step
     while state.step < steps:
@@ -233,6 +242,7 @@ def train(worker: Worker) -> dict[str, float]:
         done, last = state.step, state.step == steps
         measured: dict[str, float] = {}  # after this very step
         if last or due(done, config.log_every):
+            metrics = without(metrics, PREFIX)
             measured |= log.read(done) | worker.feed.bad.read(worker.log, worker.device)
             measured["skipped_updates"] = state.skipped
             confirm_owner(worker)
@@ -244,6 +254,7 @@ def train(worker: Worker) -> dict[str, float]:
         if worker.notices.ending:
             end_early(worker, measured)
         if last or due(done, validate_every):
+            metrics = without(metrics, "validation_")
             measured |= validate(worker)
             log.restart()
         metrics |= measured
@@ -252,7 +263,7 @@ def train(worker: Worker) -> dict[str, float]:
             checkpoint(worker, measured)
             log.restart()
     if begun == steps:  # the run ended before it could export
-        metrics |= validate(worker)
+        metrics = without(metrics, "validation_") | validate(worker)
     worker.checkpoints.finish()
     check_updates(state, steps)
     return metrics
@@ -361,6 +372,11 @@ def confirm_owner(worker: Worker) -> None:
             lost = error
     if (lost := parallel.agree(lost)) is not None:
         raise lost
+
+
+def without(metrics: Mapping[str, float], prefix: str) -> dict[str, float]:
+    """``metrics`` but for those that begin so and, where there is no new value, would stay."""
+    return {name: value for name, value in metrics.items() if not name.startswith(prefix)}
 
 
 def due(step: int, every: int | None) -> bool:

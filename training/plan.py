@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
+from pydantic import Field
 from torch.distributed.tensor import DTensor
 
 from dim.config import StrictModel
 from dim.errors import CheckpointError
 from dim.features.encoder import CachedFeatures, FeatureSource, ShardFeatures
-from dim.learning.batch import steps_per_epoch
+from dim.learning.batch import SampleOrder, steps_per_epoch
+from dim.learning.mixture import mixed, samples_of
 from dim.learning.optimizer import MOMENT_BYTES
 from infra import storage
 from infra.models import check_reference
-from infra.samples import holds_features, open_features, open_images
+from infra.samples import extent, holds_features, open_features, open_images
 from training.stage import StageConfig
 from training.state import TrainState
 
@@ -28,11 +32,41 @@ class Plan(StrictModel):
     tracking_uri: str
     run_id: str
     owner: str = ""  # the driver's token, see ``training.owner``; empty: nobody owns the output
+    sources: list[int] = Field(default_factory=list)  # rows of each of the data, where several
+
+    @property
+    def source_rows(self) -> list[int]:
+        """How many of ``rows`` each of the config's data has."""
+        return self.sources or [self.rows]
+
+    @property
+    def ends(self) -> list[int]:
+        """How many rows there are up to the end of each of the config's data."""
+        return list(accumulate(self.source_rows))
+
+    @property
+    def epoch_samples(self) -> list[int]:
+        """Of each of the config's data, how many samples an epoch has."""
+        return epoch_samples(self.config, self.source_rows)
 
     @property
     def steps_per_epoch(self) -> int:
         """Batches of an epoch."""
-        return steps_per_epoch(self.rows, self.config.batch_size)
+        return steps_per_epoch(sum(self.epoch_samples), self.config.batch_size)
+
+    def order(self) -> SampleOrder:
+        """Which samples every step of the run takes."""
+        config, rows = self.config, self.source_rows
+        window = config.shuffle_window
+        samples = mixed(config.data, rows, self.epoch_samples, config.seed, window=window)
+        return SampleOrder(
+            self.rows,
+            config.batch_size,
+            config.seed,
+            window=window,
+            samples=samples,
+            ends=() if samples is None else self.ends,
+        )
 
 
 def absolute(config: StageConfig) -> StageConfig:
@@ -40,7 +74,9 @@ def absolute(config: StageConfig) -> StageConfig:
     changes: dict[str, Any] = {
         "init": _absolute(config.init),
         "out": _absolute(config.out),
-        "data": [_absolute(uri) for uri in config.data],
+        "data": [
+            source.model_copy(update={"uri": _absolute(source.uri)}) for source in config.data
+        ],
     }
     if config.validation is not None:
         held_out = [_absolute(uri) for uri in config.validation.data]
@@ -61,12 +97,13 @@ def measure(config: StageConfig) -> tuple[int, int]:
     if config.export_understanding == "reference":
         check_reference(config.init)
     rows = count_samples(config)
+    samples = sum(epoch_samples(config, count_sources(config)))
     if config.validation is not None:
         open_images(config.validation.data, config.columns)
     if config.steps is not None:
         return config.steps, rows
     assert config.epochs is not None
-    return config.epochs * steps_per_epoch(rows, config.batch_size), rows
+    return config.epochs * steps_per_epoch(samples, config.batch_size), rows
 
 
 def count_samples(config: StageConfig) -> int:
@@ -75,9 +112,45 @@ def count_samples(config: StageConfig) -> int:
     Raises:
         InputError, StorageError: the data are not what the stage needs; the message says where.
     """
-    if holds_features(config.data):
-        return open_features(config.data, config.texts, edits=config.edits).rows
-    return open_images(config.data, config.columns).rows
+    if holds_features(config.uris):
+        return open_features(config.uris, config.texts, edits=config.edits).rows
+    return open_images(config.uris, config.columns).rows
+
+
+def count_sources(config: StageConfig) -> list[int]:
+    """Samples in each of the data of a stage, as their manifests say.
+
+    Raises:
+        StorageError: one cannot be read.
+    """
+    return [extent(uri)["records"] for uri in config.uris]
+
+
+def epoch_samples(config: StageConfig, rows: Sequence[int]) -> list[int]:
+    """Of each of the stage's data, which have ``rows`` samples, how many an epoch has.
+
+    Raises:
+        InputError: as for ``samples_of``.
+    """
+    return samples_of(config.data, config.source_names, rows, config.batch_size)
+
+
+def describe_mixture(config: StageConfig, rows: Sequence[int]) -> str:
+    """Of each source, which have ``rows`` samples, its share of an epoch and how often it comes.
+
+    Raises:
+        InputError: as for ``samples_of``.
+    """
+    counts = epoch_samples(config, rows)
+    parts = []
+    for source, name, held, count in zip(
+        config.data, config.source_names, rows, counts, strict=True
+    ):
+        used = min(held, source.cap or held)
+        some = f"{used:,}" if used == held else f"{used:,} of {held:,}"
+        share, times = count / max(1, sum(counts)), count / max(1, used)
+        parts.append(f"{share:.1%} {name} ({some} samples, {times:.3g} times each)")
+    return ", ".join(parts)
 
 
 def announcement(
@@ -99,6 +172,9 @@ def announcement(
     if isinstance(features, ShardFeatures):
         how = "held in memory" if features.in_memory else "read from their shards as needed"
         lines.append(f"features were made before ({features.encoding}) and are {how}")
+    if len(config.data) > 1 or plan.epoch_samples != plan.source_rows:
+        told = describe_mixture(config, plan.source_rows)
+        lines.append(f"an epoch has {told}")
     if plan.rows < config.batch_size:
         lines.append(
             f"{plan.rows} samples are fewer than a batch of {config.batch_size}: they repeat in it"

@@ -129,9 +129,15 @@ def identify(config: StageConfig, steps: int) -> dict[str, Any]:
     values = {k: v for k, v in dump_config(config).items() if k not in OPERATIONAL_KEYS}
     for key in ("steps", "epochs"):
         values.pop(key)
+    if any(source.changes_the_mixture for source in config.data):
+        # Neither an address nor a name moves a weight; of the contents ``data`` speaks.
+        values["mixture"] = [
+            {"weight": source.weight, "repeats": source.repeats or 1, "cap": source.cap}
+            for source in config.data
+        ]
     return {
         **values,
         "steps": steps,
-        "data": fingerprint(config.data),
+        "data": fingerprint(config.uris),
         "init": models.fingerprint(config.init),
     }

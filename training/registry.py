@@ -37,7 +37,7 @@ def register(
         metrics=record.metrics,
         tags={
             "stage": config.stage,
-            "data": ", ".join(config.data),
+            "data": ", ".join(config.uris),
             "data.content": str(record.identity["data"]),
             "init": config.init,
             "init.content": str(record.identity["init"]),

@@ -5,9 +5,18 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
 from dim.config import StrictModel
+from dim.errors import ConfigError
+from dim.judges import check_name
 from dim.learning.config import StageInputs
 from dim.learning.optimizer import OptimizerName
 from dim.model.lora.settings import LoraSettings
@@ -42,6 +51,7 @@ OPERATIONAL_KEYS = frozenset(
         "owner_timeout_s",
         "export_understanding",
         "collective_timeout_s",
+        "price_per_hour",
         "validation",
         "tracking",
         "registry",
@@ -52,16 +62,31 @@ OPERATIONAL_KEYS = frozenset(
 CHANGEABLE_KEYS = frozenset({"learning_rate"})
 
 
+AUTO_JUDGE, NO_JUDGE = "auto", "none"
+
+
 class ValidationConfig(StrictModel):
-    """Held-out samples that are painted and scored during training."""
+    """Held-out samples that are painted, as ``dim edit`` would, and scored during training."""
 
     data: list[str] = Field(min_length=1)
     samples: PositiveInt = 32
     every: PositiveInt | None = None  # steps between two validations; None = at the end only
-    steps: PositiveInt = 12  # sampler steps
-    guidance_scale: float = 1.0
+    steps: PositiveInt | None = None  # of the sampler; None = as the model samples
+    guidance_scale: float | None = Field(default=None, ge=1)  # None = the model's
+    # Who scores what is painted (``dim.judges``), or none; auto = tabletop where it is known.
+    judge: str = "auto"
     grid_rows: PositiveInt = 8  # samples shown in the picture that goes to MLflow
     batch_size: PositiveInt = 32
+
+    @field_validator("judge")
+    @classmethod
+    def _check_judge(cls, name: str) -> str:
+        if name not in (AUTO_JUDGE, NO_JUDGE):
+            try:
+                check_name(name)
+            except ConfigError as error:
+                raise ValueError(str(error)) from None
+        return name
 
 
 class ParallelismConfig(StrictModel):
@@ -170,6 +195,7 @@ class StageConfig(StageInputs):
     owner_wait_s: NonNegativeInt = 0  # for another driver of the same out, if it lives, to end
     owner_timeout_s: PositiveFloat = 60.0  # without a sign of life, this driver counts as dead
     collective_timeout_s: PositiveInt = 1800
+    price_per_hour: float | None = Field(default=None, ge=0)  # dollars a worker, for the metrics
     validation: ValidationConfig | None = None
     tracking: TrackingConfig = TrackingConfig()
     # Whether the model that is made holds the frozen understanding model, or says where it lies.

@@ -36,7 +36,7 @@ from training.estimate import plan as make_plan
 from training.loop import train_loop_per_worker
 from training.notices import CatchSigterm
 from training.owner import Fence, owning
-from training.plan import Plan, absolute, measure
+from training.plan import Plan, absolute, count_sources, measure
 from training.progress import OnProgress, progress_bar, watch
 from training.record import (
     ADAPTER_FOLDER,
@@ -150,6 +150,7 @@ def _train(
             config=config,
             steps=steps,
             rows=rows,
+            sources=count_sources(config),
             tracking_uri=uri,
             run_id=mlflow_run.id,
             owner=token,
@@ -246,14 +247,19 @@ def main(
 
 
 def log_inputs(run: Run, config: StageConfig) -> None:
-    """Record with MLflow what is trained on: each data set's address, size and digest."""
-    for uri in config.data:
+    """Record with MLflow what is trained on: each data set's address, size, digest and part."""
+    for name, source in zip(config.source_names, config.data, strict=True):
+        parts = {"weight": source.weight, "repeats": source.repeats, "cap": source.cap}
         run.log_dataset(
             config.stage,
-            uri,
-            fingerprint([uri])[:36],
+            source.uri,
+            fingerprint([source.uri])[:36],
             context="training",
-            profile=extent(uri),
+            profile={
+                **extent(source.uri),
+                "name": name,
+                **{key: value for key, value in parts.items() if value is not None},
+            },
         )
 
 

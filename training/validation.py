@@ -6,47 +6,57 @@ do not depend on how they were split.
 
 from __future__ import annotations
 
-import json
+import re
+import sys
 import textwrap
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from dim import tabletop
-from dim.errors import InputError
+from dim import judges
+from dim.errors import DimError, InputError
+from dim.failures import explain
 from dim.features.encoder import CachedFeatures, Features, FrozenEncoder
 from dim.features.shards import TableSamples
 from dim.images import decode_image
+from dim.judges import Judge
 from dim.learning.batch import Draws, draw
-from dim.model import DIM, flow, sampler
+from dim.learning.config import RESERVED_NAME
+from dim.model import DIM, flow
+from dim.model.config import SamplingConfig
+from dim.model.paint import paint
 from dim.model.pixels import to_images
+from dim.model.request import Conditioning, make_rows
 from infra.samples import open_images
 from training import parallel
-from training.stage import StageConfig, ValidationConfig
+from training.stage import AUTO_JUDGE, NO_JUDGE, StageConfig, ValidationConfig
 
 _CELL = 192  # pixels of an image in the picture
 _TEXT_WIDTH = 360
 _LINE = 12
+_OWN = frozenset({"loss", "distance", "unjudged"})  # metrics that are no judge's
+_NAME = re.compile(r"[\w .:-]+")  # what MLflow takes, without the slash of parts
 
 
 @dataclass(frozen=True)
 class Painted:
     """One validation sample after painting: images are RGB.
 
-    ``exact`` and ``strict`` (see :class:`dim.tabletop.Judgement`) only where they are known.
+    ``scores`` are the judge's, ``None`` where it could not judge.
     """
 
     number: int
     text: str
     images: tuple[Image.Image, ...]  # source (edits only), painted, target
     loss: float
+    quartile: int  # of the noise level that the loss is of, 0 to 3
     distance: float  # mean absolute difference to the target, 0 to 1
-    exact: bool | None
-    strict: bool | None = None
+    scores: Mapping[str, float] | None = field(default_factory=dict)
 
 
 class Validation:
@@ -56,14 +66,27 @@ class Validation:
         config: The stage, with its ``validation`` section.
         model: Painted with; its weights are whatever they are at the time of a call.
         table: All held-out rows, the same on every worker.
+        judge: Scores what is painted, by columns of ``table``; ``None``: nobody does.
         rank, world_size: Which of them are this worker's.
+
+    Raises:
+        DimError: a sample cannot be read, or the judge cannot even judge the first one's target.
     """
 
     def __init__(
-        self, config: StageConfig, model: DIM, table: pa.Table, *, rank: int, world_size: int
+        self,
+        config: StageConfig,
+        model: DIM,
+        table: pa.Table,
+        judge: Judge | None = None,
+        *,
+        rank: int,
+        world_size: int,
     ) -> None:
         assert config.validation is not None
         self._config: ValidationConfig = config.validation
+        self._judge = judge
+        self._sampling = _sampling(model, config.validation)
         self._seed = config.seed
         self._model = model
         self._schedule = flow.FlowSchedule(model.config.sampling.shift)
@@ -85,15 +108,16 @@ class Validation:
             )
             for error in self._features.bad.values():
                 raise error  # another sample in its place would make other numbers
+            self._try_judge()
 
     @torch.no_grad()
     def run(self) -> tuple[dict[str, float], Image.Image] | None:
         """Paint and score. Every worker calls this; rank 0 gets the metrics and the picture.
 
-        Metrics: ``validation_loss`` (flow matching, the same noise each time),
-        ``validation_distance`` (mean absolute pixel difference to the target, 0 to 1) and, where
-        the scenes are known, ``validation_exact`` (share painted exactly) and ``validation_strict``
-        (share painted strictly so).
+        Metrics: ``validation_loss`` (flow matching, the same noise and noise levels each time), the
+        same of the samples in each quartile of the levels, ``validation_distance`` (mean absolute
+        pixel difference to the target, 0 to 1) and the mean of each of the judge's scores, such as
+        ``validation_exact``; ``validation_unjudged`` counts samples that it could not judge.
         """
         painted: list[Painted] = []
         for first in range(0, len(self._numbers), self._config.batch_size):
@@ -117,10 +141,13 @@ class Validation:
             tuple(batch.latent.shape[1:]),  # type: ignore[arg-type]
             dropout=0.0,
         )
-        losses, images = self._losses(batch, draws), self._images(batch, draws)
+        losses, images = self._losses(batch, draws), self._images(batch, places.tolist())
+        quartiles = flow.quartile_of(draws.index).tolist()
         return [
-            self._score(place, image, loss)
-            for place, image, loss in zip(places.tolist(), images, losses, strict=True)
+            self._score(place, image, loss, quartile)
+            for place, image, loss, quartile in zip(
+                places.tolist(), images, losses, quartiles, strict=True
+            )
         ]
 
     def _losses(self, batch: Features, draws: Draws) -> list[float]:
@@ -136,32 +163,91 @@ class Validation:
         )
         return rows.tolist()
 
-    def _images(self, batch: Features, draws: Draws) -> list[Image.Image]:
-        latent = sampler.sample(
-            self._model.painter,
-            draws.noise.to(batch.latent.device),
-            self._model.connector(batch.hidden_states),
-            batch.mask,
-            source_latent=batch.source_latent,
-            steps=self._config.steps,
-            guidance_scale=self._config.guidance_scale,
-            shift=self._model.config.sampling.shift,
+    def _images(self, batch: Features, places: Sequence[int]) -> list[Image.Image]:
+        """What ``dim edit --seed`` (the model's own seed + number) ``--fit square`` paints too."""
+        model, sampling = self._model, self._sampling
+        height, width = (int(side) * model.autoencoder.factor for side in batch.latent.shape[2:])
+        rows = make_rows(
+            sampling,
+            [None] * len(places),
+            [self._text] * len(places),
+            [((width, height), (width, height))] * len(places),
+            seeds=[sampling.seed + self._numbers[place] for place in places],
+            guidance_scale=None,
+            negative_prompt=None,
         )
-        return to_images(self._model.autoencoder.decode(latent))
+        return paint(
+            model.painter,
+            model.autoencoder,
+            rows,
+            Conditioning(model.connector(batch.hidden_states), batch.mask),
+            sampling,
+            source_latent=batch.source_latent,
+        )
 
-    def _score(self, place: int, image: Image.Image, loss: float) -> Painted:
+    def _score(self, place: int, image: Image.Image, loss: float, quartile: int) -> Painted:
         row = self._table.slice(place, 1).to_pylist()[0]
-        target = self._fit(row["image_target" if self._edits else "image"], row["id"])
-        shown = [self._fit(row["image"], row["id"])] if self._edits else []
+        source, target = self._source_and_target(row)
         difference = np.abs(np.asarray(image, np.float32) - np.asarray(target, np.float32))
+        scores: Mapping[str, float] | None = None
+        try:
+            scores = self._judged(image, target, source, row)
+        except InputError as error:  # hours of training are worth more than a score
+            sys.stdout.write(f"validation: {error}\n")
         return Painted(
             number=self._numbers[place],
             text=row[self._text],
-            images=(*shown, image, target),
+            images=(image, target) if source is None else (source, image, target),
             loss=loss,
+            quartile=quartile,
             distance=float(difference.mean()) / 255,
-            **_judged(image, row.get("provenance")),
+            scores=scores,
         )
+
+    def _source_and_target(self, row: Mapping[str, Any]) -> tuple[Image.Image | None, Image.Image]:
+        image = self._fit(row["image"], row["id"])
+        if not self._edits:
+            return None, image
+        return image, self._fit(row["image_target"], row["id"])
+
+    def _judged(
+        self,
+        painted: Image.Image,
+        target: Image.Image,
+        source: Image.Image | None,
+        row: Mapping[str, Any],
+    ) -> Mapping[str, float]:
+        """The judge's scores of a sample.
+
+        Raises:
+            InputError: it has none; the message names the sample.
+        """
+        if self._judge is None:
+            return {}
+        asked = {name: row[name] for name in ("id", *self._judge.columns)}
+        try:
+            scores = {
+                name: float(score)
+                for name, score in self._judge.judge(painted, target, source, asked).items()
+            }
+        except Exception as error:  # a judge is anybody's code
+            reason = str(error) if isinstance(error, DimError) else explain(error).sentence
+            raise InputError(f"sample {row['id']} cannot be judged: {reason}") from error
+        for name, score in scores.items():
+            if name in _OWN or not _NAME.fullmatch(name):
+                raise InputError(f"a judge's score cannot be called {name!r}")
+            if not np.isfinite(score):
+                raise InputError(f"sample {row['id']} cannot be judged: its {name} is {score}")
+        return scores
+
+    def _try_judge(self) -> None:
+        """Have a target judged, so that what is wrong with the judge is known before training."""
+        row = self._table.slice(0, 1).to_pylist()[0]
+        source, target = self._source_and_target(row)
+        scores = self._judged(target, target, source, row)
+        name = self._config.judge
+        if not scores and name not in (AUTO_JUDGE, NO_JUDGE):
+            raise InputError(f"validation.judge: {name} has no score for sample {row['id']}")
 
     def _fit(self, data: bytes, sample: str) -> Image.Image:
         image = decode_image(data, name=f"an image of sample {sample}")
@@ -179,21 +265,46 @@ def open_validation(
     """
     if config.validation is None:
         return None
-    table = read_validation(config)
-    return Validation(config, model, table, rank=rank, world_size=world_size)
+    table, judge = read_validation(config)
+    return Validation(config, model, table, judge, rank=rank, world_size=world_size)
 
 
-def read_validation(config: StageConfig) -> pa.Table:
-    """The first ``validation.samples`` held-out rows, with their provenance where they have one.
+def read_validation(config: StageConfig) -> tuple[pa.Table, Judge | None]:
+    """The first ``validation.samples`` held-out rows, and who judges what is painted of them.
 
     Raises:
-        InputError: there are none, or a column is missing.
+        ConfigError: there is no such judge.
+        InputError: there are no rows, or a column is missing.
     """
     assert config.validation is not None
     images = open_images(config.validation.data, config.columns, every_file=False)
     count = min(images.rows, config.validation.samples)
-    table, origin = images.read(np.arange(count)), images.head(count, "provenance")
-    return table if origin is None else table.append_column("provenance", origin)
+    table = images.read(np.arange(count))
+    name = config.validation.judge
+    if name == NO_JUDGE:
+        return table, None
+    judge = judges.create("tabletop" if name == AUTO_JUDGE else name)
+    for column in judge.columns:
+        if column in table.column_names:
+            continue
+        values = images.head(count, column)
+        if values is not None:
+            table = table.append_column(column, values)
+        elif name == AUTO_JUDGE:
+            return table, None
+        else:
+            raise InputError(
+                f"validation.judge: {name} needs the column {column!r}, which the held-out data "
+                "do not have"
+            )
+    return table, judge
+
+
+def _sampling(model: DIM, config: ValidationConfig) -> SamplingConfig:
+    """The model's own, but for what the stage says."""
+    given = {"steps": config.steps, "guidance_scale": config.guidance_scale}
+    changes = {name: value for name, value in given.items() if value is not None}
+    return model.config.sampling.model_copy(update=changes)
 
 
 def picture(samples: Sequence[Painted]) -> Image.Image:
@@ -219,48 +330,15 @@ def picture(samples: Sequence[Painted]) -> Image.Image:
 
 
 def _summarise(samples: Sequence[Painted]) -> dict[str, float]:
-    metrics = {
-        "validation_loss": float(np.mean([sample.loss for sample in samples])),
-        "validation_distance": float(np.mean([sample.distance for sample in samples])),
-    }
-    for name in ("exact", "strict"):
-        judged = [value for sample in samples if (value := getattr(sample, name)) is not None]
-        if judged:
-            metrics[f"validation_{name}"] = float(np.mean(judged))
-    return metrics
-
-
-def _judged(image: Image.Image, provenance: str | None) -> dict[str, bool | None]:
-    """How well ``image`` shows the tabletop scene in ``provenance``; ``None``: it is not known."""
-    scene = target_scene(provenance)
-    if scene is None:
-        return {"exact": None, "strict": None}
-    source = _scene(provenance, "source_scene")
-    judgement = tabletop.judge(image, scene, source)
-    # Of an edit without its source nobody knows what should have stayed.
-    known = source is not None or _scene(provenance, "target_scene") is None
-    return {"exact": judgement.exact, "strict": judgement.strict if known else None}
-
-
-def target_scene(provenance: str | None) -> tabletop.Scene | None:
-    """The scene that a tabletop record's image to paint shows, or ``None`` for other records.
-
-    Raises:
-        InputError: the provenance is no JSON or its scene is none.
-    """
-    return _scene(provenance, "target_scene", "scene")
-
-
-def _scene(provenance: str | None, *names: str) -> tabletop.Scene | None:
-    if not provenance:
-        return None
-    try:
-        origin = json.loads(provenance).get("tabletop")
-    except (ValueError, AttributeError):
-        raise InputError(f"a record's provenance is no JSON object: {provenance[:80]!r}") from None
-    if not origin:
-        return None
-    scene = next((origin[name] for name in names if origin.get(name)), None)
-    if scene is None:
-        return None
-    return tabletop.Scene.from_json(scene if isinstance(scene, str) else json.dumps(scene))
+    metrics = {"loss": [sample.loss for sample in samples]}
+    for number in range(flow.QUARTILES):
+        metrics[f"loss/{RESERVED_NAME}{number + 1}"] = [
+            sample.loss for sample in samples if sample.quartile == number
+        ]
+    metrics["distance"] = [sample.distance for sample in samples]
+    for sample in samples:
+        for name, score in (sample.scores or {}).items():
+            metrics.setdefault(name, []).append(score)
+    means = {f"validation_{name}": float(np.mean(each)) for name, each in metrics.items() if each}
+    unjudged = sum(sample.scores is None for sample in samples)
+    return means | ({"validation_unjudged": float(unjudged)} if unjudged else {})

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,19 +41,40 @@ class SampleOrder:
             slot's samples are runs of ``BLOCK`` neighbours, the runs in random order, and in that
             sequence each sample moves by up to ``window`` places. So what a slot needs next lies
             in a few row groups, each of which has to be read once.
+        samples: The row numbers (int64) that an epoch walks; a row may be there several times. Each
+            slot owns neighbours of the array, so its order says what comes together in a batch.
+            ``None``: every row once.
+        ends: How many rows there are up to the end of each source, if a slot that has samples of
+            several is to walk them side by side, in even proportions.
     """
 
-    def __init__(self, rows: int, batch_size: int, seed: int, *, window: int | None = None) -> None:
-        if rows < 1:
+    def __init__(
+        self,
+        rows: int,
+        batch_size: int,
+        seed: int,
+        *,
+        window: int | None = None,
+        samples: NDArray[np.int64] | None = None,
+        ends: Sequence[int] = (),
+    ) -> None:
+        count = rows if samples is None else len(samples)
+        if count < 1:
             raise ValueError("there is no sample to order")
         self.rows = rows
         self.batch_size = batch_size
-        self.steps_per_epoch = steps_per_epoch(rows, batch_size)
+        self.samples = samples
+        self.steps_per_epoch = steps_per_epoch(count, batch_size)
         self._seed = seed
         self._window = window
+        self._ends = np.array(ends, np.int64)
 
     def shares(self, slots: Sequence[int]) -> list[NDArray[np.int64]]:
         """The row numbers that each of ``slots`` owns (8 bytes a row of the data meanwhile)."""
+        if self.samples is not None:
+            few = len(self.samples) < self.batch_size
+            base = np.resize(self.samples, self.batch_size) if few else self.samples
+            return self._cut(base, slots)
         generator = np.random.default_rng([self._seed, self.rows])
         size = max(self.rows, self.batch_size)
         if self._window is None:
@@ -62,7 +84,11 @@ class SampleOrder:
         blocks = np.array_split(np.arange(self.rows), range(BLOCK, self.rows, BLOCK))
         order = generator.permutation(len(blocks))
         base = np.resize(np.concatenate([blocks[number] for number in order]), size)
-        cuts = np.arange(self.batch_size + 1) * size // self.batch_size
+        return self._cut(base, slots)
+
+    def _cut(self, base: NDArray[np.int64], slots: Sequence[int]) -> list[NDArray[np.int64]]:
+        """Each slot's neighbours of ``base``."""
+        cuts = np.arange(self.batch_size + 1) * len(base) // self.batch_size
         return [base[cuts[slot] : cuts[slot + 1]].copy() for slot in slots]
 
     def walk(self, slot: int, epoch: int, share: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -71,12 +97,34 @@ class SampleOrder:
         The first ``steps_per_epoch`` are the epoch's; what is left over rests.
         """
         generator = np.random.default_rng([self._seed, 1 + epoch, slot])
+        walk = self._mixed(generator, share)
+        if not len(self._ends):
+            return walk
+        return walk[_evenly(np.searchsorted(self._ends, share[walk], side="right"))]
+
+    def without_samples(self) -> SampleOrder:
+        """The same for who knows the shares already: it does not hold the array."""
+        light = copy(self)
+        light.samples = None
+        return light
+
+    def _mixed(self, generator: np.random.Generator, share: NDArray[np.int64]) -> NDArray[np.int64]:
         if self._window is None:
             return generator.permutation(len(share))
         run = np.cumsum(np.diff(share // BLOCK, prepend=share[0] // BLOCK) != 0)
         in_runs = np.argsort(generator.permutation(run[-1] + 1)[run], kind="stable")
         moved = np.arange(len(share)) + self._window * generator.random(len(share))
         return in_runs[np.argsort(moved, kind="stable")]
+
+
+def _evenly(kinds: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The order in which things of several kinds alternate, those of a kind in their own order."""
+    counts = np.bincount(kinds)
+    if counts.max() == len(kinds):
+        return np.arange(len(kinds))
+    by_kind = np.argsort(kinds, kind="stable")
+    within = np.arange(len(kinds)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return by_kind[np.argsort((within + 0.5) / np.repeat(counts, counts), kind="stable")]
 
 
 @dataclass(frozen=True)
@@ -109,18 +157,22 @@ class Place:
 class WorkerOrder:
     """One worker's part of a ``SampleOrder``: slots ``rank``, ``rank + world_size``, …
 
-    ``rows`` (int64) are the dataset rows this worker needs, slot after slot, so that ``batch``
-    can answer with positions into them; ``total`` is how many the dataset has.
+    ``rows`` (int64) are the dataset rows this worker needs, so that ``batch`` can answer with
+    positions into them: slot after slot, or of samples that repeat, each row once and in order.
+    ``total`` is how many the dataset has.
     """
 
     def __init__(self, order: SampleOrder, rank: int, world_size: int) -> None:
         self.total = order.rows
         self.slots = range(rank, order.batch_size, world_size)
         shares = order.shares(self.slots)
-        self.rows = np.concatenate(shares)
+        owned = np.concatenate(shares)
         self._starts = np.cumsum([0] + [len(share) for share in shares[:-1]])
-        self._shares = np.split(self.rows, self._starts[1:])  # views: a share may be millions
-        self._order = order
+        self._shares = np.split(owned, self._starts[1:])  # views: a share may be millions
+        self.rows, self._positions = owned, None
+        if order.samples is not None:
+            self.rows, self._positions = np.unique(owned, return_inverse=True)
+        self._order = order.without_samples()
         self._epoch = -1
         self._walks: list[NDArray[np.int64]] = []
 
@@ -132,10 +184,12 @@ class WorkerOrder:
         """Where this worker's slots stand at ``step`` (from 0)."""
         epoch, place = divmod(step, self._order.steps_per_epoch)
         if epoch != self._epoch:
-            self._walks = [
+            walks = [
                 start + self._order.walk(slot, epoch, share)
                 for slot, share, start in zip(self.slots, self._shares, self._starts, strict=True)
             ]
+            positions = self._positions
+            self._walks = walks if positions is None else [positions[walk] for walk in walks]
             self._epoch = epoch
         return Place(self._walks, place)
 

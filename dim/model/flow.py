@@ -10,6 +10,8 @@ from dim.errors import InputError
 from dim.model.painter import Painter
 
 LEVELS = 1000
+QUARTILES = 4
+_EDGES = torch.tensor([338, 500, 662])  # 1000 · sigmoid of the quartiles of N(0, 1)
 
 
 class FlowSchedule:
@@ -41,6 +43,15 @@ def noise_levels(normal: Tensor) -> Tensor:
     The paper's logit-normal sampling: floor(1000 · sigmoid(z)).
     """
     return (torch.sigmoid(normal) * LEVELS).long().clamp(max=LEVELS - 1)
+
+
+def quartile_of(index: Tensor) -> Tensor:
+    """In which quarter, 0 to 3, of all draws of ``noise_levels`` each place ``index`` (B,) lies.
+
+    Places 0-337, 338-499, 500-661 and 662-999, from least to most noise; under a table's shift s
+    their noise levels end at s·u / (1 + (s-1)·u) with u = 0.338, 0.5, 0.662 and 1.
+    """
+    return torch.bucketize(index, _EDGES.to(index.device), right=True)
 
 
 def loss(

@@ -174,6 +174,24 @@ def test_a_bad_sample_is_replaced_by_its_slots_next_one_and_nothing_else_changes
     assert [taken(resumed, step) for step in (4, 5)] == [taken(through, step) for step in (4, 5)]
 
 
+def test_the_source_of_each_sample_is_that_of_what_was_taken() -> None:
+    config = CONFIG.model_copy(update={"micro_batch": 2})
+    order = WorkerOrder(SampleOrder(11, 4, CONFIG.seed), 0, 1)
+    ends = [3, 8, 11]
+    feed = Feed(config, order, Flawed({2, 9}), SHAPE, rows=11, ahead=1, ends=ends)
+    seen = set()
+    for step in range(6):
+        for number in range(feed.passes.count):
+            positions = feed.get(step, number)[1].latent[:, 0].numpy()
+            sources = feed.sources(number).tolist()
+            assert sources == [sum(row >= end for end in ends) for row in order.rows[positions]]
+            seen.update(sources)
+    assert seen == {0, 1, 2}
+    plain = feed_of(Recorder(), ahead=0)
+    plain.get(0)
+    assert plain.sources().tolist() == [0, 0, 0, 0]
+
+
 def test_what_is_fetched_and_not_used_is_not_counted() -> None:
     order = WorkerOrder(SampleOrder(11, 4, CONFIG.seed), 0, 1)
     feed = feed_of(Flawed({int(order.batch(1)[0])}), ahead=1)

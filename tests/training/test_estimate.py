@@ -18,7 +18,7 @@ from dim.model.config import ModelConfig
 from dim.model.lora import layers
 from dim.model.lora.settings import LoraSettings
 from training import estimate, train
-from training.estimate import _keeping, count_pass, find_gpu
+from training.estimate import _keeping, count_pass, find_gpu, named_gpu
 from training.stage import StageConfig
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -69,6 +69,32 @@ def test_an_adapter_fits_a_card_of_24_gigabytes() -> None:
     whole = of("edit2", "gradient_checkpointing=true", "batch_size=32", features=True)
     # Next to no weight has a gradient: three passes of work and not four.
     assert made.trained_flops / 4 == pytest.approx(0.75 * whole.trained_flops / 32, rel=0.02)
+
+
+def test_a_step_s_samples_add_up_to_its_work() -> None:
+    config = load_config(StageConfig, CONFIGS / "dim-4.6b-edit2.yaml")
+    made = of("edit2")
+    live = estimate.sample_flops(config, PUBLISHED, made.tokens, live=True)
+    assert live * 32 == pytest.approx(made.trained_flops + made.frozen_flops)
+    cached = estimate.sample_flops(config, PUBLISHED, made.tokens, live=False)
+    assert cached * 32 == pytest.approx(made.trained_flops)
+    spared = config.model_copy(update={"gradient_checkpointing": True})
+    assert estimate.sample_flops(spared, PUBLISHED, made.tokens, live=False) == cached
+
+
+@pytest.mark.parametrize(
+    ("device", "name"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA GeForce RTX 4090", "rtx4090"),
+        ("NVIDIA L40S", "l40s"),
+        ("NVIDIA RTX A1000", None),
+        ("Tesla T4", None),
+    ],
+)
+def test_a_gpu_is_known_by_what_its_driver_calls_it(device: str, name: str | None) -> None:
+    assert named_gpu(device) == (None if name is None else estimate.GPUS[name])
 
 
 def test_time_follows_from_the_work_and_the_gpus() -> None:
@@ -156,6 +182,19 @@ def test_a_plan_of_what_is_here_needs_nothing_more(
     )  # fmt: skip
     assert "4,000 of 24 samples" in said and "memory of each of 2" in said
     assert "hours" not in said and not (tmp_path / "out").exists()
+
+
+def test_a_plan_says_what_is_mixed(
+    plan: Callable[..., str], tiny_model_dir: Path, edit_data: str, held_out_data: str
+) -> None:
+    data = f"data=[{{uri: {edit_data}, weight: 1, name: one}}, {{uri: {held_out_data}, weight: 1}}]"
+    stage = (str(CONFIGS / "tiny-edit2.yaml"), f"init={tiny_model_dir}", data, "validation=null")
+    said = plan(*stage, "steps=null", "epochs=3", "--plan")
+    assert "an epoch │ 50.0% one (20 samples, 3 times each), 50.0% " in said
+    assert "15 of 24 samples" in said
+    with pytest.raises(InputError, match="--samples says nothing about each of the sources"):
+        plan(*stage, "steps=null", "epochs=3", "--plan", "--samples", "1000")
+    assert "7 of 24 samples" in plan(*stage, "steps=7", "--plan", "--samples", "1000")
 
 
 @pytest.mark.parametrize(

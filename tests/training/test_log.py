@@ -8,11 +8,14 @@ import pytest
 import torch
 from PIL import Image
 
+from dim.model.config import ModelConfig
 from infra.tracking import TrackingError
 from training import log as training_log
+from training.breakdown import Breakdown
 from training.log import SAID, RunLog, StepLog
 from training.plan import Plan
 from training.stage import StageConfig
+from training.throughput import Throughput
 
 
 class Store:
@@ -94,7 +97,9 @@ def steps_of(log: RunLog) -> StepLog:
         stage="edit1", init="m", data=["d"], out="o", steps=40, batch_size=8, learning_rate=2
     )
     plan = Plan(config=config, steps=40, rows=80, tracking_uri="", run_id="")
-    return StepLog(log, plan, torch.device("cpu"))
+    device = torch.device("cpu")
+    throughput = Throughput(plan, ModelConfig(), device, live=False)
+    return StepLog(log, plan, device, Breakdown([], device), throughput)
 
 
 def test_memory_is_what_the_process_has_held() -> None:
@@ -114,6 +119,7 @@ def test_losses_are_averaged_and_start_anew(monkeypatch: pytest.MonkeyPatch) -> 
     assert steps.read(20) == {
         "loss": 1.5,
         "samples_per_second": 2 * 8 / 4.0,
+        "tokens_per_second": 0.0,
         "learning_rate": 2.0,
         "grad_norm": 0.25,
         "data_wait": 0.25,

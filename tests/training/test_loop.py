@@ -39,10 +39,11 @@ from tests.image_files import opened
 from tests.training.saved import read_saved, steps_saved
 from training import loop, notices
 from training.bad_samples import TooManyBadSamples
+from training.breakdown import Breakdown
 from training.checkpoint_files import Snapshot
 from training.checkpoints import UnsavedError
 from training.loop import DivergedError, train_loop_per_worker
-from training.plan import Plan, count_samples
+from training.plan import Plan, count_samples, count_sources
 from training.stage import StageConfig
 
 
@@ -69,6 +70,7 @@ def start(
                 config=config,
                 steps=config.steps or 1,
                 rows=rows,
+                sources=count_sources(config),
                 tracking_uri=tracking_uri,
                 run_id=mlflow_run.id,
             )
@@ -683,6 +685,112 @@ def test_the_samples_of_a_window_train_and_go_on_exactly(
     monkeypatch.setattr(loop, "update", update)
     resumed = start(**settings, shuffle_window=3, out=str(tmp_path / "resumed"))[1]
     assert losses_of(tracking_uri, resumed) == {step: whole[step] for step in (5, 6)}
+
+
+def test_losses_are_logged_by_source_and_noise_level_where_there_were_any(
+    start: Callable[..., Any],
+    edit_data: str,
+    make_dataset: Callable[..., str],
+    tracking_uri: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    other = make_dataset("other", edit_rows(4, seed=9), records.EDIT)
+    taken: list[tuple[float, int, int]] = []
+    add = Breakdown.add
+
+    def noted(self: Any, losses: Any, counted: Any, index: Any, source: Any) -> None:
+        taken.extend(zip(losses.tolist(), index.tolist(), source.tolist(), strict=True))
+        add(self, losses, counted, index, source)
+
+    monkeypatch.setattr(Breakdown, "add", noted)
+    data = [{"uri": edit_data, "name": "many"}, {"uri": other, "name": "few"}]
+    answer, run_id = start(data=data, steps=6, batch_size=1, seed=2)
+    assert answer["error"] is None and len(taken) == 6
+    client = mlflow.MlflowClient(tracking_uri)
+    names = ["many", "few", "sigma_q1", "sigma_q2", "sigma_q3", "sigma_q4"]
+    logged: dict[int, dict[str, float]] = {}
+    for name in names:
+        for point in client.get_metric_history(run_id, f"loss/{name}"):
+            logged.setdefault(point.step, {})[name] = point.value
+    for step, (loss, index, source) in enumerate(taken, 1):
+        quartile = names[2 + int(flow.quartile_of(torch.tensor([index])))]
+        # A batch of one sample: what it is no part of has no value, not even an old one.
+        assert logged[step] == pytest.approx({names[source]: loss, quartile: loss})
+    assert {source for _, _, source in taken} == {0, 1}
+
+
+class Fickle:
+    """A judge that has a score at first, and later none."""
+
+    columns = ()
+    left = 2  # the trial before training, and the first validation
+
+    def judge(self, *_: Any) -> dict[str, float]:
+        Fickle.left -= 1
+        return {"mood": 1.0} if Fickle.left >= 0 else {}
+
+
+def make_fickle() -> Fickle:
+    return Fickle()
+
+
+def test_a_score_that_is_missing_is_not_the_one_of_before(
+    start: Callable[..., Any], edit_data: str, held_out_data: str, tracking_uri: str
+) -> None:
+    validation = {"data": [held_out_data], "samples": 1, "steps": 1, "every": 1}
+    validation["judge"] = f"{__name__}:make_fickle"
+    answer, run_id = start(data=[edit_data], steps=3, validation=validation)
+    assert answer["error"] is None
+    assert "validation_loss" in answer["metrics"] and "validation_mood" not in answer["metrics"]
+    points = mlflow.MlflowClient(tracking_uri).get_metric_history(run_id, "validation_mood")
+    assert {point.step for point in points} == {1, 2}  # 2: the line between two validations
+
+
+@pytest.mark.parametrize("cache_features", [True, False])
+def test_mixed_sources_train_and_go_on_exactly(
+    start: Callable[..., Any],
+    edit_data: str,
+    make_dataset: Callable[..., str],
+    tracking_uri: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    cache_features: bool,
+) -> None:
+    other = make_dataset("other", edit_rows(7, seed=9), records.EDIT)
+    settings = {
+        "data": [{"uri": edit_data, "weight": 1, "cap": 12}, {"uri": other, "weight": 3}],
+        "steps": 6,
+        "batch_size": 4,
+        "checkpoint_every": 2,
+        "cache_features": cache_features,
+    }
+    held: list[int] = []
+    make = loop.make_feed
+
+    def noted(config: Any, order: Any, features: Any, *more: Any) -> Any:
+        if cache_features:
+            held.append(len(features._latents))
+        return make(config, order, features, *more)
+
+    monkeypatch.setattr(loop, "make_feed", noted)
+    _, through = start(**settings, out=str(tmp_path / "through"))
+    assert held in ([], [12 + 7])  # each once, though most come several times in an epoch
+    update = loop.update
+
+    def power_cut(worker: Any, step: int) -> Any:
+        if step == 5:
+            raise ConnectionError("the power went")
+        return update(worker, step)
+
+    monkeypatch.setattr(loop, "update", power_cut)
+    with pytest.raises(ConnectionError):
+        start(**settings, out=str(tmp_path / "resumed"))
+    monkeypatch.setattr(loop, "update", update)
+    _, resumed = start(**settings, out=str(tmp_path / "resumed"))
+    whole, rest = losses_of(tracking_uri, through), losses_of(tracking_uri, resumed)
+    assert rest == {step: whole[step] for step in (5, 6)}
+    said = mlflow.MlflowClient(tracking_uri).get_run(resumed).data.tags["said"]
+    assert "(12 of 20 samples, " in said and "75.0% other (7 samples, " in said
 
 
 def test_too_many_bad_samples_are_returned_and_not_tried_again(

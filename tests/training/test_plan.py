@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +16,21 @@ from dim.features.encoder import CachedFeatures, FrozenEncoder, LiveFeatures
 from dim.features.shards import Share
 from infra.samples import open_images
 from tests.conftest import ROOT
-from training.plan import Plan, absolute, announcement, measure, resumption
+from training.plan import Plan, absolute, announcement, describe_mixture, measure, resumption
 from training.stage import StageConfig
 from training.state import TrainState
 
 
-def stage(data: str, init: str | Path, **changes: Any) -> StageConfig:
-    values = {"stage": "edit1", "init": str(init), "data": [data], "out": "o", "batch_size": 6}
+def stage(data: str | list[Any], init: str | Path, **changes: Any) -> StageConfig:
+    data = [data] if isinstance(data, str) else data
+    values = {"stage": "edit1", "init": str(init), "data": data, "out": "o", "batch_size": 6}
     return StageConfig.model_validate(values | {"learning_rate": 1, "epochs": 4} | changes)
 
 
-def said(config: StageConfig, features: Any, **options: Any) -> list[str]:
-    plan = Plan(config=config, steps=12, rows=20, tracking_uri="", run_id="")
+def said(
+    config: StageConfig, features: Any, sources: Sequence[int] = (), **options: Any
+) -> list[str]:
+    plan = Plan(config=config, steps=12, rows=20, sources=list(sources), tracking_uri="", run_id="")
     module = nn.Linear(1000, 1000)
     module.bias.requires_grad_(False)
     state = TrainState(module, [torch.optim.SGD(module.parameters())], None)
@@ -38,6 +42,24 @@ def test_epochs_are_steps_and_the_data_are_counted(edit_data: str, tiny_model_di
     assert measure(stage(edit_data, tiny_model_dir)) == (4 * 3, 20)
     assert measure(stage(edit_data, tiny_model_dir, batch_size=64)) == (4, 20)
     assert measure(stage(edit_data, tiny_model_dir, epochs=None, steps=7)) == (7, 20)
+
+
+def test_an_epoch_of_mixed_sources_is_as_long_as_its_parts(
+    edit_data: str, held_out_data: str, tiny_model_dir: Path
+) -> None:
+    repeated = [{"uri": edit_data, "repeats": 1.5}, {"uri": held_out_data, "cap": 4}]
+    assert measure(stage(repeated, tiny_model_dir)) == (4 * (34 // 6), 25)
+    weighted = [{"uri": edit_data, "weight": 3}, {"uri": held_out_data, "weight": 1}]
+    config = stage(weighted, tiny_model_dir)
+    steps, rows = measure(config)  # of the smaller source 50 at least
+    assert (steps, rows) == (4 * 34, 25)
+    told = describe_mixture(config, [20, 5])
+    assert told.startswith("75.0% ") and told.endswith(" (5 samples, 10.2 times each)")
+    plan = Plan(config=config, steps=steps, rows=rows, sources=[20, 5], tracking_uri="", run_id="")
+    assert plan.steps_per_epoch == 34 and plan.order().steps_per_epoch == 34
+    nothing = [{"uri": edit_data, "repeats": 0.01}, held_out_data]
+    with pytest.raises(InputError, match="0.01 of the 20 samples of .* is none"):
+        measure(stage(nothing, tiny_model_dir))
 
 
 def test_what_is_not_there_is_named(
@@ -59,7 +81,7 @@ def test_local_paths_are_made_absolute_and_others_stay() -> None:
     config = absolute(stage("some/data", "model", validation=held_out))
     here = os.getcwd()
     assert config.init == f"{here}/model" and config.out == f"{here}/o"
-    assert config.data == [f"{here}/some/data"]
+    assert config.uris == [f"{here}/some/data"]
     assert config.validation is not None
     assert config.validation.data == [f"{here}/held", held_out["data"][1]]
 
@@ -101,5 +123,14 @@ def test_few_samples_and_a_run_that_goes_on_are_announced(
     plan = Plan(config=config, steps=12, rows=20, tracking_uri="", run_id="")
     state = TrainState(nn.Linear(1, 1), [], None, 7)
     assert resumption(plan, state) == "resumed after step 7 of 12 (epoch 2, batch 1 of 3)"
+    two = [{"uri": edit_data, "repeats": 2, "cap": 10}, {"uri": "x/other", "name": "mine"}]
+    mixed = stage(two, tiny_model_dir)
+    lines = said(mixed, live, sources=[15, 5])
+    assert ", 4 steps an epoch" in lines[0]
+    name = Path(edit_data).name
+    assert lines[1] == (
+        f"an epoch has 80.0% {name} (10 of 15 samples, 2 times each), 20.0% mine (5 samples, "
+        "1 times each)"
+    )
     lines = said(config.model_copy(update={"batch_size": 32}), live)
     assert lines[1:] == ["20 samples are fewer than a batch of 32: they repeat in it"]

@@ -6,7 +6,8 @@ import pytest
 
 from dim.errors import ConfigError
 from infra.models import fingerprint
-from training.record import StageRecord, discard_partial, read_record
+from training.record import StageRecord, discard_partial, identify, read_record
+from training.stage import StageConfig
 
 
 def test_a_record_survives_writing(tmp_path: Path) -> None:
@@ -22,6 +23,25 @@ def test_another_run_in_the_same_place_is_refused(tmp_path: Path) -> None:
     record.check_same({"seed": 1, "steps": 5, "data": "a"}, "out")
     with pytest.raises(ConfigError, match=r"unfinished run with other settings \(data, steps\)"):
         record.check_same({"seed": 1, "steps": 6, "data": "b"}, "out")
+
+
+def test_how_sources_are_mixed_is_part_of_what_a_run_is(
+    edit_data: str, t2i_data: str, tiny_model_dir: Path
+) -> None:
+    def identity(*data: object) -> dict[str, object]:
+        values = {"stage": "edit1", "init": str(tiny_model_dir), "out": "o", "data": [*data]}
+        more = {"steps": 3, "batch_size": 2, "learning_rate": 1}
+        return identify(StageConfig.model_validate(values | more), 3)
+
+    plain = identity(edit_data, t2i_data)
+    assert "mixture" not in plain  # as of runs from before there was one
+    assert identity({"uri": edit_data, "name": "mine", "repeats": 1}, t2i_data) == plain
+    mixed = identity({"uri": edit_data, "repeats": 2}, t2i_data)
+    record = StageRecord(plain, {}, "run")
+    with pytest.raises(ConfigError, match=r"unfinished run with other settings \(mixture\)"):
+        record.check_same(mixed, "out")
+    for other in ({"repeats": 3}, {"repeats": 2, "cap": 5}, {}):
+        assert identity({"uri": edit_data, **other}, t2i_data) != mixed
 
 
 def test_only_an_unfinished_run_goes_on_with_another_learning_rate() -> None:

@@ -75,6 +75,13 @@ def test_any_number_of_workers_and_any_micro_batch_have_equal_losses(
     ]
     runs = train_together(stages, tracking_uri, tmp_path / "processes")
     assert all(answer["error"] is None for answer, _ in runs)
+    for _, history in runs[1:]:  # of all workers' samples, repetitions left out
+        for step in range(1, 5):
+            parts, expected = (
+                {name: value for name, value in each[step].items() if name.startswith("loss/")}
+                for each in (history, runs[0][1])
+            )
+            assert parts == pytest.approx(expected, abs=1e-4) and parts
     first, *others = (losses_of(history) for _, history in runs)
     assert len(first) == 4 and len(set(first)) == 4
     for losses in others:

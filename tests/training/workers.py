@@ -25,7 +25,7 @@ import torch.multiprocessing as mp
 from dim.config import dump_config
 from infra.tracking import Tracking
 from training.loop import train_loop_per_worker
-from training.plan import Plan, count_samples
+from training.plan import Plan, count_samples, count_sources
 from training.stage import StageConfig
 
 # Imports take longer than the runs here: they are made once, and every process is a fork of that.
@@ -85,6 +85,7 @@ def train_together(
                     config=config,
                     steps=config.steps or 1,
                     rows=count_samples(config),
+                    sources=count_sources(config),
                     tracking_uri=tracking_uri,
                     run_id=run.id,
                 )
