@@ -121,6 +121,26 @@ class RowGroups:
         for _ in self._pool.map(self._footer, range(len(self.files))):
             pass
 
+    def read(
+        self, number: int, look: Callable[[pq.ParquetFile], ResultT], **options: Any
+    ) -> ResultT:
+        """What ``look`` makes of file ``number``; it may be called again where reading fails.
+
+        ``options`` are those of pyarrow's ``ParquetFile``.
+
+        Raises:
+            InputError: the file will not do.
+            UnreadableFile: it is not there, or damaged.
+            StorageError: the store does not answer, or refuses.
+        """
+        footer = self._footer(number)
+
+        def once() -> ResultT:
+            with self.files[number].open(metadata=footer.metadata, **options) as parquet:
+                return look(parquet)
+
+        return _patiently(once)()
+
     def fetch(self, rows: NDArray[np.int64], columns: Sequence[str]) -> list[Row | SampleError]:
         """Rows by number, in the order asked for (a row may be asked for twice).
 
