@@ -11,8 +11,10 @@ from dim.config import StrictModel
 from dim.errors import CheckpointError
 from dim.features.encoder import CachedFeatures, FeatureSource, ShardFeatures
 from dim.learning.batch import steps_per_epoch
+from dim.learning.config import check_view
 from dim.learning.optimizer import MOMENT_BYTES
 from infra import storage
+from infra.models import read_config
 from infra.samples import holds_features, open_features, open_images
 from training.stage import StageConfig
 from training.state import TrainState
@@ -51,10 +53,13 @@ def measure(config: StageConfig) -> tuple[int, int]:
 
     Raises:
         CheckpointError: there is nothing at ``init``.
+        ConfigError: the understanding model was shown something else before (``check_view``).
         InputError, StorageError: the data are not what the stage needs; the message says where.
     """
     if not storage.exists(config.init):
         raise CheckpointError(f"init: there is no model folder or model YAML at {config.init}")
+    if config.edits:
+        check_view(read_config(config.init), config.vlm_view, config.init)
     rows = count_samples(config)
     if config.validation is not None:
         open_images(config.validation.data, config.columns)

@@ -27,7 +27,8 @@ from dim.model.sizes import Size, nearest_shape, shapes
 
 _AT_ONCE = 16  # files: an object store answers in tens of milliseconds
 _HEADERS = 64  # encoded images held at a time, in each of these
-_SIDES = ("width", "height")
+SIDES = ("width", "height")
+"""The columns of image records that tell the shape: of edits, the source's sides in pixels."""
 
 
 @lru_cache
@@ -75,16 +76,16 @@ def shape_ids(
 def _of_file(groups: RowGroups, number: int, *, resolution: int, cell: int) -> NDArray[np.int16]:
     def by_columns(parquet: pq.ParquetFile) -> NDArray[np.int16] | None:
         there = parquet.schema_arrow.names
-        names = ["latent_shape"] if "latent_shape" in there else list(_SIDES)
+        names = ["latent_shape"] if "latent_shape" in there else list(SIDES)
         if not set(names) <= set(there):
             return None
         table = parquet.read(columns=names, use_threads=False)
-        if names == list(_SIDES) and (_by_sides(table, resolution, cell) < 0).any():
+        if names == list(SIDES) and (_by_sides(table, resolution, cell) < 0).any():
             return None
         return shape_ids(table, resolution, cell)
 
     def by_headers(parquet: pq.ParquetFile) -> NDArray[np.int16]:
-        names = [name for name in (*_SIDES, "image") if name in parquet.schema_arrow.names]
+        names = [name for name in (*SIDES, "image") if name in parquet.schema_arrow.names]
         parts = parquet.iter_batches(_HEADERS, columns=names, use_threads=False)
         return np.concatenate([shape_ids(part, resolution, cell) for part in parts])
 
@@ -100,11 +101,11 @@ def _of_file(groups: RowGroups, number: int, *, resolution: int, cell: int) -> N
 def _by_sides(rows: pa.Table, resolution: int, cell: int) -> NDArray[np.int16]:
     """Ids by the columns of sides; -1 where they say nothing."""
     ids = np.full(rows.num_rows, -1, np.int16)
-    types = [field.type for field in rows.schema if field.name in _SIDES]
+    types = [field.type for field in rows.schema if field.name in SIDES]
     if len(types) != 2 or not all(map(pa.types.is_integer, types)):
         return ids
     width, height = (
-        pc.fill_null(rows.column(name), 0).to_numpy(zero_copy_only=False) for name in _SIDES
+        pc.fill_null(rows.column(name), 0).to_numpy(zero_copy_only=False) for name in SIDES
     )
     (known,) = np.nonzero((width > 0) & (height > 0))
     table = shapes(resolution, cell)

@@ -53,7 +53,7 @@ def painted_by(tiny: DIM, config: StageConfig, table: pa.Table, world_size: int)
     samples: list[Painted] = []
     for rank in range(world_size):
         part = Validation(config, tiny, table, rank=rank, world_size=world_size)
-        samples += part._paint(0, len(part._numbers))
+        samples += part._paint(list(range(len(part._numbers))))
     return sorted(samples, key=lambda sample: sample.number)
 
 
