@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,7 @@ from dim.features.format import Preparation, preparation_of
 from dim.features.row_groups import whole
 from dim.features.shapes import SIDES, shape_ids, sizes
 from dim.features.shards import Share, TableSamples
+from dim.images import encode_jpeg
 from dim.model import DIM
 from dim.model.conditioner import ImageFeatures
 from dim.model.paint import encode_sources
@@ -278,8 +280,29 @@ def test_the_painters_cells_are_known_without_its_weights(tiny: DIM, tiny_model_
     assert load_frozen(f"{Path(__file__).parents[3]}/configs/tiny.yaml").cell == 16
 
 
-class Seen(Exception):
-    """What an edit has shown to the understanding model."""
+def test_real_photos_of_every_ratio(tiny: DIM, shared_real: Path) -> None:
+    folder = shared_real / "edit_pairs"
+    lines = (folder / "instructions.jsonl").read_text().splitlines()
+    ratios = [(768, 512), (512, 768), (768, 192), (768, 768)]
+    rows = []
+    for number, line in enumerate(lines[:8]):
+        pair, size = json.loads(line), ratios[number % 4]
+        images = {"image": "image_path", "image_target": "image_path_target"}
+        row = {"id": pair["id"], "index": number, "source": "s"}
+        row |= {"instruction": pair["prompt"], "blueprint": pair["prompt"]}
+        for name, path in images.items():
+            photo = Image.open(folder / pair[path]).convert("RGB")
+            row[name] = encode_jpeg(photo.crop((0, 0, *size)))
+        rows.append(row)
+    table = pa.Table.from_pylist(rows, records.EDIT)
+    features = CachedFeatures(frozen(tiny), TableSamples(table), TEXTS)
+    assert features.by_shape() == [[0, 4], [1, 5], [2, 6], [3, 7]]
+    ids = shape_ids(table, 64, tiny.cell)
+    for places in features.by_shape():
+        width, height = sizes(64, tiny.cell)[ids[places[0]]]
+        batch = features.batch(np.array(places), np.zeros(2, np.int64))
+        assert batch.latent.shape[2:] == (height // 8, width // 8)
+        assert (width, height) == nearest_shape(ratios[places[0]], 64, tiny.cell)
 
 
 @pytest.fixture(scope="module")
