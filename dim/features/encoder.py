@@ -17,7 +17,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import zip_longest
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -634,10 +633,14 @@ def _encode(
             kept.append(one[:tokens].to("cpu", torch.float16))
     latents, sources = encoder.latents(shown)
     held = [latent.to("cpu", torch.float16) for latent in latents]
-    held_sources = [source.to("cpu", torch.float16) for source in sources or []]
+    held_sources: list[torch.Tensor | None] = [None] * len(held)
+    if sources is not None:
+        held_sources = [source.to("cpu", torch.float16) for source in sources]
     return {
         place: _Encoded(kept, latent, source)
-        for (place, _, _), kept, latent, source in zip_longest(usable, states, held, held_sources)
+        for (place, _, _), kept, latent, source in zip(
+            usable, states, held, held_sources, strict=True
+        )
     }
 
 
