@@ -67,14 +67,14 @@ class Pixels:
 
     def __init__(self, share: Share, side: int) -> None:
         self._share = share
-        self._side = side
+        self._shape = (side, side)
 
     def fetch(
         self, positions: NDArray[np.int64], texts: NDArray[np.int64]
     ) -> list[torch.Tensor | SampleError]:
         """See ``dim.features.encoder.FeatureSource``."""
         rows = whole(self._share.fetch(positions))
-        return [to_bytes(centre_crop(decode_image(row["image"]), self._side)) for row in rows]
+        return [to_bytes(centre_crop(decode_image(row["image"]), self._shape)) for row in rows]
 
     def collate(self, fetched: Sequence[torch.Tensor]) -> Features:
         """See there."""

@@ -19,17 +19,18 @@ from dim.model.autoencoder import Autoencoder
 from dim.model.checkpoint import folder
 from dim.model.checkpoint.folder import Description
 from dim.model.conditioner import Conditioner
-from dim.model.config import ModelConfig
+from dim.model.config import ModelConfig, VlmView
 from infra import storage
 from infra.storage import Store
 
 _EDGE = 1 << 20  # bytes hashed at each end of a weights file
 
 
-def load_initial(init: str, *, edits: bool) -> DIM:
+def load_initial(init: str, *, edits: bool, vlm_view: VlmView | None = None) -> DIM:
     """Load a DIM folder (local or in an object store), or build from a local model YAML.
 
-    For an edit stage a text-to-image painter is widened to see the source's latent.
+    For an edit stage a text-to-image painter is widened to see the source's latent, and the model
+    is configured to show its understanding model what the stage trains with (``vlm_view``).
 
     Raises:
         CheckpointError: there is neither.
@@ -38,6 +39,8 @@ def load_initial(init: str, *, edits: bool) -> DIM:
     model = _load(init)
     if edits and not model.painter.takes_source:
         model.painter.widen()
+    if edits and vlm_view is not None:
+        model.config = model.config.showing(vlm_view)
     return model
 
 
@@ -47,6 +50,15 @@ class FrozenModel(NamedTuple):
     conditioner: Conditioner
     autoencoder: Autoencoder
     config: ModelConfig
+
+    @property
+    def cell(self) -> int:
+        """See ``DIM.cell``. Of the painter nothing but its configuration is read.
+
+        Raises:
+            CheckpointError: it has none, or a damaged one.
+        """
+        return self.autoencoder.factor * parts.patch_size(self.config.painter)
 
 
 def load_frozen(init: str) -> FrozenModel:

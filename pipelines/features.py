@@ -17,7 +17,8 @@ from dim import records
 from dim.config import HowOnly, load_config, load_part
 from dim.errors import ConfigError, InputError
 from dim.features.format import Encoding, Preparation, preparation_of
-from dim.learning.config import StageInputs
+from dim.learning.config import StageInputs, check_view
+from dim.model.config import VlmView
 from dim.records import EDIT, T2I, TextName
 from infra.models import load_frozen
 from infra.registry import located
@@ -52,6 +53,10 @@ class FeaturesConfig(JobConfig):
     """The text columns; ``blueprint`` of edits and ``caption`` of images unless given."""
     encoding: Encoding = "bf16"
     """How hidden states are kept: ``bf16``, or ``int8`` with a scale a token: half the size."""
+    buckets: bool = False
+    """As in training: cut each sample to the nearest of SANA's shapes, and not to a square."""
+    vlm_view: VlmView = "whole"
+    """As in training: what the understanding model sees of a source, ``whole`` or ``region``."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """As in training: ``bf16`` computes in bfloat16 where there is a GPU."""
     row_group_mb: float = Field(4, gt=0)
@@ -77,7 +82,7 @@ def run(config: FeaturesConfig, *, overwrite: bool = False, retry_failed: bool =
     config = config.model_copy(update={"model": located(config.model)})
     shards = Shards.open(config.data, EDIT, T2I)
     options = _options(config, shards)
-    preparation = _preparation(config.model, edits=options.kind == "edit")
+    preparation = _preparation(config, edits=options.kind == "edit")
     job = Job(
         "features",
         config,
@@ -161,9 +166,19 @@ def _options(config: FeaturesConfig, shards: Shards) -> EncodeOptions:
     )
 
 
-def _preparation(model: str, *, edits: bool) -> Preparation:
-    frozen = load_frozen(model)
-    return preparation_of(frozen, edits=edits, resolution=frozen.config.sampling.resolution)
+def _preparation(config: FeaturesConfig, *, edits: bool) -> Preparation:
+    frozen = load_frozen(config.model)
+    if edits:
+        check_view(frozen.config, config.vlm_view, config.model)
+    elif config.vlm_view != "whole":
+        raise InputError("the understanding model sees no image of t2i records: leave vlm_view out")
+    return preparation_of(
+        frozen,
+        edits=edits,
+        resolution=frozen.config.sampling.resolution,
+        buckets=config.buckets,
+        vlm_view=config.vlm_view,
+    )
 
 
 def _stage_settings(file: Path, data: str | None) -> dict[str, Any]:
@@ -178,6 +193,8 @@ def _stage_settings(file: Path, data: str | None) -> dict[str, Any]:
         "model": stage.init,
         "texts": list(stage.texts),
         "precision": stage.precision,
+        "buckets": stage.buckets,
+        "vlm_view": stage.vlm_view,
     }
 
 

@@ -21,10 +21,11 @@ from pipelines.outputs.sink import OutcomeSink
 from pipelines.stages.encode import ROW_GROUP, EncodeFeatures, EncodeOptions, schema_of
 
 
-def prepare(model: str | Path, *, edits: bool = True) -> Preparation:
-    """The preparation of a model folder or YAML."""
+def prepare(model: str | Path, *, edits: bool = True, **cutting: Any) -> Preparation:
+    """The preparation of a model folder or YAML; ``cutting`` are ``buckets`` and ``vlm_view``."""
     frozen = load_frozen(str(model))
-    return preparation_of(frozen, edits=edits, resolution=frozen.config.sampling.resolution)
+    resolution = frozen.config.sampling.resolution
+    return preparation_of(frozen, edits=edits, resolution=resolution, **cutting)
 
 
 def row_groups_in(store: Store) -> pa.Table:
@@ -39,7 +40,12 @@ def row_groups_in(store: Store) -> pa.Table:
 
 
 def encoder(
-    plain: str, out: str, model: str | Path, **options: Any
+    plain: str,
+    out: str,
+    model: str | Path,
+    *,
+    cutting: dict[str, Any] | None = None,
+    **options: Any,
 ) -> tuple[EncodeFeatures, Preparation]:
     """The stage of the job, and what it prepares samples by."""
     values = {
@@ -50,7 +56,7 @@ def encoder(
         "encode_batch": 4,
     }
     chosen = EncodeOptions.model_validate(values | options)
-    preparation = prepare(model, edits=chosen.kind == "edit")
+    preparation = prepare(model, edits=chosen.kind == "edit", **(cutting or {}))
     source, target = storage.open_store(plain), storage.open_store(out)
     stage = EncodeFeatures(str(model), chosen, preparation, source, target, False, 1)
     return stage, preparation

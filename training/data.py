@@ -23,6 +23,7 @@ from dim.features.encoder import (
 )
 from dim.features.format import preparation_of
 from dim.features.row_groups import RowGroups
+from dim.features.shapes import SIDES
 from dim.features.shards import FeatureShards, Share
 from dim.learning.batch import BLOCK, Draws, Place, WorkerOrder, choose_texts, draw
 from dim.model import DIM
@@ -213,8 +214,14 @@ def open_shards(plan: Plan, model: DIM, rank: int) -> FeatureShards | None:
     shards = open_features(config.uris, config.texts, edits=config.edits, every_file=False)
     _check_rows(plan, shards.rows)
     if rank == 0:
-        resolution = model.config.sampling.resolution
-        shards.check_preparation(preparation_of(model, edits=config.edits, resolution=resolution))
+        needed = preparation_of(
+            model,
+            edits=config.edits,
+            resolution=model.config.sampling.resolution,
+            buckets=config.buckets,
+            vlm_view=config.vlm_view,
+        )
+        shards.check_preparation(needed)
     return shards
 
 
@@ -236,8 +243,9 @@ def choose_source(
     images = open_images(config.uris, config.columns, every_file=False)
     _check_rows(plan, images.rows)
     hold_groups(config, order, images.groups)
-    share, threads = Share(images, order.rows), config.cpus_per_worker
-    encoder = FrozenEncoder(model, edits=config.edits, resolution=model.config.sampling.resolution)
+    share = Share(images, order.rows, SIDES if config.buckets else ())
+    threads = config.cpus_per_worker
+    encoder = make_encoder(config, model)
     if not config.cache_features:
         return LiveFeatures(encoder, share, config.texts, threads=threads)
     return CachedFeatures(
@@ -247,6 +255,21 @@ def choose_source(
         encode_batch=config.encode_batch,
         threads=threads,
         progress=lambda done, total: log.add(0, {"features_done": done / total}),
+    )
+
+
+def make_encoder(config: StageConfig, model: DIM) -> FrozenEncoder:
+    """What makes the features of the stage's samples, and of its held-out ones.
+
+    Raises:
+        InputError: the autoencoder cannot work at the model's resolution.
+    """
+    return FrozenEncoder(
+        model,
+        edits=config.edits,
+        resolution=model.config.sampling.resolution,
+        buckets=config.buckets,
+        vlm_view=config.vlm_view,
     )
 
 

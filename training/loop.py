@@ -133,7 +133,7 @@ def prepare(plan: Plan) -> Worker:
     log = open_log(plan, rank)
     fence = Fence(config.out, plan.owner)
     fence.confirm()  # also after a restart of the workers
-    model = load_initial(config.init, edits=config.edits)
+    model = load_initial(config.init, edits=config.edits, vlm_view=config.vlm_view)
     shards = open_shards(plan, model, rank)
     frozen_are_used = shards is None or config.validation is not None
     parallel.place(model, device, config.precision, frozen=frozen_are_used)
@@ -353,7 +353,7 @@ def export(worker: Worker) -> None:
         if worker.rank != 0:
             return
         if worker.mesh is not None:  # the model's own weights are parts
-            model = load_initial(config.init, edits=config.edits)
+            model = load_initial(config.init, edits=config.edits, vlm_view=config.vlm_view)
             load_trained_weights(Trainable(model), weights)
         finetune.export(model, config, worker.log)
 

@@ -14,10 +14,11 @@ from dim.config import StrictModel
 from dim.errors import CheckpointError
 from dim.features.encoder import CachedFeatures, FeatureSource, ShardFeatures
 from dim.learning.batch import SampleOrder, steps_per_epoch
+from dim.learning.config import check_view
 from dim.learning.mixture import mixed, samples_of
 from dim.learning.optimizer import MOMENT_BYTES
 from infra import storage
-from infra.models import check_reference
+from infra.models import check_reference, read_config
 from infra.samples import extent, holds_features, open_features, open_images
 from training.stage import StageConfig
 from training.state import TrainState
@@ -89,11 +90,14 @@ def measure(config: StageConfig) -> tuple[int, int]:
 
     Raises:
         CheckpointError: there is nothing at ``init``.
+        ConfigError: the understanding model was shown something else before (``check_view``).
         InputError, StorageError: the data are not what the stage needs, or ``init`` has no
             understanding model to refer to; the message says where.
     """
     if not storage.exists(config.init):
         raise CheckpointError(f"init: there is no model folder or model YAML at {config.init}")
+    if config.edits:
+        check_view(read_config(config.init), config.vlm_view, config.init)
     if config.export_understanding == "reference":
         check_reference(config.init)
     rows = count_samples(config)

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from dim.config import dump_config
+from dim.config import dump_config, what_decides
 from dim.errors import ConfigError
 from dim.redaction import redacted
 from infra import models, storage
@@ -56,11 +56,13 @@ class StageRecord:
         Raises:
             ConfigError: ``out`` belongs to a run that differs; the message names the keys.
         """
-        identity = redacted(identity)
-        names = sorted(self.identity.keys() | identity.keys())
+        # A setting that is newer than the record had its default.
+        before = what_decides(StageConfig, self.identity)
+        identity = what_decides(StageConfig, redacted(identity))
+        names = sorted(before.keys() | identity.keys())
         if not self.finished:
             names = [name for name in names if name not in CHANGEABLE_KEYS]
-        differing = [name for name in names if self.identity.get(name) != identity.get(name)]
+        differing = [name for name in names if before.get(name) != identity.get(name)]
         if differing:
             state = "a finished" if self.finished else "an unfinished"
             raise ConfigError(

@@ -21,19 +21,18 @@ from PIL import Image, ImageDraw, ImageFont
 from dim import judges
 from dim.errors import DimError, InputError
 from dim.failures import explain
-from dim.features.encoder import CachedFeatures, Features, FrozenEncoder
+from dim.features.encoder import CachedFeatures, Features
 from dim.features.shards import TableSamples
-from dim.images import decode_image
 from dim.judges import Judge
 from dim.learning.batch import Draws, draw
 from dim.learning.config import RESERVED_NAME
 from dim.model import DIM, flow
 from dim.model.config import SamplingConfig
 from dim.model.paint import paint
-from dim.model.pixels import to_images
 from dim.model.request import Conditioning, make_rows
 from infra.samples import open_images
 from training import parallel
+from training.data import make_encoder
 from training.stage import AUTO_JUDGE, NO_JUDGE, StageConfig, ValidationConfig
 
 _CELL = 192  # pixels of an image in the picture
@@ -92,15 +91,12 @@ class Validation:
         self._schedule = flow.FlowSchedule(model.config.sampling.shift)
         self._numbers = list(range(rank, table.num_rows, world_size))
         self._table = table.take(pa.array(self._numbers, pa.int64()))
-        self._edits = config.edits
         self._text = config.validation_text
+        self._encoder = make_encoder(config, model)
         self._features: CachedFeatures | None = None
         if self._numbers:
-            encoder = FrozenEncoder(
-                model, edits=config.edits, resolution=model.config.sampling.resolution
-            )
             self._features = CachedFeatures(
-                encoder,
+                self._encoder,
                 TableSamples(self._table),
                 [self._text],
                 encode_batch=config.encode_batch,
@@ -120,18 +116,19 @@ class Validation:
         ``validation_exact``; ``validation_unjudged`` counts samples that it could not judge.
         """
         painted: list[Painted] = []
-        for first in range(0, len(self._numbers), self._config.batch_size):
-            painted += self._paint(first, min(first + self._config.batch_size, len(self._numbers)))
+        for places in self._features.by_shape() if self._features else []:
+            for first in range(0, len(places), self._config.batch_size):
+                painted += self._paint(places[first : first + self._config.batch_size])
         everything = parallel.gather(painted)
         if everything is None:
             return None
         everything.sort(key=lambda sample: sample.number)
         return _summarise(everything), picture(everything[: self._config.grid_rows])
 
-    def _paint(self, first: int, last: int) -> list[Painted]:
+    def _paint(self, places: list[int]) -> list[Painted]:
+        """Samples of one shape, by their places among this worker's."""
         assert self._features is not None
-        places = np.arange(first, last)
-        batch = self._features.batch(places, np.zeros(len(places), np.int64))
+        batch = self._features.batch(np.array(places), np.zeros(len(places), np.int64))
         batch = batch.to(self._model.painter.null_condition.device)
         # A sample's noise depends on its number only: the split over workers changes nothing.
         draws = draw(
@@ -141,13 +138,11 @@ class Validation:
             tuple(batch.latent.shape[1:]),  # type: ignore[arg-type]
             dropout=0.0,
         )
-        losses, images = self._losses(batch, draws), self._images(batch, places.tolist())
+        losses, images = self._losses(batch, draws), self._images(batch, places)
         quartiles = flow.quartile_of(draws.index).tolist()
         return [
             self._score(place, image, loss, quartile)
-            for place, image, loss, quartile in zip(
-                places.tolist(), images, losses, quartiles, strict=True
-            )
+            for place, image, loss, quartile in zip(places, images, losses, quartiles, strict=True)
         ]
 
     def _losses(self, batch: Features, draws: Draws) -> list[float]:
@@ -187,7 +182,7 @@ class Validation:
 
     def _score(self, place: int, image: Image.Image, loss: float, quartile: int) -> Painted:
         row = self._table.slice(place, 1).to_pylist()[0]
-        source, target = self._source_and_target(row)
+        target, source = self._encoder.cut(row)
         difference = np.abs(np.asarray(image, np.float32) - np.asarray(target, np.float32))
         scores: Mapping[str, float] | None = None
         try:
@@ -203,12 +198,6 @@ class Validation:
             distance=float(difference.mean()) / 255,
             scores=scores,
         )
-
-    def _source_and_target(self, row: Mapping[str, Any]) -> tuple[Image.Image | None, Image.Image]:
-        image = self._fit(row["image"], row["id"])
-        if not self._edits:
-            return None, image
-        return image, self._fit(row["image_target"], row["id"])
 
     def _judged(
         self,
@@ -243,16 +232,11 @@ class Validation:
     def _try_judge(self) -> None:
         """Have a target judged, so that what is wrong with the judge is known before training."""
         row = self._table.slice(0, 1).to_pylist()[0]
-        source, target = self._source_and_target(row)
+        target, source = self._encoder.cut(row)
         scores = self._judged(target, target, source, row)
         name = self._config.judge
         if not scores and name not in (AUTO_JUDGE, NO_JUDGE):
             raise InputError(f"validation.judge: {name} has no score for sample {row['id']}")
-
-    def _fit(self, data: bytes, sample: str) -> Image.Image:
-        image = decode_image(data, name=f"an image of sample {sample}")
-        resolution = self._model.config.sampling.resolution
-        return to_images(self._model.autoencoder.prepare(image, resolution)[None])[0]
 
 
 def open_validation(
@@ -316,8 +300,10 @@ def picture(samples: Sequence[Painted]) -> Image.Image:
     for row, sample in enumerate(samples):
         top = row * (_CELL + 4)
         for column, image in enumerate(sample.images):
-            resample = Image.Resampling.NEAREST if image.width < _CELL else None
-            sheet.paste(image.resize((_CELL, _CELL), resample), (column * (_CELL + 4), top))
+            longer = max(image.size)
+            size = (image.width * _CELL // longer, image.height * _CELL // longer)
+            resample = Image.Resampling.NEAREST if longer < _CELL else None
+            sheet.paste(image.resize(size, resample), (column * (_CELL + 4), top))
         lines = [line for part in sample.text.splitlines() for line in textwrap.wrap(part, 64)]
         pen.multiline_text(
             (columns * (_CELL + 4) + 4, top + 2),

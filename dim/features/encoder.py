@@ -30,13 +30,15 @@ from dim.features.row_groups import Row, whole
 from dim.features.shards import FeatureShards, Samples
 from dim.images import decode_image
 from dim.model.conditioner import ImageFeatures, Patches
-from dim.model.pixels import centre_crop, from_bytes, to_bytes
-from dim.model.sizes import check_size
+from dim.model.config import VlmView
+from dim.model.pixels import centre_box, centre_crop, from_bytes, to_bytes
+from dim.model.sizes import Size, check_size, nearest_shape
 
 FetchedT = TypeVar("FetchedT")
 
 UNDECODABLE = "undecodable"
 DAMAGED = "damaged_features"
+WRONG_SIZE = "wrong_size"
 
 _READ_AT_ONCE = 4  # forward passes of the frozen parts whose encoded images are held
 
@@ -94,10 +96,10 @@ class FeatureSource(Protocol[FetchedT]):
 
 @dataclass(frozen=True)
 class Pictures:
-    """A sample's images, decoded and cut to size, each once.
+    """A sample's images, decoded and cut to its shape, each once.
 
-    ``target``: uint8 (resolution, resolution, 3), the image to paint; ``source`` the same, and
-    ``patches`` what the vision tower takes of it, or ``None`` without a source.
+    ``target``: uint8 (height, width, 3), the image to paint; ``source`` the same, and ``patches``
+    what the vision tower takes of it, or ``None`` without a source.
     """
 
     target: torch.Tensor
@@ -112,16 +114,31 @@ class FrozenEncoder:
         model: Its conditioner and autoencoder are used, without gradients.
         edits: Whether samples have a source (``image``) and a target (``image_target``).
         resolution: The side of the painted image in pixels.
+        buckets: Cut each sample to that of SANA's shapes in which ``DIM.edit`` paints its source
+            (or, without one, its image), instead of a square. The target of an edit has its
+            source's shape, whatever its own is.
+        vlm_view: Whether the vision tower sees the ``whole`` source, or the ``region`` of it that
+            is left when it is cut.
 
     Raises:
         InputError: the autoencoder cannot work at ``resolution``.
     """
 
-    def __init__(self, model: FrozenParts, *, edits: bool, resolution: int) -> None:
+    def __init__(
+        self,
+        model: FrozenParts,
+        *,
+        edits: bool,
+        resolution: int,
+        buckets: bool = False,
+        vlm_view: VlmView = "whole",
+    ) -> None:
         check_size((resolution, resolution), model.autoencoder.factor)
         self._model = model
         self._edits = edits
         self._resolution = resolution
+        self._cell = model.cell if buckets else None
+        self._vlm_view = vlm_view
 
     @property
     def device(self) -> torch.device:
@@ -134,17 +151,33 @@ class FrozenEncoder:
         For a GPU they come in pinned memory, from where a copy does not hold up the step.
 
         Raises:
-            SampleError: one cannot be decoded.
+            SampleError: one cannot be decoded, or has another shape than the row's ``width`` and
+                ``height`` say, if it has them.
         """
+        image = _decoded(row, "image")
+        shape = self._shape(image, row)
         if not self._edits:
-            return Pictures(self._square(_decoded(row, "image")), None, None)
-        source = _decoded(row, "image")
-        patches = self._model.conditioner.patches(source)
+            return Pictures(self._bytes(centre_crop(image, shape)), None, None)
+        region = centre_box(image.size, shape) if self._vlm_view == "region" else None
+        patches = self._model.conditioner.patches(image, region)
         return Pictures(
-            self._square(_decoded(row, "image_target")),
-            self._square(source),
+            self._bytes(centre_crop(_decoded(row, "image_target"), shape)),
+            self._bytes(centre_crop(image, shape)),
             Patches(self._pinned(patches.pixels), patches.grid, patches.key),
         )
+
+    def cut(self, row: Row) -> tuple[Image.Image, Image.Image | None]:
+        """The image to paint and, of an edit, its source, as ``prepare`` cuts them.
+
+        Raises:
+            SampleError: as for ``prepare``.
+        """
+        image = _decoded(row, "image")
+        shape = self._shape(image, row)
+        if not self._edits:
+            return centre_crop(image, shape), None
+        target = _decoded(row, "image_target")
+        return centre_crop(target, shape), centre_crop(image, shape)
 
     @torch.inference_mode()
     def see(self, pictures: Sequence[Pictures]) -> ImageFeatures | None:
@@ -161,18 +194,43 @@ class FrozenEncoder:
         return self._model.conditioner.encode(texts, seen)
 
     @torch.inference_mode()
-    def latents(self, pictures: Sequence[Pictures]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Latents of the images to paint and, for edits, of their sources: (B, C, h, w) each."""
-        latent = self._latent([one.target for one in pictures])
+    def latents(
+        self, pictures: Sequence[Pictures]
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor] | None]:
+        """Latents (C, h, w) of the images to paint and, for edits, of their sources.
+
+        Those of one shape pass the autoencoder together.
+        """
+        latents = self._latents([one.target for one in pictures])
         sources = [one.source for one in pictures if one.source is not None]
-        return latent, self._latent(sources) if sources else None
+        return latents, self._latents(sources) if sources else None
 
-    def _latent(self, images: Sequence[torch.Tensor]) -> torch.Tensor:
-        moved = [image.to(self.device, non_blocking=True) for image in images]
-        return self._model.autoencoder.encode(from_bytes(torch.stack(moved)))
+    def _latents(self, images: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        found: dict[int, torch.Tensor] = {}
+        for places in by_shape(images):
+            moved = [images[place].to(self.device, non_blocking=True) for place in places]
+            encoded = self._model.autoencoder.encode(from_bytes(torch.stack(moved)))
+            found |= zip(places, encoded, strict=True)
+        return [found[place] for place in range(len(images))]
 
-    def _square(self, image: Image.Image) -> torch.Tensor:
-        return self._pinned(to_bytes(centre_crop(image, self._resolution)))
+    def _shape(self, image: Image.Image, row: Row) -> Size:
+        if self._cell is None:
+            return self._resolution, self._resolution
+        shape = nearest_shape(image.size, self._resolution, self._cell)
+        width, height = row.get("width"), row.get("height")
+        if not (isinstance(width, int) and isinstance(height, int) and min(width, height) > 0):
+            return shape
+        # Its place in a batch of one shape was given to it for what its record says.
+        if nearest_shape((width, height), self._resolution, self._cell) != shape:
+            raise SampleError(
+                f"the image of sample {row['id']} is {image.width}x{image.height}, and its record "
+                f"says {width}x{height}, which is another shape",
+                WRONG_SIZE,
+            )
+        return shape
+
+    def _bytes(self, image: Image.Image) -> torch.Tensor:
+        return self._pinned(to_bytes(image))
 
     def _pinned(self, tensor: torch.Tensor) -> torch.Tensor:
         return pinned(tensor, self.device)
@@ -185,6 +243,34 @@ class _Encoded:
     states: list[torch.Tensor]
     latent: torch.Tensor
     source: torch.Tensor | None
+
+
+class _Stacks:
+    """Tensors of several shapes; those of one shape lie in one tensor.
+
+    ``rows``: which of them lie in each.
+    """
+
+    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+        self.rows = by_shape(tensors)
+        # Clones of what inference mode made, so that autograd may save them.
+        self._stacks = [torch.stack([tensors[row] for row in rows]).clone() for rows in self.rows]
+        self._stack = torch.empty(len(tensors), dtype=torch.int64)
+        self._place = torch.empty(len(tensors), dtype=torch.int64)
+        for number, rows in enumerate(self.rows):
+            self._stack[rows] = number
+            self._place[rows] = torch.arange(len(rows))
+
+    @property
+    def nbytes(self) -> int:
+        """Memory they take."""
+        return sum(stack.nbytes for stack in self._stacks)
+
+    def take(self, rows: torch.Tensor) -> torch.Tensor:
+        """Some of them, which have one shape, in one tensor."""
+        stacks = [self._stacks[number] for number in self._stack[rows].unique().tolist()]
+        _one_shape([stack[0] for stack in stacks])
+        return stacks[0][self._place[rows]]
 
 
 class CachedFeatures:
@@ -242,10 +328,9 @@ class CachedFeatures:
         self._row_of = torch.full((len(samples),), -1)
         self._row_of[places] = torch.arange(self._rows)
         parts = [good[place] for place in places]
-        # Clones of what inference mode made, so that autograd may save them.
-        self._latents = torch.stack([one.latent for one in parts]).clone()
+        self._latents = _Stacks([one.latent for one in parts])
         sources = [one.source for one in parts if one.source is not None]
-        self._sources = torch.stack(sources).clone() if sources else None
+        self._sources = _Stacks(sources) if sources else None
         in_order = [one.states[text] for text in range(len(texts)) for one in parts]
         self._states = torch.cat(in_order)
         self._lengths = torch.tensor([len(one) for one in in_order])
@@ -254,8 +339,13 @@ class CachedFeatures:
     @property
     def nbytes(self) -> int:
         """Memory the features take."""
-        held = [self._states, self._latents, self._sources]
+        held = (self._states, self._latents, self._sources)
         return sum(item.nbytes for item in held if item is not None)
+
+    def by_shape(self) -> list[list[int]]:
+        """Positions of the samples that can be used, those of one shape together."""
+        (positions,) = np.nonzero(self._row_of.numpy() >= 0)
+        return [positions[rows].tolist() for rows in self._latents.rows]
 
     def count_cut(self, limit: int) -> int:
         """How many texts reached ``limit`` tokens, so that they may have lost their beginning."""
@@ -277,8 +367,8 @@ class CachedFeatures:
         mask = place < lengths[:, None]
         tokens = torch.where(mask, self._offsets[entry][:, None] + place, 0)
         hidden = self._states[tokens].float().masked_fill_(~mask[..., None], 0)
-        source = None if self._sources is None else self._sources[row].float()
-        return Features(hidden, mask, self._latents[row].float(), source)
+        source = None if self._sources is None else self._sources.take(row).float()
+        return Features(hidden, mask, self._latents.take(row).float(), source)
 
     def batch(self, positions: NDArray[np.int64], texts: NDArray[np.int64]) -> Features:
         """See ``FeatureSource.batch``."""
@@ -322,15 +412,16 @@ class LiveFeatures:
     def collate(self, fetched: Sequence[Decoded]) -> Features:
         """See ``FeatureSource.collate``: runs the frozen parts."""
         pictures = [one.pictures for one in fetched]
+        _one_shape([one.target for one in pictures])
         seen = self._encoder.see(pictures)
         hidden, mask = self._encoder.states([one.text for one in fetched], seen)
-        latent, source = self._encoder.latents(pictures)
-        # The clones leave inference mode, so that autograd may save them.
+        latents, sources = self._encoder.latents(pictures)
+        # The clones leave inference mode, so that autograd may save them; so does a stack.
         return Features(
             hidden.float().clone(),
             mask.clone(),
-            latent.float().clone(),
-            None if source is None else source.float().clone(),
+            torch.stack(latents).float(),
+            None if sources is None else torch.stack(sources).float(),
         )
 
     def batch(self, positions: NDArray[np.int64], texts: NDArray[np.int64]) -> Features:
@@ -417,6 +508,7 @@ class ShardFeatures:
         lengths = torch.tensor([len(one) for one in states], device=self._device)
         hidden = torch.nn.utils.rnn.pad_sequence(states, batch_first=True)
         mask = torch.arange(hidden.shape[1], device=self._device) < lengths[:, None]
+        _one_shape([one.latent for one in fetched])
         latent = torch.stack([self._moved(one.latent) for one in fetched]).float()
         sources = [one.source_latent for one in fetched if one.source_latent is not None]
         source = torch.stack([self._moved(one) for one in sources]).float() if sources else None
@@ -475,6 +567,26 @@ def by_length(rows: Sequence[Row], texts: Sequence[str], size: int) -> list[NDAr
     return [order[first : first + size] for first in range(0, len(order), size)]
 
 
+def by_shape(tensors: Sequence[torch.Tensor]) -> list[list[int]]:
+    """Places of the tensors, those of one shape together."""
+    groups: dict[torch.Size, list[int]] = {}
+    for place, tensor in enumerate(tensors):
+        groups.setdefault(tensor.shape, []).append(place)
+    return list(groups.values())
+
+
+def _one_shape(tensors: Sequence[torch.Tensor]) -> None:
+    """Refuse what cannot be one batch.
+
+    Raises:
+        InputError: the tensors have several shapes.
+    """
+    found = dict.fromkeys(tuple(tensor.shape) for tensor in tensors)
+    if len(found) > 1:
+        shapes = " and ".join("x".join(map(str, shape)) for shape in found)
+        raise InputError(f"a batch has samples of several shapes ({shapes}): it must have one")
+
+
 def _groups(
     samples: Samples, texts: Sequence[str], size: int
 ) -> Iterator[tuple[list[int], list[Row | SampleError]]]:
@@ -520,8 +632,10 @@ def _encode(
         for kept, one, tokens in zip(states, hidden, mask.sum(1).tolist(), strict=True):
             kept.append(one[:tokens].to("cpu", torch.float16))
     latents, sources = encoder.latents(shown)
-    held = latents.to("cpu", torch.float16)
-    held_sources = [None] * len(held) if sources is None else sources.to("cpu", torch.float16)
+    held = [latent.to("cpu", torch.float16) for latent in latents]
+    held_sources: list[torch.Tensor | None] = [None] * len(held)
+    if sources is not None:
+        held_sources = [source.to("cpu", torch.float16) for source in sources]
     return {
         place: _Encoded(kept, latent, source)
         for (place, _, _), kept, latent, source in zip(

@@ -14,11 +14,13 @@ from typing import Literal, Protocol
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from dim.config import StrictModel
 from dim.model.autoencoder import Autoencoder
 from dim.model.conditioner import Conditioner
+from dim.model.config import VlmView
 
 Encoding = Literal["bf16", "int8"]
 """How hidden states are kept. Latents are small and always bfloat16."""
@@ -32,6 +34,8 @@ _NAMES = {
     "image_size": "image_size",
     "max_condition_tokens": "max_condition_tokens",
     "resolution": "the resolution",
+    "cell": "the cells of the shapes (buckets)",
+    "vlm_view": "what the understanding model sees (vlm_view)",
 }
 
 
@@ -89,6 +93,9 @@ class FrozenParts(Protocol):
     @property
     def autoencoder(self) -> Autoencoder: ...
 
+    @property
+    def cell(self) -> int: ...
+
 
 class Preparation(StrictModel):
     """The frozen parts as hashes (SHA-256 in hex), and the sizes that images and texts are cut to.
@@ -96,6 +103,10 @@ class Preparation(StrictModel):
     Weights are hashed as bfloat16: saved in another precision they are still the same. The
     understanding model sees no image of text-to-image samples, so for them ``image_processor`` and
     ``image_size`` are null.
+
+    ``cell``: samples are cut to SANA's shapes, in cells of so many pixels; null: to squares.
+    ``vlm_view``: see ``StageInputs``. Left out where they are as published, so that what was
+    written before there were such is still what it was.
     """
 
     understanding: str
@@ -105,6 +116,8 @@ class Preparation(StrictModel):
     image_size: int | None
     max_condition_tokens: int
     resolution: int
+    cell: int | None = Field(None, exclude_if=lambda cell: cell is None)
+    vlm_view: VlmView = Field("whole", exclude_if=lambda view: view == "whole")
 
     def differences(self, needed: Preparation) -> list[str]:
         """One phrase for each part of this preparation that is not as in ``needed``."""
@@ -115,13 +128,21 @@ class Preparation(StrictModel):
         ]
 
 
-def preparation_of(parts: FrozenParts, *, edits: bool, resolution: int) -> Preparation:
+def preparation_of(
+    parts: FrozenParts,
+    *,
+    edits: bool,
+    resolution: int,
+    buckets: bool = False,
+    vlm_view: VlmView = "whole",
+) -> Preparation:
     """How ``parts`` prepare samples; reads all their weights once (seconds for 4 billion).
 
     Args:
         parts: The frozen parts, on any device.
         edits: Whether samples have a source image.
         resolution: Side in pixels of what the autoencoder sees.
+        buckets, vlm_view: See ``StageInputs``.
     """
     conditioner, network = parts.conditioner, parts.autoencoder.network
     tokenizer = conditioner.tokenizer
@@ -137,6 +158,8 @@ def preparation_of(parts: FrozenParts, *, edits: bool, resolution: int) -> Prepa
         image_size=conditioner.image_size if edits else None,
         max_condition_tokens=conditioner.max_condition_tokens,
         resolution=resolution,
+        cell=parts.cell if buckets else None,
+        vlm_view=vlm_view if edits else "whole",
     )
 
 

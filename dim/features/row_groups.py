@@ -121,11 +121,34 @@ class RowGroups:
         for _ in self._pool.map(self._footer, range(len(self.files))):
             pass
 
-    def fetch(self, rows: NDArray[np.int64], columns: Sequence[str]) -> list[Row | SampleError]:
+    def read(
+        self, number: int, look: Callable[[pq.ParquetFile], ResultT], **options: Any
+    ) -> ResultT:
+        """What ``look`` makes of file ``number``; it may be called again where reading fails.
+
+        ``options`` are those of pyarrow's ``ParquetFile``.
+
+        Raises:
+            InputError: the file will not do.
+            UnreadableFile: it is not there, or damaged.
+            StorageError: the store does not answer, or refuses.
+        """
+        footer = self._footer(number)
+
+        def once() -> ResultT:
+            with self.files[number].open(metadata=footer.metadata, **options) as parquet:
+                return look(parquet)
+
+        return _patiently(once)()
+
+    def fetch(
+        self, rows: NDArray[np.int64], columns: Sequence[str], optional: Sequence[str] = ()
+    ) -> list[Row | SampleError]:
         """Rows by number, in the order asked for (a row may be asked for twice).
 
-        Each comes with its ``id``. In place of a row that has no value in one of the columns, or
-        lies in a part of a file that is damaged, stands the error that says so.
+        Each comes with its ``id``, and with its values of the ``optional`` columns that its file
+        has. In place of a row that has no value in one of ``columns``, or lies in a part of a file
+        that is damaged, stands the error that says so.
 
         Raises:
             InputError: a file is not what it must be.
@@ -143,7 +166,7 @@ class RowGroups:
                 jobs.append(partial(self._unreadable, number, within, footer))
                 continue
             jobs.extend(
-                partial(self._read, number, footer, group, places, columns)
+                partial(self._read, number, footer, group, places, columns, optional)
                 for group, places in _by_group(within, footer)
             )
         found = [row for part in self._pool.map(lambda job: job(), jobs) for row in part]
@@ -156,10 +179,13 @@ class RowGroups:
         group: int,
         places: NDArray[np.int64],
         columns: Sequence[str],
+        optional: Sequence[str],
     ) -> list[Row | SampleError]:
         """Rows of a row group by their places in their file."""
+        there = footer.metadata.schema.names if optional else []
+        names = ["id", *columns, *(name for name in optional if name in there)]
         try:
-            table = self._group(number, footer, group, ["id", *columns])
+            table = self._group(number, footer, group, names)
             begin = int(footer.ends[group]) - table.num_rows
             rows = table.take(pa.array(places - begin)).to_pylist()
         except (UnreadableFile, UnicodeDecodeError) as error:

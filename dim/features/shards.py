@@ -164,9 +164,11 @@ class ImageShards:
         """See ``RowGroups.check_files``."""
         self.groups.check_files()
 
-    def fetch(self, rows: NDArray[np.int64]) -> list[Row | SampleError]:
+    def fetch(
+        self, rows: NDArray[np.int64], optional: Sequence[str] = ()
+    ) -> list[Row | SampleError]:
         """See ``RowGroups.fetch``."""
-        return self.groups.fetch(rows, self._columns)
+        return self.groups.fetch(rows, self._columns, optional)
 
     def read(self, rows: NDArray[np.int64]) -> pa.Table:
         """A few rows by number, in the order asked for (a row may be asked for twice).
@@ -202,17 +204,18 @@ class ImageShards:
 
 @dataclass(frozen=True)
 class Share:
-    """A worker's rows of image shards."""
+    """A worker's rows of image shards, with the ``optional`` columns where there are such."""
 
     shards: ImageShards
     rows: NDArray[np.int64]
+    optional: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def fetch(self, positions: NDArray[np.int64]) -> list[Row | SampleError]:
         """See ``Samples.fetch``."""
-        return self.shards.fetch(self.rows[positions])
+        return self.shards.fetch(self.rows[positions], self.optional)
 
     def stored_order(self) -> NDArray[np.int64]:
         """See ``Samples.stored_order``."""

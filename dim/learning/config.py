@@ -19,6 +19,8 @@ from pydantic import (
 )
 
 from dim.config import StrictModel
+from dim.errors import ConfigError
+from dim.model.config import ModelConfig, VlmView
 from dim.records import TextName
 
 StageName = Literal["t2i", "edit1", "edit2"]
@@ -70,6 +72,25 @@ class Source(StrictModel):
         return self.weight is not None or self.repeats not in (None, 1) or self.cap is not None
 
 
+def check_view(model: ModelConfig, wanted: VlmView, where: str) -> None:
+    """Refuse to train a model on whole sources that was trained on regions of them.
+
+    The other way is how a stage begins that wants it so, for what is published saw whole ones.
+
+    Args:
+        model: What ``where`` says of the model that the stage begins with.
+        wanted: The stage's.
+
+    Raises:
+        ConfigError: the model was trained with ``region`` and the stage is not.
+    """
+    if wanted == "whole" and model.understanding.vlm_view != wanted:
+        raise ConfigError(
+            f"{where} was trained with vlm_view: {model.understanding.vlm_view}, and a stage that "
+            f"goes on from it with vlm_view: {wanted} (the default) would unlearn it: set vlm_view"
+        )
+
+
 class StageInputs(StrictModel):
     """A stage's model, data and texts.
 
@@ -77,6 +98,11 @@ class StageInputs(StrictModel):
     ``data`` are output folders of data jobs: of images and texts, or of their features as
     ``dim data features`` makes them; addresses, or ``Source`` where they are mixed otherwise than
     by their sizes.
+
+    ``buckets``: each sample is cut to the nearest of SANA's shapes (``dim.model.sizes``), and a
+    batch holds one shape; otherwise every sample is a square of the model's resolution.
+    ``vlm_view``: what the understanding model is shown of an edit's source. ``whole``: all of it,
+    as published. ``region``: what the painter is given, no more.
     """
 
     stage: StageName
@@ -86,6 +112,14 @@ class StageInputs(StrictModel):
     text: TextName | None = None  # None = caption for t2i, instruction for edit1, else blueprint
     text_mix: dict[TextName, PositiveFloat] | None = None  # instead: shares, drawn at each use
     precision: Literal["fp32", "bf16"] = "fp32"
+    buckets: bool = False
+    vlm_view: VlmView = "whole"
+
+    @model_validator(mode="after")
+    def _check_view(self) -> StageInputs:
+        if self.vlm_view != "whole" and not self.edits:
+            raise ValueError("stage t2i shows the understanding model no image: leave vlm_view out")
+        return self
 
     @model_validator(mode="after")
     def _check_texts(self) -> StageInputs:

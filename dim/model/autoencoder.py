@@ -62,4 +62,4 @@ class Autoencoder(nn.Module):
             InputError: the image cannot be read, or ``resolution`` is no multiple of ``factor``.
         """
         check_size((resolution, resolution), self.factor)
-        return to_pixels([centre_crop(upright_rgb(image), resolution)])[0]
+        return to_pixels([centre_crop(upright_rgb(image), (resolution, resolution))])[0]

@@ -15,7 +15,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from dim.errors import CheckpointError, InputError
-from dim.model.pixels import stretched, upright_rgb
+from dim.model.pixels import Box, stretched, upright_rgb
 from dim.model.prompt import IMAGE_PAD, ChatFormat, Prompt
 
 TURN_END = "<|im_end|>"
@@ -105,13 +105,13 @@ class Conditioner(nn.Module):
         """Features of a hidden state."""
         return self.model.config.text_config.hidden_size
 
-    def patches(self, image: Image.Image) -> Patches:
-        """Cut a picture into patches.
+    def patches(self, image: Image.Image, region: Box | None = None) -> Patches:
+        """Cut a picture into patches, all of it or a region of its upright form.
 
         Raises:
             InputError: it cannot be read.
         """
-        return self._cut(self._square(image), {})
+        return self._cut(self._square(image, region), {})
 
     @torch.no_grad()
     def see(self, images: Sequence[Image.Image | Patches | None]) -> ImageFeatures:
@@ -240,8 +240,8 @@ class Conditioner(nn.Module):
             return images
         return self.see(images if images is not None else [None] * len(texts))
 
-    def _square(self, image: Image.Image) -> Image.Image:
-        return stretched(upright_rgb(image), (self.image_size, self.image_size))
+    def _square(self, image: Image.Image, region: Box | None = None) -> Image.Image:
+        return stretched(upright_rgb(image), (self.image_size, self.image_size), region)
 
     def _cut(self, square: Image.Image, known: Mapping[bytes, Patches]) -> Patches:
         key = hashlib.sha256(square.tobytes()).digest()

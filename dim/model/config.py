@@ -14,6 +14,7 @@ from dim.errors import CheckpointError, InputError
 INSTRUCTION = "{instruction}"
 Fit = Literal["source", "square"]
 Solver = Literal["dpm", "euler"]
+VlmView = Literal["whole", "region"]
 Task = Literal["edit", "t2i"]
 
 
@@ -33,6 +34,8 @@ class UnderstandingConfig(PartConfig):
 
     ``architecture``: keyword arguments of ``Qwen2_5_VLConfig``, used with null weights only.
     ``image_size``: pictures are resized to this square before the vision tower sees them.
+    ``vlm_view``: what it is shown of an edit's source: ``whole``, all of it, as published, or the
+    ``region`` that the painter is given. A stage writes down which of them it trained with.
     ``max_condition_tokens``: of a longer prompt the last so many tokens condition the painter.
     ``design_request``: what the model is asked when it designs; null asks the general request of
     ``dim.blueprint``.
@@ -40,6 +43,8 @@ class UnderstandingConfig(PartConfig):
 
     architecture: dict[str, Any] = Field(default_factory=dict)
     image_size: PositiveInt = 1024
+    # Left out as published, so that a folder's description is what it was before there was this.
+    vlm_view: VlmView = Field("whole", exclude_if=lambda view: view == "whole")
     max_condition_tokens: PositiveInt = 8192
     design_request: str | None = None
     design_max_new_tokens: PositiveInt = 1024
@@ -108,6 +113,11 @@ class ModelConfig(StrictModel):
     painter: PainterConfig = PainterConfig()
     autoencoder: AutoencoderConfig = AutoencoderConfig()
     sampling: SamplingConfig = SamplingConfig()
+
+    def showing(self, view: VlmView) -> ModelConfig:
+        """The same with another ``understanding.vlm_view``."""
+        understanding = self.understanding.model_copy(update={"vlm_view": view})
+        return self.model_copy(update={"understanding": understanding})
 
     @model_validator(mode="after")
     def _sizes_agree(self) -> ModelConfig:

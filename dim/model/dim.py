@@ -17,13 +17,13 @@ from dim.model import parts, plan
 from dim.model.autoencoder import Autoencoder
 from dim.model.checkpoint import folder
 from dim.model.checkpoint.folder import Provenance
-from dim.model.conditioner import Conditioner, ImageFeatures
+from dim.model.conditioner import Conditioner, ImageFeatures, Patches
 from dim.model.config import Fit, ModelConfig, SamplingConfig, require_choice
 from dim.model.connector import Connector
 from dim.model.lora.merge import merge_for_good
 from dim.model.paint import encode_sources, paint
 from dim.model.painter import Painter
-from dim.model.pixels import upright_rgb
+from dim.model.pixels import centre_box, upright_rgb
 from dim.model.request import (
     Conditioning,
     OnStep,
@@ -296,6 +296,13 @@ class DIM(nn.Module):
             return (resolution, resolution), (resolution, resolution)
         return nearest_shape(source.size, resolution, self.cell), source.size
 
+    def _shown(self, row: Row, fit: Fit) -> Image.Image | Patches | None:
+        """What the understanding model sees of a row: see ``understanding.vlm_view``."""
+        image = row.image
+        if image is None or fit == "source" or self.config.understanding.vlm_view == "whole":
+            return image
+        return self.conditioner.patches(image, centre_box(image.size, row.size))
+
     def _sampling(self, steps: int | None) -> SamplingConfig:
         sampling = self.config.sampling
         return sampling if steps is None else sampling.model_copy(update={"steps": steps})
@@ -308,8 +315,7 @@ class DIM(nn.Module):
         sampling: SamplingConfig,
         on_step: OnStep | None,
     ) -> list[EditResult]:
-        sources = [row.image for row in rows if row.image is not None]
-        features = self.conditioner.see(sources)
+        features = self.conditioner.see([self._shown(row, fit) for row in rows])
         blueprints = self._blueprints(rows, features, designer)
         texts = [
             row.text if blueprint is None else blueprint

@@ -67,7 +67,7 @@ def paint(
 def encode_sources(autoencoder: Autoencoder, rows: Sequence[Row], fit: Fit) -> Tensor:
     """Source latents (B, C, h, w) in float32 of ``rows``, which are all painted at one size."""
     fitted = [
-        centre_crop(row.image, row.size[0]) if fit == "square" else stretched(row.image, row.size)
+        centre_crop(row.image, row.size) if fit == "square" else stretched(row.image, row.size)
         for row in rows
         if row.image is not None
     ]

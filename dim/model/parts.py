@@ -282,6 +282,23 @@ def autoencoder_config(config: AutoencoderConfig) -> dict[str, Any]:
     return {name: value for name, value in saved.items() if not name.startswith("_")}
 
 
+def patch_size(config: PainterConfig) -> int:
+    """Latent cells along each side of a painter's token; no weights are read.
+
+    Raises:
+        CheckpointError: the weights have no configuration, or a damaged one.
+    """
+    if config.weights is None:
+        return int(config.architecture.get("patch_size", 1))
+    where = weights_path(config.weights)
+    nested = not (Path(where) / "config.json").is_file()
+    with _readable(where):
+        saved = SanaTransformer2DModel.load_config(
+            where, subfolder="transformer" if nested else None
+        )
+    return int(saved["patch_size"])
+
+
 def _diffusers(cls: Any, where: str, subfolder: str | None, dtype: torch.dtype | None) -> Any:
     """A diffusers network from a folder, a sub-folder of it, or the hub."""
     folder = Path(where)

@@ -11,6 +11,10 @@ from torch import Tensor
 
 from dim.errors import InputError
 from dim.images import MAX_PIXELS, MIN_SIDE, convert_image
+from dim.model.sizes import Size
+
+Box = tuple[float, float, float, float]
+"""A region of a picture in its own pixels: left, upper, right and lower edge."""
 
 
 def upright_rgb(image: Image.Image, name: str = "the image") -> Image.Image:
@@ -30,23 +34,33 @@ def upright_rgb(image: Image.Image, name: str = "the image") -> Image.Image:
     return convert_image(image, name)
 
 
-def centre_crop(image: Image.Image, resolution: int) -> Image.Image:
-    """The middle square of ``image`` with its shortest side resized to ``resolution`` pixels."""
-    scale = resolution / min(image.size)
-    width, height = (max(resolution, round(side * scale)) for side in image.size)
-    left, top = (width - resolution) // 2, (height - resolution) // 2
-    square = (left, top, left + resolution, top + resolution)
-    if scale == 1:
-        return image.crop(square)
-    # Only the square is resized: a thin strip's other pixels would be a thousandfold.
-    across, down = image.width / width, image.height / height
-    box = (square[0] * across, square[1] * down, square[2] * across, square[3] * down)
-    return image.resize((resolution, resolution), Image.Resampling.BICUBIC, box=box)
+def centre_box(size: Size, shape: Size) -> Box:
+    """The middle region of a picture of ``size`` that is ``shape`` when resized, not stretched."""
+    scale = max(shape[0] / size[0], shape[1] / size[1])
+    width, height = (
+        max(wanted, round(side * scale)) for side, wanted in zip(size, shape, strict=True)
+    )
+    left, top = (width - shape[0]) // 2, (height - shape[1]) // 2
+    across, down = size[0] / width, size[1] / height
+    return left * across, top * down, (left + shape[0]) * across, (top + shape[1]) * down
 
 
-def stretched(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """All of ``image`` brought to ``size`` (width, height); of that size it is returned itself."""
-    return image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)
+def centre_crop(image: Image.Image, shape: Size) -> Image.Image:
+    """The middle of ``image``, as much as fits into ``shape`` without stretching, of that size."""
+    return stretched(image, shape, centre_box(image.size, shape))
+
+
+def stretched(image: Image.Image, size: Size, box: Box | None = None) -> Image.Image:
+    """The region ``box`` of ``image``, or all of it, brought to ``size``.
+
+    All of an image that has that size is returned itself. Only the region is resized: a thin
+    strip's other pixels would be a thousandfold.
+    """
+    if box is None:
+        return image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)
+    if (box[2] - box[0], box[3] - box[1]) == size and all(edge == int(edge) for edge in box):
+        return image.crop((int(box[0]), int(box[1]), int(box[2]), int(box[3])))
+    return image.resize(size, Image.Resampling.BICUBIC, box=box)
 
 
 def to_pixels(images: Sequence[Image.Image]) -> Tensor:

@@ -29,6 +29,7 @@ UNUSED = "decoder.model.pos_embed"
 # A frozen part of SANA that DIM does not use.
 TEXT_ENCODER = "decoder.text_encoder."
 SECTIONS = (CONNECTOR, PAINTER, AUTOENCODER, UNDERSTANDING, TEXT_ENCODER)
+VIEW = "vlm_view"  # in a header, of a checkpoint that was not trained as published
 STEM = "model"
 
 HEAD_DIM = 32

@@ -96,11 +96,16 @@ class EncodeFeatures:
         torch.set_num_threads(threads)
         frozen = load_frozen(model)
         edits = options.kind == "edit"
-        found = preparation_of(frozen, edits=edits, resolution=preparation.resolution)
+        cutting: Any = {
+            "resolution": preparation.resolution,
+            "buckets": preparation.cell is not None,
+            "vlm_view": preparation.vlm_view,
+        }
+        found = preparation_of(frozen, edits=edits, **cutting)
         if differing := found.differences(preparation):
             raise InputError(f"{model} is not the same on every machine: {'; '.join(differing)}")
         _place(frozen, use_gpu, options.precision)
-        self._encoder = FrozenEncoder(frozen, edits=edits, resolution=preparation.resolution)
+        self._encoder = FrozenEncoder(frozen, edits=edits, **cutting)
         self.options = options
         self._schema = schema_of(options, preparation)
         self._source, self._target = source, target
@@ -156,7 +161,7 @@ class EncodeFeatures:
         pictures = [self._encoder.prepare(row) for row in shown]
         seen = self._encoder.see(pictures)
         latent, source = self._encoder.latents(pictures)
-        found: list[Row] = [{"latent_shape": list(latent.shape[1:])} for _ in latent]
+        found: list[Row] = [{"latent_shape": list(one.shape)} for one in latent]
         for name, latents in (("latent", latent), ("source_latent", source)):
             if latents is None:
                 continue

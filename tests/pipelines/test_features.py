@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -20,7 +21,7 @@ import yaml
 from dim import cli, records
 from dim import model as models
 from dim.config import dump_config
-from dim.errors import CheckpointError, InputError
+from dim.errors import CheckpointError, ConfigError, InputError
 from infra.samples import open_features
 from infra.storage import Store, open_store
 from pipelines import features
@@ -211,6 +212,24 @@ def test_mistakes_are_found_before_anything_is_touched(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_view_that_does_not_go_with_model_or_records_is_refused(
+    settings: dict[str, Any], tmp_path: Path
+) -> None:
+    shutil.copytree(settings["model"], tmp_path / "region")
+    file = tmp_path / "region" / "dim.json"
+    description = json.loads(file.read_text())
+    description["config"]["understanding"]["vlm_view"] = "region"
+    file.write_text(json.dumps(description))
+    chosen = settings | {"model": str(tmp_path / "region"), "out": str(tmp_path / "out")}
+    with pytest.raises(ConfigError, match="region was trained with vlm_view: region"):
+        features.run(FeaturesConfig(**chosen))
+    finish(open_store(str(tmp_path / "plain")), t2i_rows(1), records.T2I)
+    images = {"data": str(tmp_path / "plain"), "texts": None, "vlm_view": "region"}
+    with pytest.raises(InputError, match="sees no image of t2i records"):
+        features.run(FeaturesConfig(**(chosen | images)))
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_command_line_takes_a_stage(
     settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -225,6 +244,8 @@ def test_the_command_line_takes_a_stage(
         "data": [settings["data"]],
         "out": "never",
         "text_mix": {"blueprint": 1, "instruction": 1},
+        "buckets": True,
+        "vlm_view": "region",
         "steps": 1,
         "batch_size": 1,
         "learning_rate": 1,
@@ -235,7 +256,9 @@ def test_the_command_line_takes_a_stage(
     code, said, _ = dim(*arguments)
     assert code == 0 and "20 records: 18 kept, 1 rejected, 1 failed" in said
     assert "blueprint_error: 0." in said and "instruction_error: 0." in said
-    assert open_features([out], ["blueprint", "instruction"], edits=True).rows == 18
+    shards = open_features([out], ["blueprint", "instruction"], edits=True)
+    assert shards.rows == 18
+    assert (shards.preparation.cell, shards.preparation.vlm_view) == (16, "region")
 
     code, _, error = dim("--out", out)
     assert code == 2 and "missing key 'data'" in error

@@ -33,7 +33,7 @@ from dim.model.conditioner import Conditioner
 from dim.model.painter import Painter
 from infra import storage
 from infra.tracking import Tracking
-from tests.datasets import edit_rows
+from tests.datasets import edit_rows, png
 from tests.feature_shards import write_features
 from tests.image_files import opened
 from tests.training.saved import read_saved, steps_saved
@@ -116,6 +116,24 @@ def test_text_to_image_trains_and_its_painter_becomes_an_edit_painter(
     untouched = edited.conditioner.state_dict()
     for name, tensor in first.conditioner.state_dict().items():
         assert torch.equal(tensor, untouched[name]), name
+
+
+def test_a_stage_writes_down_what_the_understanding_model_saw(
+    start: Callable[..., Any], make_dataset: Callable[..., str], tmp_path: Path
+) -> None:
+    rows = edit_rows(8)
+    for row in rows:  # something is cut off
+        for name in ("image", "image_target"):
+            row[name] = png(opened(row[name]).resize((96, 64)))
+    data = make_dataset("wide", rows, records.EDIT)
+    losses = {}
+    for view in ("region", "whole"):
+        answer, _ = start(data=[data], vlm_view=view, out=str(tmp_path / view), steps=1)
+        assert answer["error"] is None
+        losses[view] = answer["metrics"]["loss"]
+        saved = model.load(tmp_path / view / "model")
+        assert saved.config.understanding.vlm_view == view
+    assert losses["region"] != losses["whole"]
 
 
 def test_cached_and_live_features_train_alike(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from dim import model
-from dim.errors import CheckpointError, InputError
+from dim.errors import CheckpointError, ConfigError, InputError
 from dim.features.encoder import CachedFeatures, FrozenEncoder, LiveFeatures
 from dim.features.shards import Share
 from infra.samples import open_images
@@ -74,6 +75,22 @@ def test_what_is_not_there_is_named(
     config.write_text(tiny.replace("package:tiny/understanding", "null"))
     with pytest.raises(InputError, match=r"model\.yaml has a random understanding model"):
         measure(stage(edit_data, config, export_understanding="reference"))
+
+
+def test_a_model_that_saw_regions_is_not_trained_on_whole_sources(
+    edit_data: str, t2i_data: str, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    init = tmp_path / "region"
+    init.mkdir()
+    description = json.loads((tiny_model_dir / "dim.json").read_text())
+    description["config"]["understanding"]["vlm_view"] = "region"
+    (init / "dim.json").write_text(json.dumps(description))
+    with pytest.raises(ConfigError, match="region was trained with vlm_view: region") as caught:
+        measure(stage(edit_data, init))
+    assert "\n" not in str(caught.value) and "set vlm_view" in str(caught.value)
+    for start in (init, tiny_model_dir):  # from what is published it is how one begins
+        assert measure(stage(edit_data, start, vlm_view="region"))[1] == 20
+    assert measure(stage(t2i_data, init, stage="t2i"))[1] == 12
 
 
 def test_local_paths_are_made_absolute_and_others_stay() -> None:

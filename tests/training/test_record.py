@@ -44,6 +44,13 @@ def test_how_sources_are_mixed_is_part_of_what_a_run_is(
         assert identity({"uri": edit_data, **other}, t2i_data) != mixed
 
 
+def test_a_record_of_before_a_setting_is_one_with_its_default() -> None:
+    record = StageRecord({"seed": 1}, {}, "run")
+    record.check_same({"seed": 1, "buckets": False, "vlm_view": "whole"}, "out")
+    with pytest.raises(ConfigError, match=r"with other settings \(buckets, vlm_view\)"):
+        record.check_same({"seed": 1, "buckets": True, "vlm_view": "region"}, "out")
+
+
 def test_only_an_unfinished_run_goes_on_with_another_learning_rate() -> None:
     before, after = ({"seed": 1, "learning_rate": rate} for rate in (1e-3, 1e-4))
     StageRecord(before, {}, "run").check_same(after, "out")

@@ -26,6 +26,19 @@ def stage(**changes: object) -> StageConfig:
     return validate_config(StageConfig, SMALL | changes, where="test.yaml")
 
 
+def test_text_to_image_has_no_view_of_a_source() -> None:
+    assert (stage().buckets, stage().vlm_view) == (False, "whole")
+    assert stage(vlm_view="region", buckets=True).vlm_view == "region"
+    with pytest.raises(ConfigError, match="shows the understanding model no image"):
+        stage(stage="t2i", vlm_view="region")
+
+
+def test_the_published_stages_prepare_samples_as_published() -> None:
+    for name in ("t2i", "edit1", "edit2"):
+        published = load_config(StageConfig, CONFIGS / f"dim-4.6b-{name}.yaml")
+        assert (published.buckets, published.vlm_view) == (False, "whole")
+
+
 @pytest.mark.parametrize("size", ["tiny", "dim-4.6b"])
 @pytest.mark.parametrize("name", ["t2i", "edit1", "edit2"])
 def test_shipped_stage_files_are_valid(size: str, name: str) -> None:
@@ -132,9 +145,10 @@ def test_the_inputs_of_a_stage_can_be_read_without_the_rest(size: str, name: str
 
 def test_no_other_key_of_a_stage_is_taken_for_an_input(tmp_path: Path) -> None:
     file = tmp_path / "stage.yaml"
-    every = {key: None for key in StageConfig.model_fields} | SMALL | {"precision": "bf16"}
+    inputs = {"precision": "bf16", "buckets": True, "vlm_view": "region"}
+    every = {key: None for key in StageConfig.model_fields} | SMALL | inputs
     file.write_text(yaml.safe_dump(every))
-    assert load_part(StageInputs, file).precision == "bf16"
+    assert dump_config(load_part(StageInputs, file)).items() >= inputs.items()
 
 
 @pytest.mark.parametrize(

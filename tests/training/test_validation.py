@@ -14,7 +14,10 @@ from dim import model, records
 from dim.errors import InputError, SampleError
 from dim.images import decode_image
 from dim.model import DIM
-from tests.datasets import edit_rows
+from dim.model.sizes import nearest_shape
+from tests.datasets import edit_rows, png
+from tests.image_files import opened
+from training.data import make_encoder
 from training.stage import StageConfig
 from training.validation import Painted, Validation, _summarise, picture, read_validation
 
@@ -44,7 +47,7 @@ def painted_by(tiny: DIM, config: StageConfig, table: pa.Table, world_size: int)
     samples: list[Painted] = []
     for rank in range(world_size):
         part = Validation(config, tiny, table, rank=rank, world_size=world_size)
-        samples += part._paint(0, len(part._numbers))
+        samples += part._paint(list(range(len(part._numbers))))
     return sorted(samples, key=lambda sample: sample.number)
 
 
@@ -64,6 +67,57 @@ def metrics_of(tiny: DIM, config: StageConfig) -> dict[str, float]:
     outcome = Validation(config, tiny, table, judge, rank=0, world_size=1).run()
     assert outcome is not None
     return outcome[0]
+
+
+SHAPES = [(96, 64), (64, 96), (64, 64), (96, 64), (200, 40)]
+
+
+def shaped_rows(sizes: list[tuple[int, int]]) -> list[dict[str, Any]]:
+    """Edits whose pictures have these sizes, of nothing that the checker knows."""
+    rows = edit_rows(len(sizes))
+    for row, size in zip(rows, sizes, strict=True):
+        for name in ("image", "image_target"):
+            row[name] = png(opened(row[name]).resize(size))
+        row["provenance"] = None
+    return rows
+
+
+@pytest.mark.parametrize("vlm_view", ["whole", "region"])
+def test_samples_are_painted_in_the_shapes_that_training_sees(
+    tiny: DIM, make_dataset: Callable[..., str], vlm_view: str
+) -> None:
+    data = make_dataset("shapes", shaped_rows(SHAPES), records.EDIT)
+    given = {"buckets": True, "vlm_view": vlm_view}
+    config = stage(data, samples=5).model_copy(update=given)
+    table, judge = read_validation(config)
+    every = Validation(config, tiny, table, judge, rank=0, world_size=1)
+    outcome = every.run()
+    assert outcome is not None and outcome[0]["validation_loss"] > 0
+    together = painted_together(every)
+    sizes = [nearest_shape(size, 64, tiny.cell) for size in SHAPES]
+    assert [sample.images[1].size for sample in together] == sizes
+    encoder = make_encoder(config, tiny)
+    for row, sample in zip(table.to_pylist(), together, strict=True):
+        assert sample.images[0].size == sample.images[2].size == sample.images[1].size
+        pictures = encoder.prepare(row)
+        assert np.array_equal(np.asarray(sample.images[2]), pictures.target.numpy())
+        assert np.array_equal(np.asarray(sample.images[0]), pictures.source.numpy())
+    # a sample's noise is its number's, whoever it is painted with
+    first = Validation(config, tiny, table.slice(0, 1), judge, rank=0, world_size=1)._paint([0])[0]
+    assert first.loss == pytest.approx(together[0].loss, rel=1e-3)
+    sheet = outcome[1]
+    assert sheet.height == 5 * 196
+    column = np.asarray(sheet.crop((0, 0, 192, 192)))
+    assert column[: 192 * 48 // 80].any() and not column[192 * 48 // 80 + 2 :].any()
+
+
+def painted_together(validation: Validation) -> list[Painted]:
+    found = [
+        sample
+        for places in validation._features.by_shape()  # type: ignore[union-attr]
+        for sample in validation._paint(places)
+    ]
+    return sorted(found, key=lambda sample: sample.number)
 
 
 def test_metrics_and_picture_of_a_run(tiny: DIM, held_out_data: str) -> None:

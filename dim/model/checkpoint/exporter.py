@@ -65,6 +65,8 @@ def export_checkpoint(
     released.require_layout(str(path), *released.read_layout(source.specs, *heads.values()))
     provenance = description.provenance
     metadata = provenance.metadata if provenance else {"format": "pt"} | _texts(heads)
+    if (view := description.config.understanding.vlm_view) != "whole":
+        metadata = metadata | {released.VIEW: view}
     if out.suffix == ".safetensors":
         return _write_file(out, source, metadata)
     return _write_folder(out, source, metadata, max_shard_bytes)

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast, get_args
 
 import torch
 from diffusers import AutoencoderDC, SanaTransformer2DModel
@@ -28,6 +28,7 @@ from dim.model.config import (
     PartConfig,
     Task,
     UnderstandingConfig,
+    VlmView,
     weights_path,
 )
 from dim.model.painter import PATCH_WEIGHT, resized_null_condition, widened
@@ -97,6 +98,8 @@ def import_checkpoint(
     """
     changes = changes or Changes()
     files = released.open_checkpoint(path)
+    if released.VIEW in files.metadata:
+        config = config.showing(_view(str(path), files.metadata[released.VIEW]))
     heads = _head_dims(files.metadata, config, attention_head_dim, cross_attention_head_dim)
     layout, problems = released.read_layout(files, *heads)
     copied = _copies(files, copy_understanding)
@@ -198,6 +201,13 @@ def _head_dims(
         for name, given, published in places
     )
     return first, second
+
+
+def _view(path: str, said: str) -> VlmView:
+    """What a header says that the understanding model was shown in training."""
+    if said not in get_args(VlmView):
+        raise CheckpointError(f"{path}: {released.VIEW} in its header: {said!r} is not known")
+    return cast(VlmView, said)
 
 
 def _copies(files: Mapping[str, Spec], wanted: bool | None) -> bool:

@@ -5,6 +5,7 @@ A folder holds two safetensors files. ``pytorch_lora_weights.safetensors`` is di
 ``dim_adapter.safetensors`` is there if more was trained: the connector's LoRA
 (``connector.0.lora_A.weight``, …) or its weights (``connector.0.weight``, …), the null table
 (``null_condition``) and the patch embedding (``transformer.patch_embed.proj.weight``, ``….bias``).
+Of an adapter that was learnt with ``vlm_view: region`` its header says so.
 
 Pickles are never read.
 """
@@ -17,7 +18,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast, get_args
 
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
 from pydantic import BaseModel, Field, ValidationError
@@ -27,9 +28,11 @@ from dim.errors import CheckpointError
 from dim.model import released
 from dim.model.checkpoint.finite import require_finite
 from dim.model.checkpoint.tensorfile import Shape, Spec, TensorFiles
+from dim.model.config import VlmView
 
 LORA_FILE = LORA_WEIGHT_NAME_SAFE
 MORE_FILE = "dim_adapter.safetensors"
+VIEW_KEY = "dim.vlm_view"  # in the header of ``MORE_FILE``
 # What stands in front of a weight's name: diffusers' word for the painter's network, and ours.
 TRANSFORMER = "transformer."
 CONNECTOR = "connector."
@@ -57,10 +60,14 @@ class LowRank:
 
 @dataclass(frozen=True)
 class Adapter:
-    """What an adapter does: weight's name → what is added to it, or what takes its place."""
+    """What an adapter does: weight's name → what is added to it, or what takes its place.
+
+    ``vlm_view``: what the understanding model was shown while it was learnt, if it says so.
+    """
 
     added: dict[str, LowRank]
     replaced: dict[str, Tensor]
+    vlm_view: VlmView | None = None
 
 
 class _Settings(BaseModel):
@@ -97,11 +104,13 @@ def read_adapter(path: Path, shapes: Mapping[str, Shape]) -> Adapter:
     """
     added: dict[str, LowRank] = {}
     replaced: dict[str, Tensor] = {}
+    view: VlmView | None = None
     for file in _files(path):
         tensors = TensorFiles([file])
         _check(file, tensors, shapes)
         weights = {name: tensors.read(name) for name in tensors}
         require_finite(str(file), weights)
+        view = _view(file, tensors) or view
         settings = {part: _settings(file, tensors, part) for part in (TRANSFORMER, CONNECTOR)}
         for key, tensor in weights.items():
             if key.endswith(DOWN):
@@ -110,7 +119,7 @@ def read_adapter(path: Path, shapes: Mapping[str, Shape]) -> Adapter:
                 added[weight] = LowRank(tensor, weights[key.removesuffix(DOWN) + UP], scale)
             elif not key.endswith(UP):
                 replaced[key] = tensor
-    return Adapter(added, replaced)
+    return Adapter(added, replaced, view)
 
 
 def weight_of(key: str) -> str:
@@ -134,7 +143,7 @@ def _files(path: Path) -> list[Path]:
 
 def _check(file: Path, tensors: TensorFiles, shapes: Mapping[str, Shape]) -> None:
     """Refuse keys, ranks and shapes that are not those of an adapter for ``shapes``."""
-    if not tensors:
+    if not tensors and not (file.name == MORE_FILE and VIEW_KEY in tensors.metadata):
         raise CheckpointError(f"{file} is empty: it holds no LoRA")
     if unknown := [key for key in tensors if not _is_known(file, key, shapes)]:
         others = f" and {len(unknown) - 1} others" if len(unknown) > 1 else ""
@@ -195,6 +204,14 @@ def _settings(file: Path, tensors: TensorFiles, part: str) -> _Settings | None:
     except (ValueError, AttributeError, RecursionError) as error:
         reason = " ".join(str(error).split())
     raise CheckpointError(f"{file}: {LORA_ADAPTER_METADATA_KEY} in its header: {reason}")
+
+
+def _view(file: Path, tensors: TensorFiles) -> VlmView | None:
+    """What the understanding model was shown, if the header says it."""
+    said = tensors.metadata.get(VIEW_KEY) if file.name == MORE_FILE else None
+    if said is not None and said not in get_args(VlmView):
+        raise CheckpointError(f"{file}: {VIEW_KEY} in its header: {said!r} is not known")
+    return cast(VlmView | None, said)
 
 
 def _scale(file: Path, settings: Mapping[str, _Settings | None], weight: str, rank: int) -> float:

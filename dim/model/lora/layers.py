@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from dim.errors import InputError
 from dim.model import DIM
-from dim.model.lora.adapter import CONNECTOR, MORE_FILE, NULL_CONDITION, PATCH_EMBED
+from dim.model.lora.adapter import CONNECTOR, MORE_FILE, NULL_CONDITION, PATCH_EMBED, VIEW_KEY
 from dim.model.lora.settings import LoraSettings, Part
 
 ADAPTER = "default"  # peft's name of it
@@ -136,7 +136,9 @@ def save(model: DIM, settings: LoraSettings, folder: Path) -> None:
         metadata[LORA_ADAPTER_METADATA_KEY] = json.dumps(said, indent=2, sort_keys=True)
     for part in settings.train:
         more |= {name: _to_file(each) for name, each in _whole(model, part).items()}
-    if more:
+    if (view := model.config.understanding.vlm_view) != "whole":
+        metadata[VIEW_KEY] = view
+    if more or VIEW_KEY in metadata:
         save_file(more, folder / MORE_FILE, metadata=metadata)
 
 

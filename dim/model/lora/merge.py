@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 import sys
@@ -13,11 +14,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dim.config import dump_config
 from dim.errors import CheckpointError, InputError
 from dim.model import parts
 from dim.model.checkpoint import folder, tensorfile
 from dim.model.checkpoint.finite import is_finite
 from dim.model.checkpoint.tensorfile import MAX_SHARD_BYTES, Produce, Shape, TensorFiles
+from dim.model.config import ModelConfig
 from dim.model.lora.adapter import CONNECTOR, NULL_CONDITION, TRANSFORMER, Adapter, read_adapter
 
 if TYPE_CHECKING:
@@ -31,7 +34,7 @@ PLACES = {
     "": ("", parts.NULL_CONDITION_FILE.removesuffix(".safetensors")),
 }
 # What no adapter changes.
-COPIED = (folder.DESCRIPTION, folder.UNDERSTANDING, folder.AUTOENCODER, folder.UNUSED_FILE)
+COPIED = (folder.UNDERSTANDING, folder.AUTOENCODER, folder.UNUSED_FILE)
 
 
 class Weighted(NamedTuple):
@@ -43,16 +46,19 @@ class Weighted(NamedTuple):
 
 @dataclass(frozen=True)
 class Merged:
-    """Adapters in a model's weights, and the weights that were there before.
+    """Adapters in a model's weights, and the weights and configuration that were there before.
 
     The tensors that were replaced are kept as they are, not computed back from the sums: what
     ``unmerge`` restores has the same bits. Let go of this object to give their memory back.
     """
 
+    model: DIM
+    config: ModelConfig
     kept: tuple[tuple[nn.Parameter, Tensor], ...]
 
     def unmerge(self) -> None:
-        """Put the weights back that were there before."""
+        """Put back what was there before."""
+        self.model.config = self.config
         for parameter, base in self.kept:
             parameter.data = base
 
@@ -91,6 +97,8 @@ def read_all(specs: Iterable[str], shapes: Mapping[str, Shape]) -> list[Weighted
 def merge(model: DIM, specs: Sequence[str]) -> Merged:
     """Merge adapters into ``model``, in place.
 
+    An adapter that was learnt with ``vlm_view: region`` has the understanding model see just that.
+
     Args:
         specs: ``PATH[:WEIGHT]`` each; what several change is the sum of their changes.
 
@@ -100,14 +108,15 @@ def merge(model: DIM, specs: Sequence[str]) -> Merged:
     Raises:
         InputError, CheckpointError: as for ``read_all``; the model is left as it was.
     """
+    config = model.config
     kept: list[tuple[nn.Parameter, Tensor]] = []
     try:
         for pair in _replace(model, specs):
             kept.append(pair)
     except CheckpointError:
-        Merged(tuple(kept)).unmerge()
+        Merged(model, config, tuple(kept)).unmerge()
         raise
-    return Merged(tuple(kept))
+    return Merged(model, config, tuple(kept))
 
 
 def merge_for_good(model: DIM, specs: Sequence[str]) -> None:
@@ -124,6 +133,7 @@ def _replace(model: DIM, specs: Sequence[str]) -> Iterator[tuple[nn.Parameter, T
     """Merge a weight at a time; the parameter and what it was before."""
     named = dict(_named_parameters(model))
     adapters = read_all(specs, {name: tuple(each.shape) for name, each in named.items()})
+    model.config = _showing(model.config, adapters)
     for name, parameter in named.items():
         base = parameter.data
         if (changed := merged(name, base, adapters)) is not base:
@@ -188,6 +198,7 @@ def merge_folder(
     with folder.replacing(out) as staged:
         for name in COPIED:
             _copy(path / name, staged / name)
+        _describe(path, staged, adapters)
         (staged / folder.PAINTER).mkdir()
         _copy(path / folder.PAINTER / "config.json", staged / folder.PAINTER / "config.json")
         for prefix, files in sources.items():
@@ -208,7 +219,8 @@ def check_folder(path: str | Path, specs: Sequence[str]) -> None:
     Raises:
         CheckpointError, InputError: as for ``merge_folder``.
     """
-    read_all(specs, _shapes(_sources(Path(path))))
+    adapters = read_all(specs, _shapes(_sources(Path(path))))
+    _showing(folder.read_description(Path(path)).config, adapters)
 
 
 def _sources(path: Path) -> dict[str, TensorFiles]:
@@ -218,6 +230,29 @@ def _sources(path: Path) -> dict[str, TensorFiles]:
         prefix: tensorfile.open_folder(path / place, stem)
         for prefix, (place, stem) in PLACES.items()
     }
+
+
+def _showing(config: ModelConfig, adapters: Sequence[Weighted]) -> ModelConfig:
+    """``config`` with what the adapters' understanding model was shown.
+
+    Raises:
+        InputError: one was shown something else than another.
+    """
+    views = {adapter.vlm_view for adapter, weight in adapters if weight} - {None}
+    if len(views) > 1:
+        raise InputError("these adapters do not go together: they were learnt with other vlm_views")
+    return config.showing(view) if (view := next(iter(views), None)) else config
+
+
+def _describe(path: Path, staged: Path, adapters: Sequence[Weighted]) -> None:
+    """The ``dim.json`` of the merged model: that of ``path``, but for what the adapters change."""
+    known = folder.read_description(path).config
+    changed = _showing(known, adapters)
+    _copy(path / folder.DESCRIPTION, staged / folder.DESCRIPTION)
+    if changed != known:
+        file = staged / folder.DESCRIPTION
+        said = json.loads(file.read_text(encoding="utf-8")) | {"config": dump_config(changed)}
+        file.write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
 
 
 def _shapes(sources: Mapping[str, TensorFiles]) -> dict[str, Shape]:

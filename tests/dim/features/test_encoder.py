@@ -86,7 +86,8 @@ def test_source_and_target_are_not_mixed_up(tiny: DIM, samples: TableSamples) ->
     latent, source = edits.latents([edits.prepare(row) for row in rows])
     alone, nothing = plain.latents([plain.prepare(row) for row in rows])
     assert nothing is None and source is not None
-    assert torch.equal(alone, source) and not torch.equal(latent, source)
+    for one, other, third in zip(latent, source, alone, strict=True):
+        assert torch.equal(third, other) and not torch.equal(one, other)
 
 
 def test_progress_counts_rows(tiny: DIM, samples: TableSamples) -> None:

@@ -38,13 +38,13 @@ def test_images_are_cut_to_their_middle_square(tiny):
     pixels = tiny.autoencoder.prepare(image, 64)
     assert pixels.shape == (3, 64, 64) and pixels.dtype == torch.float32
     assert torch.equal(pixels[:, 32, 32], torch.tensor([-1.0, -1.0, 1.0]))
-    assert centre_crop(Image.new("RGB", (1000, 37)), 64).size == (64, 64)
+    assert centre_crop(Image.new("RGB", (1000, 37)), (64, 64)).size == (64, 64)
     with pytest.raises(InputError, match="does not divide"):
         tiny.autoencoder.prepare(image, 60)
 
 
 def test_images_survive_the_way_to_pixels_and_back(photos):
-    square = centre_crop(photos[3], 64)
+    square = centre_crop(photos[3], (64, 64))
     assert np.array_equal(np.asarray(to_images(to_pixels([square]))[0]), np.asarray(square))
     assert np.asarray(to_images(torch.full((1, 3, 2, 2), 9.0))[0]).min() == 255
 

@@ -184,7 +184,7 @@ def test_the_middle_square_is_that_of_the_whole_picture_resized(size: tuple[int,
     scale = 64 / min(size)
     whole = image.resize([round(side * scale) for side in size], Image.Resampling.BICUBIC)
     left, top = (whole.width - 64) // 2, (whole.height - 64) // 2
-    assert apart(centre_crop(image, 64), whole.crop((left, top, left + 64, top + 64))) <= 1
+    assert apart(centre_crop(image, (64, 64)), whole.crop((left, top, left + 64, top + 64))) <= 1
 
 
 def test_a_strip_does_not_become_a_bomb_on_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,7 +197,7 @@ def test_a_strip_does_not_become_a_bomb_on_the_way(monkeypatch: pytest.MonkeyPat
         return resize(self, size, *rest, **options)
 
     monkeypatch.setattr(Image.Image, "resize", watched)
-    assert centre_crop(strip, 1024).getpixel((5, 5)) == (255, 0, 0)
+    assert centre_crop(strip, (1024, 1024)).getpixel((5, 5)) == (255, 0, 0)
     assert sizes == [(1024, 1024)]
 
 

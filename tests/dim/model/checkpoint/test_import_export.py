@@ -109,6 +109,24 @@ def test_an_export_of_an_import_is_the_checkpoint_byte_by_byte(imported, tmp_pat
     assert file.read_bytes() == (imported.parent / "model.safetensors").read_bytes()
 
 
+def test_a_published_layout_says_what_was_seen_if_it_was_not_as_published(
+    imported, settings, tmp_path
+):
+    shutil.copytree(imported, tmp_path / "dim")
+    file = tmp_path / "dim" / "dim.json"
+    description = json.loads(file.read_text())
+    description["config"]["understanding"]["vlm_view"] = "region"
+    file.write_text(json.dumps(description))
+    [out] = export_checkpoint(tmp_path / "dim", tmp_path / "out.safetensors")
+    assert tensorfile.TensorFiles([out]).metadata["vlm_view"] == "region"
+    import_checkpoint(out, tmp_path / "back", config=settings, **HEADS)
+    assert folder.read_description(tmp_path / "back").config.understanding.vlm_view == "region"
+    tensors = load_file(out)
+    save_file(tensors, out, {"format": "pt", "vlm_view": "half"})
+    with pytest.raises(CheckpointError, match="vlm_view in its header: 'half' is not known"):
+        import_checkpoint(out, tmp_path / "other", config=settings, **HEADS)
+
+
 def test_golden_checkpoints_go_there_and_back(golden, settings, tmp_path):
     config = settings.model_copy(
         update={

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from dim import model as models
 from dim.errors import CheckpointError, InputError
 from dim.model import DIM
-from dim.model.lora.adapter import Adapter, LowRank
-from dim.model.lora.merge import Weighted, merge, merge_folder, merged, parse
+from dim.model.lora import layers
+from dim.model.lora.adapter import MORE_FILE, VIEW_KEY, Adapter, LowRank
+from dim.model.lora.merge import Weighted, check_folder, merge, merge_folder, merged, parse
+from dim.model.lora.settings import LoraSettings
 from tests.dim.model.lora.adapters import EVERYTHING, make_adapter, velocity, with_adapter
 
 
@@ -50,6 +55,56 @@ def test_unmerging_restores_the_same_bits(editor: Path, tmp_path: Path) -> None:
     assert not same(weights(model), before)
     merged.unmerge()
     assert same(weights(model), before)
+
+
+@pytest.mark.parametrize("settings", [{}, {"targets": ["to_q"]}], ids=["connector", "painter"])
+def test_an_adapter_that_was_learnt_on_regions_shows_regions(
+    editor: Path, tmp_path: Path, settings: dict[str, object]
+) -> None:
+    learner = with_adapter(editor, **settings)
+    learner.config = learner.config.showing("region")
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    layers.save(learner, LoraSettings.model_validate(settings), adapter)
+    plain = make_adapter(editor, tmp_path / "plain", seed=1)
+
+    def seen(model: DIM) -> str:
+        return model.config.understanding.vlm_view
+
+    model = models.load(editor)
+    merged = merge(model, [str(adapter), f"{plain}:0.5"])
+    assert seen(model) == "region"
+    merged.unmerge()
+    assert seen(model) == "whole"
+    assert seen(models.load(editor, lora=[f"{adapter}:0"])) == "whole"
+    merge_folder(editor, [str(adapter)], tmp_path / "out")
+    again = models.load(tmp_path / "out")
+    in_memory = models.load(editor, lora=[str(adapter)])
+    assert seen(again) == "region" and same(weights(again), weights(in_memory))
+
+
+def test_adapters_of_unlike_views_do_not_go_together(editor: Path, tmp_path: Path) -> None:
+    adapter = make_adapter(editor, tmp_path / "adapter")
+    with safe_open(adapter / MORE_FILE, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        said = file.metadata()
+    assert VIEW_KEY not in said  # as published, and as adapters of before there were views
+
+    def that_says(view: str) -> str:
+        shutil.copytree(adapter, tmp_path / view)
+        save_file(tensors, tmp_path / view / MORE_FILE, metadata=said | {VIEW_KEY: view})
+        return str(tmp_path / view)
+
+    both = [that_says("region"), that_says("whole")]
+    for refusing in (
+        lambda: models.load(editor, lora=both),
+        lambda: merge_folder(editor, both, tmp_path / "out"),
+        lambda: check_folder(editor, both),
+    ):
+        with pytest.raises(InputError, match="do not go together"):
+            refusing()
+    with pytest.raises(CheckpointError, match=f"{VIEW_KEY} in its header: 'half' is not known"):
+        models.load(editor, lora=[that_says("half")])
 
 
 def test_a_weight_of_zero_changes_no_bit(editor: Path, tmp_path: Path) -> None:
