@@ -8,7 +8,8 @@ the undisturbed run have the same batches.
 A global batch has ``batch_size`` slots. Each slot owns a fixed share of the samples and walks
 through it in a new order every epoch. So a worker that owns a set of slots sees only its own
 samples (and can keep their features in memory), while the content of every global batch depends
-neither on the number of workers nor on where the run was interrupted.
+neither on the number of workers nor on where the run was interrupted. Where samples have several
+shapes (``dim.learning.buckets``) a batch holds one of these, and a slot a share of each.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -24,13 +26,42 @@ from numpy.typing import NDArray
 from dim.model.flow import noise_levels
 
 BLOCK = 256  # neighbouring rows: as many as data jobs put into a row group at most
+_GOLDEN = 0.618034  # between copies of a block: multiples of it lie far apart in [0, 1)
+
+
+class Turn(NamedTuple):
+    """Whose turn it is at a step: the epoch, and step ``step`` of that epoch of ``shape``."""
+
+    epoch: int
+    shape: int
+    step: int
+
+
+class Order(Protocol):
+    """The order of samples in steps of one shape each, with ``shapes`` of these.
+
+    A ``SampleOrder`` knows of one; a ``dim.learning.buckets.BucketOrder`` of many.
+    """
+
+    rows: int
+    batch_size: int
+    steps_per_epoch: int
+    shapes: int
+
+    def of_shape(self, shape: int) -> SampleOrder:
+        """The order of one shape's samples in its own steps."""
+        ...
+
+    def turn(self, step: int) -> Turn:
+        """Whose turn it is at ``step`` (from 0)."""
+        ...
 
 
 class SampleOrder:
-    """The order of ``rows`` samples in global batches of ``batch_size``.
+    """The order of samples in global batches of ``batch_size``.
 
     An epoch is ``steps_per_epoch`` batches; the remainder rests, another one each epoch. With
-    fewer rows than slots, rows repeat so that every slot has one.
+    fewer samples than slots, they repeat so that every slot has one.
 
     Args:
         rows: Samples of the data.
@@ -40,30 +71,59 @@ class SampleOrder:
             slot's samples are runs of ``BLOCK`` neighbours, the runs in random order, and in that
             sequence each sample moves by up to ``window`` places. So what a slot needs next lies
             in a few row groups, each of which has to be read once.
+        samples: The rows that an epoch walks, a row as often as it stands there; ``None``: each
+            once. Orders of the same data and seed walk through its blocks alike, so within a
+            window they meet in the same row groups.
+        least: Samples that a slot can take, if there are so many. Those beyond its own are other
+            slots', and taken only in place of ones that cannot be used.
     """
 
-    def __init__(self, rows: int, batch_size: int, seed: int, *, window: int | None = None) -> None:
-        if rows < 1:
+    shapes = 1
+
+    def __init__(
+        self,
+        rows: int,
+        batch_size: int,
+        seed: int,
+        *,
+        window: int | None = None,
+        samples: NDArray[np.int64] | None = None,
+        least: int = 1,
+    ) -> None:
+        self._walked = rows if samples is None else len(samples)
+        if self._walked < 1:
             raise ValueError("there is no sample to order")
         self.rows = rows
         self.batch_size = batch_size
-        self.steps_per_epoch = steps_per_epoch(rows, batch_size)
+        self.steps_per_epoch = steps_per_epoch(self._walked, batch_size)
         self._seed = seed
         self._window = window
+        self._samples = samples
+        self._least = least
+
+    def of_shape(self, shape: int) -> SampleOrder:
+        """See ``Order``: there is one."""
+        return self
+
+    def turn(self, step: int) -> Turn:
+        """See ``Order``."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        return Turn(epoch, 0, place)
 
     def shares(self, slots: Sequence[int]) -> list[NDArray[np.int64]]:
         """The row numbers that each of ``slots`` owns (8 bytes a row of the data meanwhile)."""
         generator = np.random.default_rng([self._seed, self.rows])
-        size = max(self.rows, self.batch_size)
         if self._window is None:
             # Slots must not be residues of the row number: neighbours may be of one kind.
-            base = np.resize(generator.permutation(self.rows), size)
-            return [base[slot :: self.batch_size].copy() for slot in slots]
-        blocks = np.array_split(np.arange(self.rows), range(BLOCK, self.rows, BLOCK))
-        order = generator.permutation(len(blocks))
-        base = np.resize(np.concatenate([blocks[number] for number in order]), size)
-        cuts = np.arange(self.batch_size + 1) * size // self.batch_size
-        return [base[cuts[slot] : cuts[slot + 1]].copy() for slot in slots]
+            base = generator.permutation(self._walked)
+            base = base if self._samples is None else self._samples[base]
+        else:
+            base = self._in_blocks(generator)
+        filled = np.resize(base, max(self._walked, self.batch_size))
+        owned = [filled[self._owned(slot)].copy() for slot in slots]
+        if self._least == 1:
+            return owned
+        return [self._filled_up(mine, base, slot) for mine, slot in zip(owned, slots, strict=True)]
 
     def walk(self, slot: int, epoch: int, share: NDArray[np.int64]) -> NDArray[np.int64]:
         """The order in which ``slot`` walks its ``share`` in ``epoch``, as indices into it.
@@ -71,10 +131,53 @@ class SampleOrder:
         The first ``steps_per_epoch`` are the epoch's; what is left over rests.
         """
         generator = np.random.default_rng([self._seed, 1 + epoch, slot])
+        owned = self._owned(slot)
+        own = len(range(owned.start, owned.stop, owned.step))
+        mixed = self._mixed(generator, share[:own])
+        return np.concatenate([mixed, np.arange(own, len(share))])
+
+    def _owned(self, slot: int) -> slice:
+        """Which part of the sequence of all samples ``slot`` owns."""
+        size, slots = max(self._walked, self.batch_size), self.batch_size
+        if self._window is None:
+            return slice(slot, size, slots)
+        return slice(slot * size // slots, (slot + 1) * size // slots, 1)
+
+    def _filled_up(
+        self, mine: NDArray[np.int64], base: NDArray[np.int64], slot: int
+    ) -> NDArray[np.int64]:
+        """What a slot owns, and so many of others' that it has ``least``."""
+        lacking = self._least - len(mine)
+        if lacking <= 0:
+            return mine
+        others = np.roll(base, -slot)
+        others = others[~np.isin(others, mine)]
+        return np.concatenate([mine, others[:lacking]])
+
+    def _in_blocks(self, generator: np.random.Generator) -> NDArray[np.int64]:
+        """All samples, block after block in random order."""
+        blocks = math.ceil(self.rows / BLOCK)
+        if self._samples is None:
+            parts = np.array_split(np.arange(self.rows), range(BLOCK, self.rows, BLOCK))
+            return np.concatenate([parts[number] for number in generator.permutation(blocks)])
+        copy = times_before(self._samples)  # of a row: each copy of a block has its own place
+        copies = int(copy.max()) + 1
+        ranks = np.stack([np.argsort(generator.permutation(blocks)) for _ in range(copies)])
+        key = ranks[copy, self._samples // BLOCK] * copies + copy
+        return self._samples[np.argsort(key, kind="stable")]
+
+    def _mixed(self, generator: np.random.Generator, share: NDArray[np.int64]) -> NDArray[np.int64]:
         if self._window is None:
             return generator.permutation(len(share))
         run = np.cumsum(np.diff(share // BLOCK, prepend=share[0] // BLOCK) != 0)
-        in_runs = np.argsort(generator.permutation(run[-1] + 1)[run], kind="stable")
+        if self._samples is None:
+            key = generator.permutation(run[-1] + 1)
+        else:
+            begins = np.flatnonzero(np.diff(run, prepend=-1))
+            block = share[begins] // BLOCK
+            keys = generator.random(math.ceil(self.rows / BLOCK))[block]
+            key = (keys + _GOLDEN * times_before(block)) % 1
+        in_runs = np.argsort(key[run], kind="stable")
         moved = np.arange(len(share)) + self._window * generator.random(len(share))
         return in_runs[np.argsort(moved, kind="stable")]
 
@@ -83,12 +186,13 @@ class SampleOrder:
 class Place:
     """Where each of a worker's slots stands at a step.
 
-    ``walks``: for each slot, all positions (into the worker's rows) that it owns, in this epoch's
-    order; ``step``: of the epoch.
+    ``walks``: for each slot, all positions (into the worker's rows) that it can take, in this
+    epoch's order; ``step``: how far they have come; ``shape``: that the samples have.
     """
 
     walks: Sequence[NDArray[np.int64]]
     step: int
+    shape: int = 0
 
     def positions(self) -> NDArray[np.int64]:
         """The samples of the step, one a slot."""
@@ -107,22 +211,27 @@ class Place:
 
 
 class WorkerOrder:
-    """One worker's part of a ``SampleOrder``: slots ``rank``, ``rank + world_size``, …
+    """One worker's part of an ``Order``: slots ``rank``, ``rank + world_size``, …
 
-    ``rows`` (int64) are the dataset rows this worker needs, slot after slot, so that ``batch``
-    can answer with positions into them; ``total`` is how many the dataset has.
+    ``rows`` (int64) are the dataset rows this worker needs, shape after shape and slot after slot,
+    so that ``batch`` can answer with positions into them; ``total`` is how many the dataset has,
+    ``shapes`` how many shapes its steps have.
     """
 
-    def __init__(self, order: SampleOrder, rank: int, world_size: int) -> None:
+    def __init__(self, order: Order, rank: int, world_size: int) -> None:
         self.total = order.rows
+        self.shapes = order.shapes
         self.slots = range(rank, order.batch_size, world_size)
-        shares = order.shares(self.slots)
+        shares = [
+            share
+            for shape in range(order.shapes)
+            for share in order.of_shape(shape).shares(self.slots)
+        ]
         self.rows = np.concatenate(shares)
         self._starts = np.cumsum([0] + [len(share) for share in shares[:-1]])
         self._shares = np.split(self.rows, self._starts[1:])  # views: a share may be millions
         self._order = order
-        self._epoch = -1
-        self._walks: list[NDArray[np.int64]] = []
+        self._walks: dict[int, tuple[int, list[NDArray[np.int64]]]] = {}  # by shape, of an epoch
 
     def batch(self, step: int) -> NDArray[np.int64]:
         """Positions into ``rows`` of this worker's part of the global batch of ``step``."""
@@ -130,20 +239,31 @@ class WorkerOrder:
 
     def at(self, step: int) -> Place:
         """Where this worker's slots stand at ``step`` (from 0)."""
-        epoch, place = divmod(step, self._order.steps_per_epoch)
-        if epoch != self._epoch:
-            self._walks = [
-                start + self._order.walk(slot, epoch, share)
-                for slot, share, start in zip(self.slots, self._shares, self._starts, strict=True)
-            ]
-            self._epoch = epoch
-        return Place(self._walks, place)
+        return self._place(self._order.turn(step))
+
+    def beginning(self, shape: int) -> Place:
+        """Where this worker's slots stand at the very first step of ``shape``."""
+        return self._place(Turn(0, shape, 0))
 
     def passes(self, micro_batch: int | None) -> Passes:
         """How this worker's slots are cut into forward passes of at most ``micro_batch`` rows."""
         world_size = self.slots.step
         most = math.ceil(self._order.batch_size / world_size)
         return Passes(len(self.slots), most, micro_batch)
+
+    def _place(self, turn: Turn) -> Place:
+        epoch, walks = self._walks.get(turn.shape, (None, []))
+        if epoch != turn.epoch:
+            walks = self._walked(turn.shape, turn.epoch)
+            self._walks[turn.shape] = turn.epoch, walks
+        return Place(walks, turn.step, turn.shape)
+
+    def _walked(self, shape: int, epoch: int) -> list[NDArray[np.int64]]:
+        order, first = self._order.of_shape(shape), shape * len(self.slots)
+        return [
+            self._starts[first + place] + order.walk(slot, epoch, self._shares[first + place])
+            for place, slot in enumerate(self.slots)
+        ]
 
 
 class Passes:
@@ -178,6 +298,15 @@ class Passes:
 def steps_per_epoch(rows: int, batch_size: int) -> int:
     """Batches in which every one of ``rows`` samples is seen once, a remainder left out."""
     return max(1, rows // batch_size)
+
+
+def times_before(values: NDArray[np.int64]) -> NDArray[np.int64]:
+    """How often each of ``values`` (N,) stands before its place."""
+    order = np.argsort(values, kind="stable")
+    ordered = values[order]
+    before = np.empty(len(values), np.int64)
+    before[order] = np.arange(len(values)) - np.searchsorted(ordered, ordered)
+    return before
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,105 @@
+"""Buckets: an order of samples in which every step has samples of one shape.
+
+Pictures of several shapes cannot share a batch of latents. So each shape has a ``SampleOrder`` of
+its own, and a schedule says whose turn it is at a step of an epoch. The schedule, as the order, is
+a function of seed and step: it is the same for every worker, for a run that goes on and for the
+undisturbed one, and all workers have the same shape before them in all passes of a step.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from dim.learning.batch import SampleOrder, Turn, times_before
+
+MOST_REPEATS = 4
+"""How often a batch may hold a sample. A shape that would need more to fill one is left out."""
+
+_LEAST = 4  # samples that a slot can take of a shape, or a bad one that is its only one ends a run
+
+
+class BucketOrder:
+    """The order of samples in global batches of ``batch_size`` of one shape each.
+
+    A shape has as many steps in an epoch as its samples fill, see ``steps_of_shapes``; what is
+    left over rests, another remainder each epoch. The steps of a shape are spread over the epoch:
+    one, at a random moment, in each of as many equal parts of it.
+
+    Args:
+        ids: The shape (rows,) of each sample of the data, any numbers from 0.
+        batch_size, seed, window, samples: As for ``SampleOrder``. A shape's samples are mixed
+            within its share of the window, so that all shapes stay in one neighbourhood.
+
+    Attributes:
+        shape_ids: Which of ``ids`` each of the order's shapes is; those left out are none of them.
+    """
+
+    def __init__(
+        self,
+        ids: NDArray[np.int16],
+        batch_size: int,
+        seed: int,
+        *,
+        window: int | None = None,
+        samples: NDArray[np.int64] | None = None,
+    ) -> None:
+        self._ids = ids if samples is None else ids[samples]
+        counts = np.bincount(self._ids)
+        steps = steps_of_shapes(counts, batch_size)
+        if not steps.any():
+            raise ValueError("no shape has samples enough for a batch")
+        self.rows = len(ids)
+        self.batch_size = batch_size
+        self.shape_ids = np.flatnonzero(steps).tolist()
+        self.shapes = len(self.shape_ids)
+        self.steps_per_epoch = int(steps.sum())
+        self._steps = steps[self.shape_ids].tolist()
+        self._seed = seed
+        self._samples = samples
+        self._windows = [
+            None if window is None else max(1, round(window * count / len(self._ids)))
+            for count in counts[self.shape_ids].tolist()
+        ]
+        self._schedule = lru_cache(2)(self._make_schedule)  # prefetching looks into the next epoch
+
+    def of_shape(self, shape: int) -> SampleOrder:
+        """See ``Order``. It is made when it is asked for, and takes 8 bytes a sample of it."""
+        (found,) = np.nonzero(self._ids == self.shape_ids[shape])
+        return SampleOrder(
+            self.rows,
+            self.batch_size,
+            self._seed,
+            window=self._windows[shape],
+            samples=found if self._samples is None else self._samples[found],
+            least=_LEAST,
+        )
+
+    def turn(self, step: int) -> Turn:
+        """See ``Order``."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        shapes, steps = self._schedule(epoch)
+        return Turn(epoch, int(shapes[place]), int(steps[place]))
+
+    def _make_schedule(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """For each step of ``epoch``, its shape and which of the shape's steps it is."""
+        # Slots draw by their numbers in an epoch: this one is nobody's.
+        generator = np.random.default_rng([self._seed, 1 + epoch, self.batch_size])
+        moments = [(np.arange(count) + generator.random(count)) / count for count in self._steps]
+        shapes = np.repeat(np.arange(self.shapes), self._steps)
+        shapes = shapes[np.argsort(np.concatenate(moments), kind="stable")]
+        return shapes, times_before(shapes)
+
+
+def steps_of_shapes(counts: ArrayLike, batch_size: int) -> NDArray[np.int64]:
+    """Batches of an epoch that shapes with ``counts`` samples have, a remainder left out.
+
+    A shape with fewer samples than a batch has slots repeats them in one batch. It has none where
+    they would have to repeat more than ``MOST_REPEATS`` times: few pictures would be learnt by
+    heart.
+    """
+    counts = np.asarray(counts, np.int64)
+    enough = counts * MOST_REPEATS >= batch_size
+    return np.where(enough, np.maximum(1, counts // batch_size), 0)
