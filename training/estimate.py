@@ -22,7 +22,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from dim.errors import ConfigError, InputError
-from dim.learning.batch import steps_per_epoch
 from dim.learning.optimizer import MOMENT_BYTES
 from dim.learning.step import Trainable
 from dim.model.config import ModelConfig
@@ -30,7 +29,8 @@ from dim.model.connector import Connector
 from dim.model.painter import Painter
 from infra.models import read_config
 from infra.samples import holds_features
-from training.plan import count_samples
+from training.plan import count_samples, epoch_steps
+from training.shapes import find_shapes
 from training.stage import StageConfig
 
 TEXT_TOKENS = {"caption": 700, "instruction": 80, "blueprint": 430}
@@ -211,7 +211,9 @@ def plan(config: StageConfig, wanted: Wanted) -> Table:
     model = read_config(wanted.model or config.init)
     features = wanted.samples is None and holds_features(config.data)
     rows = wanted.samples if wanted.samples is not None else count_samples(config)
-    steps = config.steps or (config.epochs or 0) * steps_per_epoch(rows, config.batch_size)
+    found = find_shapes(config, model) if wanted.samples is None else None
+    shapes = None if found is None else found.told()
+    steps = config.steps or (config.epochs or 0) * epoch_steps(rows, config.batch_size, shapes)
     return as_table(estimate(config, model, steps, features=features), config, wanted)
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from dim.errors import DimError, StorageUnavailable
-from dim.learning.batch import SampleOrder, WorkerOrder
+from dim.learning.batch import WorkerOrder
 from dim.learning.ema import averaged
 from dim.learning.optimizer import set_learning_rate
 from dim.learning.step import Trainable, changed_cells
@@ -21,7 +21,7 @@ from dim.model.flow import FlowSchedule, squared_error
 from infra.models import load_initial
 from training import finetune, parallel
 from training.bad_samples import TooManyBadSamples
-from training.data import Feed, choose_source, make_feed, open_shards
+from training.data import Feed, choose_source, make_feed, make_order, open_shards
 from training.log import RunLog, StepLog, open_log, silence_repeats
 from training.plan import Plan, announcement
 from training.stage import StageConfig, learning_rate_at
@@ -104,8 +104,7 @@ def prepare(plan: Plan) -> Worker:
     model.painter.checkpoint_gradients(config.gradient_checkpointing)
     state = new_state(model, config, mesh)
     resumed = restore(state, ray.train.get_checkpoint())
-    every = SampleOrder(plan.rows, config.batch_size, config.seed, window=config.shuffle_window)
-    order = WorkerOrder(every, rank, world_size)
+    order = WorkerOrder(make_order(plan, model), rank, world_size)
     features = choose_source(plan, model, shards, order, log)
     validation = open_validation(config, model, rank, world_size)
     feed = make_feed(config, order, features)

@@ -14,23 +14,28 @@ from dim.learning.batch import steps_per_epoch
 from dim.learning.optimizer import MOMENT_BYTES
 from infra import storage
 from infra.samples import holds_features, open_features, open_images
+from training.shapes import RowShapes, Shapes
 from training.stage import StageConfig
 from training.state import TrainState
 
 
 class Plan(StrictModel):
-    """What the driver tells every worker. ``steps`` is resolved, paths are absolute."""
+    """What the driver tells every worker. ``steps`` is resolved, paths are absolute.
+
+    ``shapes`` are those of the samples, where they make a difference.
+    """
 
     config: StageConfig
     steps: int
     rows: int
     tracking_uri: str
     run_id: str
+    shapes: Shapes | None = None
 
     @property
     def steps_per_epoch(self) -> int:
         """Batches of an epoch."""
-        return steps_per_epoch(self.rows, self.config.batch_size)
+        return epoch_steps(self.rows, self.config.batch_size, self.shapes)
 
 
 def absolute(config: StageConfig) -> StageConfig:
@@ -46,8 +51,12 @@ def absolute(config: StageConfig) -> StageConfig:
     return config.model_copy(update=changes)
 
 
-def measure(config: StageConfig) -> tuple[int, int]:
+def measure(config: StageConfig, shapes: RowShapes | None = None) -> tuple[int, int]:
     """Steps and samples of the stage, after all that can be known to be wrong was checked.
+
+    Args:
+        config: The stage.
+        shapes: Of its samples, from ``find_shapes``.
 
     Raises:
         CheckpointError: there is nothing at ``init``.
@@ -61,7 +70,15 @@ def measure(config: StageConfig) -> tuple[int, int]:
     if config.steps is not None:
         return config.steps, rows
     assert config.epochs is not None
-    return config.epochs * steps_per_epoch(rows, config.batch_size), rows
+    told = None if shapes is None else shapes.told()
+    return config.epochs * epoch_steps(rows, config.batch_size, told), rows
+
+
+def epoch_steps(rows: int, batch_size: int, shapes: Shapes | None) -> int:
+    """Batches of an epoch: of all samples together, or of those of each of ``shapes``."""
+    if shapes is None:
+        return steps_per_epoch(rows, batch_size)
+    return shapes.steps_per_epoch(batch_size)
 
 
 def count_samples(config: StageConfig) -> int:
@@ -94,7 +111,9 @@ def announcement(
     if isinstance(features, ShardFeatures):
         how = "held in memory" if features.in_memory else "read from their shards as needed"
         lines.append(f"features were made before ({features.encoding}) and are {how}")
-    if plan.rows < config.batch_size:
+    if plan.shapes is not None:
+        lines += plan.shapes.announcement(config.batch_size)
+    elif plan.rows < config.batch_size:
         lines.append(
             f"{plan.rows} samples are fewer than a batch of {config.batch_size}: they repeat in it"
         )

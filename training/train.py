@@ -47,6 +47,7 @@ from training.record import (
     read_record,
 )
 from training.registry import register
+from training.shapes import find_shapes
 from training.stage import StageConfig
 
 
@@ -87,7 +88,8 @@ def run(
             the first step), the training diverged, or workers failed too often.
     """
     config = absolute(_with_init_found(config))
-    steps, rows = measure(config)
+    shapes = find_shapes(config, fresh=fresh)
+    steps, rows = measure(config, shapes)
     if fresh:
         discard(config.out)
     identity, earlier = identify(config, steps), read_record(config.out)
@@ -110,9 +112,18 @@ def run(
         events = [*earlier.events, *earlier.changes(identity)] if earlier else []
         record = StageRecord(identity, settings, mlflow_run.id, events=events)
         record.write(config.out)
+        if shapes is not None:
+            shapes.write(config.out)
         mlflow_run.log_dict(settings, "stage.json")  # also proves that artifacts can be stored
         log_inputs(mlflow_run, config)
-        plan = Plan(config=config, steps=steps, rows=rows, tracking_uri=uri, run_id=mlflow_run.id)
+        plan = Plan(
+            config=config,
+            steps=steps,
+            rows=rows,
+            tracking_uri=uri,
+            run_id=mlflow_run.id,
+            shapes=None if shapes is None else shapes.told(),
+        )
         with watch(mlflow_run, on_progress):
             record = _fit(plan, record)
     record.write(config.out)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -48,8 +49,16 @@ class Order(Protocol):
     steps_per_epoch: int
     shapes: int
 
+    def shares(self, slots: Sequence[int]) -> list[NDArray[np.int64]]:
+        """The row numbers that each of ``slots`` can take of each shape, shape after shape."""
+        ...
+
+    def without_samples(self) -> Order:
+        """The same for who knows the shares already: it holds nothing of the data's size."""
+        ...
+
     def of_shape(self, shape: int) -> SampleOrder:
-        """The order of one shape's samples in its own steps."""
+        """By which a slot walks its share of a shape."""
         ...
 
     def turn(self, step: int) -> Turn:
@@ -71,9 +80,10 @@ class SampleOrder:
             slot's samples are runs of ``BLOCK`` neighbours, the runs in random order, and in that
             sequence each sample moves by up to ``window`` places. So what a slot needs next lies
             in a few row groups, each of which has to be read once.
-        samples: The rows that an epoch walks, a row as often as it stands there; ``None``: each
-            once. Orders of the same data and seed walk through its blocks alike, so within a
-            window they meet in the same row groups.
+        samples: The row numbers (int64) that an epoch walks; a row may be there several times. Each
+            slot owns neighbours of the array, so its order says what comes together in a batch.
+            Within a window, orders of the same seed and data pass a block of rows at about the
+            same time. ``None``: every row once.
         least: Samples that a slot can take, if there are so many. Those beyond its own are other
             slots', and taken only in place of ones that cannot be used.
     """
@@ -90,16 +100,23 @@ class SampleOrder:
         samples: NDArray[np.int64] | None = None,
         least: int = 1,
     ) -> None:
-        self._walked = rows if samples is None else len(samples)
-        if self._walked < 1:
+        self._count = rows if samples is None else len(samples)
+        if self._count < 1:
             raise ValueError("there is no sample to order")
         self.rows = rows
         self.batch_size = batch_size
-        self.steps_per_epoch = steps_per_epoch(self._walked, batch_size)
+        self.samples = samples
+        self.steps_per_epoch = steps_per_epoch(self._count, batch_size)
         self._seed = seed
         self._window = window
-        self._samples = samples
+        self._every_row = samples is None
         self._least = least
+
+    def without_samples(self) -> SampleOrder:
+        """See ``Order``."""
+        light = copy(self)
+        light.samples = None
+        return light
 
     def of_shape(self, shape: int) -> SampleOrder:
         """See ``Order``: there is one."""
@@ -111,15 +128,11 @@ class SampleOrder:
         return Turn(epoch, 0, place)
 
     def shares(self, slots: Sequence[int]) -> list[NDArray[np.int64]]:
-        """The row numbers that each of ``slots`` owns (8 bytes a row of the data meanwhile)."""
-        generator = np.random.default_rng([self._seed, self.rows])
-        if self._window is None:
-            # Slots must not be residues of the row number: neighbours may be of one kind.
-            base = generator.permutation(self._walked)
-            base = base if self._samples is None else self._samples[base]
-        else:
-            base = self._in_blocks(generator)
-        filled = np.resize(base, max(self._walked, self.batch_size))
+        """The row numbers of each of ``slots`` (8 bytes a row of the data meanwhile)."""
+        base = self.samples
+        if base is None:
+            base = shuffled(self.rows, self._seed, self._window)
+        filled = np.resize(base, max(self._count, self.batch_size))
         owned = [filled[self._owned(slot)].copy() for slot in slots]
         if self._least == 1:
             return owned
@@ -138,8 +151,8 @@ class SampleOrder:
 
     def _owned(self, slot: int) -> slice:
         """Which part of the sequence of all samples ``slot`` owns."""
-        size, slots = max(self._walked, self.batch_size), self.batch_size
-        if self._window is None:
+        size, slots = max(self._count, self.batch_size), self.batch_size
+        if self._every_row and self._window is None:
             return slice(slot, size, slots)
         return slice(slot * size // slots, (slot + 1) * size // slots, 1)
 
@@ -154,27 +167,14 @@ class SampleOrder:
         others = others[~np.isin(others, mine)]
         return np.concatenate([mine, others[:lacking]])
 
-    def _in_blocks(self, generator: np.random.Generator) -> NDArray[np.int64]:
-        """All samples, block after block in random order."""
-        blocks = math.ceil(self.rows / BLOCK)
-        if self._samples is None:
-            parts = np.array_split(np.arange(self.rows), range(BLOCK, self.rows, BLOCK))
-            return np.concatenate([parts[number] for number in generator.permutation(blocks)])
-        copy = times_before(self._samples)  # of a row: each copy of a block has its own place
-        copies = int(copy.max()) + 1
-        ranks = np.stack([np.argsort(generator.permutation(blocks)) for _ in range(copies)])
-        key = ranks[copy, self._samples // BLOCK] * copies + copy
-        return self._samples[np.argsort(key, kind="stable")]
-
     def _mixed(self, generator: np.random.Generator, share: NDArray[np.int64]) -> NDArray[np.int64]:
         if self._window is None:
             return generator.permutation(len(share))
         run = np.cumsum(np.diff(share // BLOCK, prepend=share[0] // BLOCK) != 0)
-        if self._samples is None:
+        if self._every_row:
             key = generator.permutation(run[-1] + 1)
         else:
-            begins = np.flatnonzero(np.diff(run, prepend=-1))
-            block = share[begins] // BLOCK
+            block = share[np.flatnonzero(np.diff(run, prepend=-1))] // BLOCK
             keys = generator.random(math.ceil(self.rows / BLOCK))[block]
             key = (keys + _GOLDEN * times_before(block)) % 1
         in_runs = np.argsort(key[run], kind="stable")
@@ -222,15 +222,11 @@ class WorkerOrder:
         self.total = order.rows
         self.shapes = order.shapes
         self.slots = range(rank, order.batch_size, world_size)
-        shares = [
-            share
-            for shape in range(order.shapes)
-            for share in order.of_shape(shape).shares(self.slots)
-        ]
+        shares = order.shares(self.slots)
         self.rows = np.concatenate(shares)
         self._starts = np.cumsum([0] + [len(share) for share in shares[:-1]])
         self._shares = np.split(self.rows, self._starts[1:])  # views: a share may be millions
-        self._order = order
+        self._order = order.without_samples()
         self._walks: dict[int, tuple[int, list[NDArray[np.int64]]]] = {}  # by shape, of an epoch
 
     def batch(self, step: int) -> NDArray[np.int64]:
@@ -293,6 +289,17 @@ class Passes:
     def counted(self, number: int) -> torch.Tensor:
         """Which rows (``rows``,) of pass ``number`` are no repetitions, bool."""
         return self._counted[number]
+
+
+def shuffled(rows: int, seed: int, window: int | None) -> NDArray[np.int64]:
+    """All rows in random order; where they are mixed within a window, in blocks of neighbours."""
+    generator = np.random.default_rng([seed, rows])
+    if window is None:
+        # Slots must not be residues of the row number: neighbours may be of one kind.
+        return generator.permutation(rows)
+    blocks = np.array_split(np.arange(rows), range(BLOCK, rows, BLOCK))
+    order = generator.permutation(len(blocks))
+    return np.concatenate([blocks[number] for number in order])
 
 
 def steps_per_epoch(rows: int, batch_size: int) -> int:

@@ -8,12 +8,14 @@ undisturbed one, and all workers have the same shape before them in all passes o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from copy import copy
 from functools import lru_cache
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from dim.learning.batch import SampleOrder, Turn, times_before
+from dim.learning.batch import SampleOrder, Turn, shuffled, times_before
 
 MOST_REPEATS = 4
 """How often a batch may hold a sample. A shape that would need more to fill one is left out."""
@@ -46,8 +48,9 @@ class BucketOrder:
         window: int | None = None,
         samples: NDArray[np.int64] | None = None,
     ) -> None:
-        self._ids = ids if samples is None else ids[samples]
-        counts = np.bincount(self._ids)
+        base = shuffled(len(ids), seed, window) if samples is None else samples
+        shape_of = ids[base]
+        counts = np.bincount(shape_of)
         steps = steps_of_shapes(counts, batch_size)
         if not steps.any():
             raise ValueError("no shape has samples enough for a batch")
@@ -56,41 +59,55 @@ class BucketOrder:
         self.shape_ids = np.flatnonzero(steps).tolist()
         self.shapes = len(self.shape_ids)
         self.steps_per_epoch = int(steps.sum())
-        self._steps = steps[self.shape_ids].tolist()
         self._seed = seed
-        self._samples = samples
-        self._windows = [
-            None if window is None else max(1, round(window * count / len(self._ids)))
-            for count in counts[self.shape_ids].tolist()
+        self._steps = tuple(steps[self.shape_ids].tolist())
+        self._orders = [
+            SampleOrder(
+                len(ids),
+                batch_size,
+                seed,
+                window=window and max(1, round(window * counts[shape] / len(base))),
+                samples=base[shape_of == shape],
+                least=_LEAST,
+            )
+            for shape in self.shape_ids
         ]
-        self._schedule = lru_cache(2)(self._make_schedule)  # prefetching looks into the next epoch
+
+    def shares(self, slots: Sequence[int]) -> list[NDArray[np.int64]]:
+        """See ``Order``."""
+        return [share for order in self._orders for share in order.shares(slots)]
+
+    def without_samples(self) -> BucketOrder:
+        """See ``Order``."""
+        light = copy(self)
+        light._orders = [order.without_samples() for order in self._orders]
+        return light
 
     def of_shape(self, shape: int) -> SampleOrder:
-        """See ``Order``. It is made when it is asked for, and takes 8 bytes a sample of it."""
-        (found,) = np.nonzero(self._ids == self.shape_ids[shape])
-        return SampleOrder(
-            self.rows,
-            self.batch_size,
-            self._seed,
-            window=self._windows[shape],
-            samples=found if self._samples is None else self._samples[found],
-            least=_LEAST,
-        )
+        """See ``Order``."""
+        return self._orders[shape]
 
     def turn(self, step: int) -> Turn:
         """See ``Order``."""
         epoch, place = divmod(step, self.steps_per_epoch)
-        shapes, steps = self._schedule(epoch)
+        # Slots draw by their numbers in an epoch, and this one is nobody's.
+        shapes, steps = _schedule((self._seed, 1 + epoch, self.batch_size), self._steps)
         return Turn(epoch, int(shapes[place]), int(steps[place]))
 
-    def _make_schedule(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """For each step of ``epoch``, its shape and which of the shape's steps it is."""
-        # Slots draw by their numbers in an epoch: this one is nobody's.
-        generator = np.random.default_rng([self._seed, 1 + epoch, self.batch_size])
-        moments = [(np.arange(count) + generator.random(count)) / count for count in self._steps]
-        shapes = np.repeat(np.arange(self.shapes), self._steps)
-        shapes = shapes[np.argsort(np.concatenate(moments), kind="stable")]
-        return shapes, times_before(shapes)
+
+@lru_cache(2)  # prefetching looks into the next epoch
+def _schedule(
+    seeds: tuple[int, ...], steps: tuple[int, ...]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Of an epoch in which shapes have ``steps``: each step's shape, and which of its steps it is.
+
+    Each step of a shape is at a random moment of its own equal part of the epoch.
+    """
+    generator = np.random.default_rng(seeds)
+    moments = [(np.arange(count) + generator.random(count)) / count for count in steps]
+    shapes = np.repeat(np.arange(len(steps)), steps)
+    shapes = shapes[np.argsort(np.concatenate(moments), kind="stable")]
+    return shapes, times_before(shapes)
 
 
 def steps_of_shapes(counts: ArrayLike, batch_size: int) -> NDArray[np.int64]:

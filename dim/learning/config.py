@@ -24,6 +24,9 @@ class StageInputs(StrictModel):
     ``init`` is a DIM folder (of an earlier stage or a download) or a model YAML to build from.
     ``data`` are output folders of data jobs: of images and texts, or of their features as
     ``dim data features`` makes them.
+
+    ``buckets``: each sample is cut to the nearest of SANA's shapes (``dim.model.sizes``), and a
+    batch holds one shape; otherwise every sample is a square of the model's resolution.
     """
 
     stage: StageName
@@ -33,6 +36,7 @@ class StageInputs(StrictModel):
     text: TextName | None = None  # None = caption for t2i, instruction for edit1, else blueprint
     text_mix: dict[TextName, PositiveFloat] | None = None  # instead: shares, drawn at each use
     precision: Literal["fp32", "bf16"] = "fp32"
+    buckets: bool = False
 
     @model_validator(mode="after")
     def _check_texts(self) -> StageInputs:

@@ -14,6 +14,7 @@ from dim.config import load_config
 from dim.errors import ConfigError, InputError
 from dim.learning.step import Trainable
 from dim.model.config import ModelConfig
+from tests.feature_shards import cut_latents, write_features
 from training import estimate, train
 from training.estimate import _keeping, count_pass, find_gpu
 from training.stage import StageConfig
@@ -128,6 +129,22 @@ def test_a_plan_of_what_is_here_needs_nothing_more(
     )  # fmt: skip
     assert "4,000 of 24 samples" in said and "memory of each of 2" in said
     assert "hours" not in said and not (tmp_path / "out").exists()
+
+
+def test_a_plan_with_buckets_counts_the_steps_of_each_shape(
+    plan: Callable[..., str], tiny_model_dir: Path, edit_data: str, tmp_path: Path
+) -> None:
+    squares = write_features(edit_data, tmp_path / "squares", tiny_model_dir)
+    cells = [*[(8, 8)] * 11, *[(8, 6)] * 7, *[(6, 8)] * 2]
+    data = cut_latents(squares, tmp_path / "mixed", cells)
+    settings = [
+        str(CONFIGS / "tiny-edit2.yaml"), f"init={tiny_model_dir}", f"data=[{data}]",
+        f"out={tmp_path}/out", "validation=null", "steps=null", "epochs=100", "batch_size=4",
+        "workers=1", "--plan",
+    ]  # fmt: skip
+    assert "500 of 4 samples" in plan(*settings)
+    assert "400 of 4 samples" in plan(*settings, "buckets=true")  # an epoch has 2 + 1 + 1
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

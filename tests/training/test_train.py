@@ -26,7 +26,7 @@ from infra.models import load_initial, on_this_machine
 from infra.registry import Registry, located
 from infra.tracking import Tracking, TrackingError
 from tests.datasets import edit_rows
-from tests.feature_shards import write_features
+from tests.feature_shards import cut_latents, write_features
 from training import train
 from training.bad_samples import TooManyBadSamples
 from training.loop import DivergedError
@@ -350,6 +350,30 @@ def test_two_workers_train_on_features_from_an_object_store(
     )
     with pytest.raises(ConfigError, match=r"a finished run with other settings \(data\)"):
         train.run(settings.stage(tmp_path / "out", cache_features=False))
+
+
+def test_samples_of_several_shapes_train_with_their_shapes_in_the_output(
+    ray_cluster: None,
+    settings: Settings,
+    edit_data: str,
+    tiny_model_dir: Path,
+    tmp_path: Path,
+    s3: str,
+) -> None:
+    squares = write_features(edit_data, tmp_path / "squares", tiny_model_dir)
+    cells = [*[(8, 8)] * 12, *[(8, 6)] * 7, (6, 8)]
+    mixed = cut_latents(squares, f"{s3}/mixed", cells)
+    said: list[str] = []
+    stage = settings.stage(
+        f"{s3}/out", data=[mixed], buckets=True, steps=None, epochs=1, validation=None
+    )
+    result = train.run(stage, on_progress=lambda lines, metrics: said.extend(lines))
+    assert result.metrics["epoch"] == result.metrics["progress"] == 1
+    assert any("20 samples, 5 steps an epoch, 5 steps;" in line for line in said)
+    assert any("repeated to fill a batch of 4: the samples of 64x48 (1)" in line for line in said)
+    assert storage.exists(f"{s3}/out/shapes.parquet")
+    with pytest.raises(ConfigError, match=r"a finished run with other settings \(buckets, steps\)"):
+        train.run(stage.model_copy(update={"buckets": False, "epochs": 2}))
 
 
 def test_stale_features_stop_all_workers_with_one_line(

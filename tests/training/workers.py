@@ -26,6 +26,7 @@ from dim.config import dump_config
 from infra.tracking import Tracking
 from training.loop import train_loop_per_worker
 from training.plan import Plan, count_samples
+from training.shapes import find_shapes
 from training.stage import StageConfig
 
 PATIENCE = timedelta(seconds=120)  # with another worker: a run that hangs is a failed test
@@ -75,6 +76,9 @@ def train_together(
     folder.mkdir(parents=True, exist_ok=True)
     plans = []
     for config in configs:
+        shapes = find_shapes(config)
+        if shapes is not None:
+            shapes.write(config.out)
         with Tracking(tracking_uri, "dim-training").run(config.stage) as run:
             plans.append(
                 Plan(
@@ -83,6 +87,7 @@ def train_together(
                     rows=count_samples(config),
                     tracking_uri=tracking_uri,
                     run_id=run.id,
+                    shapes=None if shapes is None else shapes.told(),
                 )
             )
     told = [dump_config(plan) for plan in plans]

@@ -172,7 +172,8 @@ def test_rows_that_stand_twice_among_the_samples_come_twice(window: int | None) 
 
 def test_copies_of_a_row_are_apart_within_a_window() -> None:
     rows = 40 * 256
-    samples = np.tile(np.arange(rows), 3)
+    samples = np.concatenate([np.random.default_rng(n).permutation(40) for n in range(3)])
+    samples = (samples[:, None] * 256 + np.arange(256)).ravel()  # block after block, three times
     order = SampleOrder(rows, 2, 5, window=64, samples=samples)
     worker = WorkerOrder(order, 0, 1)
     near = 0
@@ -185,12 +186,15 @@ def test_copies_of_a_row_are_apart_within_a_window() -> None:
     assert near < len(samples) * 0.05
 
 
-def test_no_samples_given_is_each_row_once_in_its_usual_order() -> None:
-    for window in (None, 5):
-        plain = SampleOrder(1000, 4, 7, window=window)
-        given = SampleOrder(1000, 4, 7, window=window, samples=np.arange(1000))
-        for one, other in zip(plain.shares(range(4)), given.shares(range(4)), strict=True):
-            assert np.array_equal(one, other)
+def test_a_slot_owns_neighbours_of_the_samples_that_are_given() -> None:
+    samples = np.arange(40)[::-1] % 15
+    order = SampleOrder(15, 4, 7, samples=samples)
+    assert np.array_equal(np.concatenate(order.shares(range(4))), samples)
+    assert np.array_equal(order.shares([2])[0], samples[20:30])
+    light = order.without_samples()
+    for slot in range(4):
+        share = order.shares([slot])[0]
+        assert np.array_equal(light.walk(slot, 3, share), order.walk(slot, 3, share))
     assert np.array_equal(times_before(np.array([3, 1, 3, 3, 1])), [0, 0, 1, 2, 1])
 
 
