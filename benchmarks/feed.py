@@ -149,7 +149,7 @@ def _take(options: argparse.Namespace, uri: str, samples: int, window: int | Non
         order = WorkerOrder(SampleOrder(samples, options.batch, 0, window=window), 0, 1)
         hold_groups(config, order, images.groups)
         source = Pixels(Share(images, order.rows), options.side)
-        feed = Feed(config, order, source, (1, 1, 1), rows=samples, ahead=config.prefetch_steps)
+        feed = Feed(config, order, source, [(1, 1, 1)], rows=samples, ahead=config.prefetch_steps)
         feed.get(0)
         read.clear()
         before = pa.total_allocated_bytes()

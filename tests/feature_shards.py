@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
 from ray.data.datasource import WriteResult
 
 from dim import records
-from dim.features.format import Preparation, preparation_of
+from dim.features.format import Preparation, pack_bf16, preparation_of, unpack_bf16
 from infra import storage
 from infra.models import load_frozen
 from infra.storage import Store
@@ -89,3 +92,38 @@ def write_features(
     done = Manifest(job="features", config={}, input={}, counts=counts, files=tuple(files))
     manifest.write(store, done)
     return str(out)
+
+
+def cut_latents(features: str, out: str | Path, cells: Sequence[tuple[int, int]]) -> str:
+    """A copy of an output of features whose latents have, by row, ``cells`` (h, w).
+
+    They are cut, or repeated where they were smaller.
+    """
+    source, target = storage.open_store(features), storage.open_store(str(out))
+    sizes = iter(cells)
+    files = []
+    for file in manifest.read(source).files:
+        if not file.path.startswith("data/"):
+            continue
+        with source.open_parquet(file.path) as parquet:
+            table = parquet.read()
+        rows = [_cut(row, *next(sizes)) for row in table.to_pylist()]
+        sink = pa.BufferOutputStream()
+        pq.write_table(pa.Table.from_pylist(rows, table.schema), sink, row_group_size=1)
+        data = sink.getvalue().to_pybytes()
+        target.write(file.path, data)
+        digest = records.sha256_hex(data)
+        files.append(file.model_copy(update={"bytes": len(data), "sha256": digest}))
+    done = manifest.read(source).model_copy(update={"files": tuple(files)})
+    manifest.write(target, done)
+    return str(out)
+
+
+def _cut(row: dict[str, Any], height: int, width: int) -> dict[str, Any]:
+    shape = tuple(row["latent_shape"])
+    for name in ("latent", "source_latent"):
+        if row.get(name) is not None:
+            latent = unpack_bf16(row[name], shape)
+            down, across = torch.arange(height) % shape[1], torch.arange(width) % shape[2]
+            row[name] = pack_bf16(latent[:, down[:, None], across])
+    return row | {"latent_shape": [shape[0], height, width]}

@@ -23,15 +23,29 @@ from dim.features.encoder import (
 )
 from dim.features.format import preparation_of
 from dim.features.row_groups import RowGroups
-from dim.features.shapes import SIDES
+from dim.features.shapes import SIDES, sizes
 from dim.features.shards import FeatureShards, Share
-from dim.learning.batch import BLOCK, Draws, Place, WorkerOrder, choose_texts, draw
+from dim.learning.batch import (
+    BLOCK,
+    Draws,
+    Order,
+    Place,
+    SampleOrder,
+    WorkerOrder,
+    choose_texts,
+    draw,
+)
+from dim.learning.buckets import BucketOrder
 from dim.model import DIM
 from infra.samples import holds_features, open_features, open_images
 from training.bad_samples import BadSamples
 from training.log import RunLog
+from training.mixture import mixed_samples
 from training.plan import Plan
+from training.shapes import read_shapes
 from training.stage import StageConfig
+
+_NEIGHBOURHOODS = 4  # times what a slot of one shape holds, for a slot of many
 
 
 @dataclass(frozen=True)
@@ -55,7 +69,7 @@ class Feed:
         config: The stage.
         order: Which samples a step takes.
         features: Where their features come from.
-        latent_shape: (C, h, w) of the noise.
+        latent_shapes: (C, h, w) of the noise, by the shape of a step.
         rows: Samples of the data.
         ahead: Steps that are fetched while one is computed; 0 where nothing is waited for.
         ends: How many of the data's rows there are up to the end of each source.
@@ -70,7 +84,7 @@ class Feed:
         config: StageConfig,
         order: WorkerOrder,
         features: FeatureSource[Any],
-        latent_shape: tuple[int, int, int],
+        latent_shapes: Sequence[tuple[int, int, int]],
         *,
         rows: int,
         ahead: int,
@@ -80,7 +94,7 @@ class Feed:
         self._config = config
         self._order = order
         self._features = features
-        self._latent_shape = latent_shape
+        self._latent_shapes = latent_shapes
         self._ends = np.array(ends, np.int64)
         self.passes = order.passes(config.micro_batch)
         self._threads = ThreadPoolExecutor(ahead, thread_name_prefix="feed") if ahead else None
@@ -136,7 +150,7 @@ class Feed:
             self._config.seed,
             step,
             self._order.slots,
-            self._latent_shape,
+            self._latent_shapes[place.shape],
             dropout=self._config.condition_dropout,
             salt=salt,
         )
@@ -144,6 +158,30 @@ class Feed:
         samples, positions, bad = _usable(self._features, place, texts)
         rows = self._order.rows[positions]
         return _Fetched(draws, samples, np.searchsorted(self._ends, rows, side="right"), bad)
+
+
+def make_order(plan: Plan, model: DIM) -> Order:
+    """Which samples make up each step of the stage, over all workers.
+
+    Raises:
+        InputError: the shapes of the samples are not those that the driver found, or that ``model``
+            paints.
+        StorageError: they cannot be read.
+    """
+    config, told = plan.config, plan.shapes
+    samples = mixed_samples(config, plan.source_rows)
+    ends = () if samples is None else plan.ends
+    batch_size, seed, window = config.batch_size, config.seed, config.shuffle_window
+    if told is None:
+        return SampleOrder(plan.rows, batch_size, seed, window=window, samples=samples, ends=ends)
+    resolution = model.config.sampling.resolution
+    if told.sizes != list(sizes(resolution, model.cell)):
+        raise InputError(
+            f"the model at {config.init} paints in cells of {model.cell} px at {resolution} px, "
+            "and its description says something else: buckets cannot be made"
+        )
+    ids = read_shapes(config.out, told)
+    return BucketOrder(ids, batch_size, seed, window=window, samples=samples, ends=ends)
 
 
 def make_feed(
@@ -154,21 +192,28 @@ def make_feed(
 ) -> Feed:
     """The feed of one worker, whose features are those of ``order.rows``; ``ends`` as in ``Feed``.
 
+    A sample of each slot and shape is fetched, so that a slot without a usable one is found before
+    the first step: what as many steps read as there are shapes.
+
     Raises:
         DimError: the samples cannot be read; none of a slot's can be used.
     """
-    # Of all slots, so that one without a usable sample is found before the first step.
-    samples, *_ = _usable(features, order.at(0), np.zeros(len(order.slots), np.int64))
-    shape = features.collate(samples[:1]).latent.shape
     return Feed(
         config,
         order,
         features,
-        (shape[1], shape[2], shape[3]),
+        [_latent_shape(features, order.beginning(shape)) for shape in range(order.shapes)],
         rows=order.total,
         ahead=config.prefetch_steps if _reads(features) else 0,
         ends=ends,
     )
+
+
+def _latent_shape(features: FeatureSource[Any], place: Place) -> tuple[int, int, int]:
+    """(C, h, w) of the samples at ``place``, of which every slot has a usable one."""
+    samples, *_ = _usable(features, place, np.zeros(len(place.walks), np.int64))
+    shape = features.collate(samples[:1]).latent.shape
+    return shape[1], shape[2], shape[3]
 
 
 def _usable(
@@ -274,11 +319,15 @@ def make_encoder(config: StageConfig, model: DIM) -> FrozenEncoder:
 
 
 def hold_groups(config: StageConfig, order: WorkerOrder, groups: RowGroups) -> None:
-    """Where samples are mixed within a window, each row group is read once and kept for a while."""
+    """Where samples are mixed within a window, each row group is read once and kept for a while.
+
+    Of several shapes some are a few blocks ahead of others, so more is kept for them.
+    """
     window = config.shuffle_window
     if window is not None and not config.cache_features:
         walks = len(order.slots) + len(config.data) - 1  # slots may walk through several sources
-        groups.hold(walks, window, 2 + window // BLOCK)
+        runs = (2 + window // BLOCK) * min(order.shapes, _NEIGHBOURHOODS)
+        groups.hold(walks, window, runs)
 
 
 def _check_rows(plan: Plan, count: int) -> None:

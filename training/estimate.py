@@ -24,7 +24,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from dim.errors import ConfigError, InputError
-from dim.learning.batch import steps_per_epoch
 from dim.learning.optimizer import MOMENT_BYTES
 from dim.learning.step import Trainable
 from dim.model.config import ModelConfig
@@ -34,7 +33,9 @@ from dim.model.lora.settings import LoraSettings
 from dim.model.painter import Painter
 from infra.models import read_config
 from infra.samples import holds_features
-from training.plan import count_samples, count_sources, describe_mixture, epoch_samples
+from training.mixture import count_sources, describe_mixture, epoch_samples
+from training.plan import count_samples, epoch_steps
+from training.shapes import find_shapes
 from training.stage import StageConfig
 
 TEXT_TOKENS = {"caption": 700, "instruction": 80, "blueprint": 430}
@@ -242,21 +243,23 @@ def plan(config: StageConfig, wanted: Wanted) -> Table:
         raise InputError("--price needs --gpu: dollars follow from hours")
     model = read_config(wanted.model or config.init)
     features = wanted.samples is None and holds_features(config.uris)
-    mixture = ""
+    mixture, shapes = "", None
     if wanted.samples is None:
         count_samples(config)  # and check them
         sources = count_sources(config)
-        rows = sum(epoch_samples(config, sources))
+        samples = sum(epoch_samples(config, sources))
         if len(sources) > 1:
             mixture = describe_mixture(config, sources)
+        if (found := find_shapes(config, model)) is not None:
+            shapes = found.told()
     elif any(source.changes_the_mixture for source in config.data) and config.epochs:
         raise InputError(
             "--samples says nothing about each of the sources that are mixed: give steps=N, for "
             "epochs depend on it"
         )
     else:
-        rows = wanted.samples
-    steps = config.steps or (config.epochs or 0) * steps_per_epoch(rows, config.batch_size)
+        samples = wanted.samples
+    steps = config.steps or (config.epochs or 0) * epoch_steps(samples, config.batch_size, shapes)
     made = estimate(config, model, steps, features=features)
     return as_table(made, config, wanted, mixture=mixture)
 

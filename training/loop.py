@@ -25,7 +25,7 @@ from training import finetune, parallel
 from training.bad_samples import TooManyBadSamples
 from training.breakdown import PREFIX, Breakdown
 from training.checkpoints import Checkpoints, UnsavedError
-from training.data import Feed, choose_source, make_feed, open_shards
+from training.data import Feed, choose_source, make_feed, make_order, open_shards
 from training.log import RunLog, StepLog, open_log, silence_repeats
 from training.notices import Notices, interrupted, listening
 from training.owner import Fence, LostOutputError
@@ -140,7 +140,7 @@ def prepare(plan: Plan) -> Worker:
     finetune.attach(model, config)
     model.painter.checkpoint_gradients(config.gradient_checkpointing)
     state = new_state(model, config, mesh)
-    order = WorkerOrder(plan.order(), rank, world_size)
+    order = WorkerOrder(make_order(plan, model), rank, world_size)
     features = choose_source(plan, model, shards, order, log)
     validation = open_validation(config, model, rank, world_size)
     feed = make_feed(config, order, features, plan.ends)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -13,19 +12,23 @@ from torch.distributed.tensor import DTensor
 from dim.config import StrictModel
 from dim.errors import CheckpointError
 from dim.features.encoder import CachedFeatures, FeatureSource, ShardFeatures
-from dim.learning.batch import SampleOrder, steps_per_epoch
+from dim.learning.batch import steps_per_epoch
 from dim.learning.config import check_view
-from dim.learning.mixture import mixed, samples_of
 from dim.learning.optimizer import MOMENT_BYTES
 from infra import storage
 from infra.models import check_reference, read_config
-from infra.samples import extent, holds_features, open_features, open_images
+from infra.samples import holds_features, open_features, open_images
+from training.mixture import count_sources, describe_mixture, epoch_samples
+from training.shapes import RowShapes, Shapes
 from training.stage import StageConfig
 from training.state import TrainState
 
 
 class Plan(StrictModel):
-    """What the driver tells every worker. ``steps`` is resolved, paths are absolute."""
+    """What the driver tells every worker. ``steps`` is resolved, paths are absolute.
+
+    ``shapes`` are those of the samples, where they make a difference.
+    """
 
     config: StageConfig
     steps: int
@@ -34,6 +37,7 @@ class Plan(StrictModel):
     run_id: str
     owner: str = ""  # the driver's token, see ``training.owner``; empty: nobody owns the output
     sources: list[int] = Field(default_factory=list)  # rows of each of the data, where several
+    shapes: Shapes | None = None  # of the samples, where they make a difference
 
     @property
     def source_rows(self) -> list[int]:
@@ -47,27 +51,13 @@ class Plan(StrictModel):
 
     @property
     def epoch_samples(self) -> list[int]:
-        """Of each of the config's data, how many samples an epoch has."""
+        """Of each of the config's data, how many samples an epoch has, were there no shapes."""
         return epoch_samples(self.config, self.source_rows)
 
     @property
     def steps_per_epoch(self) -> int:
         """Batches of an epoch."""
-        return steps_per_epoch(sum(self.epoch_samples), self.config.batch_size)
-
-    def order(self) -> SampleOrder:
-        """Which samples every step of the run takes."""
-        config, rows = self.config, self.source_rows
-        window = config.shuffle_window
-        samples = mixed(config.data, rows, self.epoch_samples, config.seed, window=window)
-        return SampleOrder(
-            self.rows,
-            config.batch_size,
-            config.seed,
-            window=window,
-            samples=samples,
-            ends=() if samples is None else self.ends,
-        )
+        return epoch_steps(sum(self.epoch_samples), self.config.batch_size, self.shapes)
 
 
 def absolute(config: StageConfig) -> StageConfig:
@@ -85,8 +75,12 @@ def absolute(config: StageConfig) -> StageConfig:
     return config.model_copy(update=changes)
 
 
-def measure(config: StageConfig) -> tuple[int, int]:
+def measure(config: StageConfig, shapes: RowShapes | None = None) -> tuple[int, int]:
     """Steps and samples of the stage, after all that can be known to be wrong was checked.
+
+    Args:
+        config: The stage.
+        shapes: Of its samples, from ``find_shapes``.
 
     Raises:
         CheckpointError: there is nothing at ``init``.
@@ -107,7 +101,15 @@ def measure(config: StageConfig) -> tuple[int, int]:
     if config.steps is not None:
         return config.steps, rows
     assert config.epochs is not None
-    return config.epochs * steps_per_epoch(samples, config.batch_size), rows
+    told = None if shapes is None else shapes.told()
+    return config.epochs * epoch_steps(samples, config.batch_size, told), rows
+
+
+def epoch_steps(samples: int, batch_size: int, shapes: Shapes | None) -> int:
+    """Batches of an epoch: of all ``samples`` together, or of those of each of ``shapes``."""
+    if shapes is None:
+        return steps_per_epoch(samples, batch_size)
+    return shapes.steps_per_epoch(batch_size)
 
 
 def count_samples(config: StageConfig) -> int:
@@ -119,42 +121,6 @@ def count_samples(config: StageConfig) -> int:
     if holds_features(config.uris):
         return open_features(config.uris, config.texts, edits=config.edits).rows
     return open_images(config.uris, config.columns).rows
-
-
-def count_sources(config: StageConfig) -> list[int]:
-    """Samples in each of the data of a stage, as their manifests say.
-
-    Raises:
-        StorageError: one cannot be read.
-    """
-    return [extent(uri)["records"] for uri in config.uris]
-
-
-def epoch_samples(config: StageConfig, rows: Sequence[int]) -> list[int]:
-    """Of each of the stage's data, which have ``rows`` samples, how many an epoch has.
-
-    Raises:
-        InputError: as for ``samples_of``.
-    """
-    return samples_of(config.data, config.source_names, rows, config.batch_size)
-
-
-def describe_mixture(config: StageConfig, rows: Sequence[int]) -> str:
-    """Of each source, which have ``rows`` samples, its share of an epoch and how often it comes.
-
-    Raises:
-        InputError: as for ``samples_of``.
-    """
-    counts = epoch_samples(config, rows)
-    parts = []
-    for source, name, held, count in zip(
-        config.data, config.source_names, rows, counts, strict=True
-    ):
-        used = min(held, source.cap or held)
-        some = f"{used:,}" if used == held else f"{used:,} of {held:,}"
-        share, times = count / max(1, sum(counts)), count / max(1, used)
-        parts.append(f"{share:.1%} {name} ({some} samples, {times:.3g} times each)")
-    return ", ".join(parts)
 
 
 def announcement(
@@ -179,7 +145,9 @@ def announcement(
     if len(config.data) > 1 or plan.epoch_samples != plan.source_rows:
         told = describe_mixture(config, plan.source_rows)
         lines.append(f"an epoch has {told}")
-    if plan.rows < config.batch_size:
+    if plan.shapes is not None:
+        lines += plan.shapes.announcement(config.batch_size, config.source_names)
+    elif plan.rows < config.batch_size:
         lines.append(
             f"{plan.rows} samples are fewer than a batch of {config.batch_size}: they repeat in it"
         )

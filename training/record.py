@@ -18,6 +18,7 @@ from dim.errors import ConfigError
 from dim.redaction import redacted
 from infra import models, storage
 from infra.samples import fingerprint
+from training.shapes import SHAPES_FILE
 from training.stage import CHANGEABLE_KEYS, OPERATIONAL_KEYS, StageConfig
 
 STAGE_FILE = "stage.json"
@@ -111,7 +112,7 @@ def read_record(out: str) -> StageRecord | None:
 def discard(out: str) -> None:
     """Remove all that a stage has left in ``out``."""
     store = storage.open_store(out)
-    for name in (CHECKPOINTS_FOLDER, MODEL_FOLDER, ADAPTER_FOLDER, STAGE_FILE):
+    for name in (CHECKPOINTS_FOLDER, MODEL_FOLDER, ADAPTER_FOLDER, SHAPES_FILE, STAGE_FILE):
         store.delete(name)
     discard_partial(out)
 

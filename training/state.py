@@ -21,10 +21,12 @@ from dim.learning.optimizer import OptimizerSettings, make_optimizers, updates_m
 from dim.learning.step import Trainable
 from dim.learning.trained import trained_weights
 from dim.model import DIM
+from dim.model.sizes import shapes
 from training import parallel
 from training.stage import StageConfig
 
 COMPILED_TOKENS = 64  # conditions for compiled blocks have a multiple of so many tokens
+COMPILED_TOKENS_OF_SHAPES = 256  # where each length is compiled for each of many shapes
 
 Event = dict[str, float]
 """What happened at ``step``: ``learning_rate`` and ``before``, or ``back_to`` and ``salt``."""
@@ -56,9 +58,7 @@ def new_state(model: DIM, config: StageConfig, mesh: DeviceMesh | None = None) -
     Raises:
         ConfigError: the optimizer's package is not installed.
     """
-    if config.compile:  # the inside of a block, so before the block is sharded
-        model.painter.compile_blocks()
-    module = Trainable(model, token_multiple=COMPILED_TOKENS if config.compile else 1)
+    module = _trainable(model, config)
     parallel.shard(module, mesh)
     settings = OptimizerSettings(config.learning_rate, config.betas, config.weight_decay)
     optimizers = make_optimizers(config.optimizer, module, settings)
@@ -66,6 +66,17 @@ def new_state(model: DIM, config: StageConfig, mesh: DeviceMesh | None = None) -
     if config.ema_decay is not None:
         ema = Ema(module, config.ema_decay, "cpu" if config.ema_on_cpu else None)
     return TrainState(module, optimizers, ema, learning_rate=config.learning_rate)
+
+
+def _trainable(model: DIM, config: StageConfig) -> Trainable:
+    """Connector and painter; the inside of a block is compiled, so before the block is sharded."""
+    if not config.compile:
+        return Trainable(model)
+    if not config.buckets:
+        model.painter.compile_blocks()
+        return Trainable(model, token_multiple=COMPILED_TOKENS)
+    model.painter.compile_blocks(shapes=len(shapes(model.config.sampling.resolution, model.cell)))
+    return Trainable(model, token_multiple=COMPILED_TOKENS_OF_SHAPES)
 
 
 def tensors_of(state: TrainState) -> dict[str, Tensor]:

@@ -34,9 +34,10 @@ from infra.tracking import Run, Tracking, default_uri
 from training.estimate import GPUS, MFU, Wanted
 from training.estimate import plan as make_plan
 from training.loop import train_loop_per_worker
+from training.mixture import count_sources
 from training.notices import CatchSigterm
 from training.owner import Fence, owning
-from training.plan import Plan, absolute, count_sources, measure
+from training.plan import Plan, absolute, measure
 from training.progress import OnProgress, progress_bar, watch
 from training.record import (
     ADAPTER_FOLDER,
@@ -48,6 +49,7 @@ from training.record import (
     read_record,
 )
 from training.registry import register
+from training.shapes import RowShapes, find_shapes
 from training.stage import StageConfig
 
 
@@ -89,7 +91,8 @@ def run(
             failed too often.
     """
     config = absolute(_with_init_found(config))
-    steps, rows = measure(config)
+    shapes = find_shapes(config, fresh=fresh)
+    steps, rows = measure(config, shapes)
     identity = identify(config, steps)
     if not fresh and (done := _finished(config, identity)) is not None:
         return done
@@ -103,7 +106,7 @@ def run(
             discard(config.out)
         elif (done := _finished(config, identity)) is not None:  # by a driver that was waited for
             return done
-        return _train(config, identity, steps, rows, lease.owner.token, on_progress)
+        return _train(config, identity, steps, rows, shapes, lease.owner.token, on_progress)
 
 
 def _finished(config: StageConfig, identity: Mapping[str, Any]) -> StageResult | None:
@@ -124,6 +127,7 @@ def _train(
     identity: dict[str, Any],
     steps: int,
     rows: int,
+    shapes: RowShapes | None,
     token: str,
     on_progress: OnProgress | None,
 ) -> StageResult:
@@ -144,6 +148,8 @@ def _train(
         events = [*earlier.events, *earlier.changes(identity)] if earlier else []
         record = StageRecord(identity, settings, mlflow_run.id, events=events)
         record.write(config.out)
+        if shapes is not None:
+            shapes.write(config.out)
         mlflow_run.log_dict(settings, "stage.json")  # also proves that artifacts can be stored
         log_inputs(mlflow_run, config)
         plan = Plan(
@@ -151,6 +157,7 @@ def _train(
             steps=steps,
             rows=rows,
             sources=count_sources(config),
+            shapes=None if shapes is None else shapes.told(),
             tracking_uri=uri,
             run_id=mlflow_run.id,
             owner=token,

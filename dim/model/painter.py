@@ -25,9 +25,10 @@ QK_NORM_EPS = 1e-6
 PATCH_WEIGHT = "patch_embed.proj.weight"
 # What diffusers adds to the attention score of a masked token: nothing is left of it after exp.
 MASKED = -10000.0
-# Of a batch, for which a block is compiled before torch gives up: all lengths up to 8192 tokens in
-# steps of 64. torch's own limit is 8.
-_MOST_SHAPES = 128
+# Lengths of conditions for which a block is compiled before torch gives up: all up to 8192 tokens
+# in steps of 64. torch's own limit is 8.
+_MOST_LENGTHS = 128
+_STRIDES = 2  # the first block's input comes from the patches and lies otherwise than the others'
 
 
 def random_null_condition(rows: int, features: int) -> Tensor:
@@ -261,19 +262,22 @@ class Painter(nn.Module):
         else:
             self.network.disable_gradient_checkpointing()
 
-    def compile_blocks(self, **options: Any) -> None:
+    def compile_blocks(self, *, shapes: int = 1, **options: Any) -> None:
         """Compile a block, for training and for sampling, in place.
 
-        All blocks are of one kind, so one of them is compiled and serves for all. In training it is
-        compiled once more for every new number of rows or tokens, so there should be few of them:
+        All blocks are of one kind, so one of them is compiled and serves for all but the first,
+        whose input lies otherwise in memory and for which it is compiled again. In training it is
+        compiled once more for every new shape, number of rows or of tokens, so there should be few:
         torch 2.13 compiles a backward pass wrongly in which the number of tokens is a symbol
         (seen: a second length works, the first one no longer). In sampling it becomes a symbol.
 
         Args:
+            shapes: that latents have in training.
             options: as ``torch.compile`` takes them, such as ``mode`` or ``backend``.
         """
-        limits = torch._dynamo.config
-        limits.recompile_limit = max(limits.recompile_limit, _MOST_SHAPES)
+        limits, most = torch._dynamo.config, _STRIDES * shapes * _MOST_LENGTHS
+        limits.recompile_limit = max(limits.recompile_limit, most)
+        limits.accumulated_recompile_limit = max(limits.accumulated_recompile_limit, most)
         for block in self.blocks:
             block.compile(**{"dynamic": False, **options})
         self._sampling_block = torch.compile(sampling_block, **options)

@@ -19,6 +19,7 @@ from dim.features import row_groups
 from dim.features.encoder import CachedFeatures, Features, FrozenEncoder, LiveFeatures
 from dim.features.shards import Share
 from dim.learning.batch import SampleOrder, WorkerOrder, draw
+from dim.learning.buckets import BucketOrder
 from infra.samples import open_images
 from training.data import Feed, hold_groups, make_feed
 from training.stage import StageConfig
@@ -59,7 +60,7 @@ class Recorder:
 
 def feed_of(source: Any, *, ahead: int) -> Feed:
     order = WorkerOrder(SampleOrder(11, CONFIG.batch_size, CONFIG.seed), 0, 1)
-    return Feed(CONFIG, order, source, SHAPE, rows=11, ahead=ahead)
+    return Feed(CONFIG, order, source, [SHAPE], rows=11, ahead=ahead)
 
 
 def test_fetching_ahead_changes_nothing_but_the_time() -> None:
@@ -81,7 +82,7 @@ def test_passes_of_a_step_are_fetched_together_and_other_draws_anew() -> None:
     config = CONFIG.model_copy(update={"micro_batch": 2})
     source = Recorder()
     order = WorkerOrder(SampleOrder(11, config.batch_size, config.seed), 0, 1)
-    feed = Feed(config, order, source, SHAPE, rows=11, ahead=1)
+    feed = Feed(config, order, source, [SHAPE], rows=11, ahead=1)
     assert feed.passes.count == 2
     whole = draw(5, 3, range(4), SHAPE, dropout=0.1)
     first, second = feed.get(3, 0)[0], feed.get(3, 1)[0]
@@ -178,7 +179,7 @@ def test_the_source_of_each_sample_is_that_of_what_was_taken() -> None:
     config = CONFIG.model_copy(update={"micro_batch": 2})
     order = WorkerOrder(SampleOrder(11, 4, CONFIG.seed), 0, 1)
     ends = [3, 8, 11]
-    feed = Feed(config, order, Flawed({2, 9}), SHAPE, rows=11, ahead=1, ends=ends)
+    feed = Feed(config, order, Flawed({2, 9}), [SHAPE], rows=11, ahead=1, ends=ends)
     seen = set()
     for step in range(6):
         for number in range(feed.passes.count):
@@ -217,7 +218,7 @@ def test_a_step_may_be_taken_in_passes_and_is_fetched_once() -> None:
     draws, features = feed_of(source, ahead=0).get(3)
     config = CONFIG.model_copy(update={"micro_batch": 3})
     order = WorkerOrder(SampleOrder(11, config.batch_size, config.seed), 0, 1)
-    feed = Feed(config, order, source, SHAPE, rows=11, ahead=0)
+    feed = Feed(config, order, source, [SHAPE], rows=11, ahead=0)
     passes = [[0, 1], [2, 3]]
     for number, places in enumerate(passes):
         part, rows = feed.get(3, number)
@@ -228,22 +229,82 @@ def test_a_step_may_be_taken_in_passes_and_is_fetched_once() -> None:
     assert len(source.asked) == 2  # once by each feed
 
 
-def write_images(folder: Path, rows: int) -> str:
-    """Images that take 20 kB each, in row groups of 8."""
+SHAPES = [(2, 3, 3), (2, 2, 4), (2, 4, 2)]  # of the noise of shapes 0, 1 and 2
+IDS = np.array([0] * 11 + [1] * 9 + [2] * 3, np.int16)
+
+
+class Shaped(Flawed):
+    """Samples whose latents have the shapes that ``IDS`` says."""
+
+    def __init__(self, bad: set[int], order: WorkerOrder) -> None:
+        super().__init__(bad)
+        self.rows = order.rows
+
+    def collate(self, fetched: list[tuple[int, int]]) -> Features:
+        rows = self.rows[[position for position, _ in fetched]]
+        (shape,) = set(IDS[rows].tolist())  # all are of one
+        latent = torch.zeros(len(rows), *SHAPES[shape])
+        latent[:, 0, 0, 0] = torch.from_numpy(rows)
+        return Features(latent, latent, latent, None)
+
+
+def shaped(bad: set[int] = frozenset()) -> tuple[Feed, WorkerOrder, Shaped]:  # type: ignore[assignment]
+    order = WorkerOrder(BucketOrder(IDS, CONFIG.batch_size, CONFIG.seed), 0, 1)
+    source = Shaped(bad, order)
+    return make_feed(CONFIG, order, source), order, source
+
+
+def test_noise_has_the_shape_of_the_step_and_depends_on_nothing_else() -> None:
+    feed, order, _ = shaped()
+    assert feed._latent_shapes == SHAPES
+    met = set()
+    for step in range(order.shapes + 5):
+        draws, features = feed.get(step)
+        shape = SHAPES[order.at(step).shape]
+        met.add(shape)
+        assert draws.noise.shape == features.latent.shape == (4, *shape)
+        wanted = draw(5, step, range(4), shape, dropout=0.1)
+        assert torch.equal(draws.noise, wanted.noise) and torch.equal(draws.index, wanted.index)
+        assert IDS[features.latent[:, 0, 0, 0].long()].tolist() == [order.at(step).shape] * 4
+    assert met == set(SHAPES)
+
+
+def test_a_bad_sample_is_replaced_by_one_of_its_shape() -> None:
+    _, order, _ = shaped()
+    rare = next(step for step in range(9) if order.at(step).shape == 2)
+    bad = {int(order.at(rare).positions()[0])}  # the only one that its slot owns
+    row = int(order.rows[bad.pop()])
+    bad = set(np.flatnonzero(order.rows == row).tolist())
+    feed, _, _ = shaped(bad)
+    taken = feed.get(rare)[1].latent[:, 0, 0, 0].tolist()
+    assert row not in taken and set(taken) < {20, 21, 22}
+    assert feed.bad._bad["undecodable"] >= 1
+
+
+def test_a_shape_without_a_usable_sample_is_found_before_the_first_step() -> None:
+    _, order, source = shaped()
+    assert [len(asked) for asked in source.asked] == [8, 8, 8]  # a sample a slot and shape
+    bad = np.flatnonzero(np.isin(order.rows, [20, 21, 22]))
+    with pytest.raises(InputError, match="has 3 samples and none can be used"):
+        shaped(set(bad.tolist()))
+
+
+def write_images(folder: Path, rows: int, size: int = 20_000) -> str:
+    """Images that take ``size`` bytes each, in row groups of 8."""
     noise = np.random.default_rng(0)
     schema = pa.schema(
         [("id", pa.string()), ("image", pa.large_binary()), ("caption", pa.string())]
     )
     table = pa.Table.from_pylist(
-        [{"id": f"{n}", "image": noise.bytes(20_000), "caption": "c"} for n in range(rows)], schema
+        [{"id": f"{n}", "image": noise.bytes(size), "caption": "c"} for n in range(rows)], schema
     )
     (folder / "data").mkdir(parents=True)
     files = []
     for first in range(0, rows, 40):
         path = folder / "data" / f"part-{first:05d}.parquet"
         pq.write_table(table.slice(first, 40), path, row_group_size=8)
-        size = path.stat().st_size
-        entry = {"path": f"data/{path.name}", "rows": min(40, rows - first), "bytes": size}
+        length = path.stat().st_size
+        entry = {"path": f"data/{path.name}", "rows": min(40, rows - first), "bytes": length}
         files.append(entry | {"sha256": ""})
     (folder / "manifest.json").write_text(json.dumps({"files": files}))
     return str(folder)
@@ -285,7 +346,9 @@ def test_a_worker_holds_and_reads_no_more_when_data_grow_tenfold(
         images = open_images([uri], ["id", "image", "caption"], every_file=False)
         order = WorkerOrder(SampleOrder(rows, 4, 5, window=window), 0, 1)
         hold_groups(config, order, images.groups)
-        feed = Feed(config, order, Undecoded(Share(images, order.rows)), SHAPE, rows=rows, ahead=2)
+        feed = Feed(
+            config, order, Undecoded(Share(images, order.rows)), [SHAPE], rows=rows, ahead=2
+        )
         read.clear()
         before = pa.total_allocated_bytes()
         tracemalloc.start()
@@ -319,11 +382,37 @@ def test_within_a_window_a_row_group_is_read_about_once_an_epoch(
     config = CONFIG.model_copy(update={"shuffle_window": 16, "cache_features": False})
     order = WorkerOrder(SampleOrder(2000, 4, 5, window=16), 0, 1)
     hold_groups(config, order, images.groups)
-    feed = Feed(config, order, Undecoded(Share(images, order.rows)), SHAPE, rows=2000, ahead=2)
+    feed = Feed(config, order, Undecoded(Share(images, order.rows)), [SHAPE], rows=2000, ahead=2)
     seen = [row for step in range(500) for row in feed.get(step)[1].latent.tolist()]
     assert sorted(seen) == list(range(2000))
     assert 250 <= len(read) <= 250 * 1.15  # runs of 256 do not end where row groups of 8 do
     assert images.groups.held.nbytes <= images.groups.held.rows * 21_000
+
+
+def test_within_a_window_shapes_share_row_groups_and_what_is_held_is_bounded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+    plain = pq.ParquetFile.read_row_groups
+    monkeypatch.setattr(
+        pq.ParquetFile,
+        "read_row_groups",
+        lambda self, groups, **options: (read.extend(groups), plain(self, groups, **options))[1],
+    )
+    uri = write_images(tmp_path / "images", 8000, size=100)
+    config = CONFIG.model_copy(update={"shuffle_window": 16, "cache_features": False})
+    ids = np.random.default_rng(0).choice(3, 8000, p=[0.5, 0.3, 0.2]).astype(np.int16)
+    order = WorkerOrder(BucketOrder(ids, 4, 5, window=16), 0, 1)
+    images = open_images([uri], ["id", "image", "caption"])
+    hold_groups(config, order, images.groups)
+    shapes = [SHAPE] * 3
+    share = Share(images, order.rows)
+    feed = Feed(config, order, Undecoded(share), shapes, rows=8000, ahead=2)
+    steps = sum(count // 4 for count in np.bincount(ids).tolist())
+    seen = [row for step in range(steps) for row in feed.get(step)[1].latent.tolist()]
+    assert len(set(seen)) == len(seen) == 4 * steps >= 7990
+    assert len(read) <= 1000 * 3  # of 1,000 row groups; each sample by itself would be 8,000
+    assert images.groups.held.rows == 4 * (16 + 2 * 3 * 2 * 8)
 
 
 def test_what_waits_for_reading_is_fetched_ahead_and_what_is_held_is_not(

@@ -17,6 +17,7 @@ from dim.learning.step import Trainable
 from dim.model.config import ModelConfig
 from dim.model.lora import layers
 from dim.model.lora.settings import LoraSettings
+from tests.feature_shards import cut_latents, write_features
 from training import estimate, train
 from training.estimate import _keeping, count_pass, find_gpu, named_gpu
 from training.stage import StageConfig
@@ -195,6 +196,22 @@ def test_a_plan_says_what_is_mixed(
     with pytest.raises(InputError, match="--samples says nothing about each of the sources"):
         plan(*stage, "steps=null", "epochs=3", "--plan", "--samples", "1000")
     assert "7 of 24 samples" in plan(*stage, "steps=7", "--plan", "--samples", "1000")
+
+
+def test_a_plan_with_buckets_counts_the_steps_of_each_shape(
+    plan: Callable[..., str], tiny_model_dir: Path, edit_data: str, tmp_path: Path
+) -> None:
+    squares = write_features(edit_data, tmp_path / "squares", tiny_model_dir)
+    cells = [*[(8, 8)] * 11, *[(8, 6)] * 7, *[(6, 8)] * 2]
+    data = cut_latents(squares, tmp_path / "mixed", cells)
+    settings = [
+        str(CONFIGS / "tiny-edit2.yaml"), f"init={tiny_model_dir}", f"data=[{data}]",
+        f"out={tmp_path}/out", "validation=null", "steps=null", "epochs=100", "batch_size=4",
+        "workers=1", "--plan",
+    ]  # fmt: skip
+    assert "500 of 4 samples" in plan(*settings)
+    assert "400 of 4 samples" in plan(*settings, "buckets=true")  # an epoch has 2 + 1 + 1
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ from dim.model.painter import Painter
 from infra import storage
 from infra.tracking import Tracking
 from tests.datasets import edit_rows, png
-from tests.feature_shards import write_features
+from tests.feature_shards import cut_latents, write_features
 from tests.image_files import opened
 from tests.training.saved import read_saved, steps_saved
 from training import loop, notices
@@ -43,7 +43,9 @@ from training.breakdown import Breakdown
 from training.checkpoint_files import Snapshot
 from training.checkpoints import UnsavedError
 from training.loop import DivergedError, train_loop_per_worker
-from training.plan import Plan, count_samples, count_sources
+from training.mixture import count_sources
+from training.plan import Plan, count_samples
+from training.shapes import find_shapes
 from training.stage import StageConfig
 
 
@@ -64,7 +66,9 @@ def start(
             "log_every": 1,
         }
         config = StageConfig.model_validate(defaults | settings)
-        rows = count_samples(config)
+        rows, shapes = count_samples(config), find_shapes(config)
+        if shapes is not None:
+            shapes.write(config.out)
         with Tracking(tracking_uri, "dim-training").run(config.stage) as mlflow_run:
             plan = Plan(
                 config=config,
@@ -73,6 +77,7 @@ def start(
                 sources=count_sources(config),
                 tracking_uri=tracking_uri,
                 run_id=mlflow_run.id,
+                shapes=None if shapes is None else shapes.told(),
             )
             return train_loop_per_worker(dump_config(plan)), mlflow_run.id
 
@@ -809,6 +814,59 @@ def test_mixed_sources_train_and_go_on_exactly(
     assert rest == {step: whole[step] for step in (5, 6)}
     said = mlflow.MlflowClient(tracking_uri).get_run(resumed).data.tags["said"]
     assert "(12 of 20 samples, " in said and "75.0% other (7 samples, " in said
+
+
+@pytest.mark.parametrize("cache_features", [True, False])
+def test_a_run_on_several_shapes_goes_on_exactly_in_the_middle_of_an_epoch(
+    start: Callable[..., Any],
+    features: Callable[..., str],
+    tracking_uri: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    cache_features: bool,
+) -> None:
+    cells = [*[(8, 8)] * 11, *[(8, 6)] * 6, *[(6, 8)] * 3]  # an epoch of 5 + 3 + 1 steps
+    mixed = cut_latents(features(), tmp_path / "mixed", cells)
+    settings = {
+        "stage": "edit2",
+        "data": [mixed],
+        "buckets": True,
+        "steps": 12,
+        "checkpoint_every": 5,
+        "ema_decay": 0.9,
+        "cache_features": cache_features,
+    }
+    seen: list[tuple[int, ...]] = []
+    flow_matching = loop.flow_matching
+
+    def watched(worker: Any, step: int, number: int) -> Any:
+        seen.append(tuple(worker.feed.get(step, number)[1].latent.shape))
+        return flow_matching(worker, step, number)
+
+    monkeypatch.setattr(loop, "flow_matching", watched)
+    answer, through = start(**settings, out=str(tmp_path / "through"))
+    assert answer["error"] is None
+    assert answer["metrics"]["epoch"] == pytest.approx(12 / 9)
+    first = [seen[:9].count((2, 8, *shape)) for shape in ((8, 8), (8, 6), (6, 8))]
+    assert first == [5, 3, 1]
+    said = mlflow.MlflowClient(tracking_uri).get_run(through).data.tags["said"]
+    assert "each batch is of one of 3 shapes, 64x64 the most frequent with 11 samples" in said
+    update = loop.update
+
+    def power_cut(worker: Any, step: int) -> Any:
+        if step == 7:
+            raise ConnectionError("the power went")
+        return update(worker, step)
+
+    monkeypatch.setattr(loop, "update", power_cut)
+    with pytest.raises(ConnectionError):
+        start(**settings, out=str(tmp_path / "resumed"))
+    monkeypatch.setattr(loop, "update", update)
+    _, resumed = start(**settings, out=str(tmp_path / "resumed"))
+    whole, rest = losses_of(tracking_uri, through), losses_of(tracking_uri, resumed)
+    assert rest == {step: whole[step] for step in range(6, 13)}
+    one, other = (weights_of(tmp_path / name / "model") for name in ("through", "resumed"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_too_many_bad_samples_are_returned_and_not_tried_again(

@@ -17,7 +17,9 @@ from dim.features.encoder import CachedFeatures, FrozenEncoder, LiveFeatures
 from dim.features.shards import Share
 from infra.samples import open_images
 from tests.conftest import ROOT
-from training.plan import Plan, absolute, announcement, describe_mixture, measure, resumption
+from training.data import make_order
+from training.mixture import describe_mixture
+from training.plan import Plan, absolute, announcement, measure, resumption
 from training.stage import StageConfig
 from training.state import TrainState
 
@@ -57,7 +59,8 @@ def test_an_epoch_of_mixed_sources_is_as_long_as_its_parts(
     told = describe_mixture(config, [20, 5])
     assert told.startswith("75.0% ") and told.endswith(" (5 samples, 10.2 times each)")
     plan = Plan(config=config, steps=steps, rows=rows, sources=[20, 5], tracking_uri="", run_id="")
-    assert plan.steps_per_epoch == 34 and plan.order().steps_per_epoch == 34
+    assert plan.steps_per_epoch == 34
+    assert make_order(plan, model.load(tiny_model_dir)).steps_per_epoch == 34
     nothing = [{"uri": edit_data, "repeats": 0.01}, held_out_data]
     with pytest.raises(InputError, match="0.01 of the 20 samples of .* is none"):
         measure(stage(nothing, tiny_model_dir))

@@ -25,7 +25,7 @@ from infra import storage
 from infra.models import load_initial, on_this_machine
 from infra.registry import Registry, located
 from infra.tracking import Tracking, TrackingError
-from tests.feature_shards import write_features
+from tests.feature_shards import cut_latents, write_features
 from tests.training.saved import steps_saved
 from training import train
 from training.loop import DivergedError
@@ -330,6 +330,30 @@ def test_sharded_workers_that_diverge_go_back_and_on_with_a_lower_learning_rate(
     assert record is not None and record.finished
     assert record.events == [back, {"step": 4, "learning_rate": 5e-4, "before": 1e-3}]
     assert result.metrics["learning_rate"] == 5e-4 and result.metrics["skipped_updates"] == 0
+
+
+def test_samples_of_several_shapes_train_with_their_shapes_in_the_output(
+    ray_cluster: None,
+    settings: Settings,
+    edit_data: str,
+    tiny_model_dir: Path,
+    tmp_path: Path,
+    s3: str,
+) -> None:
+    squares = write_features(edit_data, tmp_path / "squares", tiny_model_dir)
+    cells = [*[(8, 8)] * 12, *[(8, 6)] * 7, (6, 8)]
+    mixed = cut_latents(squares, f"{s3}/mixed", cells)
+    said: list[str] = []
+    stage = settings.stage(
+        f"{s3}/out", data=[mixed], buckets=True, steps=None, epochs=1, validation=None
+    )
+    result = train.run(stage, on_progress=lambda lines, metrics: said.extend(lines))
+    assert result.metrics["epoch"] == result.metrics["progress"] == 1
+    assert any("20 samples, 5 steps an epoch, 5 steps;" in line for line in said)
+    assert any("repeated to fill a batch of 4: the samples of 64x48 (1)" in line for line in said)
+    assert storage.exists(f"{s3}/out/shapes.parquet")
+    with pytest.raises(ConfigError, match=r"a finished run with other settings \(buckets, steps\)"):
+        train.run(stage.model_copy(update={"buckets": False, "epochs": 2}))
 
 
 def test_mistakes_are_found_before_a_worker_starts(

@@ -20,7 +20,7 @@ from dim.errors import InputError
 from infra import storage
 from infra.storage import Store
 from tests.datasets import edit_rows
-from tests.feature_shards import write_features
+from tests.feature_shards import cut_latents, write_features
 from tests.training.saved import steps_saved
 from tests.training.workers import train_together
 from training import loop
@@ -29,6 +29,9 @@ from training.checkpoint_files import Snapshot
 from training.stage import StageConfig
 
 MakeStage = Callable[..., StageConfig]
+
+# (h, w) of latents: 12 squares, 5 of another shape and 3 that have to repeat in a batch of 5
+CELLS = [*[(8, 8)] * 12, *[(8, 6)] * 5, *[(6, 8)] * 3]
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +68,7 @@ def losses_of(history: dict[int, dict[str, float]]) -> list[float]:
 
 
 def test_any_number_of_workers_and_any_micro_batch_have_equal_losses(
-    make_stage: MakeStage, tracking_uri: str, tmp_path: Path
+    make_stage: MakeStage, features: str, tracking_uri: str, tmp_path: Path
 ) -> None:
     # 5 slots: 5; 2 + 2 + 1; 3 + 2; 2 + 1 and 2; 1 + 1 and 1 and nothing new
     ways = [(1, None), (1, 2), (2, None), (2, 2), (3, 1)]
@@ -73,25 +76,40 @@ def test_any_number_of_workers_and_any_micro_batch_have_equal_losses(
         make_stage(f"{workers}-{micro_batch}", workers=workers, micro_batch=micro_batch)
         for workers, micro_batch in ways
     ]
+    mixed = cut_latents(features, tmp_path / "mixed", CELLS)
+    shaped = [(1, None, {}), (2, 2, {}), (2, 1, {"parallelism": {"strategy": "fsdp"}})]
+    stages += [
+        make_stage(
+            f"shapes-{number}",
+            workers=workers,
+            micro_batch=micro_batch,
+            data=[mixed],
+            buckets=True,
+            **others,
+        )
+        for number, (workers, micro_batch, others) in enumerate(shaped)
+    ]
     runs = train_together(stages, tracking_uri, tmp_path / "processes")
     assert all(answer["error"] is None for answer, _ in runs)
-    for _, history in runs[1:]:  # of all workers' samples, repetitions left out
-        for step in range(1, 5):
-            parts, expected = (
-                {name: value for name, value in each[step].items() if name.startswith("loss/")}
-                for each in (history, runs[0][1])
-            )
-            assert parts == pytest.approx(expected, abs=1e-4) and parts
-    first, *others = (losses_of(history) for _, history in runs)
-    assert len(first) == 4 and len(set(first)) == 4
-    for losses in others:
-        assert losses == pytest.approx(first, abs=1e-5)
-    norms = [
-        [metrics["grad_norm"] for metrics in history.values() if "grad_norm" in metrics]
-        for _, history in runs
-    ]
-    for other in norms[1:]:
-        assert other == pytest.approx(norms[0], rel=1e-3)
+    for alike in (runs[: len(ways)], runs[len(ways) :]):
+        for _, history in alike[1:]:  # of all workers' samples, repetitions left out
+            for step in range(1, 5):
+                parts, expected = (
+                    {name: value for name, value in each[step].items() if name.startswith("loss/")}
+                    for each in (history, alike[0][1])
+                )
+                assert parts == pytest.approx(expected, abs=1e-4) and parts
+        first, *others = (losses_of(history) for _, history in alike)
+        assert len(first) == 4 and len(set(first)) == 4  # of 4 shapes' steps in an epoch
+        for losses in others:
+            assert losses == pytest.approx(first, abs=1e-5)
+        norms = [
+            [metrics["grad_norm"] for metrics in history.values() if "grad_norm" in metrics]
+            for _, history in alike
+        ]
+        for other in norms[1:]:
+            assert other == pytest.approx(norms[0], rel=1e-3)
+        assert [history[4]["epoch"] for _, history in alike] == [1.0] * len(alike)
 
 
 def test_sharded_weights_train_as_whole_ones_do(

@@ -25,7 +25,9 @@ import torch.multiprocessing as mp
 from dim.config import dump_config
 from infra.tracking import Tracking
 from training.loop import train_loop_per_worker
-from training.plan import Plan, count_samples, count_sources
+from training.mixture import count_sources
+from training.plan import Plan, count_samples
+from training.shapes import find_shapes
 from training.stage import StageConfig
 
 # Imports take longer than the runs here: they are made once, and every process is a fork of that.
@@ -79,6 +81,9 @@ def train_together(
     folder.mkdir(parents=True, exist_ok=True)
     plans = []
     for config in configs:
+        shapes = find_shapes(config)
+        if shapes is not None:
+            shapes.write(config.out)
         with Tracking(tracking_uri, "dim-training").run(config.stage) as run:
             plans.append(
                 Plan(
@@ -88,6 +93,7 @@ def train_together(
                     sources=count_sources(config),
                     tracking_uri=tracking_uri,
                     run_id=run.id,
+                    shapes=None if shapes is None else shapes.told(),
                 )
             )
     told = [dump_config(plan) for plan in plans]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch._dynamo.backends.registry import lookup_backend
 from dim import model
 from dim.errors import InputError
 from dim.learning.step import Trainable, changed_cells
-from dim.model import DIM
+from dim.model import DIM, painter
 
 
 @pytest.fixture(scope="module")
@@ -18,16 +19,16 @@ def tiny(tiny_model_dir: Path) -> DIM:
     return model.load(tiny_model_dir)
 
 
-def batch(rows: int = 3, tokens: int = 5) -> dict[str, torch.Tensor]:
+def batch(rows: int = 3, tokens: int = 5, cells: tuple[int, int] = (8, 8)) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     mask = torch.ones(rows, tokens, dtype=torch.bool)
     mask[0, 3:] = False
     return {
-        "noisy_latent": torch.randn(rows, 8, 8, 8, generator=generator),
+        "noisy_latent": torch.randn(rows, 8, *cells, generator=generator),
         "timestep": torch.tensor([10.0, 500.0, 900.0], dtype=torch.float64),
         "hidden_states": torch.randn(rows, tokens, 128, generator=generator),
         "mask": mask,
-        "source_latent": torch.randn(rows, 8, 8, 8, generator=generator),
+        "source_latent": torch.randn(rows, 8, *cells, generator=generator),
         "dropped": torch.zeros(rows, dtype=torch.bool),
     }
 
@@ -107,6 +108,38 @@ def test_compiled_blocks_are_compiled_once_for_every_padded_length(
     assert new == [True, True, False, False, True, False, True, False]  # 64, 128, 192, 320 tokens
     gradients = zip(one.parameters(), other.parameters(), strict=True)
     assert all(torch.allclose(a.grad, b.grad, atol=1e-3) for a, b in gradients)
+
+
+def test_compiled_blocks_are_compiled_for_every_shape_and_length(
+    tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[int] = []
+
+    def counting(graph: Any, inputs: Any) -> Any:
+        compiled.append(1)
+        return graph
+
+    limits = torch._dynamo.config
+    monkeypatch.setattr(limits, "recompile_limit", 2)
+    monkeypatch.setattr(limits, "accumulated_recompile_limit", 2)
+    monkeypatch.setattr(limits, "fail_on_recompile_limit_hit", True)  # not a step that is slow
+    monkeypatch.setattr(painter, "_MOST_LENGTHS", 2)
+    torch._dynamo.reset()
+    plain, quick = model.load(tiny_model_dir), model.load(tiny_model_dir)
+    shapes = [(8, 8), (6, 8), (8, 6)]
+    quick.painter.compile_blocks(shapes=len(shapes), backend=counting)
+    one, other = Trainable(plain).train(), Trainable(quick, token_multiple=64).train()
+    counts = []
+    for tokens, cells in [*product((5, 70), shapes)] * 2:
+        given = batch(tokens=tokens, cells=cells)
+        losses = [module(**given).square().mean() for module in (one, other)]
+        losses[1].backward()
+        counts.append(len(compiled))
+        torch.testing.assert_close(losses[1], losses[0], atol=1e-5, rtol=0)
+    new = [after > before for before, after in zip([0, *counts], counts, strict=False)]
+    assert new == [True] * 6 + [False] * 6
+    with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+        other(**batch(tokens=130))
 
 
 def test_changed_cells_count_more_and_the_mean_stays_one() -> None:
