@@ -131,14 +131,20 @@ def test_a_plan_of_what_is_here_needs_nothing_more(
     assert "hours" not in said and not (tmp_path / "out").exists()
 
 
-def test_a_plan_with_buckets_counts_the_steps_of_each_shape(
-    plan: Callable[..., str], tiny_model_dir: Path, edit_data: str, tmp_path: Path
-) -> None:
-    squares = write_features(edit_data, tmp_path / "squares", tiny_model_dir)
+@pytest.fixture(scope="module")
+def mixed(edit_data: str, tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Features of 11, 7 and 2 samples of three shapes."""
+    folder = tmp_path_factory.mktemp("mixed")
+    squares = write_features(edit_data, folder / "squares", tiny_model_dir)
     cells = [*[(8, 8)] * 11, *[(8, 6)] * 7, *[(6, 8)] * 2]
-    data = cut_latents(squares, tmp_path / "mixed", cells)
+    return cut_latents(squares, folder / "features", cells)
+
+
+def test_a_plan_with_buckets_counts_the_steps_of_each_shape(
+    mixed: str, plan: Callable[..., str], tiny_model_dir: Path, tmp_path: Path
+) -> None:
     settings = [
-        str(CONFIGS / "tiny-edit2.yaml"), f"init={tiny_model_dir}", f"data=[{data}]",
+        str(CONFIGS / "tiny-edit2.yaml"), f"init={tiny_model_dir}", f"data=[{mixed}]",
         f"out={tmp_path}/out", "validation=null", "steps=null", "epochs=100", "batch_size=4",
         "workers=1", "--plan",
     ]  # fmt: skip
