@@ -165,7 +165,7 @@ def test_of_images_their_sides_are_asked_or_their_headers(
         assert [found.sizes[number] for number in found.ids] == [(48, 80), (64, 64)] * 4
 
 
-def test_every_shape_of_the_published_table_has_a_line(tiny_model_dir: Path) -> None:
+def test_rare_shapes_among_millions_of_samples_are_named() -> None:
     counts = [10_000_000, 3, 300, 70]
     told = Shapes(sizes=[(1024, 1024), (512, 2048), (2048, 512), (896, 1152)], counts=counts,
                   sha256="")  # fmt: skip
