@@ -210,4 +210,4 @@ def test_within_a_window_the_shapes_of_a_slot_walk_through_the_same_rows() -> No
         walked = [int(worker.rows[worker.batch(step)[1]]) for step in range(order.steps_per_epoch)]
         found = [len({row // 256 for row in walked[at : at + 256]}) for at in range(0, 14_000, 256)]
         blocks.append(np.mean(found))
-    assert blocks[0] < 12 and blocks[1] > 100
+    assert blocks[0] < 6 and blocks[1] > 100  # drawn for each shape alone: 8.7
