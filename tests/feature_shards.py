@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -94,10 +95,13 @@ def write_features(
     return str(out)
 
 
-def cut_latents(features: str, out: str | Path, cells: Sequence[tuple[int, int]]) -> str:
+def cut_latents(
+    features: str, out: str | Path, cells: Sequence[tuple[int, int]], *, cell: int = 16
+) -> str:
     """A copy of an output of features whose latents have, by row, ``cells`` (h, w).
 
-    They are cut, or repeated where they were smaller.
+    They are cut, or repeated where they were smaller. It says that they were made with buckets of a
+    model that paints in cells of ``cell`` pixels.
     """
     source, target = storage.open_store(features), storage.open_store(str(out))
     sizes = iter(cells)
@@ -108,8 +112,12 @@ def cut_latents(features: str, out: str | Path, cells: Sequence[tuple[int, int]]
         with source.open_parquet(file.path) as parquet:
             table = parquet.read()
         rows = [_cut(row, *next(sizes)) for row in table.to_pylist()]
+        told = dict(table.schema.metadata)
+        prepared = json.loads(told[records.PREPARATION_KEY]) | {"cell": cell}
+        told[records.PREPARATION_KEY] = json.dumps(prepared).encode()
         sink = pa.BufferOutputStream()
-        pq.write_table(pa.Table.from_pylist(rows, table.schema), sink, row_group_size=1)
+        cut = pa.Table.from_pylist(rows, table.schema.with_metadata(told))
+        pq.write_table(cut, sink, row_group_size=1)
         data = sink.getvalue().to_pybytes()
         target.write(file.path, data)
         digest = records.sha256_hex(data)

@@ -252,6 +252,9 @@ def plan(config: StageConfig, wanted: Wanted) -> Table:
             mixture = describe_mixture(config, sources)
         if (found := find_shapes(config, model)) is not None:
             shapes = found.told()
+            if mixture:
+                names = config.source_names
+                mixture += f"; {shapes.describe_mixture(config.batch_size, names)}"
     elif any(source.changes_the_mixture for source in config.data) and config.epochs:
         raise InputError(
             "--samples says nothing about each of the sources that are mixed: give steps=N, for "

@@ -89,9 +89,13 @@ class Shapes(StrictModel):
                 f"than a batch of {batch_size} with {MOST_REPEATS} of each: {_listed(out)}"
             )
         if len(names) > 1:
-            shares = zip(self.shares(batch_size), names, strict=True)
-            lines.append(f"with all that: {', '.join(f'{s:.1%} {name}' for s, name in shares)}")
+            lines.append(f"an epoch has, {self.describe_mixture(batch_size, names)}")
         return lines
+
+    def describe_mixture(self, batch_size: int, names: Sequence[str]) -> str:
+        """The shares of the stage's data, which are called ``names``."""
+        shares = zip(self.shares(batch_size), names, strict=True)
+        return "in batches of one shape " + ", ".join(f"{part:.1%} {name}" for part, name in shares)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ import json
 import threading
 import time
 import tracemalloc
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -248,9 +249,9 @@ class Shaped(Flawed):
         return Features(latent, latent, latent, None)
 
 
-def shaped(bad: set[int] = frozenset()) -> tuple[Feed, WorkerOrder, Shaped]:  # type: ignore[assignment]
+def shaped(bad: Iterable[int] = ()) -> tuple[Feed, WorkerOrder, Shaped]:
     order = WorkerOrder(BucketOrder(IDS, CONFIG.batch_size, CONFIG.seed), 0, 1)
-    source = Shaped(bad, order)
+    source = Shaped(set(bad), order)
     return make_feed(CONFIG, order, source), order, source
 
 
@@ -272,10 +273,8 @@ def test_noise_has_the_shape_of_the_step_and_depends_on_nothing_else() -> None:
 def test_a_bad_sample_is_replaced_by_one_of_its_shape() -> None:
     _, order, _ = shaped()
     rare = next(step for step in range(9) if order.at(step).shape == 2)
-    bad = {int(order.at(rare).positions()[0])}  # the only one that its slot owns
-    row = int(order.rows[bad.pop()])
-    bad = set(np.flatnonzero(order.rows == row).tolist())
-    feed, _, _ = shaped(bad)
+    row = int(order.rows[order.at(rare).positions()[0]])  # the only one that its slot owns
+    feed, _, _ = shaped(np.flatnonzero(order.rows == row).tolist())
     taken = feed.get(rare)[1].latent[:, 0, 0, 0].tolist()
     assert row not in taken and set(taken) < {20, 21, 22}
     assert feed.bad._bad["undecodable"] >= 1
@@ -286,7 +285,7 @@ def test_a_shape_without_a_usable_sample_is_found_before_the_first_step() -> Non
     assert [len(asked) for asked in source.asked] == [8, 8, 8]  # a sample a slot and shape
     bad = np.flatnonzero(np.isin(order.rows, [20, 21, 22]))
     with pytest.raises(InputError, match="has 3 samples and none can be used"):
-        shaped(set(bad.tolist()))
+        shaped(bad.tolist())
 
 
 def write_images(folder: Path, rows: int, size: int = 20_000) -> str:

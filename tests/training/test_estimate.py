@@ -198,19 +198,29 @@ def test_a_plan_says_what_is_mixed(
     assert "7 of 24 samples" in plan(*stage, "steps=7", "--plan", "--samples", "1000")
 
 
-def test_a_plan_with_buckets_counts_the_steps_of_each_shape(
-    plan: Callable[..., str], tiny_model_dir: Path, edit_data: str, tmp_path: Path
-) -> None:
-    squares = write_features(edit_data, tmp_path / "squares", tiny_model_dir)
+@pytest.fixture(scope="module")
+def mixed(edit_data: str, tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Features of 11, 7 and 2 samples of three shapes."""
+    folder = tmp_path_factory.mktemp("mixed")
+    squares = write_features(edit_data, folder / "squares", tiny_model_dir)
     cells = [*[(8, 8)] * 11, *[(8, 6)] * 7, *[(6, 8)] * 2]
-    data = cut_latents(squares, tmp_path / "mixed", cells)
+    return cut_latents(squares, folder / "features", cells)
+
+
+def test_a_plan_with_buckets_counts_the_steps_of_each_shape(
+    mixed: str, plan: Callable[..., str], tiny_model_dir: Path, tmp_path: Path
+) -> None:
     settings = [
-        str(CONFIGS / "tiny-edit2.yaml"), f"init={tiny_model_dir}", f"data=[{data}]",
+        str(CONFIGS / "tiny-edit2.yaml"), f"init={tiny_model_dir}", f"data=[{mixed}]",
         f"out={tmp_path}/out", "validation=null", "steps=null", "epochs=100", "batch_size=4",
         "workers=1", "--plan",
     ]  # fmt: skip
     assert "500 of 4 samples" in plan(*settings)
     assert "400 of 4 samples" in plan(*settings, "buckets=true")  # an epoch has 2 + 1 + 1
+    sources = f"data=[{{uri: {mixed}, name: one, repeats: 2}}, {{uri: {mixed}, name: two}}]"
+    said = plan(*settings, sources, "buckets=true")
+    assert "1,400 of 4 samples" in said  # 8 + 5 + 1
+    assert "in batches of one shape 66.7% one, 33.3% two" in said
     assert not (tmp_path / "out").exists()
 
 

@@ -816,14 +816,12 @@ def test_mixed_sources_train_and_go_on_exactly(
     assert "(12 of 20 samples, " in said and "75.0% other (7 samples, " in said
 
 
-@pytest.mark.parametrize("cache_features", [True, False])
 def test_a_run_on_several_shapes_goes_on_exactly_in_the_middle_of_an_epoch(
     start: Callable[..., Any],
     features: Callable[..., str],
     tracking_uri: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    cache_features: bool,
 ) -> None:
     cells = [*[(8, 8)] * 11, *[(8, 6)] * 6, *[(6, 8)] * 3]  # an epoch of 5 + 3 + 1 steps
     mixed = cut_latents(features(), tmp_path / "mixed", cells)
@@ -834,7 +832,7 @@ def test_a_run_on_several_shapes_goes_on_exactly_in_the_middle_of_an_epoch(
         "steps": 12,
         "checkpoint_every": 5,
         "ema_decay": 0.9,
-        "cache_features": cache_features,
+        "cache_features": False,
     }
     seen: list[tuple[int, ...]] = []
     flow_matching = loop.flow_matching
@@ -867,6 +865,58 @@ def test_a_run_on_several_shapes_goes_on_exactly_in_the_middle_of_an_epoch(
     assert rest == {step: whole[step] for step in range(6, 13)}
     one, other = (weights_of(tmp_path / name / "model") for name in ("through", "resumed"))
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("cache_features", [True, False])
+def test_weighted_sources_of_several_shapes_go_on_exactly(
+    start: Callable[..., Any],
+    features: Callable[..., str],
+    tracking_uri: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    cache_features: bool,
+) -> None:
+    made = features()
+    cells = [[*[(8, 8)] * 12, *[(8, 6)] * 8], [*[(8, 8)] * 5, *[(8, 6)] * 15]]
+    one, two = (cut_latents(made, tmp_path / str(n), some) for n, some in enumerate(cells))
+    settings = {
+        "stage": "edit2",
+        "data": [{"uri": one, "weight": 2, "name": "one"}, {"uri": two, "weight": 1}],
+        "buckets": True,
+        "steps": 6,
+        "batch_size": 6,
+        "checkpoint_every": 2,
+        "cache_features": cache_features,
+    }
+    sources: list[list[int]] = []
+    flow_matching = loop.flow_matching
+
+    def watched(worker: Any, step: int, number: int) -> Any:
+        loss = flow_matching(worker, step, number)
+        sources.append(worker.feed.sources(number).tolist())
+        return loss
+
+    monkeypatch.setattr(loop, "flow_matching", watched)
+    answer, through = start(**settings, out=str(tmp_path / "through"))
+    assert answer["error"] is None
+    assert all({0, 1} == set(step) for step in sources)  # both in every batch of a shape
+    said = mlflow.MlflowClient(tracking_uri).get_run(through).data.tags["said"]
+    assert "an epoch has 66.7% one (20 samples, " in said
+    assert "an epoch has, in batches of one shape 66." in said
+    update = loop.update
+
+    def power_cut(worker: Any, step: int) -> Any:
+        if step == 5:
+            raise ConnectionError("the power went")
+        return update(worker, step)
+
+    monkeypatch.setattr(loop, "update", power_cut)
+    with pytest.raises(ConnectionError):
+        start(**settings, out=str(tmp_path / "resumed"))
+    monkeypatch.setattr(loop, "update", update)
+    _, resumed = start(**settings, out=str(tmp_path / "resumed"))
+    whole, rest = losses_of(tracking_uri, through), losses_of(tracking_uri, resumed)
+    assert rest == {step: whole[step] for step in (5, 6)}
 
 
 def test_too_many_bad_samples_are_returned_and_not_tried_again(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from PIL import Image
 from dim import model as models
 from dim import records
 from dim.errors import InputError
+from dim.learning.batch import WorkerOrder
 from tests.datasets import edit_rows
 from tests.feature_shards import cut_latents, write_features
 from training import shapes
@@ -85,6 +87,45 @@ def test_what_is_left_out_and_what_comes_twice_is_said(stage: Callable[..., Stag
         "repeated to fill a batch of 5: the samples of 64x48 (4)",
         "left out: 1 samples of shapes that have fewer than a batch of 5 with 4 of each: 96x48 (1)",
     ]
+
+
+def weighted(features: str, second: str, *weights: float) -> list[dict[str, Any]]:
+    named = zip((features, second), ("one", "two"), weights, strict=True)
+    return [{"uri": uri, "name": name, "weight": weight} for uri, name, weight in named]
+
+
+def test_an_epoch_of_weighted_sources_is_split_by_shape(
+    stage: Callable[..., StageConfig], features: str, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    upright = cut_latents(features, tmp_path / "upright", [*[(8, 6)] * 10, *[(8, 8)] * 10])
+    config = stage(data=weighted(features, upright, 3, 1))  # an epoch of 200: 50 of the second
+    found = find_shapes(config)
+    told = found.told()
+    assert [sum(one) for one in told.sources] == [150, 50] and sum(told.counts) == 200
+    steps = sum(count // 4 if count >= 4 else 1 for count in told.counts if count)
+    assert measure(config, found) == (3 * steps, 40)
+    assert told.shares(4) == pytest.approx([0.75, 0.25], abs=0.01)
+    said = told.announcement(4, config.source_names)[-1]
+    assert re.fullmatch(r"an epoch has, in batches of one shape 7\d.\d% one, 2\d.\d% two", said)
+    plan = Plan(config=config, steps=9, rows=40, sources=[20, 20], tracking_uri="", run_id="")
+    found.write(config.out)
+    order = make_order(plan.model_copy(update={"shapes": told}), models.load(tiny_model_dir))
+    assert order.steps_per_epoch == steps
+    worker = WorkerOrder(order, 0, 1)
+    rows = np.concatenate([worker.rows[worker.batch(step)] for step in range(steps)])
+    assert [(rows < 20).mean(), (rows >= 20).mean()] == pytest.approx(told.shares(4), abs=0.02)
+
+
+def test_a_weighted_source_of_which_no_shape_is_left_is_refused(
+    stage: Callable[..., StageConfig], features: str, tmp_path: Path
+) -> None:
+    rare = cut_latents(features, tmp_path / "rare", [(6, 12)] * 20)
+    plain = cut_latents(features, tmp_path / "plain", [(8, 8)] * 20)
+    data = [{"uri": plain, "name": "many"}, {"uri": rare, "name": "few", "cap": 4}]
+    with pytest.raises(InputError, match="no shape of which few has samples has enough for a ba"):
+        find_shapes(stage(data=data, batch_size=20))
+    assert find_shapes(stage(data=data, batch_size=16)) is not None
+    assert find_shapes(stage(data=weighted(plain, rare, 1, 1), batch_size=20)) is not None
 
 
 def test_shapes_are_kept_and_not_looked_for_again(
@@ -165,7 +206,7 @@ def test_of_images_their_sides_are_asked_or_their_headers(
         assert [found.sizes[number] for number in found.ids] == [(48, 80), (64, 64)] * 4
 
 
-def test_every_shape_of_the_published_table_has_a_line(tiny_model_dir: Path) -> None:
+def test_rare_shapes_among_millions_of_samples_are_named() -> None:
     counts = [10_000_000, 3, 300, 70]
     table = [(1024, 1024), (512, 2048), (2048, 512), (896, 1152)]
     told = Shapes(sizes=table, sources=[counts], sha256="")

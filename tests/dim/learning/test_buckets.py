@@ -236,7 +236,7 @@ def test_weights_are_the_shares_of_an_epoch_of_many_shapes_to_a_hundredth() -> N
     rows, shapes = [40_000, 9_000], 30
     likely = np.geomspace(1, 1e-3, shapes)
     ids = np.random.default_rng(0).choice(shapes, sum(rows), p=likely / likely.sum())
-    order, samples = weighted(ids.astype(np.int16), rows, [0.7, 0.3], 32)
+    order, _ = weighted(ids.astype(np.int16), rows, [0.7, 0.3], 32)
     steps = range(order.steps_per_epoch)
     batches = global_batches(order, 1, steps)
     share = np.mean([row < rows[0] for taken in batches for row in taken])
@@ -286,4 +286,4 @@ def test_within_a_window_the_shapes_of_a_slot_walk_through_the_same_rows() -> No
         walked = [int(worker.rows[worker.batch(step)[1]]) for step in range(order.steps_per_epoch)]
         found = [len({row // 256 for row in walked[at : at + 256]}) for at in range(0, 14_000, 256)]
         blocks.append(np.mean(found))
-    assert blocks[0] < 12 and blocks[1] > 100
+    assert blocks[0] < 6 and blocks[1] > 100  # drawn for each shape alone: 8.7
