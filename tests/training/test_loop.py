@@ -781,6 +781,7 @@ def test_mixed_sources_train_and_go_on_exactly(
         "batch_size": 4,
         "checkpoint_every": 2,
         "cache_features": cache_features,
+        "shuffle_window": None if cache_features else 3,
     }
     held: list[int] = []
     make = loop.make_feed
