@@ -25,8 +25,7 @@ class Throughput:
         self._plan = plan
         self._model = model
         self._live = live
-        # Of an adapter's passes, which do without most gradients, nobody has counted the work.
-        self._gpu = None if plan.config.lora is not None else _gpu_at(device)
+        self._gpu = _gpu_at(device)
         self._tokens = torch.zeros((), device=device)
         self._flops: float | None = None  # of a sample; known when its tokens are
 
