@@ -209,6 +209,7 @@ def sample_flops(config: StageConfig, model: ModelConfig, tokens: int, *, live: 
     counted = count_pass(
         model, frozen.hidden, 1, max(1, tokens), model.sampling.resolution // cell,
         edits=config.edits, checkpointed=False, bf16=config.precision == "bf16",
+        lora=config.lora,
     )  # fmt: skip
     return counted.flops + (_frozen_flops(frozen, config, tokens) if live else 0)
 

@@ -109,8 +109,7 @@ def kill_at(sign: Path, kill: Callable[[], None]) -> None:
 
 def saved(out: Path, name: str) -> Callable[[], bool]:
     """Tells whether the checkpoint is there that a run would go on from."""
-    snapshot = out / "checkpoints" / "checkpoint_manager_snapshot.json"
-    return lambda: snapshot.exists() and name in snapshot.read_text()
+    return (out / "checkpoints" / name / "manifest.json").exists
 
 
 def loop_that_waits_to_be_killed(

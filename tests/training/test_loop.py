@@ -786,13 +786,14 @@ def test_mixed_sources_train_and_go_on_exactly(
         "batch_size": 4,
         "checkpoint_every": 2,
         "cache_features": cache_features,
+        "shuffle_window": None if cache_features else 3,
     }
     held: list[int] = []
     make = loop.make_feed
 
     def noted(config: Any, order: Any, features: Any, *more: Any) -> Any:
         if cache_features:
-            held.append(len(features._latents))
+            held.append(features._rows)
         return make(config, order, features, *more)
 
     monkeypatch.setattr(loop, "make_feed", noted)
@@ -934,11 +935,11 @@ def test_a_store_that_goes_away_is_left_to_ray_train(
 ) -> None:
     fetch, away_from = ImageShards.fetch, [5]
 
-    def away(self: ImageShards, rows: np.ndarray) -> Any:
+    def away(self: ImageShards, rows: np.ndarray, *more: Any) -> Any:
         away_from[0] -= 1
         if away_from[0] < 0:
             raise StorageUnavailable("cannot read s3://b/x: the store cannot be reached")
-        return fetch(self, rows)
+        return fetch(self, rows, *more)
 
     monkeypatch.setattr(ImageShards, "fetch", away)
     with pytest.raises(StorageUnavailable, match="the store cannot be reached"):

@@ -57,6 +57,19 @@ def test_the_share_of_a_known_gpu_s_peak(
     assert rates.read(2, 0.5)["mfu"] == pytest.approx(wanted) and wanted > 0
 
 
+def test_an_adapter_s_work_is_that_of_two_passes_and_not_of_three(
+    tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(throughput, "_gpu_at", lambda device: GPUS["a100"])
+    config = models.load(tiny_model_dir).config
+    shares = []
+    for settings in ({}, {"lora": {"rank": 1, "alpha": 1}}):
+        rates = Throughput(plan_of(**settings), config, CPU, live=False)
+        add(rates, [20], [True])
+        shares.append(rates.read(1, 1.0)["mfu"])
+    assert shares[1] == pytest.approx(shares[0] * 2 / 3, rel=0.05)
+
+
 def test_where_the_model_s_sizes_are_not_said_there_is_no_share(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

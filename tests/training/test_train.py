@@ -114,6 +114,21 @@ def test_what_was_trained_is_registered(
     )
 
 
+def test_the_data_sets_of_a_run_say_how_they_are_mixed(
+    settings: Settings, edit_data: str, held_out_data: str, tracking_uri: str, tmp_path: Path
+) -> None:
+    data = [{"uri": edit_data, "weight": 2, "cap": 9, "name": "mine"}]
+    data.append({"uri": held_out_data, "weight": 1, "name": "other"})
+    with Tracking(tracking_uri, "test").run("edit2") as run:
+        train.log_inputs(run, settings.stage(tmp_path, data=data))
+    found = MlflowClient(tracking_uri).get_run(run.id).inputs.dataset_inputs
+    profiles = [json.loads(one.dataset.profile) for one in found]
+    assert sorted(profiles, key=lambda profile: str(profile["name"])) == [
+        {"name": "mine", "records": 20, "files": 2, "weight": 2.0, "cap": 9},
+        {"name": "other", "records": 5, "files": 2, "weight": 1.0},
+    ]
+
+
 def finish(stage: StageConfig, made: Path) -> None:
     """Leave in a stage's output what it leaves there, its model being that of ``made``."""
     config = absolute(stage)
