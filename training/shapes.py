@@ -89,13 +89,15 @@ class Shapes(StrictModel):
                 f"than a batch of {batch_size} with {MOST_REPEATS} of each: {_listed(out)}"
             )
         if len(names) > 1:
-            lines.append(f"an epoch has, {self.describe_mixture(batch_size, names)}")
+            lines.append(self.describe_mixture(batch_size, names))
         return lines
 
     def describe_mixture(self, batch_size: int, names: Sequence[str]) -> str:
-        """The shares of the stage's data, which are called ``names``."""
+        """The shares of an epoch that the stage's data, which are called ``names``, really have."""
         shares = zip(self.shares(batch_size), names, strict=True)
-        return "in batches of one shape " + ", ".join(f"{part:.1%} {name}" for part, name in shares)
+        return "in batches of one shape it has " + ", ".join(
+            f"{s:.1%} {name}" for s, name in shares
+        )
 
 
 @dataclass(frozen=True)

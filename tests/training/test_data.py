@@ -21,6 +21,8 @@ from dim.features.encoder import CachedFeatures, Features, FrozenEncoder, LiveFe
 from dim.features.shards import Share
 from dim.learning.batch import SampleOrder, WorkerOrder, draw
 from dim.learning.buckets import BucketOrder
+from dim.learning.config import Source
+from dim.learning.mixture import mixed, samples_of
 from infra.samples import open_images
 from training.data import Feed, hold_groups, make_feed
 from training.stage import StageConfig
@@ -412,6 +414,39 @@ def test_within_a_window_shapes_share_row_groups_and_what_is_held_is_bounded(
     assert len(set(seen)) == len(seen) == 4 * steps >= 7990
     assert len(read) <= 1000 * 3  # of 1,000 row groups; each sample by itself would be 8,000
     assert images.groups.held.rows == 4 * (16 + 2 * 3 * 2 * 8)
+
+
+def test_within_a_window_the_shapes_of_mixed_sources_share_row_groups_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+    plain = pq.ParquetFile.read_row_groups
+    monkeypatch.setattr(
+        pq.ParquetFile,
+        "read_row_groups",
+        lambda self, groups, **options: (read.extend(groups), plain(self, groups, **options))[1],
+    )
+    rows = [4000, 2000]
+    uris = [write_images(tmp_path / str(count), count, size=100) for count in rows]
+    sources = [Source(uri=uri, weight=1) for uri in uris]
+    settings = {"data": sources, "shuffle_window": 16, "cache_features": False}
+    config = CONFIG.model_copy(update=settings)
+    ids = np.random.default_rng(0).choice(3, 6000, p=[0.5, 0.3, 0.2]).astype(np.int16)
+    counts = samples_of(sources, uris, rows, 4)
+    assert counts == [4000, 4000]
+    samples = mixed(sources, rows, counts, 5, window=16)
+    every = BucketOrder(ids, 4, 5, window=16, samples=samples, ends=[4000, 6000])
+    order = WorkerOrder(every, 0, 1)
+    images = open_images(uris, ["id", "image", "caption"])
+    hold_groups(config, order, images.groups)
+    source = Undecoded(Share(images, order.rows))
+    feed = Feed(config, order, source, [SHAPE] * 3, rows=6000, ahead=2, ends=[4000, 6000])
+    taken = [feed.get(step) and feed.sources().tolist() for step in range(every.steps_per_epoch)]
+    assert np.mean(taken) == pytest.approx(0.5, abs=0.005)
+    # An epoch passes 1,000 row groups, those of the second source twice; its samples are 8,000.
+    print(len(read))
+    assert len(read) <= 1000 * 3
+    assert images.groups.held.rows == 5 * (16 + 2 * 3 * 2 * 8)
 
 
 def test_what_waits_for_reading_is_fetched_ahead_and_what_is_held_is_not(

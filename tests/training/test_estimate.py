@@ -220,7 +220,7 @@ def test_a_plan_with_buckets_counts_the_steps_of_each_shape(
     sources = f"data=[{{uri: {mixed}, name: one, repeats: 2}}, {{uri: {mixed}, name: two}}]"
     said = plan(*settings, sources, "buckets=true")
     assert "1,400 of 4 samples" in said  # 8 + 5 + 1
-    assert "in batches of one shape 66.7% one, 33.3% two" in said
+    assert "in batches of one shape it has 66.7% one, 33.3% two" in said
     assert not (tmp_path / "out").exists()
 
 

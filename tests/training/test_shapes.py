@@ -106,7 +106,7 @@ def test_an_epoch_of_weighted_sources_is_split_by_shape(
     assert measure(config, found) == (3 * steps, 40)
     assert told.shares(4) == pytest.approx([0.75, 0.25], abs=0.01)
     said = told.announcement(4, config.source_names)[-1]
-    assert re.fullmatch(r"an epoch has, in batches of one shape 7\d.\d% one, 2\d.\d% two", said)
+    assert re.fullmatch(r"in batches of one shape it has 7\d.\d% one, 2\d.\d% two", said)
     plan = Plan(config=config, steps=9, rows=40, sources=[20, 20], tracking_uri="", run_id="")
     found.write(config.out)
     order = make_order(plan.model_copy(update={"shapes": told}), models.load(tiny_model_dir))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import tracemalloc
 from collections import Counter
 from itertools import groupby
 
@@ -245,6 +246,33 @@ def test_weights_are_the_shares_of_an_epoch_of_many_shapes_to_a_hundredth() -> N
         assert global_batches(order, world_size, steps[500:540]) == batches[500:540]
     near = [np.mean(np.array(batches[at : at + 300]) < rows[0]) for at in steps[:-300:200]]
     assert near == pytest.approx([0.7] * len(near), abs=0.02)
+
+
+@pytest.mark.parametrize("repeats", [1, 2])
+def test_an_order_of_a_million_samples_of_many_shapes_is_small(
+    repeats: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = 1_000_000 // repeats
+    ids = np.random.default_rng(0).integers(0, 33, rows).astype(np.int16)
+    tracemalloc.start()
+    samples = None if repeats == 1 else np.repeat(np.arange(rows), repeats)
+    order = BucketOrder(ids, 256, 5, window=256, samples=samples, ends=[rows])
+    del samples
+    worker = WorkerOrder(order, 3, 32)
+    most = tracemalloc.get_traced_memory()[1] / 1_000_000
+    del order
+    own = len(worker._positions)  # type: ignore[arg-type]
+    held = tracemalloc.get_traced_memory()[0] / own
+    for shape in range(33):
+        worker.beginning(shape)
+    walking = tracemalloc.get_traced_memory()[0] / own
+    tracemalloc.stop()
+    with capsys.disabled():
+        print(
+            f"\neach row {repeats} times: {most:.0f} bytes a sample of an epoch meanwhile, then "
+            f"{held:.0f} a sample of the worker's share, {walking:.0f} with its walks"
+        )
+    assert most < 36 and held < 27 and walking < 36
 
 
 def test_a_slot_of_few_rows_that_repeat_may_take_others_too() -> None:
