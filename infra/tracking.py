@@ -284,8 +284,12 @@ class Run:
         context: str,
         schema: pa.Schema | None = None,
         profile: Mapping[str, Any] | None = None,
+        tags: Mapping[str, object] | None = None,
     ) -> None:
         """Record a data set that the run read or wrote.
+
+        MLflow keeps one data set of a name and digest in an experiment, so its schema and profile
+        are those of the first run that had it; ``tags`` are the run's own.
 
         Args:
             name: what MLflow calls it.
@@ -294,6 +298,7 @@ class Run:
             context: ``input`` or ``output``.
             schema: its columns.
             profile: numbers about it.
+            tags: what the run did with it.
         """
 
         def send() -> None:
@@ -301,8 +306,9 @@ class Run:
             from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
 
             dataset = _dataset(name, uri, digest, schema, profile or {})
-            tag = InputTag(MLFLOW_DATASET_CONTEXT, context)
-            self._client.log_inputs(self.id, [DatasetInput(dataset, [tag])])
+            told = {MLFLOW_DATASET_CONTEXT: context, **(tags or {})}
+            labels = [InputTag(key, str(value)) for key, value in told.items()]
+            self._client.log_inputs(self.id, [DatasetInput(dataset, labels)])
 
         self._tracking._call(f"record the data set {name}", send)
 

@@ -257,16 +257,14 @@ def log_inputs(run: Run, config: StageConfig) -> None:
     """Record with MLflow what is trained on: each data set's address, size, digest and part."""
     for name, source in zip(config.source_names, config.data, strict=True):
         parts = {"weight": source.weight, "repeats": source.repeats, "cap": source.cap}
+        given = {key: value for key, value in parts.items() if value is not None}
         run.log_dataset(
             config.stage,
             source.uri,
             fingerprint([source.uri])[:36],
             context="training",
-            profile={
-                **extent(source.uri),
-                "name": name,
-                **{key: value for key, value in parts.items() if value is not None},
-            },
+            profile=extent(source.uri),
+            tags={"name": name, **given},
         )
 
 

@@ -119,13 +119,16 @@ def test_the_data_sets_of_a_run_say_how_they_are_mixed(
 ) -> None:
     data = [{"uri": edit_data, "weight": 2, "cap": 9, "name": "mine"}]
     data.append({"uri": held_out_data, "weight": 1, "name": "other"})
-    with Tracking(tracking_uri, "test").run("edit2") as run:
-        train.log_inputs(run, settings.stage(tmp_path, data=data))
+    for mixture in ([edit_data, held_out_data], data):  # the same data, otherwise mixed before
+        with Tracking(tracking_uri, "mixed").run("edit2") as run:
+            train.log_inputs(run, settings.stage(tmp_path, data=mixture))
     found = MlflowClient(tracking_uri).get_run(run.id).inputs.dataset_inputs
     profiles = [json.loads(one.dataset.profile) for one in found]
-    assert sorted(profiles, key=lambda profile: str(profile["name"])) == [
-        {"name": "mine", "records": 20, "files": 2, "weight": 2.0, "cap": 9},
-        {"name": "other", "records": 5, "files": 2, "weight": 1.0},
+    assert sorted(profile["records"] for profile in profiles) == [5, 20]
+    told = [{tag.key: tag.value for tag in one.tags} for one in found]
+    assert sorted(told, key=lambda tags: tags["name"]) == [
+        {"mlflow.data.context": "training", "name": "mine", "weight": "2.0", "cap": "9"},
+        {"mlflow.data.context": "training", "name": "other", "weight": "1.0"},
     ]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -66,8 +66,9 @@ def attach(
         InputError: a target is no layer's name, is trained as a whole too, or a source latent's
             channels would never be learnt.
     """
+    chosen = _chosen(model, settings)
     _check_source(model, settings)
-    insert(model, settings, seed=seed, frozen=frozen)
+    _insert(model, settings, chosen, seed=seed, frozen=frozen)
 
 
 def insert(
@@ -78,9 +79,19 @@ def insert(
     Raises:
         InputError: a target is no layer's name, or is trained as a whole too.
     """
+    _insert(model, settings, _chosen(model, settings), seed=seed, frozen=frozen)
+
+
+def _insert(
+    model: DIM,
+    settings: LoraSettings,
+    chosen: Sequence[str],
+    *,
+    seed: int,
+    frozen: torch.dtype | None,
+) -> None:
     painter, connector = model.painter, model.connector
     network = painter.network
-    chosen = _chosen(model, settings)
     model.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
