@@ -25,10 +25,7 @@ from training.state import TrainState
 
 
 class Plan(StrictModel):
-    """What the driver tells every worker. ``steps`` is resolved, paths are absolute.
-
-    ``shapes`` are those of the samples, where they make a difference.
-    """
+    """What the driver tells every worker. ``steps`` is resolved, paths are absolute."""
 
     config: StageConfig
     steps: int
