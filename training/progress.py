@@ -9,6 +9,7 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -52,7 +53,10 @@ def watch(run_id: str, on_progress: OnProgress | None) -> Iterator[None]:
     if on_progress is None:
         yield
         return
-    board: Any = ray.remote(_Board).options(name=_name(run_id), num_cpus=0).remote()
+    # On the driver's node: a worker's may be lost, and the run goes on.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    options = {"name": _name(run_id), "num_cpus": 0, "scheduling_strategy": here}
+    board: Any = ray.remote(_Board).options(**options).remote()
     stopped = threading.Event()
 
     def show() -> None:
