@@ -110,6 +110,11 @@ def test_compiled_blocks_are_compiled_once_for_every_padded_length(
     assert all(torch.allclose(a.grad, b.grad, atol=1e-3) for a, b in gradients)
 
 
+@torch._dynamo.config.patch(
+    recompile_limit=2,
+    accumulated_recompile_limit=2,
+    fail_on_recompile_limit_hit=True,  # not a step that is slow
+)
 def test_compiled_blocks_are_compiled_for_every_shape_and_length(
     tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -119,10 +124,6 @@ def test_compiled_blocks_are_compiled_for_every_shape_and_length(
         compiled.append(1)
         return graph
 
-    limits = torch._dynamo.config
-    monkeypatch.setattr(limits, "recompile_limit", 2)
-    monkeypatch.setattr(limits, "accumulated_recompile_limit", 2)
-    monkeypatch.setattr(limits, "fail_on_recompile_limit_hit", True)  # not a step that is slow
     monkeypatch.setattr(painter, "_MOST_LENGTHS", 2)
     torch._dynamo.reset()
     plain, quick = model.load(tiny_model_dir), model.load(tiny_model_dir)
