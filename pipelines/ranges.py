@@ -31,6 +31,7 @@ _TASKS_PER_CORE = 4
 _RANGES_PER_TASK = 4
 _CUT_AT_END = 4
 _MOST_TASKS = 10_000  # each costs the driver a few ms
+_NEAR = 64  # tasks that Ray may hand out while others are being cancelled
 
 TIMEOUT_S = 1800.0
 """Seconds that a range may take unless a job says otherwise."""
@@ -182,10 +183,21 @@ def gather(
         for each, task in zip(cut, waiting, strict=True):
             found[replace(each, cut=0, cuts=1)].append(ray.get(task))
     except BaseException:
-        for task in tasks:
-            ray.cancel(task)
+        _cancel_waiting(tasks, num_cpus)
         raise
     return {each: pa.concat_tables(tables) for each, tables in found.items()}
+
+
+def _cancel_waiting(tasks: list[ray.ObjectRef], num_cpus: float) -> None:
+    """Cancel the tasks, given in the order of their turn, whose turn is surely not near.
+
+    Ray ends this process, and the error with it, if a task that it takes for waiting and cancels
+    has just been handed out. The next ones end by themselves, or with the job.
+    """
+    done, _ = ray.wait(tasks, num_returns=len(tasks), timeout=0)
+    at_once = ray.cluster_resources().get("CPU", 0) / max(num_cpus, 0.01)
+    for task in reversed(tasks[len(done) + int(at_once) + _NEAR :]):
+        ray.cancel(task)
 
 
 def read(shards: Shards, rows: int = 64) -> ray.data.Dataset:

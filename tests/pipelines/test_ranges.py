@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
+from ray.exceptions import TaskCancelledError
 
 from dim.errors import InputError
 from dim.records import RAW_IMAGE
@@ -23,7 +25,7 @@ from pipelines.attempts import Work
 from pipelines.ingest import IngestConfig
 from pipelines.outputs.manifest import FileEntry
 from pipelines.outputs.shards import Shards
-from pipelines.ranges import Range, gather, ranges_of, scan
+from pipelines.ranges import Range, _cancel_waiting, gather, ranges_of, scan
 from tests.pipelines.finished import finish
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -149,6 +151,22 @@ def test_a_stage_that_fails_stops_what_gathers_it(tmp_path: Path) -> None:
     ingest.run(IngestConfig(tabletop_images=4, size=32, out=str(tmp_path)))
     with pytest.raises(InputError, match="no such stage"):
         gather(Shards.open(str(tmp_path), RAW_IMAGE), broken)
+
+
+def test_what_waits_is_cancelled_and_what_is_near_its_turn_is_not(ray_cluster: None) -> None:
+    wait = ray.remote(lambda seconds: time.sleep(seconds)).options(num_cpus=1)
+    tasks = [wait.remote(0.1) for _ in range(120)]
+    _cancel_waiting(tasks, 1)
+    cancelled = [number for number, task in enumerate(tasks) if was_cancelled(task)]
+    assert cancelled == list(range(cancelled[0], 120)) and 8 < cancelled[0] < 100
+
+
+def was_cancelled(task: ray.ObjectRef) -> bool:
+    try:
+        ray.get(task)
+    except TaskCancelledError:
+        return True
+    return False
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from dim.config import dump_config
 from infra.tracking import Tracking
@@ -24,7 +25,7 @@ def held() -> int:
     found = {
         each.untyped_storage().data_ptr(): each.untyped_storage().nbytes()
         for each in gc.get_objects()
-        if issubclass(type(each), torch.Tensor) and each.layout == torch.strided
+        if type(each) in (torch.Tensor, nn.Parameter) and each.layout == torch.strided
     }
     return sum(found.values())
 
