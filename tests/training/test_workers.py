@@ -307,13 +307,14 @@ def be_told_and_be_killed(rank: int) -> None:
 
     def told(worker: Any, step: int) -> Any:
         out = Path(worker.config.out)
-        if rank == 1 and step == 2 and out.name == "told" and once(out / "told"):
+        if rank == 1 and step == 2 and out.name == "told" and once(out.with_name("was-told")):
             os.kill(os.getpid(), signal.SIGTERM)
         return update(worker, step)
 
     def killed(self: Snapshot, store: Store, name: str) -> Any:
         out = Path(store.root).parent
-        if rank == 1 and out.name == "killed" and "step-00000004" in name and once(out / "died"):
+        late = rank == 1 and out.name == "killed" and "step-00000004" in name
+        if late and once(out.with_name("died")):
             Path(store.path(name)).parent.mkdir(parents=True, exist_ok=True)
             Path(store.path(name)).write_bytes(bytes(100))
             os.kill(os.getpid(), signal.SIGKILL)
@@ -323,6 +324,7 @@ def be_told_and_be_killed(rank: int) -> None:
 
 
 def once(mark: Path) -> bool:
+    """Whether this is the first call; ``mark`` stands beside outputs, which rank 0 makes later."""
     there = mark.exists()
     mark.touch()
     return not there
