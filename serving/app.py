@@ -33,7 +33,7 @@ from serving.designer import DesignerDeployment
 from serving.errors import BadRequestError, OpenAIErrorRoute, on_http_error
 from serving.jobs import Defaults, DesignJob, EditJob, GenerateJob
 from serving.painter import PainterDeployment
-from serving.replicas import running_replicas, together
+from serving.replicas import running_replicas, together, whole
 from serving.requests import EditRequest, PaintRequest, read_edit, read_json
 from serving.responses import respond, seeds, settings
 
@@ -53,7 +53,7 @@ class Ingress:
         painter: DeploymentHandle,
     ) -> None:
         self._config = config
-        self._designer = designer
+        self._designer = designer.options(stream=True)
         self._painter = painter
         self._admission = Admission(config.max_pending)
         self._painter_defaults: Defaults | None = None
@@ -102,21 +102,22 @@ class Ingress:
         blueprint = wanted.blueprint
         if blueprint is None and designer != NO_DESIGNER:
             job = DesignJob(designer, source, wanted.prompt)
-            blueprint = await self._designer.design.remote(job)
+            blueprint = "".join(await whole(self._designer.write.remote(job)))
         text = blueprint or wanted.prompt
         jobs = [
-            EditJob(source, text, fit, seed, *settings(wanted, defaults)) for seed in seeds(wanted)
+            EditJob(image=source, text=text, fit=fit, seed=seed, **settings(wanted, defaults))
+            for seed in seeds(wanted)
         ]
-        return respond(jobs, await together(self._painter.edit, jobs), blueprint)
+        return respond(jobs, await together(self._painter, jobs), blueprint)
 
     async def _generate(self, wanted: PaintRequest) -> Response:
         defaults = await self._defaults()
         size = self._generated_size(wanted, defaults)
         jobs = [
-            GenerateJob(wanted.prompt, size, seed, *settings(wanted, defaults))
+            GenerateJob(prompt=wanted.prompt, size=size, seed=seed, **settings(wanted, defaults))
             for seed in seeds(wanted)
         ]
-        return respond(jobs, await together(self._painter.generate, jobs), None)
+        return respond(jobs, await together(self._painter, jobs), None)
 
     async def _serve(self, wanted: PaintRequest, work: Coroutine[Any, Any, Response]) -> Response:
         with contextlib.closing(work):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from ray import serve
@@ -42,6 +42,10 @@ class DesignerDeployment:
             DesignerError: the designer failed, or its answer is not a blueprint.
         """
         return unwrap(await self._design_batched(job))
+
+    async def write(self, job: DesignJob) -> AsyncIterator[str]:
+        """The blueprint of ``design`` in pieces, as far as the designer tells them one by one."""
+        yield await self.design(job)
 
     async def _design_batch(self, jobs: list[DesignJob]) -> list[str | Exception]:
         # Off the event loop, which goes on filling the next batch meanwhile.

@@ -12,15 +12,32 @@ from dim.model.config import Fit
 
 @dataclass(frozen=True)
 class DesignJob:
-    """One blueprint to write. ``image``: PNG bytes; ``designer``: a spec the server knows."""
+    """One blueprint to write. ``image``: PNG bytes; ``designer``: a name the server knows.
+
+    ``deadline``: seconds since the epoch after which nobody waits for it; ``None``: somebody does.
+    """
 
     designer: str
     image: bytes
     instruction: str
+    deadline: float | None = None
 
 
-@dataclass(frozen=True)
-class EditJob:
+@dataclass(frozen=True, kw_only=True)
+class PaintJob:
+    """What edits and generations have in common.
+
+    ``deadline``: as of ``DesignJob``.
+    """
+
+    seed: int
+    steps: int
+    guidance_scale: float
+    deadline: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditJob(PaintJob):
     """One edit to paint from ``text`` (a blueprint, or the instruction).
 
     ``image``: PNG bytes. ``fit``: all of it at its own size, or its middle square at the model's.
@@ -29,20 +46,14 @@ class EditJob:
     image: bytes
     text: str
     fit: Fit
-    seed: int
-    steps: int
-    guidance_scale: float
 
 
-@dataclass(frozen=True)
-class GenerateJob:
+@dataclass(frozen=True, kw_only=True)
+class GenerateJob(PaintJob):
     """One image to paint from ``prompt``. ``size``: (width, height) in pixels."""
 
     prompt: str
     size: tuple[int, int]
-    seed: int
-    steps: int
-    guidance_scale: float
 
 
 @dataclass(frozen=True)

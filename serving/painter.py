@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from ray import serve
@@ -43,13 +43,12 @@ class PainterDeployment:
             guidance_scale=sampling.guidance_scale,
         )
 
-    async def edit(self, job: EditJob) -> Painted:
-        """Paint one edit; others that wait with the same settings are painted along with it."""
-        return unwrap(await self._edit_batched(job))
-
-    async def generate(self, job: GenerateJob) -> Painted:
-        """Paint one image from text; batched as edits are."""
-        return unwrap(await self._generate_batched(job))
+    async def paint(self, job: EditJob | GenerateJob) -> AsyncIterator[Painted]:
+        """Paint one image; others that wait with the same settings are painted along with it."""
+        if isinstance(job, EditJob):
+            yield unwrap(await self._edit_batched(job))
+        else:
+            yield unwrap(await self._generate_batched(job))
 
     async def _edit_batch(self, jobs: list[EditJob]) -> list[Painted | Exception]:
         return await self._off_the_loop(self._edit_all, jobs)

@@ -7,16 +7,22 @@ from collections.abc import Sequence
 from typing import Any
 
 from ray import serve
+from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ReplicaState
 
 from serving.jobs import Painted
 
 
-async def together(method: Any, jobs: Sequence[Any]) -> list[Painted]:
+async def whole(response: Any) -> list[Any]:
+    """All pieces of a streamed answer."""
+    return [piece async for piece in response]
+
+
+async def together(painter: DeploymentHandle, jobs: Sequence[Any]) -> list[Painted]:
     """Paint all ``jobs`` of a request at once, so that they share a batch; one failure is all's."""
 
     async def paint(job: Any) -> Painted:
-        return await method.remote(job)
+        return (await whole(painter.options(stream=True).paint.remote(job)))[-1]
 
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(paint(job)) for job in jobs]

@@ -6,6 +6,7 @@ import base64
 import secrets
 import time
 from collections.abc import Sequence
+from typing import TypedDict
 
 from fastapi import Response
 from fastapi.responses import JSONResponse
@@ -14,17 +15,25 @@ from serving.jobs import Defaults, EditJob, GenerateJob, Painted
 from serving.requests import MAX_SEED, PaintRequest
 
 
+class Settings(TypedDict):
+    """Of the fields of a ``PaintJob`` those that a request may leave to the model."""
+
+    steps: int
+    guidance_scale: float
+
+
 def seeds(wanted: PaintRequest) -> list[int]:
     """One seed per image: counted up from the request's, else drawn anew."""
     first = secrets.randbelow(2**31) if wanted.seed is None else wanted.seed
     return [(first + index) % (MAX_SEED + 1) for index in range(wanted.n)]
 
 
-def settings(wanted: PaintRequest, defaults: Defaults) -> tuple[int, float]:
+def settings(wanted: PaintRequest, defaults: Defaults) -> Settings:
     """Steps and guidance scale: the request's, else the model's own."""
-    return (
-        defaults.steps if wanted.steps is None else wanted.steps,
-        defaults.guidance_scale if wanted.guidance_scale is None else wanted.guidance_scale,
+    steps, scale = wanted.steps, wanted.guidance_scale
+    return Settings(
+        steps=defaults.steps if steps is None else steps,
+        guidance_scale=defaults.guidance_scale if scale is None else scale,
     )
 
 

@@ -23,7 +23,7 @@ def test_the_painter_merges_the_adapters_it_is_given(
     folder = tmp_path / "adapter"
     adapter = f"{make_adapter(tiny_model_dir, folder, rank=2, train=['patch_embed'])}{weight}"
     painter = PainterDeployment(ServingConfig(model=str(tiny_model_dir), lora=(adapter,)))
-    job = GenerateJob("a blue star", (64, 64), 5, 2, 1.0)
+    job = GenerateJob(prompt="a blue star", size=(64, 64), seed=5, steps=2, guidance_scale=1.0)
     (painted,) = painter._generate_all([job])
     assert isinstance(painted, Painted)
     made = np.asarray(Image.open(io.BytesIO(painted.png)))
