@@ -37,6 +37,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dim.config import load_config
 from dim.devices import best_device
 from dim.errors import DimError
+from dim.gpus import named_gpu
 from dim.learning.optimizer import OptimizerName, OptimizerSettings, make_optimizers
 from dim.learning.step import Trainable
 from dim.model import parts, sampler
@@ -84,16 +85,6 @@ AUTOENCODER: dict[str, Any] = {
     "scaling_factor": 0.41407,
 }
 
-# Dense bfloat16 products a second, by the makers' data sheets; a name contains its key.
-PEAKS = {
-    "RTX 4090": 165e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "B200": 2250e12,
-}
 WARM_UP = 2  # the first allocates and compiles, the second may compile for other strides
 HEAD = "| row | ms | samples/s | TFLOP/s | MFU | peak memory | |"
 RULE = "|---|---:|---:|---:|---:|---:|---|"
@@ -459,8 +450,8 @@ def peak(device: torch.device) -> float:
     """Dense bfloat16 FLOPs a second of the GPU; 0 where they are not known."""
     if device.type != "cuda":
         return 0.0
-    name = torch.cuda.get_device_name()
-    return next((flops for part, flops in PEAKS.items() if part in name), 0.0)
+    gpu = named_gpu(torch.cuda.get_device_name())
+    return gpu.flops if gpu else 0.0
 
 
 def _name(method: Method, *, checkpointed: bool, compiled: bool = False) -> str:

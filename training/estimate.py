@@ -7,11 +7,9 @@ once. What their backward pass keeps, and their multiplications, are counted so,
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 from dim.errors import ConfigError, InputError
+from dim.gpus import Gpu, find_gpu
 from dim.learning.optimizer import MOMENT_BYTES
 from dim.learning.step import Trainable
 from dim.model.config import ModelConfig
@@ -48,24 +47,6 @@ _USABLE = 0.95  # of a GPU's memory; kernels want some for a moment
 _WITH_BACKWARD = 3  # times the work of a forward pass
 _WITH_FROZEN_WEIGHTS = 2  # the same where next to no weight wants a gradient
 _FLOAT, _HALF = 4, 2  # bytes of a weight, of its gradient and of its average
-
-
-class Gpu(NamedTuple):
-    """A GPU: ``memory`` in bytes, ``flops`` a second of dense bfloat16 matrix products."""
-
-    memory: float
-    flops: float
-
-
-GPUS = {
-    "rtx4090": Gpu(24e9, 165e12),
-    "a100": Gpu(80e9, 312e12),
-    "l40s": Gpu(48e9, 362e12),
-    "h100": Gpu(80e9, 989e12),
-    "h200": Gpu(141e9, 989e12),
-    "b200": Gpu(180e9, 2250e12),
-}
-"""By the makers' data sheets."""
 
 
 class Frozen(NamedTuple):
@@ -388,24 +369,6 @@ def as_table(made: Estimate, config: StageConfig, wanted: Wanted, *, mixture: st
             dollars = hours * made.workers * wanted.price
             table.add_row(f"at ${wanted.price:g} a GPU and hour", f"${dollars:,.0f}")
     return table
-
-
-def find_gpu(name: str) -> Gpu:
-    """A GPU by name.
-
-    Raises:
-        InputError: it is not known.
-    """
-    if name.lower() not in GPUS:
-        raise InputError(f"unknown GPU {name!r}; there are {', '.join(GPUS)}")
-    return GPUS[name.lower()]
-
-
-def named_gpu(device: str) -> Gpu | None:
-    """The GPU of the table that a driver calls ``device``, as in ``NVIDIA H100 80GB HBM3``."""
-    words = re.split(r"[\s-]+", device.lower())
-    names = {*words, *(one + other for one, other in pairwise(words))}
-    return next((gpu for name, gpu in GPUS.items() if name in names), None)
 
 
 def _trainable(

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 
 from dim.errors import ConfigError
+from dim.gpus import Gpu, named_gpu
 from dim.model.config import ModelConfig
 from training import parallel
-from training.estimate import Gpu, named_gpu, sample_flops
+from training.estimate import sample_flops
 from training.plan import Plan
 
 

@@ -27,11 +27,12 @@ from rich.console import Console
 from dim.config import dump_config, load_config
 from dim.errors import DimError, InputError
 from dim.failures import explain, find_dim_error
+from dim.gpus import GPUS
 from infra import storage
 from infra.registry import located
 from infra.samples import extent, fingerprint
 from infra.tracking import Run, Tracking, default_uri
-from training.estimate import GPUS, MFU, Wanted
+from training.estimate import MFU, Wanted
 from training.estimate import plan as make_plan
 from training.loop import train_loop_per_worker
 from training.mixture import count_sources

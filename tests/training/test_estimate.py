@@ -13,13 +13,14 @@ from dim import model as models
 from dim.cli import command_of
 from dim.config import load_config
 from dim.errors import ConfigError, InputError
+from dim.gpus import GPUS, find_gpu, named_gpu
 from dim.learning.step import Trainable
 from dim.model.config import ModelConfig
 from dim.model.lora import layers
 from dim.model.lora.settings import LoraSettings
 from tests.feature_shards import cut_latents, write_features
 from training import estimate, train
-from training.estimate import _keeping, count_pass, find_gpu, named_gpu
+from training.estimate import _keeping, count_pass
 from training.stage import StageConfig
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -95,7 +96,7 @@ def test_a_step_s_samples_add_up_to_its_work() -> None:
     ],
 )
 def test_a_gpu_is_known_by_what_its_driver_calls_it(device: str, name: str | None) -> None:
-    assert named_gpu(device) == (None if name is None else estimate.GPUS[name])
+    assert named_gpu(device) == (None if name is None else GPUS[name])
 
 
 def test_time_follows_from_the_work_and_the_gpus() -> None:

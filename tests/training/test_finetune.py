@@ -22,6 +22,7 @@ from dim.model import ModelConfig
 from dim.model.lora import layers
 from infra.tracking import Tracking
 from tests.conftest import ROOT
+from tests.training.power import power_cut
 from tests.training.saved import read_saved
 from training import loop
 from training.loop import train_loop_per_worker
@@ -148,23 +149,14 @@ def test_checkpoints_optimizer_and_average_hold_the_adapter_only(
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_an_interrupted_run_makes_the_same_adapter(
-    dropout: float, start: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dropout: float, start: Callable[..., Any], tmp_path: Path
 ) -> None:
     settings = {"steps": 6, "checkpoint_every": 2, "ema_decay": 0.9}
     settings["lora"] = LORA | {"dropout": dropout}
     start("through", **settings)
-    update = loop.update
-
-    def power_cut(worker: Any, step: int) -> Any:
-        if step == 5:
-            raise ConnectionError("the power went")
-        return update(worker, step)
-
-    monkeypatch.setattr(loop, "update", power_cut)
-    with pytest.raises(ConnectionError):
+    with power_cut(5):
         start("resumed", **settings)
     assert not (tmp_path / "resumed" / "adapter").exists()
-    monkeypatch.setattr(loop, "update", update)
     torch.rand(7)  # what torch's own generator does is no matter
     answer, _ = start("resumed", **settings)
     assert answer["error"] is None

@@ -36,6 +36,7 @@ from infra.tracking import Tracking
 from tests.datasets import edit_rows, png
 from tests.feature_shards import cut_latents, write_features
 from tests.image_files import opened
+from tests.training.power import power_cut
 from tests.training.saved import read_saved, steps_saved
 from training import loop, notices
 from training.bad_samples import TooManyBadSamples
@@ -223,22 +224,12 @@ def test_a_run_goes_on_from_its_checkpoint_and_not_from_the_start(
     edit_data: str,
     tracking_uri: str,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     settings = {"data": [edit_data], "steps": 6, "checkpoint_every": 2, "ema_decay": 0.9}
     _, through = start(**settings, out=str(tmp_path / "through"))
 
-    update = loop.update
-
-    def power_cut(worker: Any, step: int) -> Any:
-        if step == 5:
-            raise ConnectionError("the power went")
-        return update(worker, step)
-
-    monkeypatch.setattr(loop, "update", power_cut)
-    with pytest.raises(ConnectionError):
+    with power_cut(5):
         start(**settings, out=str(tmp_path / "resumed"))
-    monkeypatch.setattr(loop, "update", update)
     answer, resumed = start(**settings, out=str(tmp_path / "resumed"))
     assert answer["error"] is None
     whole, rest = losses_of(tracking_uri, through), losses_of(tracking_uri, resumed)
@@ -426,7 +417,6 @@ def test_a_run_of_such_gradients_goes_back_and_meets_other_noise(
     tracking_uri: str,
     tmp_path: Path,
     poison: Poison,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     settings = {"data": [edit_data], "steps": 8, "checkpoint_every": 2, "max_skips": 2}
     _, undisturbed = start(**settings, out=str(tmp_path / "undisturbed"))
@@ -442,17 +432,8 @@ def test_a_run_of_such_gradients_goes_back_and_meets_other_noise(
     assert "2 gradients in a row up to step 7 were no numbers: back to step 4" in said
 
     # Killed after it went back, it goes on with the same other noise.
-    update = loop.update
-
-    def power_cut(worker: Any, step: int) -> Any:
-        if step == 7:
-            raise ConnectionError("the power went")
-        return update(worker, step)
-
-    monkeypatch.setattr(loop, "update", power_cut)
-    with pytest.raises(ConnectionError):
+    with power_cut(7):
         start(**settings, out=str(tmp_path / "resumed"))
-    monkeypatch.setattr(loop, "update", update)
     answer, resumed = start(**settings, out=str(tmp_path / "resumed"))
     assert answer["events"] == [{"step": 7, "back_to": 4, "salt": 1}]
     assert losses_of(tracking_uri, resumed) == {step: other[step] for step in (7, 8)}
@@ -600,21 +581,11 @@ def test_a_run_on_features_goes_on_from_its_checkpoint(
     features: Callable[..., str],
     tracking_uri: str,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     settings = {"data": [features()], "steps": 6, "checkpoint_every": 2, "cache_features": False}
     _, through = start(**settings, out=str(tmp_path / "through"))
-    update = loop.update
-
-    def power_cut(worker: Any, step: int) -> Any:
-        if step == 5:
-            raise ConnectionError("the power went")
-        return update(worker, step)
-
-    monkeypatch.setattr(loop, "update", power_cut)
-    with pytest.raises(ConnectionError):
+    with power_cut(5):
         start(**settings, out=str(tmp_path / "resumed"))
-    monkeypatch.setattr(loop, "update", update)
     _, resumed = start(**settings, out=str(tmp_path / "resumed"))
     whole, rest = losses_of(tracking_uri, through), losses_of(tracking_uri, resumed)
     assert rest == {step: whole[step] for step in (5, 6)}
@@ -646,7 +617,6 @@ def test_a_run_goes_on_exactly_after_samples_were_replaced(
     make_dataset: Callable[..., str],
     tracking_uri: str,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     cache_features: bool,
 ) -> None:
     settings = {
@@ -662,17 +632,8 @@ def test_a_run_goes_on_exactly_after_samples_were_replaced(
     assert answer["metrics"]["bad_samples"] >= 3  # an epoch has ten steps
     assert answer["metrics"]["bad_samples_undecodable"] >= 2
     assert answer["metrics"]["bad_samples_missing_value"] >= 1
-    update = loop.update
-
-    def power_cut(worker: Any, step: int) -> Any:
-        if step == 10:
-            raise ConnectionError("the power went")
-        return update(worker, step)
-
-    monkeypatch.setattr(loop, "update", power_cut)
-    with pytest.raises(ConnectionError):
+    with power_cut(10):
         start(**settings, out=str(tmp_path / "resumed"))
-    monkeypatch.setattr(loop, "update", update)
     _, resumed = start(**settings, out=str(tmp_path / "resumed"))
     whole, rest = losses_of(tracking_uri, through), losses_of(tracking_uri, resumed)
     assert rest == {step: whole[step] for step in range(9, 13)}
@@ -688,24 +649,14 @@ def test_the_samples_of_a_window_train_and_go_on_exactly(
     edit_data: str,
     tracking_uri: str,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     settings = {"data": [edit_data], "steps": 6, "checkpoint_every": 2, "cache_features": False}
     mixed = start(**settings, out=str(tmp_path / "all"))[1]
     through = start(**settings, shuffle_window=3, out=str(tmp_path / "window"))[1]
     whole = losses_of(tracking_uri, through)
     assert whole != losses_of(tracking_uri, mixed)
-    update = loop.update
-
-    def power_cut(worker: Any, step: int) -> Any:
-        if step == 5:
-            raise ConnectionError("the power went")
-        return update(worker, step)
-
-    monkeypatch.setattr(loop, "update", power_cut)
-    with pytest.raises(ConnectionError):
+    with power_cut(5):
         start(**settings, shuffle_window=3, out=str(tmp_path / "resumed"))
-    monkeypatch.setattr(loop, "update", update)
     resumed = start(**settings, shuffle_window=3, out=str(tmp_path / "resumed"))[1]
     assert losses_of(tracking_uri, resumed) == {step: whole[step] for step in (5, 6)}
 
@@ -799,17 +750,8 @@ def test_mixed_sources_train_and_go_on_exactly(
     monkeypatch.setattr(loop, "make_feed", noted)
     _, through = start(**settings, out=str(tmp_path / "through"))
     assert held in ([], [12 + 7])  # each once, though most come several times in an epoch
-    update = loop.update
-
-    def power_cut(worker: Any, step: int) -> Any:
-        if step == 5:
-            raise ConnectionError("the power went")
-        return update(worker, step)
-
-    monkeypatch.setattr(loop, "update", power_cut)
-    with pytest.raises(ConnectionError):
+    with power_cut(5):
         start(**settings, out=str(tmp_path / "resumed"))
-    monkeypatch.setattr(loop, "update", update)
     _, resumed = start(**settings, out=str(tmp_path / "resumed"))
     whole, rest = losses_of(tracking_uri, through), losses_of(tracking_uri, resumed)
     assert rest == {step: whole[step] for step in (5, 6)}
@@ -850,17 +792,8 @@ def test_a_run_on_several_shapes_goes_on_exactly_in_the_middle_of_an_epoch(
     assert first == [5, 3, 1]
     said = mlflow.MlflowClient(tracking_uri).get_run(through).data.tags["said"]
     assert "each batch is of one of 3 shapes, 64x64 the most frequent with 11 samples" in said
-    update = loop.update
-
-    def power_cut(worker: Any, step: int) -> Any:
-        if step == 7:
-            raise ConnectionError("the power went")
-        return update(worker, step)
-
-    monkeypatch.setattr(loop, "update", power_cut)
-    with pytest.raises(ConnectionError):
+    with power_cut(7):
         start(**settings, out=str(tmp_path / "resumed"))
-    monkeypatch.setattr(loop, "update", update)
     _, resumed = start(**settings, out=str(tmp_path / "resumed"))
     whole, rest = losses_of(tracking_uri, through), losses_of(tracking_uri, resumed)
     assert rest == {step: whole[step] for step in range(6, 13)}
@@ -904,17 +837,8 @@ def test_weighted_sources_of_several_shapes_go_on_exactly(
     said = mlflow.MlflowClient(tracking_uri).get_run(through).data.tags["said"]
     assert "an epoch has 66.7% one (20 samples, " in said
     assert "in batches of one shape it has 67.1% one, 32.9% 1" in said
-    update = loop.update
-
-    def power_cut(worker: Any, step: int) -> Any:
-        if step == 5:
-            raise ConnectionError("the power went")
-        return update(worker, step)
-
-    monkeypatch.setattr(loop, "update", power_cut)
-    with pytest.raises(ConnectionError):
+    with power_cut(5):
         start(**settings, out=str(tmp_path / "resumed"))
-    monkeypatch.setattr(loop, "update", update)
     _, resumed = start(**settings, out=str(tmp_path / "resumed"))
     whole, rest = losses_of(tracking_uri, through), losses_of(tracking_uri, resumed)
     assert rest == {step: whole[step] for step in (5, 6)}

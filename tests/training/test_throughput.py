@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from dim import model as models
+from dim.gpus import GPUS
 from dim.model.config import ModelConfig
 from training import throughput
-from training.estimate import GPUS, sample_flops
+from training.estimate import sample_flops
 from training.plan import Plan
 from training.stage import StageConfig
 from training.throughput import Throughput
