@@ -24,6 +24,7 @@ def test_every_row_goes_on_with_what_the_first_have_made(options: argparse.Names
     assert published_size.make_features(options).startswith("4 pairs")
     assert "numbers learn" in published_size.train_adapter(options)
     assert "numbers learn" in published_size.train_all("adamw", options)
+    assert "in two files, the same bits" in published_size.save_and_load(options)
     assert published_size.edit(options).startswith("64 px")
 
 
