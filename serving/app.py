@@ -1,20 +1,20 @@
-"""The HTTP side: every route, and how a request goes from designer to painter.
+"""The HTTP side: every route, and the deployments behind them.
 
-POST /v1/images/edits        multipart: image, prompt; OpenAI's fields, and designer, blueprint, …
+POST /v1/images/edits        a form or JSON: image, prompt; OpenAI's fields, and designer, blueprint
 POST /v1/images/generations  JSON: prompt; OpenAI's fields
 GET  /healthz                is every part ready, and what is served
+GET  /docs, /openapi.json    the same for people and for generators of clients
 """
 
-# Annotations stay real objects in this module: Serve ships the routes to the replicas by value, and
-# FastAPI could not look their names up there.
+from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import FastAPI, Request, Response
+from fastapi import APIRouter, Depends, FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from ray import serve
 from ray.serve import Application
@@ -23,28 +23,22 @@ from starlette.exceptions import HTTPException
 
 from dim import __version__
 from dim.config import validate_config
-from dim.errors import InputError
-from dim.images import decode_image, encode_png, parse_size
-from dim.model.config import Fit
-from dim.redaction import redact
 from serving.admission import Admission
-from serving.config import NO_DESIGNER, ServingConfig
+from serving.body_limit import BodyLimit
+from serving.config import ServingConfig
 from serving.designer import DesignerDeployment
-from serving.errors import BadRequestError, OpenAIErrorRoute, on_http_error
-from serving.jobs import Defaults, DesignJob, EditJob, GenerateJob
+from serving.errors import OpenAIErrorRoute, error_response, on_http_error, on_invalid_body
+from serving.events import Tell, stream
+from serving.openapi import EDIT_BODY, ERRORS, describe
 from serving.painter import PainterDeployment
-from serving.replicas import running_replicas, together, whole
-from serving.requests import EditRequest, PaintRequest, read_edit, read_json
-from serving.responses import respond, seeds, settings
-
-app = FastAPI(title="Draw-In-Mind", version=__version__)
-app.router.route_class = OpenAIErrorRoute
-app.add_exception_handler(HTTPException, on_http_error)
+from serving.protocol import GenerationRequest, ImagesResponse, PaintRequest
+from serving.replicas import running_replicas
+from serving.requests import Edit, read_edit
+from serving.studio import Studio
 
 
-@serve.ingress(app)
 class Ingress:
-    """Checks requests, asks the designer, hands the painter its text, answers."""
+    """Lets requests in, has the studio do them, answers."""
 
     def __init__(
         self,
@@ -53,26 +47,36 @@ class Ingress:
         painter: DeploymentHandle,
     ) -> None:
         self._config = config
-        self._designer = designer.options(stream=True)
-        self._painter = painter
+        self._studio = Studio(config, designer, painter)
         self._admission = Admission(config.max_pending)
-        self._painter_defaults: Defaults | None = None
 
-    @app.post("/v1/images/edits")
-    async def edits(self, request: Request) -> Response:
-        """Edit one image: image → blueprint → painted image, as base64 PNG and the blueprint."""
-        self._admission.refuse_when_full()
-        wanted, data = await read_edit(request, self._config.max_request_bytes)
-        return await self._serve(wanted, self._edit(wanted, data))
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        """The routes. Serve asks for them in the replica, where the configuration is known."""
+        app = FastAPI(
+            title="Draw-In-Mind",
+            version=__version__,
+            responses=ERRORS,
+        )
+        app.add_middleware(BodyLimit, max_bytes=self._config.max_request_bytes)
+        app.add_exception_handler(HTTPException, on_http_error)
+        app.add_exception_handler(RequestValidationError, on_invalid_body)
+        app.state.admission = self._admission
 
-    @app.post("/v1/images/generations")
-    async def generations(self, request: Request) -> Response:
-        """Paint images from a text, as base64 PNG."""
-        self._admission.refuse_when_full()
-        wanted = await read_json(request, PaintRequest, self._config.max_request_bytes)
-        return await self._serve(wanted, self._generate(wanted))
+        images = APIRouter(prefix="/v1/images", route_class=AdmittingRoute, tags=["images"])
+        images.post("/edits", response_model=ImagesResponse, openapi_extra=EDIT_BODY)(self.edits)
+        images.post("/generations", response_model=ImagesResponse)(self.generations)
+        app.include_router(images)
+        app.get("/healthz", tags=["operation"])(self.healthz)
+        return describe(app)
 
-    @app.get("/healthz")
+    async def edits(self, edit: Annotated[Edit, Depends(read_edit)]) -> Response:
+        """Edit one image: image → blueprint → painted image."""
+        return await self._serve(edit.fields, self._studio.edit, edit)
+
+    async def generations(self, wanted: GenerationRequest) -> Response:
+        """Paint images from a text."""
+        return await self._serve(wanted, self._studio.generate, wanted)
+
     async def healthz(self) -> Response:
         """200 when every deployment has a running replica, else 503; what is served; the load."""
         parts = await asyncio.to_thread(running_replicas)
@@ -88,82 +92,41 @@ class Ingress:
         }
         return JSONResponse(body, status_code=200 if ready else 503)
 
-    async def _edit(self, wanted: EditRequest, data: bytes) -> Response:
-        designer = self._choose_designer(wanted)
-        source = await asyncio.to_thread(self._read_source, data)
-        defaults = await self._defaults()
-        if wanted.size not in ("auto", f"{defaults.resolution}x{defaults.resolution}"):
-            raise BadRequestError(
-                f"size: auto edits all of the image and gives it back at its own size, "
-                f"{defaults.resolution}x{defaults.resolution} its middle square; nothing else does",
-                param="size",
-            )
-        fit: Fit = "source" if wanted.size == "auto" else "square"
-        blueprint = wanted.blueprint
-        if blueprint is None and designer != NO_DESIGNER:
-            job = DesignJob(designer, source, wanted.prompt)
-            blueprint = "".join(await whole(self._designer.write.remote(job)))
-        text = blueprint or wanted.prompt
-        jobs = [
-            EditJob(image=source, text=text, fit=fit, seed=seed, **settings(wanted, defaults))
-            for seed in seeds(wanted)
-        ]
-        return respond(jobs, await together(self._painter, jobs), blueprint)
-
-    async def _generate(self, wanted: PaintRequest) -> Response:
-        defaults = await self._defaults()
-        size = self._generated_size(wanted, defaults)
-        jobs = [
-            GenerateJob(prompt=wanted.prompt, size=size, seed=seed, **settings(wanted, defaults))
-            for seed in seeds(wanted)
-        ]
-        return respond(jobs, await together(self._painter, jobs), None)
-
-    async def _serve(self, wanted: PaintRequest, work: Coroutine[Any, Any, Response]) -> Response:
-        with contextlib.closing(work):
-            if (wanted.steps or 1) > self._config.max_steps:
-                raise BadRequestError(f"steps: at most {self._config.max_steps}", param="steps")
+    async def _serve(
+        self,
+        wanted: PaintRequest,
+        work: Callable[[Any, Tell | None], Awaitable[ImagesResponse]],
+        request: Edit | GenerationRequest,
+    ) -> Response:
+        async def admitted(tell: Tell | None) -> ImagesResponse:
             with self._admission.admit(wanted.n):
                 async with asyncio.timeout(self._config.request_timeout_s):
-                    return await work
+                    return await work(request, tell)
 
-    async def _defaults(self) -> Defaults:
-        if self._painter_defaults is None:
-            self._painter_defaults = await self._painter.defaults.remote()
-        return self._painter_defaults
+        if wanted.stream:
+            return await stream(admitted)
+        answer = await admitted(None)
+        # Megabytes of base64, off the event loop.
+        body = await asyncio.to_thread(answer.model_dump_json)
+        return Response(body, media_type="application/json")
 
-    def _choose_designer(self, wanted: EditRequest) -> str:
-        designer = redact(wanted.designer or self._config.designers[0])
-        if designer not in self._config.offered:
-            raise BadRequestError(
-                f"designer: {designer!r} is not offered here; "
-                f"choose from {', '.join(self._config.offered)}",
-                param="designer",
-            )
-        return designer
 
-    def _read_source(self, data: bytes) -> bytes:
-        try:
-            return encode_png(decode_image(data, max_pixels=self._config.max_image_pixels))
-        except InputError as error:
-            raise BadRequestError(str(error), param="image") from None
+class AdmittingRoute(OpenAIErrorRoute):
+    """A route that refuses what there is no room for before anything of its body is read."""
 
-    def _generated_size(self, wanted: PaintRequest, defaults: Defaults) -> tuple[int, int]:
-        if wanted.size == "auto":
-            return defaults.resolution, defaults.resolution
-        try:
-            width, height = parse_size(wanted.size)
-        except InputError as error:
-            raise BadRequestError(str(error), param="size") from None
-        if max(width, height) > self._config.max_side:
-            raise BadRequestError(
-                f"size: a side has at most {self._config.max_side} px", param="size"
-            )
-        if width % defaults.size_multiple or height % defaults.size_multiple:
-            raise BadRequestError(
-                f"size: both sides must be multiples of {defaults.size_multiple}", param="size"
-            )
-        return width, height
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """As of ``OpenAIErrorRoute``."""
+        handle = super().get_route_handler()
+
+        async def admitting(request: Request) -> Response:
+            admission: Admission = request.app.state.admission
+            try:
+                admission.refuse_when_full()
+            except Exception as error:
+                return error_response(error)
+            return await handle(request)
+
+        return admitting
 
 
 def build(args: ServingConfig | dict[str, Any]) -> Application:
@@ -189,7 +152,7 @@ def build(args: ServingConfig | dict[str, Any]) -> Application:
         max_ongoing_requests=4 * config.max_pending,
         max_queued_requests=4 * config.max_pending,
         backpressure_config={"status_code": 429, "retry_after_s": 2},
-    )(Ingress)
+    )(serve.ingress()(Ingress))
     return ingress.bind(config, designer.bind(config), painter.bind(config))
 
 
