@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from PIL import Image
 
+from dim import provenance
+
 OutputFormat = Literal["png", "jpeg", "webp"]
 
 LOSSLESS = 100
@@ -40,7 +42,8 @@ PNG = Output()
 def encode(image: Image.Image, output: Output) -> bytes:
     """``image``, of mode RGB, as a file; it takes time and belongs off the event loop."""
     buffer = io.BytesIO()
-    image.save(buffer, format=output.format, **_options(output))
+    said = provenance.save_options(output.format, dict(output.metadata))
+    image.save(buffer, format=output.format, **_options(output), **said)
     return buffer.getvalue()
 
 

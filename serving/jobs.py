@@ -88,6 +88,7 @@ class Defaults:
     ``resolution``: side of a square edit, in pixels. ``size_multiple``: what the sides of an image
     whose size is asked for must be multiples of (pixels per token of the painter).
     ``image_tokens``: as which the understanding model sees a source, whatever its size.
+    ``model_hash``: of the model's folder, see ``infra.models.fingerprint``.
     """
 
     resolution: int
@@ -95,6 +96,7 @@ class Defaults:
     steps: int
     guidance_scale: float
     image_tokens: int
+    model_hash: str
 
 
 JobT = TypeVar("JobT")

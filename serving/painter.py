@@ -13,7 +13,7 @@ from ray import serve
 from dim import model as models
 from dim.devices import best_device
 from dim.images import decode_image
-from infra.models import on_this_machine
+from infra.models import fingerprint, on_this_machine
 from serving.config import ServingConfig
 from serving.encoding import encode
 from serving.jobs import Defaults, EditJob, GenerateJob, Painted, in_groups, unwrap
@@ -30,6 +30,7 @@ class PainterDeployment:
             dtype=config.dtype,
             lora=config.lora,
         )
+        self._model_hash = fingerprint(config.model)
         self._worker = ThreadPoolExecutor(max_workers=1)
         batched = serve.batch(
             max_batch_size=config.max_batch_size, batch_wait_timeout_s=config.batch_wait_s
@@ -46,6 +47,7 @@ class PainterDeployment:
             steps=sampling.steps,
             guidance_scale=sampling.guidance_scale,
             image_tokens=image_tokens(self._model),
+            model_hash=self._model_hash,
         )
 
     def count_tokens(self, texts: Sequence[str]) -> int:

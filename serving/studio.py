@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import hashlib
 import secrets
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
 from ray.serve.handle import DeploymentHandle
 
+from dim import __version__
 from dim.errors import InputError
 from dim.images import parse_size
 from dim.model.config import Fit
@@ -107,6 +109,7 @@ class Studio:
         output = self._output(wanted, size, mask=mask is not None)
         blueprint = await self._blueprint(wanted, designer, source, tell)
         text = blueprint or wanted.prompt
+        settings = self._settings(wanted, defaults)
         jobs = [
             EditJob(
                 image=source.image,
@@ -114,8 +117,8 @@ class Studio:
                 fit=fit,
                 mask=mask,
                 seed=seed,
-                output=output,
-                **self._settings(wanted, defaults),
+                output=self._signed(output, seed, settings, defaults, blueprint),
+                **settings,
             )
             for seed in seeds(wanted)
         ]
@@ -130,13 +133,14 @@ class Studio:
         defaults = await self._defaults()
         size = self._size(wanted.size, defaults) or (defaults.resolution, defaults.resolution)
         output = self._output(wanted, size)
+        settings = self._settings(wanted, defaults)
         jobs = [
             GenerateJob(
                 prompt=wanted.prompt,
                 size=size,
                 seed=seed,
-                output=output,
-                **self._settings(wanted, defaults),
+                output=self._signed(output, seed, settings, defaults, None),
+                **settings,
             )
             for seed in seeds(wanted)
         ]
@@ -217,6 +221,27 @@ class Studio:
                 param="output_format",
             )
         return output
+
+    def _signed(
+        self,
+        output: Output,
+        seed: int,
+        settings: Mapping[str, Any],
+        defaults: Defaults,
+        blueprint: str | None,
+    ) -> Output:
+        """``output`` with what the file says of itself."""
+        said = {
+            "model": self._config.model_name,
+            "model_hash": defaults.model_hash,
+            "version": __version__,
+            "seed": str(seed),
+            "steps": str(settings["steps"]),
+            "guidance_scale": str(settings["guidance_scale"]),
+        }
+        if blueprint is not None:
+            said["blueprint_sha256"] = hashlib.sha256(blueprint.encode()).hexdigest()
+        return replace(output, metadata=tuple(said.items()))
 
     async def _blueprint(
         self, wanted: EditFields, designer: str, source: Source, tell: Tell | None

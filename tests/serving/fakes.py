@@ -17,8 +17,13 @@ from serving.encoding import encode
 from serving.jobs import Defaults, DesignJob, EditJob, GenerateJob, Painted, Preview
 
 DEFAULTS = Defaults(
-    resolution=64, size_multiple=16, steps=5, guidance_scale=2.0, image_tokens=16
-)  # fmt: skip
+    resolution=64,
+    size_multiple=16,
+    steps=5,
+    guidance_scale=2.0,
+    image_tokens=16,
+    model_hash="cafe",
+)
 BLUEPRINT = "\n\n".join(
     f"{number}. {title}: {title.lower()} of it"
     for number, title in enumerate(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 from typing import Any
 
 import httpx
 import pytest
 from PIL import Image
 
+from dim import __version__, provenance
 from dim.images import encode_png
 from serving.jobs import EditJob, GenerateJob
 from tests.serving.fakes import BLUEPRINT, Server, data_url, opened, picture
@@ -110,6 +113,24 @@ def test_every_output_format(server: Server, name: str) -> None:
     answer = generate(server, output_format=name).json()
     assert answer["output_format"] == name
     assert opened(answer["data"][0]["b64_json"]).format == name.upper()
+
+
+@pytest.mark.parametrize("name", ["png", "jpeg", "webp"])
+def test_an_image_says_by_whom_it_was_painted(server: Server, name: str) -> None:
+    items = edit(server, output_format=name, seed=8, n=2, steps=3).json()["data"]
+    said = [provenance.read(base64.b64decode(item["b64_json"])) for item in items]
+    assert said[0] == {
+        "model": "edit2",
+        "model_hash": "cafe",
+        "version": __version__,
+        "seed": "8",
+        "steps": "3",
+        "guidance_scale": "2.0",
+        "blueprint_sha256": hashlib.sha256(BLUEPRINT.encode()).hexdigest(),
+    }
+    assert said[1] == {**said[0], "seed": "9"}
+    generated = generate(server, output_format=name).json()["data"][0]["b64_json"]
+    assert "blueprint_sha256" not in (provenance.read(base64.b64decode(generated)) or {})
 
 
 def test_compression_reaches_the_file(server: Server) -> None:
