@@ -2,7 +2,11 @@
 
 POST /v1/images/edits        a form or JSON: image, prompt; OpenAI's fields, and designer, blueprint
 POST /v1/images/generations  JSON: prompt; OpenAI's fields
-GET  /healthz                is every part ready, and what is served
+POST /v1/blueprints          a form or JSON: image, prompt; the blueprint alone
+POST /v1/blueprints/check    JSON: blueprint; is it one, else which section is wrong
+GET  /v1/models              what is served; also /v1/models/NAME
+GET  /livez, /readyz         does the process answer; can it paint
+GET  /healthz                is every part running, and how much work is in
 GET  /docs, /openapi.json    the same for people and for generators of clients
 """
 
@@ -11,11 +15,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 from ray import serve
 from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
@@ -25,16 +30,28 @@ from dim import __version__
 from dim.config import validate_config
 from serving.admission import Admission
 from serving.body_limit import BodyLimit
+from serving.checks import check
 from serving.config import ServingConfig
 from serving.designer import DesignerDeployment
 from serving.errors import OpenAIErrorRoute, error_response, on_http_error, on_invalid_body
 from serving.events import Tell, stream
-from serving.openapi import EDIT_BODY, ERRORS, describe
+from serving.openapi import BLUEPRINT, EDIT, ERRORS, describe
+from serving.operation import Operation
 from serving.painter import PainterDeployment
-from serving.protocol import GenerationRequest, ImagesResponse, PaintRequest
-from serving.replicas import running_replicas
-from serving.requests import Edit, read_edit
+from serving.protocol import (
+    Asked,
+    BlueprintResponse,
+    CheckRequest,
+    CheckResponse,
+    GenerationRequest,
+    Health,
+    ImagesResponse,
+    PaintRequest,
+)
+from serving.requests import Design, Edit, read_design, read_edit
 from serving.studio import Studio
+
+RequestT = TypeVar("RequestT", Edit, GenerationRequest, Design)
 
 
 class Ingress:
@@ -49,6 +66,7 @@ class Ingress:
         self._config = config
         self._studio = Studio(config, designer, painter)
         self._admission = Admission(config.max_pending)
+        self._operation = Operation(config, painter, self._admission)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """The routes. Serve asks for them in the replica, where the configuration is known."""
@@ -63,10 +81,26 @@ class Ingress:
         app.state.admission = self._admission
 
         images = APIRouter(prefix="/v1/images", route_class=AdmittingRoute, tags=["images"])
-        images.post("/edits", response_model=ImagesResponse, openapi_extra=EDIT_BODY)(self.edits)
+        images.post("/edits", response_model=ImagesResponse, openapi_extra=EDIT)(self.edits)
         images.post("/generations", response_model=ImagesResponse)(self.generations)
         app.include_router(images)
-        app.get("/healthz", tags=["operation"])(self.healthz)
+
+        blueprints = APIRouter(route_class=AdmittingRoute, tags=["blueprints"])
+        blueprints.post(
+            "/v1/blueprints", response_model=BlueprintResponse, openapi_extra=BLUEPRINT
+        )(self.blueprints)
+        app.include_router(blueprints)
+        checks = APIRouter(route_class=OpenAIErrorRoute, tags=["blueprints"])
+        checks.post("/v1/blueprints/check")(self.check_blueprint)
+        app.include_router(checks)
+
+        operation = APIRouter(route_class=OpenAIErrorRoute, tags=["operation"])
+        operation.get("/v1/models")(self._operation.models)
+        operation.get("/v1/models/{model}")(self._operation.model)
+        operation.get("/livez")(self._operation.livez)
+        operation.get("/readyz", responses={503: {"model": Health}})(self._operation.readyz)
+        operation.get("/healthz", response_class=JSONResponse)(self._operation.healthz)
+        app.include_router(operation)
         return describe(app)
 
     async def edits(self, edit: Annotated[Edit, Depends(read_edit)]) -> Response:
@@ -77,29 +111,24 @@ class Ingress:
         """Paint images from a text."""
         return await self._serve(wanted, self._studio.generate, wanted)
 
-    async def healthz(self) -> Response:
-        """200 when every deployment has a running replica, else 503; what is served; the load."""
-        parts = await asyncio.to_thread(running_replicas)
-        ready = all(parts.values())
-        body = {
-            "status": "ready" if ready else "not ready",
-            "model": self._config.model_name,
-            "version": __version__,
-            "designers": self._config.offered,
-            "running_replicas": parts,
-            "pending_images": self._admission.pending,
-            "max_pending_images": self._admission.limit,
-        }
-        return JSONResponse(body, status_code=200 if ready else 503)
+    async def blueprints(self, design: Annotated[Design, Depends(read_design)]) -> Response:
+        """Have the blueprint of an edit written, without painting it."""
+        return await self._serve(design.fields, self._studio.design, design)
+
+    async def check_blueprint(self, wanted: CheckRequest) -> CheckResponse:
+        """Whether a text is a blueprint; if not, what is wrong and in which section."""
+        return await asyncio.to_thread(check, wanted)
 
     async def _serve(
         self,
-        wanted: PaintRequest,
-        work: Callable[[Any, Tell | None], Awaitable[ImagesResponse]],
-        request: Edit | GenerationRequest,
+        wanted: Asked,
+        work: Callable[[RequestT, Tell | None], Awaitable[BaseModel]],
+        request: RequestT,
     ) -> Response:
-        async def admitted(tell: Tell | None) -> ImagesResponse:
-            with self._admission.admit(wanted.n):
+        images = wanted.n if isinstance(wanted, PaintRequest) else 1
+
+        async def admitted(tell: Tell | None) -> BaseModel:
+            with self._admission.admit(images):
                 async with asyncio.timeout(self._config.request_timeout_s):
                     return await work(request, tell)
 

@@ -8,7 +8,13 @@ from fastapi import FastAPI
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from serving.protocol import EditForm, EditRequest, ErrorResponse
+from serving.protocol import (
+    BlueprintForm,
+    BlueprintRequest,
+    EditForm,
+    EditRequest,
+    ErrorResponse,
+)
 
 _REF = "#/components/schemas/{model}"
 
@@ -17,26 +23,29 @@ ERRORS: dict[int | str, dict[str, Any]] = {
     "5XX": {"model": ErrorResponse, "description": "What the server could not do."},
 }
 
-# FastAPI knows a route with a form and one with JSON, but none with either.
-_BODIES: dict[str, type[BaseModel]] = {
-    "multipart/form-data": EditForm,
-    "application/json": EditRequest,
-}
-EDIT_BODY = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            kind: {"schema": {"$ref": _REF.format(model=model.__name__)}}
-            for kind, model in _BODIES.items()
-        },
+
+def _either(form: type[BaseModel], json: type[BaseModel]) -> dict[str, Any]:
+    """FastAPI knows a route with a form and one with JSON, but none with either."""
+    bodies = {"multipart/form-data": form, "application/json": json}
+    content = {
+        kind: {"schema": {"$ref": _REF.format(model=model.__name__)}}
+        for kind, model in bodies.items()
     }
-}
+    return {"requestBody": {"required": True, "content": content}}
+
+
+EDIT = _either(EditForm, EditRequest)
+BLUEPRINT = _either(BlueprintForm, BlueprintRequest)
 
 
 def describe(app: FastAPI) -> FastAPI:
     """``app`` with a schema that has the bodies which it does not read itself."""
     _, bodies = models_json_schema(
-        [(model, "validation") for model in _BODIES.values()], ref_template=_REF
+        [
+            (model, "validation")
+            for model in (EditForm, EditRequest, BlueprintForm, BlueprintRequest)
+        ],
+        ref_template=_REF,
     )
     schema = app.openapi()  # kept by the application, and given out from then on
     schema["components"]["schemas"].update(bodies["$defs"])

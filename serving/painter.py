@@ -31,6 +31,7 @@ class PainterDeployment:
             lora=config.lora,
         )
         self._model_hash = fingerprint(config.model)
+        self._warm = False
         self._worker = ThreadPoolExecutor(max_workers=1)
         batched = serve.batch(
             max_batch_size=config.max_batch_size, batch_wait_timeout_s=config.batch_wait_s
@@ -49,6 +50,16 @@ class PainterDeployment:
             image_tokens=image_tokens(self._model),
             model_hash=self._model_hash,
         )
+
+    async def warm(self) -> None:
+        """Return once this replica has painted an image: what is slow the first time was then."""
+        if not self._warm:
+            side = self._model.config.sampling.resolution
+            job = GenerateJob(
+                prompt="a warm-up", size=(side, side), seed=0, steps=1, guidance_scale=1.0
+            )
+            async for _ in self.paint(job):
+                self._warm = True
 
     def count_tokens(self, texts: Sequence[str]) -> int:
         """Tokens that the understanding model reads of ``texts`` together."""

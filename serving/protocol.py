@@ -86,11 +86,28 @@ class Body(BaseModel):
         return given
 
 
-class PaintRequest(Body):
-    """What edits and generations have in common."""
+class Asked(Body):
+    """What all requests to the model have in common."""
 
     prompt: str = Field(min_length=1, max_length=MAX_TEXT)
     model: str | None = Field(None, description="The served model's name, or `dim`.")
+    stream: Annotated[bool, Truth] = Field(
+        False, description="Answer in server-sent events, as things come about."
+    )
+    user: str | None = Field(None, description="Accepted; nothing here looks at it.")
+    safety_identifier: str | None = Field(None, description="Accepted; nothing looks at it.")
+
+    @field_validator("prompt")
+    @classmethod
+    def _says_something(cls, prompt: str) -> str:
+        if not prompt.strip():
+            raise ValueError("the prompt is blank")
+        return prompt
+
+
+class PaintRequest(Asked):
+    """What edits and generations have in common."""
+
     n: Annotated[int, Number] = Field(1, ge=1, le=MAX_IMAGES)
     size: str = Field("auto", description="`auto` or WIDTHxHEIGHT in pixels.")
     quality: Quality = Field(
@@ -105,9 +122,6 @@ class PaintRequest(Body):
     )
     background: Literal["auto", "opaque"] = "auto"
     response_format: Literal["b64_json", "url"] = "b64_json"
-    stream: Annotated[bool, Truth] = Field(
-        False, description="Answer in server-sent events, as things come about."
-    )
     partial_images: Annotated[int, Number] = Field(
         0, ge=0, le=MAX_PARTIAL_IMAGES, description="In a stream: unfinished images, on the way."
     )
@@ -119,8 +133,6 @@ class PaintRequest(Body):
     negative_prompt: str | None = Field(
         None, max_length=MAX_TEXT, description="What to paint away from."
     )
-    user: str | None = Field(None, description="Accepted; nothing here looks at it.")
-    safety_identifier: str | None = Field(None, description="Accepted; nothing looks at it.")
     moderation: Literal["auto", "low"] | None = Field(
         None, description="Accepted; nothing is moderated here."
     )
@@ -139,13 +151,6 @@ class PaintRequest(Body):
                 "twice", "It is given as num_inference_steps too", {"field": "steps"}
             )
         return values
-
-    @field_validator("prompt")
-    @classmethod
-    def _says_something(cls, prompt: str) -> str:
-        if not prompt.strip():
-            raise ValueError("the prompt is blank")
-        return prompt
 
     @field_validator("background", mode="before")
     @classmethod
@@ -209,6 +214,81 @@ class EditForm(EditFields):
     mask: UploadFile | None = Field(
         None, description="A picture of the image's size; where it is transparent may change."
     )
+
+
+class BlueprintFields(Asked):
+    """A blueprint to be written, but for its picture."""
+
+    designer: str | None = Field(None, description="One that the server offers.")
+
+
+class BlueprintRequest(BlueprintFields):
+    """The JSON body of a blueprint."""
+
+    images: tuple[ImageReference, ...] = Field(description="Exactly one.")
+
+
+class BlueprintForm(BlueprintFields):
+    """The form of a blueprint."""
+
+    image: UploadFile = Field(validation_alias=AliasChoices("image", "image[]"))
+
+
+class CheckRequest(Body):
+    """A text that may be a blueprint."""
+
+    blueprint: str = Field(max_length=MAX_TEXT)
+    prompt: str | None = Field(
+        None, max_length=MAX_TEXT, description="Section 1 of a text that begins with section 2."
+    )
+
+
+SectionName = Literal["instruction", "global_layout", "local_objects", "edit_area", "imagination"]
+
+
+class BlueprintResponse(BaseModel):
+    """A blueprint: as text, and by its sections."""
+
+    object: Literal["blueprint"] = "blueprint"
+    blueprint: str
+    sections: dict[SectionName, str]
+    designer: str
+
+
+class CheckResponse(BaseModel):
+    """Whether a text is a blueprint; if not, what is wrong and in which section."""
+
+    valid: bool
+    section: SectionName | None
+    message: str
+    blueprint: str | None = Field(description="As it is painted from, without decoration.")
+
+
+class Model(BaseModel):
+    """The served model. The last four fields are ours."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int = Field(description="When the server started, in seconds since the epoch.")
+    owned_by: Literal["dim"] = "dim"
+    version: str
+    designers: list[str]
+    max_steps: int
+    max_side: int
+
+
+class Models(BaseModel):
+    """All models that are served: one."""
+
+    object: Literal["list"] = "list"
+    data: list[Model]
+
+
+class Health(BaseModel):
+    """Whether the server can be used, and if not, why."""
+
+    status: Literal["alive", "ready", "not ready"]
+    message: str | None = None
 
 
 class TokenDetails(BaseModel):

@@ -8,6 +8,7 @@ import json
 import re
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
 
 from fastapi import Request
 from starlette.datastructures import FormData, UploadFile
@@ -15,6 +16,10 @@ from starlette.exceptions import HTTPException
 
 from serving.errors import BadRequestError, UnsupportedMediaTypeError, is_json, media_type
 from serving.protocol import (
+    Asked,
+    BlueprintFields,
+    BlueprintForm,
+    BlueprintRequest,
     EditFields,
     EditForm,
     EditRequest,
@@ -38,6 +43,14 @@ class Edit:
     mask: bytes | None
 
 
+@dataclass(frozen=True)
+class Design:
+    """A blueprint's fields and the encoded picture that it is about."""
+
+    fields: BlueprintFields
+    image: bytes
+
+
 async def read_edit(request: Request) -> Edit:
     """The edit that a body asks for, of either kind.
 
@@ -45,16 +58,28 @@ async def read_edit(request: Request) -> Edit:
         UnsupportedMediaTypeError: it is neither a form nor JSON.
         BadRequestError: it is not what it says, has no image or several, or a field is wrong.
     """
+    return Edit(*await _read(request, EditForm, EditRequest))
+
+
+async def read_design(request: Request) -> Design:
+    """The blueprint that a body asks for, of either kind; errors as of ``read_edit``."""
+    fields, image, _ = await _read(request, BlueprintForm, BlueprintRequest)
+    return Design(fields, image)
+
+
+async def _read(
+    request: Request, form: type[Asked], pictured: type[Asked]
+) -> tuple[Any, bytes, bytes | None]:
     if media_type(request) == "multipart/form-data":
-        return await _read_form(request)
+        return await _read_form(request, form)
     if is_json(request):
-        return _read_json(await request.body())
+        return _read_json(await request.body(), pictured)
     raise UnsupportedMediaTypeError(
         "the body must be multipart/form-data with an image and a prompt, or application/json"
     )
 
 
-async def _read_form(request: Request) -> Edit:
+async def _read_form(request: Request, model: type[Asked]) -> tuple[Any, bytes, bytes | None]:
     try:
         async with request.form(max_files=MAX_FILES, max_fields=MAX_FIELDS) as form:
             values = _only_once(form)
@@ -64,7 +89,7 @@ async def _read_form(request: Request) -> Edit:
         if error.status_code != 400:
             raise
         raise BadRequestError(f"the body is not valid multipart: {error.detail}") from None
-    return Edit(checked(EditForm, values), image, mask)
+    return checked(model, values), image, mask
 
 
 def _only_once(form: FormData) -> dict[str, UploadFile | str]:
@@ -87,17 +112,18 @@ async def _file(values: dict[str, UploadFile | str], name: str) -> bytes:
     return await value.read()
 
 
-def _read_json(body: bytes) -> Edit:
+def _read_json(body: bytes, model: type[Asked]) -> tuple[Any, bytes, bytes | None]:
     try:
         values = json.loads(body)
     except (ValueError, RecursionError):
         raise BadRequestError("the body is not valid JSON") from None
-    fields = checked(EditRequest, values)
+    fields = checked(model, values)
+    assert isinstance(fields, EditRequest | BlueprintRequest)
     if len(fields.images) != 1:
         raise _not_one_image(len(fields.images))
     image = read_data_url(fields.images[0], "images[0]")
-    mask = None if fields.mask is None else read_data_url(fields.mask, "mask")
-    return Edit(fields, image, mask)
+    mask = fields.mask if isinstance(fields, EditRequest) else None
+    return fields, image, None if mask is None else read_data_url(mask, "mask")
 
 
 def read_data_url(reference: ImageReference, name: str) -> bytes:

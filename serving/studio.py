@@ -15,11 +15,13 @@ from typing import Any, Literal
 from ray.serve.handle import DeploymentHandle
 
 from dim import __version__
+from dim.blueprint import Blueprint
 from dim.errors import InputError
 from dim.images import parse_size
 from dim.model.config import Fit
 from dim.model.sizes import Size, nearest_shape
 from dim.redaction import redact
+from serving.checks import sections
 from serving.config import NO_DESIGNER, ServingConfig
 from serving.encoding import LONGEST_SIDE, Output
 from serving.errors import BadRequestError, NotFoundError
@@ -27,8 +29,10 @@ from serving.events import Tell
 from serving.jobs import Defaults, DesignJob, EditJob, GenerateJob, Painted
 from serving.protocol import (
     MAX_SEED,
+    Asked,
     BlueprintDelta,
     BlueprintDone,
+    BlueprintResponse,
     Completed,
     EditFields,
     GenerationRequest,
@@ -38,7 +42,7 @@ from serving.protocol import (
     PartialImage,
 )
 from serving.replicas import paint, write
-from serving.requests import Edit
+from serving.requests import Design, Edit
 from serving.sources import Source, read_mask, read_source
 from serving.usage import Tokens, painted_tokens
 
@@ -147,7 +151,25 @@ class Studio:
         work = Work("image_generation", jobs, [wanted.prompt], None, size, size)
         return await self._paint(wanted, work, tell)
 
-    def _check(self, wanted: PaintRequest) -> None:
+    async def design(self, design: Design, tell: Tell | None = None) -> BlueprintResponse:
+        """Have a blueprint written; errors as of ``edit``."""
+        wanted = design.fields
+        self._check_model(wanted)
+        designer = self._choose_designer(wanted.designer)
+        if designer == NO_DESIGNER:
+            raise BadRequestError(
+                f"designer: {NO_DESIGNER!r} writes no blueprint; "
+                f"choose from {', '.join(self._config.offered)}",
+                param="designer",
+            )
+        source = await asyncio.to_thread(read_source, design.image, self._config.max_image_pixels)
+        job = DesignJob(designer, source.image, wanted.prompt, self._deadline())
+        text = await self._write(job, "blueprint", tell)
+        return BlueprintResponse(
+            blueprint=text, sections=sections(Blueprint.parse(text)), designer=designer
+        )
+
+    def _check_model(self, wanted: Asked) -> None:
         known = (None, ALIAS, self._config.model_name)
         if wanted.model not in known:
             raise NotFoundError(
@@ -155,6 +177,9 @@ class Studio:
                 param="model",
                 code="model_not_found",
             )
+
+    def _check(self, wanted: PaintRequest) -> None:
+        self._check_model(wanted)
         if (wanted.steps or 1) > self._config.max_steps:
             raise BadRequestError(f"steps: at most {self._config.max_steps}", param="steps")
         if wanted.response_format == "url":

@@ -75,12 +75,17 @@ class FakePainter:
         self.defaults = Method(self._defaults)
         self.count_tokens = Method(self._count_tokens)
         self.paint = Method(self._paint)
+        self.warm = Method(self._warm)
 
     def options(self, **_: object) -> FakePainter:
         return self
 
     async def _defaults(self) -> Defaults:
         return DEFAULTS
+
+    async def _warm(self) -> None:
+        if self.error is not None:
+            raise self.error
 
     async def _count_tokens(self, texts: Sequence[str]) -> int:
         return sum(len(text.split()) for text in texts)

@@ -252,6 +252,22 @@ def test_asynchronous_clients_are_served(server: Server) -> None:
     assert sorted(asyncio.run(ask())) == [1, 2]
 
 
+def test_models_and_blueprints_of_the_sdk(client: openai.OpenAI, http: httpx.Client) -> None:
+    (model,) = client.models.list()
+    assert client.models.retrieve("dim").id == model.id == http.get("/healthz").json()["model"]
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("gpt-image-1")
+    data = {"prompt": sample(0).instruction, "designer": "oracle"}
+    files = {"image": ("a.png", encode_png(picture(0)))}
+    answer = http.post("/v1/blueprints", data=data, files=files).json()
+    assert Blueprint(**answer["sections"]).render() == answer["blueprint"]
+
+
+def test_the_server_is_ready_once_it_has_painted(http: httpx.Client) -> None:
+    wait_for(lambda: http.get("/readyz").status_code == 200)
+    assert http.get("/livez").json()["status"] == "alive"
+
+
 def test_an_edit_in_json_is_the_edit_of_a_form(http: httpx.Client) -> None:
     data = encode_png(picture(0))
     url = f"data:image/png;base64,{base64.b64encode(data).decode()}"
@@ -473,7 +489,8 @@ def test_a_full_server_says_429_and_when_to_come_back(
         full = pool.submit(
             lambda: client.images.generate(prompt="a", n=10, extra_body={"steps": 40})
         )
-        wait_for(lambda: pending(http) == 10)
+        wait_for(lambda: full.done() or pending(http) == 10)
+        assert not full.done(), full.result()
         refused = post_edit(http, encode_png(picture(0)))
         health = http.get("/healthz")
         painted = full.result()
