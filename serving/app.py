@@ -4,6 +4,7 @@ POST /v1/images/edits        a form or JSON: image, prompt; OpenAI's fields, and
 POST /v1/images/generations  JSON: prompt; OpenAI's fields
 POST /v1/blueprints          a form or JSON: image, prompt; the blueprint alone
 POST /v1/blueprints/check    JSON: blueprint; is it one, else which section is wrong
+GET  /v1/jobs/ID             what has become of a request with ?async=true; DELETE cancels it
 GET  /v1/models              what is served; also /v1/models/NAME
 GET  /livez, /readyz         does the process answer; can it paint
 GET  /healthz                is every part running, and how much work is in
@@ -13,11 +14,12 @@ GET  /docs, /openapi.json    the same for people and for generators of clients
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable, Coroutine
 from functools import partial
 from typing import Annotated, Any, TypeVar
 
-from fastapi import APIRouter, Depends, FastAPI, Request, Response
+from fastapi import APIRouter, Depends, FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
@@ -29,11 +31,18 @@ from starlette.exceptions import HTTPException
 from dim import __version__
 from dim.config import validate_config
 from serving.admission import Admission
+from serving.background import Background
 from serving.body_limit import BodyLimit
 from serving.checks import check
 from serving.config import ServingConfig
 from serving.designer import DesignerDeployment
-from serving.errors import OpenAIErrorRoute, error_response, on_http_error, on_invalid_body
+from serving.errors import (
+    BadRequestError,
+    OpenAIErrorRoute,
+    error_response,
+    on_http_error,
+    on_invalid_body,
+)
 from serving.events import Tell, stream
 from serving.openapi import BLUEPRINT, EDIT, ERRORS, describe
 from serving.operation import Operation
@@ -46,11 +55,16 @@ from serving.protocol import (
     GenerationRequest,
     Health,
     ImagesResponse,
+    Job,
     PaintRequest,
 )
 from serving.requests import Design, Edit, read_design, read_edit
 from serving.studio import Studio
 
+LATER: dict[int | str, dict[str, Any]] = {
+    202: {"model": Job, "description": "With `async=true`: the job that was begun."}
+}
+Later = Annotated[bool, Query(alias="async", description="Answer at once with a job.")]
 RequestT = TypeVar("RequestT", Edit, GenerationRequest, Design)
 
 
@@ -66,6 +80,7 @@ class Ingress:
         self._config = config
         self._studio = Studio(config, designer, painter)
         self._admission = Admission(config.max_pending)
+        self._background = Background(config)
         self._operation = Operation(config, painter, self._admission)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -81,18 +96,27 @@ class Ingress:
         app.state.admission = self._admission
 
         images = APIRouter(prefix="/v1/images", route_class=AdmittingRoute, tags=["images"])
-        images.post("/edits", response_model=ImagesResponse, openapi_extra=EDIT)(self.edits)
-        images.post("/generations", response_model=ImagesResponse)(self.generations)
+        answers: Any = {"response_model": ImagesResponse, "responses": LATER}
+        images.post("/edits", **answers, openapi_extra=EDIT)(self.edits)
+        images.post("/generations", **answers)(self.generations)
         app.include_router(images)
 
         blueprints = APIRouter(route_class=AdmittingRoute, tags=["blueprints"])
         blueprints.post(
-            "/v1/blueprints", response_model=BlueprintResponse, openapi_extra=BLUEPRINT
+            "/v1/blueprints",
+            response_model=BlueprintResponse,
+            responses=LATER,
+            openapi_extra=BLUEPRINT,
         )(self.blueprints)
         app.include_router(blueprints)
         checks = APIRouter(route_class=OpenAIErrorRoute, tags=["blueprints"])
         checks.post("/v1/blueprints/check")(self.check_blueprint)
         app.include_router(checks)
+
+        jobs = APIRouter(prefix="/v1/jobs", route_class=OpenAIErrorRoute, tags=["jobs"])
+        jobs.get("/{id}", response_model=Job)(self.job)
+        jobs.delete("/{id}", response_model=Job)(self.cancel_job)
+        app.include_router(jobs)
 
         operation = APIRouter(route_class=OpenAIErrorRoute, tags=["operation"])
         operation.get("/v1/models")(self._operation.models)
@@ -103,41 +127,73 @@ class Ingress:
         app.include_router(operation)
         return describe(app)
 
-    async def edits(self, edit: Annotated[Edit, Depends(read_edit)]) -> Response:
+    async def edits(
+        self, edit: Annotated[Edit, Depends(read_edit)], later: Later = False
+    ) -> Response:
         """Edit one image: image → blueprint → painted image."""
-        return await self._serve(edit.fields, self._studio.edit, edit)
+        return await self._serve(edit.fields, self._studio.edit, edit, later)
 
-    async def generations(self, wanted: GenerationRequest) -> Response:
+    async def generations(self, wanted: GenerationRequest, later: Later = False) -> Response:
         """Paint images from a text."""
-        return await self._serve(wanted, self._studio.generate, wanted)
+        return await self._serve(wanted, self._studio.generate, wanted, later)
 
-    async def blueprints(self, design: Annotated[Design, Depends(read_design)]) -> Response:
+    async def blueprints(
+        self, design: Annotated[Design, Depends(read_design)], later: Later = False
+    ) -> Response:
         """Have the blueprint of an edit written, without painting it."""
-        return await self._serve(design.fields, self._studio.design, design)
+        return await self._serve(design.fields, self._studio.design, design, later)
 
     async def check_blueprint(self, wanted: CheckRequest) -> CheckResponse:
         """Whether a text is a blueprint; if not, what is wrong and in which section."""
         return await asyncio.to_thread(check, wanted)
+
+    async def job(self, id: str) -> Response:
+        """What has become of an asynchronous job."""
+        return await as_json(await self._background.find(id))
+
+    async def cancel_job(self, id: str) -> Response:
+        """End an asynchronous job."""
+        return await as_json(await self._background.cancel(id))
 
     async def _serve(
         self,
         wanted: Asked,
         work: Callable[[RequestT, Tell | None], Awaitable[BaseModel]],
         request: RequestT,
+        later: bool,
     ) -> Response:
         images = wanted.n if isinstance(wanted, PaintRequest) else 1
 
+        async def limited(tell: Tell | None) -> BaseModel:
+            async with asyncio.timeout(self._config.request_timeout_s):
+                return await work(request, tell)
+
         async def admitted(tell: Tell | None) -> BaseModel:
             with self._admission.admit(images):
-                async with asyncio.timeout(self._config.request_timeout_s):
-                    return await work(request, tell)
+                return await limited(tell)
 
+        if later:
+            return await self._put_off(wanted, images, partial(limited, None))
         if wanted.stream:
             return await stream(admitted)
-        answer = await admitted(None)
-        # Megabytes of base64, off the event loop.
-        body = await asyncio.to_thread(answer.model_dump_json)
-        return Response(body, media_type="application/json")
+        return await as_json(await admitted(None))
+
+    async def _put_off(
+        self, wanted: Asked, images: int, work: Callable[[], Awaitable[BaseModel]]
+    ) -> Response:
+        if wanted.stream:
+            raise BadRequestError("stream: nobody waits for an asynchronous job", param="stream")
+        self._background.check()
+        places = contextlib.ExitStack()
+        places.enter_context(self._admission.admit(images))
+        job = await self._background.start(work, places.close)
+        return await as_json(job, 202, {"Location": f"/v1/jobs/{job.id}"})
+
+
+async def as_json(answer: BaseModel, status: int = 200, headers: Any = None) -> Response:
+    """``answer`` as a response. Megabytes of base64 are written off the event loop."""
+    body = await asyncio.to_thread(answer.model_dump_json)
+    return Response(body, status, headers, media_type="application/json")
 
 
 class AdmittingRoute(OpenAIErrorRoute):

@@ -21,7 +21,7 @@ from ray.serve.exceptions import (
 )
 from starlette.exceptions import HTTPException
 
-from dim.errors import DesignerError, DimError
+from dim.errors import DesignerError, DimError, StorageError
 from dim.failures import find_dim_error
 
 logger = logging.getLogger("ray.serve")
@@ -82,6 +82,9 @@ def error_response(error: BaseException) -> JSONResponse:
     if isinstance(known, DesignerError):
         # The same question to the same designer costs again and answers the same: say so to SDKs.
         return answer(502, str(known), "designer_error", code="designer_failed", retry=False)
+    if isinstance(known, StorageError):
+        logger.error("the object store failed", exc_info=error)
+        return answer(503, "the object store does not take images", "server_error")
     if known is not None:
         param = getattr(known, "param", None)
         return answer(400, str(known), "invalid_request_error", param=param)
@@ -146,7 +149,7 @@ def on_http_error(_request: Request, error: Exception) -> JSONResponse:
 def on_invalid_body(request: Request, error: Exception) -> JSONResponse:
     """What FastAPI found wrong with a body that it read itself."""
     errors = error.errors() if isinstance(error, RequestValidationError) else []
-    if not is_json(request):
+    if errors and errors[0]["loc"][0] == "body" and not is_json(request):
         return error_response(UnsupportedMediaTypeError("the body must be application/json"))
     return error_response(wrong_field(errors))
 
@@ -164,7 +167,7 @@ def media_type(request: Request) -> str:
 def wrong_field(errors: Sequence[Any]) -> BadRequestError:
     """What is said of the first of pydantic's ``errors``."""
     first = errors[0]
-    where = [part for part in first["loc"] if part != "body"]
+    where = [part for part in first["loc"] if part not in ("body", "query")]
     where += [field] if (field := first.get("ctx", {}).get("field")) else []
     if first["type"] == "json_invalid":
         return BadRequestError("the body is not valid JSON")

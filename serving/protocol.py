@@ -291,6 +291,15 @@ class Health(BaseModel):
     message: str | None = None
 
 
+class ErrorBody(BaseModel):
+    """What went wrong, in one sentence."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
 class TokenDetails(BaseModel):
     """Tokens by their kind."""
 
@@ -337,6 +346,21 @@ class ImagesResponse(BaseModel):
     usage: Usage
 
 
+JobStatus = Literal["running", "succeeded", "failed", "cancelled"]
+
+
+class Job(BaseModel):
+    """A request that nobody waits for, and its answer once it is there."""
+
+    object: Literal["job"] = "job"
+    id: str
+    status: JobStatus = "running"
+    created_at: int
+    deadline: int = Field(description="When it is given up, in seconds since the epoch.")
+    result: ImagesResponse | BlueprintResponse | None = None
+    error: ErrorBody | None = None
+
+
 class Event(BaseModel):
     """Of a stream; ``type`` is its name."""
 
@@ -380,15 +404,6 @@ class Completed(ImageEvent):
     usage: Usage
     blueprint: str | None = None
     seed: int
-
-
-class ErrorBody(BaseModel):
-    """What went wrong, in one sentence."""
-
-    message: str
-    type: str
-    param: str | None
-    code: str | None
 
 
 class ErrorResponse(BaseModel):

@@ -26,6 +26,7 @@ from serving.config import NO_DESIGNER, ServingConfig
 from serving.encoding import LONGEST_SIDE, Output
 from serving.errors import BadRequestError, NotFoundError
 from serving.events import Tell
+from serving.image_store import open_image_store
 from serving.jobs import Defaults, DesignJob, EditJob, GenerateJob, Painted
 from serving.protocol import (
     MAX_SEED,
@@ -84,6 +85,7 @@ class Studio:
         self._designer = designer
         self._painter = painter
         self._painter_defaults: Defaults | None = None
+        self._images = open_image_store(config)
 
     async def edit(self, edit: Edit, tell: Tell | None = None) -> ImagesResponse:
         """Edit one image: image → blueprint → painted image.
@@ -182,7 +184,7 @@ class Studio:
         self._check_model(wanted)
         if (wanted.steps or 1) > self._config.max_steps:
             raise BadRequestError(f"steps: at most {self._config.max_steps}", param="steps")
-        if wanted.response_format == "url":
+        if wanted.response_format == "url" and self._images is None:
             raise BadRequestError(
                 "response_format: this server keeps no images that a URL could lead to; "
                 "b64_json is what it answers with",
@@ -296,7 +298,14 @@ class Studio:
                 for index in range(len(work.jobs))
             ]
         images = [task.result() for task in tasks]
-        return await asyncio.to_thread(answer, wanted, work, images, counted.result())
+        return ImagesResponse(
+            created=int(time.time()),
+            data=images,
+            output_format=wanted.output_format,
+            quality=wanted.effective_quality,
+            size=work.size_text,
+            usage=counted.result().of(len(images)),
+        )
 
     async def _paint_one(
         self,
@@ -305,31 +314,37 @@ class Studio:
         index: int,
         counted: asyncio.Task[Tokens],
         tell: Tell | None,
-    ) -> Painted:
-        job = work.jobs[index]
-        async for piece in paint(self._painter, job):
-            common = partial(image_event, wanted, work, index, piece.data)
+    ) -> ImageData:
+        seed, event = work.jobs[index].seed, partial(image_event, wanted, work, index)
+        async for piece in paint(self._painter, work.jobs[index]):
             if isinstance(piece, Painted):
                 painted = piece
             elif tell is not None:
+                shown = await asyncio.to_thread(in_base64, piece.data)
+                name = f"{work.kind}.partial_image"
                 await tell(
-                    PartialImage(
-                        type=f"{work.kind}.partial_image",
-                        partial_image_index=piece.number,
-                        **await asyncio.to_thread(common),
-                    )
+                    PartialImage(type=name, partial_image_index=piece.number, **event(), **shown)
                 )
+        shown = await asyncio.to_thread(self._shown, painted.data, wanted)
         if tell is not None:
-            await tell(
-                Completed(
-                    type=f"{work.kind}.completed",
-                    usage=(await counted).of(1),
-                    blueprint=work.blueprint,
-                    seed=job.seed,
-                    **await asyncio.to_thread(common),
-                )
-            )
-        return painted
+            usage = (await counted).of(1)
+            name = f"{work.kind}.completed"
+            about: dict[str, Any] = {"usage": usage, "blueprint": work.blueprint, "seed": seed}
+            await tell(Completed(type=name, **about, **event(), **shown))
+        return ImageData(
+            revised_prompt=work.blueprint,
+            blueprint=work.blueprint,
+            seed=seed,
+            batch_size=painted.batch_size,
+            **shown,
+        )
+
+    def _shown(self, data: bytes, wanted: PaintRequest) -> dict[str, str]:
+        """An image as the client wants to get it."""
+        if wanted.response_format == "url":
+            assert self._images is not None
+            return {"url": self._images.put(data, wanted.output_format)}
+        return in_base64(data)
 
     async def _tokens(self, wanted: PaintRequest, work: Work) -> Tokens:
         defaults = await self._defaults()
@@ -372,10 +387,9 @@ def seeds(wanted: PaintRequest) -> list[int]:
     return [(first + index) % (MAX_SEED + 1) for index in range(wanted.n)]
 
 
-def image_event(wanted: PaintRequest, work: Work, index: int, data: bytes) -> dict[str, Any]:
-    """What the events that show an image have in common."""
+def image_event(wanted: PaintRequest, work: Work, index: int) -> dict[str, Any]:
+    """What the events that show an image have in common, but for the image."""
     return {
-        "b64_json": base64.b64encode(data).decode("ascii"),
         "image_index": index,
         "size": work.size_text,
         "quality": wanted.effective_quality or "auto",
@@ -384,25 +398,6 @@ def image_event(wanted: PaintRequest, work: Work, index: int, data: bytes) -> di
     }
 
 
-def answer(
-    wanted: PaintRequest, work: Work, images: Sequence[Painted], counted: Tokens
-) -> ImagesResponse:
-    """OpenAI's images response."""
-    data = [
-        ImageData(
-            b64_json=base64.b64encode(painted.data).decode("ascii"),
-            revised_prompt=work.blueprint,
-            blueprint=work.blueprint,
-            seed=job.seed,
-            batch_size=painted.batch_size,
-        )
-        for job, painted in zip(work.jobs, images, strict=True)
-    ]
-    return ImagesResponse(
-        created=int(time.time()),
-        data=data,
-        output_format=wanted.output_format,
-        quality=wanted.effective_quality,
-        size=work.size_text,
-        usage=counted.of(len(images)),
-    )
+def in_base64(data: bytes) -> dict[str, str]:
+    """An encoded image in JSON."""
+    return {"b64_json": base64.b64encode(data).decode("ascii")}
