@@ -19,7 +19,7 @@ from collections.abc import Awaitable, Callable, Coroutine
 from functools import partial
 from typing import Annotated, Any, TypeVar
 
-from fastapi import APIRouter, Depends, FastAPI, Query, Request, Response
+from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
@@ -31,7 +31,7 @@ from starlette.exceptions import HTTPException
 from dim import __version__
 from dim.config import validate_config
 from serving.admission import Admission
-from serving.background import Background
+from serving.background import Background, How, fingerprint, read_how
 from serving.body_limit import BodyLimit
 from serving.checks import check
 from serving.config import ServingConfig
@@ -52,6 +52,7 @@ from serving.protocol import (
     BlueprintResponse,
     CheckRequest,
     CheckResponse,
+    ErrorResponse,
     GenerationRequest,
     Health,
     ImagesResponse,
@@ -64,7 +65,7 @@ from serving.studio import Studio
 LATER: dict[int | str, dict[str, Any]] = {
     202: {"model": Job, "description": "With `async=true`: the job that was begun."}
 }
-Later = Annotated[bool, Query(alias="async", description="Answer at once with a job.")]
+Answering = Annotated[How, Depends(read_how)]
 RequestT = TypeVar("RequestT", Edit, GenerationRequest, Design)
 
 
@@ -127,21 +128,19 @@ class Ingress:
         app.include_router(operation)
         return describe(app)
 
-    async def edits(
-        self, edit: Annotated[Edit, Depends(read_edit)], later: Later = False
-    ) -> Response:
+    async def edits(self, edit: Annotated[Edit, Depends(read_edit)], how: Answering) -> Response:
         """Edit one image: image → blueprint → painted image."""
-        return await self._serve(edit.fields, self._studio.edit, edit, later)
+        return await self._serve(edit.fields, self._studio.edit, edit, how)
 
-    async def generations(self, wanted: GenerationRequest, later: Later = False) -> Response:
+    async def generations(self, wanted: GenerationRequest, how: Answering) -> Response:
         """Paint images from a text."""
-        return await self._serve(wanted, self._studio.generate, wanted, later)
+        return await self._serve(wanted, self._studio.generate, wanted, how)
 
     async def blueprints(
-        self, design: Annotated[Design, Depends(read_design)], later: Later = False
+        self, design: Annotated[Design, Depends(read_design)], how: Answering
     ) -> Response:
         """Have the blueprint of an edit written, without painting it."""
-        return await self._serve(design.fields, self._studio.design, design, later)
+        return await self._serve(design.fields, self._studio.design, design, how)
 
     async def check_blueprint(self, wanted: CheckRequest) -> CheckResponse:
         """Whether a text is a blueprint; if not, what is wrong and in which section."""
@@ -160,7 +159,7 @@ class Ingress:
         wanted: Asked,
         work: Callable[[RequestT, Tell | None], Awaitable[BaseModel]],
         request: RequestT,
-        later: bool,
+        how: How,
     ) -> Response:
         images = wanted.n if isinstance(wanted, PaintRequest) else 1
 
@@ -172,22 +171,41 @@ class Ingress:
             with self._admission.admit(images):
                 return await limited(tell)
 
-        if later:
-            return await self._put_off(wanted, images, partial(limited, None))
+        if how.later or how.key is not None:
+            return await self._keep(wanted, images, partial(limited, None), request, how)
         if wanted.stream:
             return await stream(admitted)
         return await as_json(await admitted(None))
 
-    async def _put_off(
-        self, wanted: Asked, images: int, work: Callable[[], Awaitable[BaseModel]]
+    async def _keep(
+        self,
+        wanted: Asked,
+        images: int,
+        work: Callable[[], Awaitable[BaseModel]],
+        request: Edit | GenerationRequest | Design,
+        how: How,
     ) -> Response:
+        """Do a request as a job; answer with it, or with what comes of it where that is wanted."""
+        param = "async" if how.later else "Idempotency-Key"
         if wanted.stream:
-            raise BadRequestError("stream: nobody waits for an asynchronous job", param="stream")
-        self._background.check()
+            raise BadRequestError(f"stream: it does not go with {param}", param="stream")
+        self._background.check(param)
+        pictures = () if isinstance(request, GenerationRequest) else request.pictures
         places = contextlib.ExitStack()
         places.enter_context(self._admission.admit(images))
-        job = await self._background.start(work, places.close)
-        return await as_json(job, 202, {"Location": f"/v1/jobs/{job.id}"})
+        job = await self._background.start(
+            work, places.close, fingerprint(wanted, *pictures), how.key
+        )
+        if how.later:
+            return await as_json(job, 202, {"Location": f"/v1/jobs/{job.id}"})
+        job, status = await self._background.answer(job.id)
+        if job.error is not None:
+            # The same key is answered the same, so that it is of no use to ask again.
+            return await as_json(
+                ErrorResponse(error=job.error), status, {"X-Should-Retry": "false"}
+            )
+        assert job.result is not None
+        return await as_json(job.result)
 
 
 async def as_json(answer: BaseModel, status: int = 200, headers: Any = None) -> Response:

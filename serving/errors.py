@@ -167,7 +167,7 @@ def media_type(request: Request) -> str:
 def wrong_field(errors: Sequence[Any]) -> BadRequestError:
     """What is said of the first of pydantic's ``errors``."""
     first = errors[0]
-    where = [part for part in first["loc"] if part not in ("body", "query")]
+    where = [part for part in first["loc"] if part not in ("body", "query", "header")]
     where += [field] if (field := first.get("ctx", {}).get("field")) else []
     if first["type"] == "json_invalid":
         return BadRequestError("the body is not valid JSON")

@@ -42,6 +42,11 @@ class Edit:
     image: bytes
     mask: bytes | None
 
+    @property
+    def pictures(self) -> tuple[bytes | None, ...]:
+        """All of them."""
+        return self.image, self.mask
+
 
 @dataclass(frozen=True)
 class Design:
@@ -49,6 +54,11 @@ class Design:
 
     fields: BlueprintFields
     image: bytes
+
+    @property
+    def pictures(self) -> tuple[bytes | None, ...]:
+        """All of them: one."""
+        return (self.image,)
 
 
 async def read_edit(request: Request) -> Edit:

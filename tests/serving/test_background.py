@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
@@ -13,7 +15,7 @@ from infra.storage import open_store
 from serving import background
 from serving.jobs import GenerateJob, Painted
 from serving.protocol import Job
-from tests.serving.fakes import Method, Server, opened, picture
+from tests.serving.fakes import Method, Server, data_url, opened, picture
 
 
 @pytest.fixture
@@ -107,7 +109,8 @@ def test_any_replica_tells_of_a_job_and_cancels_it(
 def test_a_job_whose_replica_died_is_lost_after_its_deadline(server: Server, s3: str) -> None:
     past = int(time.time()) - background.GRACE_S - 5
     dead = Job(id="0" * 32, created_at=past, deadline=past)
-    open_store(s3).write(f"jobs/{dead.id}.json", dead.model_dump_json().encode())
+    kept = background.Kept(job=dead, fingerprint="")
+    open_store(s3).write(f"jobs/{dead.id}.json", kept.model_dump_json().encode())
     found = job(server, dead.id)
     assert found["status"] == "failed" and found["error"]["code"] == "job_lost"
 
@@ -138,3 +141,75 @@ def test_a_store_that_refuses_begins_nothing(s3: str) -> None:
     server = Server(object_store=f"{s3}-gone")
     assert begin(server).status_code == 503
     assert server.app.state.admission.pending == 0 and not server.painter.jobs
+
+
+def ask_once(server: Server, key: str = "a key", **fields: Any) -> Any:
+    body = {"prompt": "x", **fields}
+    headers = {"Idempotency-Key": key}
+    return server.http.post("/v1/images/generations", headers=headers, json=body)
+
+
+def test_the_same_key_gets_the_same_answer(server: Server, s3: str) -> None:
+    first = ask_once(server)
+    assert first.status_code == 200, first.text
+    for asked in (server, Server(object_store=s3)):
+        assert ask_once(asked).json() == first.json()
+    assert len(server.painter.jobs) == 1
+    assert ask_once(server, "another").json()["data"] != first.json()["data"]
+    assert server.app.state.admission.pending == 0
+
+
+def test_a_form_and_json_with_one_key_are_one_request(server: Server) -> None:
+    headers = {"Idempotency-Key": "k"}
+    files = {"image": ("a.png", picture())}
+    form = server.http.post("/v1/images/edits", data={"prompt": "x"}, files=files, headers=headers)
+    body = {"prompt": "x", "images": [data_url(picture())]}
+    json = server.http.post("/v1/images/edits", json=body, headers=headers)
+    assert form.status_code == 200 and json.json() == form.json()
+    other = {**body, "images": [data_url(picture(colour=(0, 0, 0)))]}
+    refused = server.http.post("/v1/images/edits", json=other, headers=headers)
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "Idempotency-Key"
+
+
+def test_an_error_is_the_answer_of_its_key_too(server: Server) -> None:
+    server.painter.error = TimeoutError()
+    first = ask_once(server)
+    server.painter.error = None
+    again = ask_once(server)
+    assert first.status_code == again.status_code == 504
+    assert first.json() == again.json()
+    assert again.headers["x-should-retry"] == "false"
+
+
+def test_who_asks_again_waits_for_the_first(
+    server: Server, s3: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(background, "LOOK_S", 0.02)
+    paint, may_go = server.painter.paint, threading.Event()
+
+    async def slow(job: GenerateJob) -> AsyncIterator[Any]:
+        await asyncio.to_thread(may_go.wait, 20)
+        async for piece in paint.remote(job):
+            yield piece
+
+    server.painter.paint = Method(slow)
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        first = pool.submit(ask_once, server)
+        wait_for(lambda: server.app.state.admission.pending)
+        wait_for(lambda: open_store(s3).list("jobs"))
+        again = pool.submit(ask_once, Server(object_store=s3))
+        time.sleep(0.1)
+        assert not again.done()
+        may_go.set()
+        assert first.result().json() == again.result().json()
+    assert len(server.painter.jobs) == 1
+
+
+def test_a_key_that_cannot_be_kept_is_refused(server: Server) -> None:
+    for refused, param in (
+        (ask_once(Server()), "Idempotency-Key"),
+        (ask_once(server, stream=True), "stream"),
+        (ask_once(server, "k" * 256), "Idempotency-Key"),
+    ):
+        assert refused.status_code == 400 and refused.json()["error"]["param"] == param
