@@ -28,6 +28,7 @@ from serving.encoding import LOSSLESS, OutputFormat
 from serving.errors import wrong_field
 
 MAX_TEXT = 32_000
+MAX_NAME = 200
 MAX_SEED = 2**63 - 1
 MAX_IMAGES = 10
 MAX_PARTIAL_IMAGES = 3
@@ -90,7 +91,9 @@ class Asked(Body):
     """What all requests to the model have in common."""
 
     prompt: str = Field(min_length=1, max_length=MAX_TEXT)
-    model: str | None = Field(None, description="The served model's name, or `dim`.")
+    model: str | None = Field(
+        None, max_length=MAX_NAME, description="The served model's name, or `dim`."
+    )
     stream: Annotated[bool, Truth] = Field(
         False, description="Answer in server-sent events, as things come about."
     )
@@ -109,7 +112,7 @@ class PaintRequest(Asked):
     """What edits and generations have in common."""
 
     n: Annotated[int, Number] = Field(1, ge=1, le=MAX_IMAGES)
-    size: str = Field("auto", description="`auto` or WIDTHxHEIGHT in pixels.")
+    size: str = Field("auto", max_length=MAX_NAME, description="`auto` or WIDTHxHEIGHT in pixels.")
     quality: Quality = Field(
         "auto", description="How many steps: low half of the model's own, medium these, high twice."
     )
@@ -183,7 +186,9 @@ class GenerationRequest(PaintRequest):
 class EditFields(PaintRequest):
     """An edit, but for its pictures: who designs it, or the blueprint it is painted from."""
 
-    designer: str | None = Field(None, description="One that the server offers, or `none`.")
+    designer: str | None = Field(
+        None, max_length=MAX_NAME, description="One that the server offers, or `none`."
+    )
     blueprint: str | None = Field(
         None, max_length=MAX_TEXT, description="Painted from as it is; no designer is asked."
     )
@@ -219,7 +224,9 @@ class EditForm(EditFields):
 class BlueprintFields(Asked):
     """A blueprint to be written, but for its picture."""
 
-    designer: str | None = Field(None, description="One that the server offers.")
+    designer: str | None = Field(
+        None, max_length=MAX_NAME, description="One that the server offers."
+    )
 
 
 class BlueprintRequest(BlueprintFields):
@@ -428,12 +435,13 @@ def checked(model: type[BodyT], values: Any) -> BodyT:
 
 
 def _unknown(name: str, model: type[BaseModel]) -> PydanticCustomError:
+    name = name[:MAX_NAME]
     said = f"No field {name!r} is known here"
     if name in REFUSED:
         said = f"Not supported, {REFUSED[name]}"
     elif near := difflib.get_close_matches(name, _names(model), n=1):
         said = f"{said}; did you mean {near[0]!r}?"
-    return PydanticCustomError("unknown", "{said}", {"said": said, "field": name[:80]})
+    return PydanticCustomError("unknown", "{said}", {"said": said, "field": name})
 
 
 def _names(model: type[BaseModel]) -> list[str]:
