@@ -243,7 +243,8 @@ def build(args: ServingConfig | dict[str, Any]) -> Application:
         },
         # Room for the batch that is being worked on and for the next one to fill.
         max_ongoing_requests=2 * config.max_batch_size,
-        max_queued_requests=config.max_pending,
+        # For each image that is let in, one call that paints it and one that counts its tokens.
+        max_queued_requests=2 * config.max_pending,
         max_constructor_retry_count=2,
     )
     designer = replica(name="designer", num_replicas=config.designer_replicas)(DesignerDeployment)
