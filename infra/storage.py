@@ -260,6 +260,17 @@ class Store:
                 with self.filesystem.open_output_stream(path, compression=None) as stream:
                     stream.write(data)
 
+    def presign(self, name: str, seconds: int, content_type: str) -> str:
+        """A URL at which anybody reads a file of an object store for so long, as that type.
+
+        Raises:
+            StorageError: this is a local folder, or there are no credentials to sign with.
+        """
+        with _errors("sign a URL of", self.address(name)):
+            if self._files is None:
+                raise StorageError(f"{self.address(name)} is local: no URL leads there")
+            return self._files.presign(self.path(name), seconds, content_type)
+
     def read_version(self, name: str) -> Version | None:
         """A small file with what tells it from others of its name; ``None`` if it is not there."""
         with _errors("read", self.address(name)):

@@ -1,21 +1,28 @@
-"""The HTTP side: every route, and how a request goes from designer to painter.
+"""The HTTP side: every route, and the deployments behind them.
 
-POST /v1/images/edits        multipart: image, prompt; OpenAI's fields, and designer, blueprint, …
+POST /v1/images/edits        a form or JSON: image, prompt; OpenAI's fields, and designer, blueprint
 POST /v1/images/generations  JSON: prompt; OpenAI's fields
-GET  /healthz                is every part ready, and what is served
+POST /v1/blueprints          a form or JSON: image, prompt; the blueprint alone
+POST /v1/blueprints/check    JSON: blueprint; is it one, else which section is wrong
+GET  /v1/jobs/ID             what has become of a request with ?async=true; DELETE cancels it
+GET  /v1/models              what is served; also /v1/models/NAME
+GET  /livez, /readyz         does the process answer; can it paint
+GET  /healthz                is every part running, and how much work is in
+GET  /docs, /openapi.json    the same for people and for generators of clients
 """
 
-# Annotations stay real objects in this module: Serve ships the routes to the replicas by value, and
-# FastAPI could not look their names up there.
+from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from functools import partial
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
-from fastapi import FastAPI, Request, Response
+from fastapi import APIRouter, Depends, FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel
 from ray import serve
 from ray.serve import Application
 from ray.serve.handle import DeploymentHandle
@@ -23,28 +30,47 @@ from starlette.exceptions import HTTPException
 
 from dim import __version__
 from dim.config import validate_config
-from dim.errors import InputError
-from dim.images import decode_image, encode_png, parse_size
-from dim.model.config import Fit
-from dim.redaction import redact
 from serving.admission import Admission
-from serving.config import NO_DESIGNER, ServingConfig
+from serving.background import Background, How, fingerprint, read_how
+from serving.body_limit import BodyLimit
+from serving.checks import check
+from serving.config import ServingConfig
 from serving.designer import DesignerDeployment
-from serving.errors import BadRequestError, OpenAIErrorRoute, on_http_error
-from serving.jobs import Defaults, DesignJob, EditJob, GenerateJob
+from serving.errors import (
+    BadRequestError,
+    OpenAIErrorRoute,
+    error_response,
+    on_http_error,
+    on_invalid_body,
+)
+from serving.events import Tell, stream
+from serving.openapi import BLUEPRINT, EDIT, ERRORS, describe
+from serving.operation import Operation
 from serving.painter import PainterDeployment
-from serving.replicas import running_replicas, together, whole
-from serving.requests import EditRequest, PaintRequest, read_edit, read_json
-from serving.responses import respond, seeds, settings
+from serving.protocol import (
+    Asked,
+    BlueprintResponse,
+    CheckRequest,
+    CheckResponse,
+    ErrorResponse,
+    GenerationRequest,
+    Health,
+    ImagesResponse,
+    Job,
+    PaintRequest,
+)
+from serving.requests import Design, Edit, read_design, read_edit
+from serving.studio import Studio
 
-app = FastAPI(title="Draw-In-Mind", version=__version__)
-app.router.route_class = OpenAIErrorRoute
-app.add_exception_handler(HTTPException, on_http_error)
+LATER: dict[int | str, dict[str, Any]] = {
+    202: {"model": Job, "description": "With `async=true`: the job that was begun."}
+}
+Answering = Annotated[How, Depends(read_how)]
+RequestT = TypeVar("RequestT", Edit, GenerationRequest, Design)
 
 
-@serve.ingress(app)
 class Ingress:
-    """Checks requests, asks the designer, hands the painter its text, answers."""
+    """Lets requests in, has the studio do them, answers."""
 
     def __init__(
         self,
@@ -53,117 +79,157 @@ class Ingress:
         painter: DeploymentHandle,
     ) -> None:
         self._config = config
-        self._designer = designer.options(stream=True)
-        self._painter = painter
+        self._studio = Studio(config, designer, painter)
         self._admission = Admission(config.max_pending)
-        self._painter_defaults: Defaults | None = None
+        self._background = Background(config)
+        self._operation = Operation(config, painter, self._admission)
 
-    @app.post("/v1/images/edits")
-    async def edits(self, request: Request) -> Response:
-        """Edit one image: image → blueprint → painted image, as base64 PNG and the blueprint."""
-        self._admission.refuse_when_full()
-        wanted, data = await read_edit(request, self._config.max_request_bytes)
-        return await self._serve(wanted, self._edit(wanted, data))
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        """The routes. Serve asks for them in the replica, where the configuration is known."""
+        app = FastAPI(
+            title="Draw-In-Mind",
+            version=__version__,
+            responses=ERRORS,
+        )
+        app.add_middleware(BodyLimit, max_bytes=self._config.max_request_bytes)
+        app.add_exception_handler(HTTPException, on_http_error)
+        app.add_exception_handler(RequestValidationError, on_invalid_body)
+        app.state.admission = self._admission
 
-    @app.post("/v1/images/generations")
-    async def generations(self, request: Request) -> Response:
-        """Paint images from a text, as base64 PNG."""
-        self._admission.refuse_when_full()
-        wanted = await read_json(request, PaintRequest, self._config.max_request_bytes)
-        return await self._serve(wanted, self._generate(wanted))
+        images = APIRouter(prefix="/v1/images", route_class=AdmittingRoute, tags=["images"])
+        answers: Any = {"response_model": ImagesResponse, "responses": LATER}
+        images.post("/edits", **answers, openapi_extra=EDIT)(self.edits)
+        images.post("/generations", **answers)(self.generations)
+        app.include_router(images)
 
-    @app.get("/healthz")
-    async def healthz(self) -> Response:
-        """200 when every deployment has a running replica, else 503; what is served; the load."""
-        parts = await asyncio.to_thread(running_replicas)
-        ready = all(parts.values())
-        body = {
-            "status": "ready" if ready else "not ready",
-            "model": self._config.model_name,
-            "version": __version__,
-            "designers": self._config.offered,
-            "running_replicas": parts,
-            "pending_images": self._admission.pending,
-            "max_pending_images": self._admission.limit,
-        }
-        return JSONResponse(body, status_code=200 if ready else 503)
+        blueprints = APIRouter(route_class=AdmittingRoute, tags=["blueprints"])
+        blueprints.post(
+            "/v1/blueprints",
+            response_model=BlueprintResponse,
+            responses=LATER,
+            openapi_extra=BLUEPRINT,
+        )(self.blueprints)
+        app.include_router(blueprints)
+        checks = APIRouter(route_class=OpenAIErrorRoute, tags=["blueprints"])
+        checks.post("/v1/blueprints/check")(self.check_blueprint)
+        app.include_router(checks)
 
-    async def _edit(self, wanted: EditRequest, data: bytes) -> Response:
-        designer = self._choose_designer(wanted)
-        source = await asyncio.to_thread(self._read_source, data)
-        defaults = await self._defaults()
-        if wanted.size not in ("auto", f"{defaults.resolution}x{defaults.resolution}"):
-            raise BadRequestError(
-                f"size: auto edits all of the image and gives it back at its own size, "
-                f"{defaults.resolution}x{defaults.resolution} its middle square; nothing else does",
-                param="size",
+        jobs = APIRouter(prefix="/v1/jobs", route_class=OpenAIErrorRoute, tags=["jobs"])
+        jobs.get("/{id}", response_model=Job)(self.job)
+        jobs.delete("/{id}", response_model=Job)(self.cancel_job)
+        app.include_router(jobs)
+
+        operation = APIRouter(route_class=OpenAIErrorRoute, tags=["operation"])
+        operation.get("/v1/models")(self._operation.models)
+        operation.get("/v1/models/{model}")(self._operation.model)
+        operation.get("/livez")(self._operation.livez)
+        operation.get("/readyz", responses={503: {"model": Health}})(self._operation.readyz)
+        operation.get("/healthz", response_class=JSONResponse)(self._operation.healthz)
+        app.include_router(operation)
+        return describe(app)
+
+    async def edits(self, edit: Annotated[Edit, Depends(read_edit)], how: Answering) -> Response:
+        """Edit one image: image → blueprint → painted image."""
+        return await self._serve(edit.fields, self._studio.edit, edit, how)
+
+    async def generations(self, wanted: GenerationRequest, how: Answering) -> Response:
+        """Paint images from a text."""
+        return await self._serve(wanted, self._studio.generate, wanted, how)
+
+    async def blueprints(
+        self, design: Annotated[Design, Depends(read_design)], how: Answering
+    ) -> Response:
+        """Have the blueprint of an edit written, without painting it."""
+        return await self._serve(design.fields, self._studio.design, design, how)
+
+    async def check_blueprint(self, wanted: CheckRequest) -> CheckResponse:
+        """Whether a text is a blueprint; if not, what is wrong and in which section."""
+        return await asyncio.to_thread(check, wanted)
+
+    async def job(self, id: str) -> Response:
+        """What has become of an asynchronous job."""
+        return await as_json(await self._background.find(id))
+
+    async def cancel_job(self, id: str) -> Response:
+        """End an asynchronous job."""
+        return await as_json(await self._background.cancel(id))
+
+    async def _serve(
+        self,
+        wanted: Asked,
+        work: Callable[[RequestT, Tell | None], Awaitable[BaseModel]],
+        request: RequestT,
+        how: How,
+    ) -> Response:
+        images = wanted.n if isinstance(wanted, PaintRequest) else 1
+
+        async def limited(tell: Tell | None) -> BaseModel:
+            async with asyncio.timeout(self._config.request_timeout_s):
+                return await work(request, tell)
+
+        async def admitted(tell: Tell | None) -> BaseModel:
+            with self._admission.admit(images):
+                return await limited(tell)
+
+        if how.later or how.key is not None:
+            return await self._keep(wanted, images, partial(limited, None), request, how)
+        if wanted.stream:
+            return await stream(admitted)
+        return await as_json(await admitted(None))
+
+    async def _keep(
+        self,
+        wanted: Asked,
+        images: int,
+        work: Callable[[], Awaitable[BaseModel]],
+        request: Edit | GenerationRequest | Design,
+        how: How,
+    ) -> Response:
+        """Do a request as a job; answer with it, or with what comes of it where that is wanted."""
+        param = "async" if how.later else "Idempotency-Key"
+        if wanted.stream:
+            raise BadRequestError(f"stream: it does not go with {param}", param="stream")
+        self._background.check(param)
+        pictures = () if isinstance(request, GenerationRequest) else request.pictures
+        places = contextlib.ExitStack()
+        places.enter_context(self._admission.admit(images))
+        job = await self._background.start(
+            work, places.close, fingerprint(wanted, *pictures), how.key
+        )
+        if how.later:
+            return await as_json(job, 202, {"Location": f"/v1/jobs/{job.id}"})
+        job, status = await self._background.answer(job.id)
+        if job.error is not None:
+            # The same key is answered the same, so that it is of no use to ask again.
+            return await as_json(
+                ErrorResponse(error=job.error), status, {"X-Should-Retry": "false"}
             )
-        fit: Fit = "source" if wanted.size == "auto" else "square"
-        blueprint = wanted.blueprint
-        if blueprint is None and designer != NO_DESIGNER:
-            job = DesignJob(designer, source, wanted.prompt)
-            blueprint = "".join(await whole(self._designer.write.remote(job)))
-        text = blueprint or wanted.prompt
-        jobs = [
-            EditJob(image=source, text=text, fit=fit, seed=seed, **settings(wanted, defaults))
-            for seed in seeds(wanted)
-        ]
-        return respond(jobs, await together(self._painter, jobs), blueprint)
+        assert job.result is not None
+        return await as_json(job.result)
 
-    async def _generate(self, wanted: PaintRequest) -> Response:
-        defaults = await self._defaults()
-        size = self._generated_size(wanted, defaults)
-        jobs = [
-            GenerateJob(prompt=wanted.prompt, size=size, seed=seed, **settings(wanted, defaults))
-            for seed in seeds(wanted)
-        ]
-        return respond(jobs, await together(self._painter, jobs), None)
 
-    async def _serve(self, wanted: PaintRequest, work: Coroutine[Any, Any, Response]) -> Response:
-        with contextlib.closing(work):
-            if (wanted.steps or 1) > self._config.max_steps:
-                raise BadRequestError(f"steps: at most {self._config.max_steps}", param="steps")
-            with self._admission.admit(wanted.n):
-                async with asyncio.timeout(self._config.request_timeout_s):
-                    return await work
+async def as_json(answer: BaseModel, status: int = 200, headers: Any = None) -> Response:
+    """``answer`` as a response. Megabytes of base64 are written off the event loop."""
+    body = await asyncio.to_thread(answer.model_dump_json)
+    return Response(body, status, headers, media_type="application/json")
 
-    async def _defaults(self) -> Defaults:
-        if self._painter_defaults is None:
-            self._painter_defaults = await self._painter.defaults.remote()
-        return self._painter_defaults
 
-    def _choose_designer(self, wanted: EditRequest) -> str:
-        designer = redact(wanted.designer or self._config.designers[0])
-        if designer not in self._config.offered:
-            raise BadRequestError(
-                f"designer: {designer!r} is not offered here; "
-                f"choose from {', '.join(self._config.offered)}",
-                param="designer",
-            )
-        return designer
+class AdmittingRoute(OpenAIErrorRoute):
+    """A route that refuses what there is no room for before anything of its body is read."""
 
-    def _read_source(self, data: bytes) -> bytes:
-        try:
-            return encode_png(decode_image(data, max_pixels=self._config.max_image_pixels))
-        except InputError as error:
-            raise BadRequestError(str(error), param="image") from None
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """As of ``OpenAIErrorRoute``."""
+        handle = super().get_route_handler()
 
-    def _generated_size(self, wanted: PaintRequest, defaults: Defaults) -> tuple[int, int]:
-        if wanted.size == "auto":
-            return defaults.resolution, defaults.resolution
-        try:
-            width, height = parse_size(wanted.size)
-        except InputError as error:
-            raise BadRequestError(str(error), param="size") from None
-        if max(width, height) > self._config.max_side:
-            raise BadRequestError(
-                f"size: a side has at most {self._config.max_side} px", param="size"
-            )
-        if width % defaults.size_multiple or height % defaults.size_multiple:
-            raise BadRequestError(
-                f"size: both sides must be multiples of {defaults.size_multiple}", param="size"
-            )
-        return width, height
+        async def admitting(request: Request) -> Response:
+            admission: Admission = request.app.state.admission
+            try:
+                admission.refuse_when_full()
+            except Exception as error:
+                return error_response(error)
+            return await handle(request)
+
+        return admitting
 
 
 def build(args: ServingConfig | dict[str, Any]) -> Application:
@@ -177,7 +243,8 @@ def build(args: ServingConfig | dict[str, Any]) -> Application:
         },
         # Room for the batch that is being worked on and for the next one to fill.
         max_ongoing_requests=2 * config.max_batch_size,
-        max_queued_requests=config.max_pending,
+        # For each image that is let in, one call that paints it and one that counts its tokens.
+        max_queued_requests=2 * config.max_pending,
         max_constructor_retry_count=2,
     )
     designer = replica(name="designer", num_replicas=config.designer_replicas)(DesignerDeployment)
@@ -189,7 +256,7 @@ def build(args: ServingConfig | dict[str, Any]) -> Application:
         max_ongoing_requests=4 * config.max_pending,
         max_queued_requests=4 * config.max_pending,
         backpressure_config={"status_code": 429, "retry_after_s": 2},
-    )(Ingress)
+    )(serve.ingress()(Ingress))
     return ingress.bind(config, designer.bind(config), painter.bind(config))
 
 

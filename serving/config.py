@@ -45,6 +45,19 @@ class ServingConfig(StrictModel):
     max_steps: int = Field(100, ge=1)
     request_timeout_s: float = Field(300.0, gt=0)
 
+    object_store: str | None = None
+    """``s3://`` address under which lie images that are answered by URL (``response_format=url``)
+    and asynchronous jobs; null: there are neither. The bucket's life cycle deletes them."""
+    url_s: int = Field(3600, ge=1, le=7 * 24 * 3600)
+    """How long such a URL can be read, in seconds."""
+
+    @field_validator("object_store")
+    @classmethod
+    def _in_an_object_store(cls, address: str | None) -> str | None:
+        if address is not None and not address.startswith("s3://"):
+            raise ValueError("no URL leads to a local folder: it must be an s3:// address")
+        return address
+
     @field_validator("designers")
     @classmethod
     def _at_least_one(cls, designers: tuple[str, ...]) -> tuple[str, ...]:

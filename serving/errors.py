@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
+from http import HTTPStatus
 from typing import Any
 
 from fastapi import Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from ray.exceptions import RayActorError
@@ -19,10 +21,13 @@ from ray.serve.exceptions import (
 )
 from starlette.exceptions import HTTPException
 
-from dim.errors import DesignerError, DimError
+from dim.errors import DesignerError, DimError, StorageError
 from dim.failures import find_dim_error
 
 logger = logging.getLogger("ray.serve")
+
+NO_OBJECT = ("missing", "dict_type", "model_type", "model_attributes_type")
+"""pydantic's errors where a body is no object at all."""
 
 
 class BadRequestError(DimError):
@@ -31,6 +36,18 @@ class BadRequestError(DimError):
     def __init__(self, message: str, param: str | None = None) -> None:
         super().__init__(message)
         self.param = param
+
+
+class UnsupportedMediaTypeError(DimError):
+    """The body is of a kind that this route does not read."""
+
+
+class NotFoundError(DimError):
+    """There is nothing of the name that the client said; ``code`` says of what kind."""
+
+    def __init__(self, message: str, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.param, self.code = param, code
 
 
 class TooLargeError(DimError):
@@ -56,11 +73,18 @@ def error_response(error: BaseException) -> JSONResponse:
         return _busy(str(known), known.retry_after_s)
     if isinstance(known, TooLargeError):
         return answer(413, str(known), "invalid_request_error", code="request_too_large")
+    if isinstance(known, UnsupportedMediaTypeError):
+        return answer(415, str(known), "invalid_request_error")
+    if isinstance(known, NotFoundError):
+        return answer(404, str(known), "invalid_request_error", param=known.param, code=known.code)
     if isinstance(known, NotReadyError):
         return answer(503, str(known), "server_error", code="not_ready", retry_after_s=5)
     if isinstance(known, DesignerError):
         # The same question to the same designer costs again and answers the same: say so to SDKs.
         return answer(502, str(known), "designer_error", code="designer_failed", retry=False)
+    if isinstance(known, StorageError):
+        logger.error("the object store failed", exc_info=error)
+        return answer(503, "the object store does not take images", "server_error")
     if known is not None:
         param = getattr(known, "param", None)
         return answer(400, str(known), "invalid_request_error", param=param)
@@ -114,10 +138,47 @@ def answer(
 
 
 def on_http_error(_request: Request, error: Exception) -> JSONResponse:
-    """Unknown paths and methods, in the same shape as every other error."""
+    """Unknown paths and methods, and bodies over the limit, in the same shape as other errors."""
     status = error.status_code if isinstance(error, HTTPException) else 500
     said = error.detail if isinstance(error, HTTPException) else "internal error"
+    if status == HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
+        return error_response(TooLargeError(str(said)))
     return answer(status, str(said), "invalid_request_error")
+
+
+def on_invalid_body(request: Request, error: Exception) -> JSONResponse:
+    """What FastAPI found wrong with a body that it read itself."""
+    errors = error.errors() if isinstance(error, RequestValidationError) else []
+    if errors and errors[0]["loc"][0] == "body" and not is_json(request):
+        return error_response(UnsupportedMediaTypeError("the body must be application/json"))
+    return error_response(wrong_field(errors))
+
+
+def is_json(request: Request) -> bool:
+    """Whether the body is said to be JSON."""
+    return media_type(request) == "application/json"
+
+
+def media_type(request: Request) -> str:
+    """What the body is said to be, without parameters."""
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
+def wrong_field(errors: Sequence[Any]) -> BadRequestError:
+    """What is said of the first of pydantic's ``errors``."""
+    first = errors[0]
+    where = [part for part in first["loc"] if part not in ("body", "query", "header")]
+    where += [field] if (field := first.get("ctx", {}).get("field")) else []
+    if first["type"] == "json_invalid":
+        return BadRequestError("the body is not valid JSON")
+    if not where and first["type"] in NO_OBJECT:
+        return BadRequestError("the body must be a JSON object")
+    name = "".join(
+        f"[{part}]" if isinstance(part, int) else f".{part}" if place else str(part)
+        for place, part in enumerate(where)
+    )
+    said = f"{first['msg'][0].lower()}{first['msg'][1:]}"
+    return BadRequestError(f"{name}: {said}" if name else said, param=name or None)
 
 
 class OpenAIErrorRoute(APIRoute):
@@ -130,6 +191,8 @@ class OpenAIErrorRoute(APIRoute):
         async def guarded(request: Request) -> Response:
             try:
                 return await handle(request)
+            except (HTTPException, RequestValidationError):
+                raise  # which the application answers, wherever they come from
             except Exception as error:
                 return error_response(error)
 

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import io
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+from PIL import Image
 from ray import serve
 
 from dim import model as models
 from dim.devices import best_device
-from dim.images import decode_image, encode_png
-from infra.models import on_this_machine
+from dim.images import decode_image
+from infra.models import fingerprint, on_this_machine
 from serving.config import ServingConfig
+from serving.encoding import encode
 from serving.jobs import Defaults, EditJob, GenerateJob, Painted, in_groups, unwrap
+from serving.usage import image_tokens, text_tokens
 
 
 class PainterDeployment:
@@ -26,6 +30,8 @@ class PainterDeployment:
             dtype=config.dtype,
             lora=config.lora,
         )
+        self._model_hash = fingerprint(config.model)
+        self._warm = False
         self._worker = ThreadPoolExecutor(max_workers=1)
         batched = serve.batch(
             max_batch_size=config.max_batch_size, batch_wait_timeout_s=config.batch_wait_s
@@ -41,7 +47,23 @@ class PainterDeployment:
             size_multiple=self._model.cell,
             steps=sampling.steps,
             guidance_scale=sampling.guidance_scale,
+            image_tokens=image_tokens(self._model),
+            model_hash=self._model_hash,
         )
+
+    async def warm(self) -> None:
+        """Return once this replica has painted an image: what is slow the first time was then."""
+        if not self._warm:
+            side = self._model.config.sampling.resolution
+            job = GenerateJob(
+                prompt="a warm-up", size=(side, side), seed=0, steps=1, guidance_scale=1.0
+            )
+            async for _ in self.paint(job):
+                self._warm = True
+
+    def count_tokens(self, texts: Sequence[str]) -> int:
+        """Tokens that the understanding model reads of ``texts`` together."""
+        return text_tokens(self._model, texts)
 
     async def paint(self, job: EditJob | GenerateJob) -> AsyncIterator[Painted]:
         """Paint one image; others that wait with the same settings are painted along with it."""
@@ -68,17 +90,22 @@ class PainterDeployment:
 
     def _edit_same(self, jobs: Sequence[EditJob]) -> list[Painted]:
         texts = [job.text for job in jobs]
+        sources = [decode_image(job.image) for job in jobs]
         results = self._model.edit(
-            [decode_image(job.image) for job in jobs],
+            sources,
             texts,
             blueprints=texts,
             fit=jobs[0].fit,
             seeds=[job.seed for job in jobs],
             steps=jobs[0].steps,
             guidance_scale=[job.guidance_scale for job in jobs],
+            negative_prompt=[job.negative_prompt for job in jobs],
             batch_size=len(jobs),
         )
-        return [Painted(encode_png(result.image), len(jobs)) for result in results]
+        return [
+            Painted(encode(within_mask(result.image, source, job.mask), job.output), len(jobs))
+            for result, source, job in zip(results, sources, jobs, strict=True)
+        ]
 
     def _generate_same(self, jobs: Sequence[GenerateJob]) -> list[Painted]:
         images = self._model.generate(
@@ -87,6 +114,17 @@ class PainterDeployment:
             seeds=[job.seed for job in jobs],
             steps=jobs[0].steps,
             guidance_scale=[job.guidance_scale for job in jobs],
+            negative_prompt=[job.negative_prompt for job in jobs],
             batch_size=len(jobs),
         )
-        return [Painted(encode_png(image), len(jobs)) for image in images]
+        return [
+            Painted(encode(image, job.output), len(jobs))
+            for image, job in zip(images, jobs, strict=True)
+        ]
+
+
+def within_mask(painted: Image.Image, source: Image.Image, mask: bytes | None) -> Image.Image:
+    """``painted`` where the mask is 255, the very pixels of ``source`` where it is 0."""
+    if mask is None:
+        return painted
+    return Image.composite(painted, source, Image.open(io.BytesIO(mask), formats=["PNG"]))

@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Sequence
+from collections.abc import AsyncIterator
 from typing import Any
 
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ReplicaState
 
-from serving.jobs import Painted
+from serving.jobs import DesignJob, EditJob, GenerateJob, Painted, Preview
 
 
-async def whole(response: Any) -> list[Any]:
-    """All pieces of a streamed answer."""
-    return [piece async for piece in response]
+async def paint(
+    painter: DeploymentHandle, job: EditJob | GenerateJob
+) -> AsyncIterator[Preview | Painted]:
+    """Paint one image: its previews in order, then itself."""
+    response: Any = painter.options(stream=True).paint.remote(job)
+    async for piece in response:
+        yield piece
 
 
-async def together(painter: DeploymentHandle, jobs: Sequence[Any]) -> list[Painted]:
-    """Paint all ``jobs`` of a request at once, so that they share a batch; one failure is all's."""
-
-    async def paint(job: Any) -> Painted:
-        return (await whole(painter.options(stream=True).paint.remote(job)))[-1]
-
-    async with asyncio.TaskGroup() as group:
-        tasks = [group.create_task(paint(job)) for job in jobs]
-    return [task.result() for task in tasks]
+async def write(designer: DeploymentHandle, job: DesignJob) -> AsyncIterator[str]:
+    """A blueprint in pieces, as it is written."""
+    response: Any = designer.options(stream=True).write.remote(job)
+    async for piece in response:
+        yield piece
 
 
 def running_replicas() -> dict[str, int]:

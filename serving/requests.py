@@ -1,188 +1,162 @@
-"""From an HTTP body to a checked request, with OpenAI's field names and a few of our own."""
+"""From an HTTP body to a checked edit: a form with files, or JSON with ``data:`` URLs."""
 
 from __future__ import annotations
 
+import base64
+import binascii
 import json
-from typing import Any, Literal, TypeVar
+import re
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
 
 from fastapi import Request
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    TypeAdapter,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
-from pydantic_core import PydanticCustomError
-from starlette.datastructures import UploadFile
+from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
-from starlette.types import Message
 
-from serving.errors import BadRequestError, TooLargeError
+from serving.errors import BadRequestError, UnsupportedMediaTypeError, is_json, media_type
+from serving.protocol import (
+    Asked,
+    BlueprintFields,
+    BlueprintForm,
+    BlueprintRequest,
+    EditFields,
+    EditForm,
+    EditRequest,
+    ImageReference,
+    checked,
+    is_given,
+)
 
-MAX_TEXT = 32_000
-MAX_SEED = 2**63 - 1
+MAX_FILES, MAX_FIELDS = 8, 64
+IMAGE_NAMES = ("image", "image[]")
 
-_BOOL = TypeAdapter(bool)
-
-
-class PaintRequest(BaseModel):
-    """What edits and generations have in common. Fields that are not known here are ignored.
-
-    A form has only texts. What they mean is what the same value means in JSON, and a field that is
-    empty or says ``null`` is not given: both kinds of body have the same results and errors.
-    """
-
-    model_config = ConfigDict(extra="ignore", frozen=True)
-
-    prompt: str = Field(min_length=1, max_length=MAX_TEXT)
-    n: int = Field(1, ge=1, le=10)
-    size: str = "auto"
-    seed: int | None = Field(None, ge=0, le=MAX_SEED)
-    steps: int | None = Field(None, ge=1)
-    guidance_scale: float | None = Field(None, ge=1, le=100, allow_inf_nan=False)
-    response_format: Literal["b64_json"] = "b64_json"
-    output_format: Literal["png"] = "png"
-    stream: Literal[False] = False
-
-    @model_validator(mode="before")
-    @classmethod
-    def _only_what_is_given(cls, values: dict[str, Any]) -> dict[str, Any]:
-        return {name: value for name, value in values.items() if _is_given(name, value)}
-
-    @field_validator("n", "seed", "steps", "guidance_scale", mode="before")
-    @classmethod
-    def _number(cls, value: object) -> object:
-        value = _as_in_json(value)
-        if isinstance(value, bool):
-            raise PydanticCustomError("number", "Input should be a number, not true or false")
-        return value
-
-    @field_validator("stream", mode="before")
-    @classmethod
-    def _truth(cls, value: object) -> bool:
-        return _BOOL.validate_python(_as_in_json(value))
-
-    @field_validator("prompt")
-    @classmethod
-    def _says_something(cls, prompt: str) -> str:
-        if not prompt.strip():
-            raise ValueError("the prompt is blank")
-        return prompt
+_DATA_URL = re.compile(r"data:(?P<type>[\w.+/-]*)(?P<parameters>(?:;[\w.+=-]+)*),", re.ASCII)
 
 
-class EditRequest(PaintRequest):
-    """An edit: besides its image, who designs it or the blueprint it is painted from."""
+@dataclass(frozen=True)
+class Edit:
+    """An edit's fields and its encoded pictures, which nobody has looked at yet."""
 
-    designer: str | None = None
-    blueprint: str | None = Field(None, max_length=MAX_TEXT)
-    mask: None = None
+    fields: EditFields
+    image: bytes
+    mask: bytes | None
+
+    @property
+    def pictures(self) -> tuple[bytes | None, ...]:
+        """All of them."""
+        return self.image, self.mask
 
 
-RequestT = TypeVar("RequestT", bound=PaintRequest)
+@dataclass(frozen=True)
+class Design:
+    """A blueprint's fields and the encoded picture that it is about."""
+
+    fields: BlueprintFields
+    image: bytes
+
+    @property
+    def pictures(self) -> tuple[bytes | None, ...]:
+        """All of them: one."""
+        return (self.image,)
 
 
-async def read_json(request: Request, model: type[RequestT], max_bytes: int) -> RequestT:
-    """The JSON body as ``model``.
+async def read_edit(request: Request) -> Edit:
+    """The edit that a body asks for, of either kind.
 
     Raises:
-        TooLargeError: the body has more than ``max_bytes``.
-        BadRequestError: it is not a JSON object, or a field is missing or wrong.
+        UnsupportedMediaTypeError: it is neither a form nor JSON.
+        BadRequestError: it is not what it says, has no image or several, or a field is wrong.
     """
+    return Edit(*await _read(request, EditForm, EditRequest))
+
+
+async def read_design(request: Request) -> Design:
+    """The blueprint that a body asks for, of either kind; errors as of ``read_edit``."""
+    fields, image, _ = await _read(request, BlueprintForm, BlueprintRequest)
+    return Design(fields, image)
+
+
+async def _read(
+    request: Request, form: type[Asked], pictured: type[Asked]
+) -> tuple[Any, bytes, bytes | None]:
+    if media_type(request) == "multipart/form-data":
+        return await _read_form(request, form)
+    if is_json(request):
+        return _read_json(await request.body(), pictured)
+    raise UnsupportedMediaTypeError(
+        "the body must be multipart/form-data with an image and a prompt, or application/json"
+    )
+
+
+async def _read_form(request: Request, model: type[Asked]) -> tuple[Any, bytes, bytes | None]:
     try:
-        values = json.loads(await limited(request, max_bytes).body())
+        async with request.form(max_files=MAX_FILES, max_fields=MAX_FIELDS) as form:
+            values = _only_once(form)
+            image = await _file(values, "image")
+            mask = await _file(values, "mask") if is_given("mask", values.get("mask")) else None
+    except HTTPException as error:
+        if error.status_code != 400:
+            raise
+        raise BadRequestError(f"the body is not valid multipart: {error.detail}") from None
+    return checked(model, values), image, mask
+
+
+def _only_once(form: FormData) -> dict[str, UploadFile | str]:
+    """The fields of a form by their names; the image has two."""
+    parts = form.multi_items()
+    images = [value for name, value in parts if name in IMAGE_NAMES and value != ""]
+    if len(images) != 1:
+        raise _not_one_image(len(images))
+    values = {name: value for name, value in parts if name not in IMAGE_NAMES}
+    for name, count in Counter(name for name, _ in parts if name not in IMAGE_NAMES).items():
+        if count > 1:
+            raise BadRequestError(f"{name} is given {count} times", param=name)
+    return {**values, "image": images[0]}
+
+
+async def _file(values: dict[str, UploadFile | str], name: str) -> bytes:
+    value = values[name]
+    if isinstance(value, str):
+        raise BadRequestError(f"{name} must be a file part, not text", param=name)
+    return await value.read()
+
+
+def _read_json(body: bytes, model: type[Asked]) -> tuple[Any, bytes, bytes | None]:
+    try:
+        values = json.loads(body)
     except (ValueError, RecursionError):
         raise BadRequestError("the body is not valid JSON") from None
-    if not isinstance(values, dict):
-        raise BadRequestError("the body must be a JSON object")
-    return checked(model, values)
+    fields = checked(model, values)
+    assert isinstance(fields, EditRequest | BlueprintRequest)
+    if len(fields.images) != 1:
+        raise _not_one_image(len(fields.images))
+    image = read_data_url(fields.images[0], "images[0]")
+    mask = fields.mask if isinstance(fields, EditRequest) else None
+    return fields, image, None if mask is None else read_data_url(mask, "mask")
 
 
-async def read_edit(request: Request, max_bytes: int) -> tuple[EditRequest, bytes]:
-    """The multipart body of an edit: its fields, and the encoded bytes of its one image.
+def read_data_url(reference: ImageReference, name: str) -> bytes:
+    """The bytes that a ``data:`` URL holds (RFC 2397), of which only base64 is taken.
 
     Raises:
-        TooLargeError: the body has more than ``max_bytes``.
-        BadRequestError: it is not multipart, has no image or several, or a field is wrong.
+        BadRequestError: it is any other address, which the server would have to fetch, or damaged.
     """
-    if not request.headers.get("content-type", "").startswith("multipart/form-data"):
-        raise BadRequestError("the body must be multipart/form-data with an image and a prompt")
-    body = limited(request, max_bytes)
+    url, param = reference.image_url.strip(), f"{name}.image_url"
+    found = _DATA_URL.match(url)
+    if found is None:
+        raise BadRequestError(
+            f"{param} must be a data: URL with the picture itself; the server fetches nothing",
+            param=param,
+        )
+    if not found["parameters"].lower().endswith(";base64"):
+        raise BadRequestError(f"{param} is a data: URL without base64", param=param)
     try:
-        async with body.form(max_files=8, max_fields=64) as form:
-            parts = form.multi_items()
-            images = [
-                value for name, value in parts if name in ("image", "image[]") and value != ""
-            ]
-            image = await _only_image(images)
-    except HTTPException as error:
-        raise BadRequestError(f"the body is not valid multipart: {error.detail}") from None
-    return checked(EditRequest, dict(parts)), image
+        return base64.b64decode(url[found.end() :], validate=True)
+    except (binascii.Error, ValueError):
+        raise BadRequestError(f"{param} is not valid base64", param=param) from None
 
 
-def _is_given(name: str, value: object) -> bool:
-    """Whether a client says anything with a field: browsers and wrappers send what is not set."""
-    if isinstance(value, UploadFile):
-        return bool(value.size)
-    if not isinstance(value, str) or name == "prompt":
-        return value not in (None, "")
-    said = value.strip()
-    # "none" is a designer, so that "None" may mean that one and is left to be refused.
-    return said not in ("", "null", "undefined") and (said != "None" or name == "designer")
-
-
-def _as_in_json(value: object) -> object:
-    """What a text says in JSON; itself where that is nothing."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value.lower())
-    except (ValueError, RecursionError):
-        return value
-
-
-async def _only_image(files: list[UploadFile | str]) -> bytes:
-    if len(files) != 1:
-        count = "no image" if not files else f"{len(files)} images"
-        raise BadRequestError(f"an edit takes exactly one image; got {count}", param="image")
-    if isinstance(files[0], str):
-        raise BadRequestError("image must be a file part, not text", param="image")
-    return await files[0].read()
-
-
-def limited(request: Request, max_bytes: int) -> Request:
-    """``request`` with a body that raises ``TooLargeError`` as soon as it exceeds ``max_bytes``."""
-    said = request.headers.get("content-length", "")
-    if said.isdigit() and int(said) > max_bytes:
-        raise TooLargeError(f"the request has {int(said):,} bytes, more than {max_bytes:,} allowed")
-    received = 0
-
-    async def receive() -> Message:
-        nonlocal received
-        message = await request.receive()
-        received += len(message.get("body", b""))
-        if received > max_bytes:
-            raise TooLargeError(f"the request has more than the {max_bytes:,} bytes allowed")
-        return message
-
-    return Request(request.scope, receive)
-
-
-def checked(model: type[RequestT], values: dict[str, Any]) -> RequestT:
-    """``values`` as ``model``; the first field that is wrong is named."""
-    try:
-        return model.model_validate(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = str(first["loc"][0]) if first["loc"] else None
-        raise BadRequestError(_say(name, first["msg"], model), param=name) from None
-
-
-def _say(name: str | None, message: str, model: type[PaintRequest]) -> str:
-    if name == "mask":
-        return "mask is not supported: the prompt or blueprint says where the edit goes"
-    if name in ("response_format", "output_format", "stream"):
-        return f"{name} can only be {model.model_fields[name].default!r}"
-    return f"{name}: {message[0].lower()}{message[1:]}"
+def _not_one_image(count: int) -> BadRequestError:
+    said = "no image" if count == 0 else f"{count} images"
+    return BadRequestError(f"an edit takes exactly one image; got {said}", param="image")

@@ -26,7 +26,7 @@ def test_the_painter_merges_the_adapters_it_is_given(
     job = GenerateJob(prompt="a blue star", size=(64, 64), seed=5, steps=2, guidance_scale=1.0)
     (painted,) = painter._generate_all([job])
     assert isinstance(painted, Painted)
-    made = np.asarray(Image.open(io.BytesIO(painted.png)))
+    made = np.asarray(Image.open(io.BytesIO(painted.data)))
     images = [
         models.load(tiny_model_dir, lora=lora).generate(["a blue star"], seeds=[5], steps=2)[0]
         for lora in ([adapter], [])

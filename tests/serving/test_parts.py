@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable, Sequence
+from collections.abc import Sequence
+from typing import Annotated
 
 import pytest
-from fastapi import FastAPI, Request
+from fastapi import Depends, FastAPI
 from fastapi.responses import JSONResponse
 from fastapi.testclient import TestClient
 from ray.serve.exceptions import BackPressureError
@@ -17,10 +18,11 @@ from serving.admission import Admission
 from serving.app import build, read_args
 from serving.config import ServingConfig
 from serving.designer import DesignerDeployment, checked
-from serving.errors import BadRequestError, BusyError, error_response
+from serving.errors import BusyError, OpenAIErrorRoute, error_response
 from serving.jobs import DesignJob, in_groups, unwrap
-from serving.requests import EditRequest, PaintRequest, read_edit, read_json
-from serving.responses import seeds
+from serving.protocol import EditFields, PaintRequest
+from serving.requests import Edit, read_edit
+from serving.studio import seeds
 
 
 def test_admission_counts_images_and_frees_their_places() -> None:
@@ -90,34 +92,24 @@ def test_seeds_count_up_and_stay_in_range() -> None:
 
 
 READING = FastAPI()
+READING.router.route_class = OpenAIErrorRoute
+PIXEL = {"image_url": "data:image/png;base64,eA=="}
 
 
-@READING.post("/form")
-async def read_form(request: Request) -> JSONResponse:
-    return await reading(read_edit(request, 100_000))
+@READING.post("/")
+async def read(edit: Annotated[Edit, Depends(read_edit)]) -> JSONResponse:
+    """What was read of a request."""
+    assert edit.image == b"x"
+    return JSONResponse(edit.fields.model_dump(include=set(EditFields.model_fields)))
 
 
-@READING.post("/json")
-async def read_body(request: Request) -> JSONResponse:
-    return await reading(read_json(request, EditRequest, 100_000))
-
-
-async def reading(work: Awaitable[EditRequest | tuple[EditRequest, bytes]]) -> JSONResponse:
-    """What was read of a request, or what is wrong with it."""
-    try:
-        read = await work
-    except BadRequestError as error:
-        return JSONResponse({"param": error.param, "message": str(error)}, 400)
-    fields = read[0] if isinstance(read, tuple) else read
-    return JSONResponse(fields.model_dump())
-
-
-def sent_both_ways(**fields: object) -> tuple[object, object]:
+def sent_both_ways(**fields: object) -> tuple[dict, dict]:
     """What is read of a form whose texts are ``fields`` as JSON writes them, and of the JSON."""
     client = TestClient(READING)
     texts = {n: v if isinstance(v, str) else json.dumps(v) for n, v in fields.items()}
-    form = client.post("/form", data=texts, files={"image": ("a.png", b"x")})
-    return form.json(), client.post("/json", json=fields).json()
+    form = client.post("/", data=texts, files={"image": ("a.png", b"x")})
+    body = client.post("/", json={**fields, "images": [PIXEL]})
+    return tuple(answer.json().get("error", answer.json()) for answer in (form, body))  # type: ignore[return-value]
 
 
 GIVEN = {
@@ -125,7 +117,10 @@ GIVEN = {
     "seed": {0: [0, "0"], 2**63 - 1: [2**63 - 1, str(2**63 - 1)]},
     "steps": {3: [3, "3"]},
     "guidance_scale": {2.5: [2.5, "2.5"], 3.0: [3, "3"]},
-    "stream": {False: [False, 0, "false", "False", "FALSE", "0", "no", "off"]},
+    "stream": {
+        False: [False, 0, "false", "False", "FALSE", "0", "no", "off"],
+        True: [True, 1, "true", "True", "1", "yes"],
+    },
     "size": {"64x64": ["64x64"]},
     "designer": {"none": ["none"]},
     "blueprint": {" 1. Any text.\n": [" 1. Any text.\n"], "null and void": ["null and void"]},
@@ -141,7 +136,7 @@ GIVEN = {
 )
 def test_a_forms_texts_mean_what_jsons_values_mean(name: str, sent: object, meant: object) -> None:
     form, body = sent_both_ways(**{"prompt": "remove the cup", name: sent})
-    assert form == body and isinstance(form, dict)
+    assert form == body
     assert form[name] == meant and type(form[name]) is type(meant)
 
 
@@ -155,16 +150,15 @@ def test_an_optional_field_that_says_nothing_is_not_given(name: str, nothing: st
 def test_none_is_nothing_but_where_it_may_be_a_designer() -> None:
     assert sent_both_ways(prompt="x", seed="None")[0] == sent_both_ways(prompt="x")[0]
     form, body = sent_both_ways(prompt="x", designer="None")
-    assert form == body and form["designer"] == "None"  # type: ignore[index]
+    assert form == body and form["designer"] == "None"
 
 
 @pytest.mark.parametrize(
     ("name", "value", "said"),
     [
-        ("stream", True, "stream can only be False"),
-        ("stream", "True", "stream can only be False"),
-        ("stream", 1, "stream can only be False"),
-        ("stream", "perhaps", "stream can only be False"),
+        ("partial_images", 4, "partial_images: input should be less than or equal to 3"),
+        ("partial_images", 1, "partial_images: only a stream (stream=true) has them"),
+        ("stream", "perhaps", "stream: input should be a valid boolean"),
         ("n", True, "n: input should be a number, not true or false"),
         ("n", 1.5, "n: input should be a valid integer"),
         ("n", "two", "n: input should be a valid integer"),
@@ -173,25 +167,93 @@ def test_none_is_nothing_but_where_it_may_be_a_designer() -> None:
         ("seed", -1, "seed: input should be greater than"),
         ("guidance_scale", "NaN", "guidance_scale: input should be a finite number"),
         ("guidance_scale", False, "guidance_scale: input should be a number, not true"),
-        ("response_format", "url", "response_format can only be 'b64_json'"),
-        ("mask", "x", "mask is not supported"),
+        ("response_format", "gif", "response_format: input should be 'b64_json' or 'url'"),
+        ("output_format", "gif", "output_format: input should be 'png', 'jpeg' or 'webp'"),
+        ("output_compression", 101, "output_compression: input should be less than or equal"),
+        ("output_compression", 50, "output_compression: only jpeg and webp have it"),
+        ("background", "transparent", "background: images are painted opaque"),
+        ("input_fidelity", "low", "input_fidelity: input should be 'high'"),
+        ("quality", "best", "quality: input should be 'auto', 'low', 'medium', 'high'"),
+        ("num_inference_steps", 0, "num_inference_steps: input should be greater than"),
+        (
+            "negativ_prompt",
+            "x",
+            "negativ_prompt: no field 'negativ_prompt' is known here; did you "
+            "mean 'negative_prompt'?",
+        ),
+        ("strength", 0.5, "strength: no field 'strength' is known here"),
+        ("rounds", 2, "rounds: not supported"),
+        ("best_of", 2, "best_of: not supported"),
         ("prompt", "", "prompt: field required"),
         ("prompt", " ", "prompt: value error, the prompt is blank"),
     ],
 )
 def test_what_is_wrong_is_said_alike_of_form_and_json(name: str, value: object, said: str) -> None:
     form, body = sent_both_ways(**{"prompt": "remove the cup", name: value})
-    assert form == body and isinstance(form, dict)
+    assert form == body
     assert form["param"] == name and form["message"].startswith(said)
 
 
+def test_fields_that_contradict_each_other_are_refused() -> None:
+    form, body = sent_both_ways(prompt="x", steps=3, num_inference_steps=4)
+    assert form == body and form["param"] == "steps" and "num_inference_steps" in form["message"]
+    form, body = sent_both_ways(prompt="x", steps=3, quality="low")
+    assert form == body and form["param"] == "quality"
+    assert sent_both_ways(prompt="x", num_inference_steps="3")[0]["steps"] == 3
+
+
 def test_a_file_that_is_not_chosen_is_not_given() -> None:
-    files = {"image": ("a.png", b"x"), "mask": ("", b""), "seed": ("", b"")}
-    answer = TestClient(READING).post("/form", data={"prompt": "x", "image": ""}, files=files)
+    files = {"image[]": ("a.png", b"x"), "mask": ("", b""), "seed": ("", b"")}
+    answer = TestClient(READING).post("/", data={"prompt": "x", "image": ""}, files=files)
     assert answer.status_code == 200, answer.text
-    files["mask"] = ("mask.png", b"x")
-    answer = TestClient(READING).post("/form", data={"prompt": "x"}, files=files)
-    assert answer.json()["param"] == "mask"
+
+
+@pytest.mark.parametrize(
+    ("data", "files", "param", "said"),
+    [
+        ({}, {}, "image", "got no image"),
+        ({"image": "x"}, {}, "image", "must be a file part, not text"),
+        ({"mask": "x"}, {"image": b"x"}, "mask", "must be a file part, not text"),
+        ({"seed": ["1", "2"]}, {"image": b"x"}, "seed", "seed is given 2 times"),
+        ({}, {"image": b"x", "image[]": b"x"}, "image", "got 2 images"),
+    ],
+)
+def test_a_form_with_the_wrong_parts_is_refused(
+    data: dict, files: dict, param: str, said: str
+) -> None:
+    parts = {name: ("a.png", content) for name, content in files.items()}
+    answer = TestClient(READING).post(
+        "/", data={"prompt": "x", **data}, files=parts or {"other": ("a", b"x")}
+    )
+    assert answer.status_code == 400, answer.text
+    error = answer.json()["error"]
+    assert error["param"] == param and said in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("images", "param", "said"),
+    [
+        ([], "image", "got no image"),
+        ([PIXEL, PIXEL], "image", "got 2 images"),
+        ([{"image_url": "http://10.0.0.1/a.png"}], "images[0].image_url", "fetches nothing"),
+        ([{"image_url": "file:///etc/passwd"}], "images[0].image_url", "fetches nothing"),
+        ([{"image_url": "data:image/png,x"}], "images[0].image_url", "without base64"),
+        ([{"image_url": "data:image/png;base64,é"}], "images[0].image_url", "not valid base64"),
+        ([{"file_id": "file-1"}], "images[0].file_id", "no files are kept here"),
+        ([{"image_url": 3}], "images[0].image_url", "valid string"),
+        ("x", "images", "valid tuple"),
+    ],
+)
+def test_json_brings_its_picture_along_or_is_refused(images: object, param: str, said: str) -> None:
+    answer = TestClient(READING).post("/", json={"prompt": "x", "images": images})
+    assert answer.status_code == 400, answer.text
+    error = answer.json()["error"]
+    assert error["param"] == param and said in error["message"]
+
+
+def test_a_body_that_is_neither_form_nor_json_is_refused() -> None:
+    answer = TestClient(READING).post("/", content=b"{}", headers={"content-type": "text/plain"})
+    assert answer.status_code == 415 and "application/json" in answer.json()["error"]["message"]
 
 
 class WrappedByRay(Exception):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import concurrent.futures
 import io
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -26,6 +28,7 @@ from serving.serve import Server, start
 
 STEPS = 3
 BODY_LIMIT = 300_000
+JSON = {"content-type": "application/json"}
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +73,7 @@ def picture(number: int) -> Image.Image:
     return tabletop.render(sample(number).source, 64)
 
 
-def decoded(item: openai.types.Image) -> Image.Image:
+def decoded(item: Any) -> Image.Image:
     assert item.b64_json is not None
     return Image.open(io.BytesIO(base64.b64decode(item.b64_json)))
 
@@ -176,6 +179,105 @@ def test_an_edit_has_the_sources_size_or_the_models_square(http: httpx.Client) -
         assert response.status_code == 200, response.text
         png = base64.b64decode(response.json()["data"][0]["b64_json"])
         assert Image.open(io.BytesIO(png)).size == size
+
+
+def test_what_a_mask_leaves_out_stays_as_it_is(client: openai.OpenAI) -> None:
+    source = picture(1).resize((96, 80))
+    mask = Image.new("RGBA", source.size, (0, 0, 0, 255))
+    mask.paste((0, 0, 0, 0), (20, 10, 60, 50))
+    response = client.images.edit(
+        image=("photo.png", encode_png(source), "image/png"),
+        mask=("mask.png", encode_png(mask), "image/png"),
+        prompt="remove the cup",
+        extra_body={"steps": 1, "seed": 1, "designer": "none"},
+    )
+    changed = np.any(np.asarray(decoded(response.data[0])) != np.asarray(source), axis=2)
+    editable = np.asarray(mask.getchannel("A")) == 0
+    assert not changed[~editable].any()
+    assert changed[editable].any()
+
+
+def test_fields_of_openais_sdk_reach_the_image(client: openai.OpenAI) -> None:
+    response = client.images.generate(
+        model="dim", prompt="a circle", quality="low", output_format="webp", size="32x64",
+        output_compression=80, background="opaque", moderation="low", user="me",
+    )  # fmt: skip
+    image = decoded(response.data[0])
+    assert (image.format, image.size) == ("WEBP", (32, 64))
+    assert (response.output_format, response.size, response.quality) == ("webp", "32x64", "low")
+    assert response.usage is not None
+    assert response.usage.input_tokens_details.text_tokens == response.usage.input_tokens > 0
+    assert response.usage.output_tokens == 2 * 4
+    with pytest.raises(openai.NotFoundError, match="not served here"):
+        client.images.generate(model="gpt-image-1", prompt="a circle")
+
+
+def test_a_stream_ends_with_the_image_that_is_answered_whole(client: openai.OpenAI) -> None:
+    picked = {"image": ("photo.png", encode_png(picture(0)), "image/png")}
+    extra = {"steps": STEPS, "seed": 5}
+    whole = client.images.edit(prompt=sample(0).instruction, extra_body=extra, **picked)
+    events = list(
+        client.images.edit(
+            prompt=sample(0).instruction, stream=True, partial_images=1, extra_body=extra, **picked
+        )
+    )
+    names = [event.type for event in events]
+    assert names[0] == "image_edit.blueprint.delta" and names[-1] == "image_edit.completed"
+    done = events[names.index("image_edit.blueprint.done")]
+    assert done.blueprint == events[-1].blueprint == whole.data[0].blueprint
+    assert events[-1].usage.total_tokens == whole.usage.total_tokens
+    assert difference(decoded(events[-1]), decoded(whole.data[0])) <= 1
+
+
+def test_a_stream_that_cannot_begin_is_an_error_like_any_other(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="size"):
+        client.images.generate(prompt="a", size="9x9", stream=True)
+    with pytest.raises(openai.APIStatusError) as caught:
+        list(ask_edit(client, 0, designer="self", stream="true"))
+    assert caught.value.status_code == 502
+
+
+def test_asynchronous_clients_are_served(server: Server) -> None:
+    async def ask() -> list[str]:
+        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
+            extra = {"steps": 1, "seed": 1}
+            whole = await client.images.generate(prompt="a circle", n=2, extra_body=extra)
+            events = await client.images.generate(
+                prompt="a circle", n=2, stream=True, extra_body=extra
+            )
+            streamed = {event.seed: event.b64_json async for event in events}
+            assert streamed == {item.seed: item.b64_json for item in whole.data}
+            return list(streamed)
+
+    assert sorted(asyncio.run(ask())) == [1, 2]
+
+
+def test_models_and_blueprints_of_the_sdk(client: openai.OpenAI, http: httpx.Client) -> None:
+    (model,) = client.models.list()
+    assert client.models.retrieve("dim").id == model.id == http.get("/healthz").json()["model"]
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("gpt-image-1")
+    data = {"prompt": sample(0).instruction, "designer": "oracle"}
+    files = {"image": ("a.png", encode_png(picture(0)))}
+    answer = http.post("/v1/blueprints", data=data, files=files).json()
+    assert Blueprint(**answer["sections"]).render() == answer["blueprint"]
+
+
+def test_the_server_is_ready_once_it_has_painted(http: httpx.Client) -> None:
+    wait_for(lambda: http.get("/readyz").status_code == 200)
+    assert http.get("/livez").json()["status"] == "alive"
+
+
+def test_an_edit_in_json_is_the_edit_of_a_form(http: httpx.Client) -> None:
+    data = encode_png(picture(0))
+    url = f"data:image/png;base64,{base64.b64encode(data).decode()}"
+    fields = {"prompt": "remove the cup", "designer": "none", "steps": 1, "seed": 3}
+    body = http.post("/v1/images/edits", json={**fields, "images": [{"image_url": url}]})
+    form = post_edit(http, data, **fields)
+    assert form.status_code == body.status_code == 200
+    mine, theirs = form.json(), body.json()
+    assert mine["data"] == theirs["data"] and mine["usage"] == theirs["usage"]
+    assert mine["usage"]["input_tokens_details"]["image_tokens"] > 0
 
 
 def test_generations_come_in_the_size_asked_for(client: openai.OpenAI, model: DIM) -> None:
@@ -307,10 +409,12 @@ def huge_png() -> bytes:
         (0, {"seed": -1}, 400, "seed", "greater than or equal"),
         (0, {"steps": 1000}, 400, "steps", "at most 100"),
         (0, {"guidance_scale": "nan"}, 400, "guidance_scale", "finite"),
-        (0, {"size": "512x512"}, 400, "size", "64x64"),
+        (0, {"size": "500x512"}, 400, "size", "multiples of 16"),
+        (0, {"size": "512x128"}, 400, "size", "at most 3 times"),
         (0, {"response_format": "url"}, 400, "response_format", "b64_json"),
-        (0, {"stream": "true"}, 400, "stream", "False"),
-        (0, {"mask": "x"}, 400, "mask", "not supported"),
+        (0, {"partial_images": "1"}, 400, "partial_images", "only a stream"),
+        (0, {"mask": "x"}, 400, "mask", "must be a file part"),
+        (0, {"model": "gpt-image-1"}, 404, "model", "not served here"),
     ],
     ids=lambda value: getattr(value, "__name__", str(value))[:30],
 )
@@ -344,7 +448,7 @@ def test_a_bad_edit_is_refused_with_a_sentence(
 def test_a_bad_generation_is_refused_with_a_sentence(
     http: httpx.Client, body: bytes, said: str
 ) -> None:
-    response = http.post("/v1/images/generations", content=body)
+    response = http.post("/v1/images/generations", content=body, headers=JSON)
     assert response.status_code == 400
     assert said in error_of(response)["message"]
 
@@ -354,7 +458,9 @@ def test_unknown_paths_and_methods_have_the_same_shape(http: httpx.Client) -> No
     assert (missing.status_code, wrong.status_code) == (404, 405)
     assert error_of(missing)["message"] and error_of(wrong)["message"]
     form = http.post("/v1/images/edits", json={"prompt": "x"})
-    assert form.status_code == 400 and "multipart" in error_of(form)["message"]
+    assert form.status_code == 400 and error_of(form)["param"] == "images"
+    unsaid = http.post("/v1/images/edits", content=b"{}")
+    assert unsaid.status_code == 415 and "multipart" in error_of(unsaid)["message"]
     broken = http.post(
         "/v1/images/edits",
         content=b"--x\r\nrubbish",
@@ -372,7 +478,7 @@ def test_a_request_over_the_size_limit_is_refused_said_or_unsaid(http: httpx.Cli
         for _ in range(BODY_LIMIT // 10_000 + 2):
             yield b" " * 10_000
 
-    undeclared = http.post("/v1/images/generations", content=chunks())
+    undeclared = http.post("/v1/images/generations", content=chunks(), headers=JSON)
     assert undeclared.status_code == 413
 
 
@@ -383,7 +489,8 @@ def test_a_full_server_says_429_and_when_to_come_back(
         full = pool.submit(
             lambda: client.images.generate(prompt="a", n=10, extra_body={"steps": 40})
         )
-        wait_for(lambda: pending(http) == 10)
+        wait_for(lambda: full.done() or pending(http) == 10)
+        assert not full.done(), full.result()
         refused = post_edit(http, encode_png(picture(0)))
         health = http.get("/healthz")
         painted = full.result()

@@ -1,0 +1,58 @@
+"""What a painted image says of itself: by which model it was painted, and how.
+
+In a PNG it is a text chunk ``dim``, in JPEG and WebP the description of the picture in EXIF; both
+hold one JSON object of texts. Programs that show such things show it.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from PIL import ExifTags, Image, PngImagePlugin
+
+from dim import __version__
+
+KEY = "dim"
+SOFTWARE = f"Draw-In-Mind {__version__}"
+FORMATS = ("PNG", "JPEG", "WEBP")
+
+
+def save_options(format: str, values: Mapping[str, str]) -> dict[str, Any]:
+    """What to tell Pillow's ``save`` so that the file says ``values``; nothing if there are none.
+
+    ``format``: png, jpeg or webp.
+    """
+    if not values:
+        return {}
+    said = json.dumps(dict(values), sort_keys=True)  # in ASCII, as EXIF wants it
+    if format == "png":
+        chunks = PngImagePlugin.PngInfo()
+        chunks.add_text("Software", SOFTWARE)
+        chunks.add_text(KEY, said)
+        return {"pnginfo": chunks}
+    exif = Image.Exif()
+    exif[ExifTags.Base.Software] = SOFTWARE
+    exif[ExifTags.Base.ImageDescription] = said
+    return {"exif": exif}
+
+
+def read(data: bytes) -> dict[str, str] | None:
+    """What an encoded image says of itself; ``None`` if it says nothing that is ours.
+
+    It says so without proof: whoever changes the pixels can leave it as it is.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+            said = image.info.get(KEY) or image.getexif().get(ExifTags.Base.ImageDescription)
+        values = json.loads(said) if isinstance(said, str) else None
+    except Exception:  # Pillow raises nearly anything on damaged files
+        return None
+    if not isinstance(values, dict) or not all(isinstance(item, str) for item in values.values()):
+        return None
+    return values if "model" in values else None

@@ -1,0 +1,102 @@
+"""What is served, and whether it can be used: for clients that choose, and for who runs it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+from fastapi import Response
+from fastapi.responses import JSONResponse
+from ray.serve.handle import DeploymentHandle
+
+from dim import __version__
+from serving.admission import Admission
+from serving.config import ServingConfig
+from serving.errors import NotFoundError
+from serving.protocol import Health, Model, Models
+from serving.replicas import running_replicas
+from serving.studio import ALIAS
+
+WARM_UP_S = 2.0
+"""How long a question for readiness waits for a warm-up that is on its way."""
+
+
+class Operation:
+    """The routes of operation. One an ingress replica."""
+
+    def __init__(
+        self, config: ServingConfig, painter: DeploymentHandle, admission: Admission
+    ) -> None:
+        self._config = config
+        self._painter = painter
+        self._admission = admission
+        self._warming: asyncio.Task[None] | None = None
+        self._model = Model(
+            id=config.model_name,
+            created=int(time.time()),
+            version=__version__,
+            designers=config.offered,
+            max_steps=config.max_steps,
+            max_side=config.max_side,
+        )
+
+    async def models(self) -> Models:
+        """What is served: one model."""
+        return Models(data=[self._model])
+
+    async def model(self, model: str) -> Model:
+        """The served model, by its name or as `dim`."""
+        if model not in (self._model.id, ALIAS):
+            raise NotFoundError(
+                f"model: {model!r} is not served here; {self._model.id!r} is",
+                param="model",
+                code="model_not_found",
+            )
+        return self._model
+
+    async def livez(self) -> Health:
+        """This process answers. Nothing else is looked at, so that nobody restarts it for that."""
+        return Health(status="alive")
+
+    async def readyz(self, response: Response) -> Health:
+        """200 once every deployment has a running replica and an image was painted, else 503."""
+        why = await self._why_not_ready()
+        if why is None:
+            return Health(status="ready")
+        response.status_code = 503
+        return Health(status="not ready", message=why)
+
+    async def healthz(self) -> Response:
+        """200 when every deployment has a running replica, else 503; what is served; the load."""
+        parts = await asyncio.to_thread(running_replicas)
+        ready = all(parts.values())
+        body = {
+            "status": "ready" if ready else "not ready",
+            "model": self._config.model_name,
+            "version": __version__,
+            "designers": self._config.offered,
+            "running_replicas": parts,
+            "pending_images": self._admission.pending,
+            "max_pending_images": self._admission.limit,
+        }
+        return JSONResponse(body, status_code=200 if ready else 503)
+
+    async def _why_not_ready(self) -> str | None:
+        parts = await asyncio.to_thread(running_replicas)
+        missing = [name for name, running in parts.items() if not running]
+        if missing:
+            return f"no running replica of {', '.join(missing)}"
+        if self._warming is None:
+            self._warming = asyncio.create_task(self._warm_up())
+        await asyncio.wait([self._warming], timeout=WARM_UP_S)
+        if not self._warming.done():
+            return "the painter is warming up"
+        if self._warming.exception() is not None:
+            self._warming = None  # the next question tries again
+            return "the painter failed on its warm-up; its log says why"
+        return None
+
+    async def _warm_up(self) -> None:
+        response: Any = self._painter.warm.remote()
+        await response

@@ -1,0 +1,403 @@
+"""From a checked request to its images: source → blueprint → painted → answer."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import secrets
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal
+
+from ray.serve.handle import DeploymentHandle
+
+from dim import __version__
+from dim.blueprint import Blueprint
+from dim.errors import InputError
+from dim.images import parse_size
+from dim.model.config import Fit
+from dim.model.sizes import Size, nearest_shape
+from dim.redaction import redact
+from serving.checks import sections
+from serving.config import NO_DESIGNER, ServingConfig
+from serving.encoding import LONGEST_SIDE, Output
+from serving.errors import BadRequestError, NotFoundError
+from serving.events import Tell
+from serving.image_store import open_image_store
+from serving.jobs import Defaults, DesignJob, EditJob, GenerateJob, Painted
+from serving.protocol import (
+    MAX_SEED,
+    Asked,
+    BlueprintDelta,
+    BlueprintDone,
+    BlueprintResponse,
+    Completed,
+    EditFields,
+    GenerationRequest,
+    ImageData,
+    ImagesResponse,
+    PaintRequest,
+    PartialImage,
+)
+from serving.replicas import paint, write
+from serving.requests import Design, Edit
+from serving.sources import Source, read_mask, read_source
+from serving.usage import Tokens, painted_tokens
+
+ALIAS = "dim"
+"""What every served model may be called."""
+
+MOST_UNEVEN = 3
+"""Longer side over shorter side of an image whose size is asked for."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a request comes to.
+
+    ``kind``: how the names of its events begin. ``texts``: what the painter is told. ``size``: of
+    the images, in pixels; ``painted``: the one that the painter works at.
+    """
+
+    kind: Literal["image_edit", "image_generation"]
+    jobs: Sequence[EditJob | GenerateJob]
+    texts: Sequence[str]
+    blueprint: str | None
+    size: Size
+    painted: Size
+
+    @property
+    def size_text(self) -> str:
+        """The images' size as a client writes it."""
+        return f"{self.size[0]}x{self.size[1]}"
+
+
+class Studio:
+    """Asks designer and painter for what requests want. One an ingress replica."""
+
+    def __init__(
+        self, config: ServingConfig, designer: DeploymentHandle, painter: DeploymentHandle
+    ) -> None:
+        self._config = config
+        self._designer = designer
+        self._painter = painter
+        self._painter_defaults: Defaults | None = None
+        self._images = open_image_store(config)
+
+    async def edit(self, edit: Edit, tell: Tell | None = None) -> ImagesResponse:
+        """Edit one image: image → blueprint → painted image.
+
+        Args:
+            edit: what is wanted.
+            tell: is told what comes about, in events; ``None``: only the answer counts.
+
+        Raises:
+            DimError: a field or picture is wrong, or a part failed; see :mod:`serving.errors`.
+        """
+        wanted = edit.fields
+        self._check(wanted)
+        designer = self._choose_designer(wanted.designer)
+        defaults = await self._defaults()
+        shape = self._size(wanted.size, defaults)
+        square = (defaults.resolution, defaults.resolution)
+        fit: Fit = "square" if shape == square else "source"
+        source = await asyncio.to_thread(
+            read_source,
+            edit.image,
+            self._config.max_image_pixels,
+            None if fit == "square" else shape,
+        )
+        mask = await self._mask(edit, source)
+        size = square if fit == "square" else source.size
+        output = self._output(wanted, size, mask=mask is not None)
+        blueprint = await self._blueprint(wanted, designer, source, tell)
+        text = blueprint or wanted.prompt
+        settings = self._settings(wanted, defaults)
+        jobs = [
+            EditJob(
+                image=source.image,
+                text=text,
+                fit=fit,
+                mask=mask,
+                seed=seed,
+                output=self._signed(output, seed, settings, defaults, blueprint),
+                **settings,
+            )
+            for seed in seeds(wanted)
+        ]
+        shown = nearest_shape(source.size, defaults.resolution, defaults.size_multiple)
+        painted = square if fit == "square" else shown
+        work = Work("image_edit", jobs, [text], blueprint, size, painted)
+        return await self._paint(wanted, work, tell)
+
+    async def generate(self, wanted: GenerationRequest, tell: Tell | None = None) -> ImagesResponse:
+        """Paint images from a text; errors as of ``edit``."""
+        self._check(wanted)
+        defaults = await self._defaults()
+        size = self._size(wanted.size, defaults) or (defaults.resolution, defaults.resolution)
+        output = self._output(wanted, size)
+        settings = self._settings(wanted, defaults)
+        jobs = [
+            GenerateJob(
+                prompt=wanted.prompt,
+                size=size,
+                seed=seed,
+                output=self._signed(output, seed, settings, defaults, None),
+                **settings,
+            )
+            for seed in seeds(wanted)
+        ]
+        work = Work("image_generation", jobs, [wanted.prompt], None, size, size)
+        return await self._paint(wanted, work, tell)
+
+    async def design(self, design: Design, tell: Tell | None = None) -> BlueprintResponse:
+        """Have a blueprint written; errors as of ``edit``."""
+        wanted = design.fields
+        self._check_model(wanted)
+        designer = self._choose_designer(wanted.designer)
+        if designer == NO_DESIGNER:
+            raise BadRequestError(
+                f"designer: {NO_DESIGNER!r} writes no blueprint; "
+                f"choose from {', '.join(self._config.offered)}",
+                param="designer",
+            )
+        source = await asyncio.to_thread(read_source, design.image, self._config.max_image_pixels)
+        job = DesignJob(designer, source.image, wanted.prompt, self._deadline())
+        text = await self._write(job, "blueprint", tell)
+        return BlueprintResponse(
+            blueprint=text, sections=sections(Blueprint.parse(text)), designer=designer
+        )
+
+    def _check_model(self, wanted: Asked) -> None:
+        known = (None, ALIAS, self._config.model_name)
+        if wanted.model not in known:
+            raise NotFoundError(
+                f"model: {wanted.model!r} is not served here; {self._config.model_name!r} is",
+                param="model",
+                code="model_not_found",
+            )
+
+    def _check(self, wanted: PaintRequest) -> None:
+        self._check_model(wanted)
+        if (wanted.steps or 1) > self._config.max_steps:
+            raise BadRequestError(f"steps: at most {self._config.max_steps}", param="steps")
+        if wanted.response_format == "url" and self._images is None:
+            raise BadRequestError(
+                "response_format: this server keeps no images that a URL could lead to; "
+                "b64_json is what it answers with",
+                param="response_format",
+            )
+
+    def _choose_designer(self, wanted: str | None) -> str:
+        designer = redact(wanted or self._config.offered[0])
+        if designer not in self._config.offered:
+            raise BadRequestError(
+                f"designer: {designer!r} is not offered here; "
+                f"choose from {', '.join(self._config.offered)}",
+                param="designer",
+            )
+        return designer
+
+    def _size(self, wanted: str, defaults: Defaults) -> Size | None:
+        """(width, height) in pixels that is asked for; ``None``: what the source or model has."""
+        if wanted == "auto":
+            return None
+        try:
+            size = parse_size(wanted)
+        except InputError as error:
+            raise BadRequestError(str(error), param="size") from None
+        if max(size) > self._config.max_side:
+            raise BadRequestError(
+                f"size: a side has at most {self._config.max_side} px", param="size"
+            )
+        if any(side % defaults.size_multiple for side in size):
+            raise BadRequestError(
+                f"size: both sides must be multiples of {defaults.size_multiple}", param="size"
+            )
+        if max(size) > MOST_UNEVEN * min(size):
+            raise BadRequestError(
+                f"size: one side is at most {MOST_UNEVEN} times the other", param="size"
+            )
+        return size
+
+    async def _mask(self, edit: Edit, source: Source) -> bytes | None:
+        if edit.mask is None:
+            return None
+        if edit.fields.size != "auto":
+            raise BadRequestError(
+                "size: with a mask it is auto: what the mask leaves out stays as it is",
+                param="size",
+            )
+        return await asyncio.to_thread(read_mask, edit.mask, source.size)
+
+    def _output(self, wanted: PaintRequest, size: Size, *, mask: bool = False) -> Output:
+        output = Output(wanted.output_format, wanted.output_compression)
+        if mask and not output.lossless:
+            raise BadRequestError(
+                "output_format: with a mask it is png, or webp with output_compression 100: "
+                "a lossy file would change what the mask leaves out",
+                param="output_format",
+            )
+        if max(size) > LONGEST_SIDE[output.format]:
+            raise BadRequestError(
+                f"output_format: {output.format} holds sides of at most "
+                f"{LONGEST_SIDE[output.format]} px, and this image has {max(size)}",
+                param="output_format",
+            )
+        return output
+
+    def _signed(
+        self,
+        output: Output,
+        seed: int,
+        settings: Mapping[str, Any],
+        defaults: Defaults,
+        blueprint: str | None,
+    ) -> Output:
+        """``output`` with what the file says of itself."""
+        said = {
+            "model": self._config.model_name,
+            "model_hash": defaults.model_hash,
+            "version": __version__,
+            "seed": str(seed),
+            "steps": str(settings["steps"]),
+            "guidance_scale": str(settings["guidance_scale"]),
+        }
+        if blueprint is not None:
+            said["blueprint_sha256"] = hashlib.sha256(blueprint.encode()).hexdigest()
+        return replace(output, metadata=tuple(said.items()))
+
+    async def _blueprint(
+        self, wanted: EditFields, designer: str, source: Source, tell: Tell | None
+    ) -> str | None:
+        if wanted.blueprint is not None or designer == NO_DESIGNER:
+            return wanted.blueprint
+        job = DesignJob(designer, source.image, wanted.prompt, self._deadline())
+        return await self._write(job, "image_edit.blueprint", tell)
+
+    async def _write(self, job: DesignJob, kind: str, tell: Tell | None) -> str:
+        pieces = []
+        async for piece in write(self._designer, job):
+            pieces.append(piece)
+            if tell is not None:
+                await tell(BlueprintDelta(type=f"{kind}.delta", delta=piece))
+        blueprint = "".join(pieces)
+        if tell is not None:
+            await tell(BlueprintDone(type=f"{kind}.done", blueprint=blueprint))
+        return blueprint
+
+    async def _paint(self, wanted: PaintRequest, work: Work, tell: Tell | None) -> ImagesResponse:
+        """Paint all jobs of a request at once, so that they share a batch; one failure is all's."""
+        async with asyncio.TaskGroup() as group:
+            counted = group.create_task(self._tokens(wanted, work))
+            tasks = [
+                group.create_task(self._paint_one(wanted, work, index, counted, tell))
+                for index in range(len(work.jobs))
+            ]
+        images = [task.result() for task in tasks]
+        return ImagesResponse(
+            created=int(time.time()),
+            data=images,
+            output_format=wanted.output_format,
+            quality=wanted.effective_quality,
+            size=work.size_text,
+            usage=counted.result().of(len(images)),
+        )
+
+    async def _paint_one(
+        self,
+        wanted: PaintRequest,
+        work: Work,
+        index: int,
+        counted: asyncio.Task[Tokens],
+        tell: Tell | None,
+    ) -> ImageData:
+        seed, event = work.jobs[index].seed, partial(image_event, wanted, work, index)
+        async for piece in paint(self._painter, work.jobs[index]):
+            if isinstance(piece, Painted):
+                painted = piece
+            elif tell is not None:
+                shown = await asyncio.to_thread(in_base64, piece.data)
+                name = f"{work.kind}.partial_image"
+                await tell(
+                    PartialImage(type=name, partial_image_index=piece.number, **event(), **shown)
+                )
+        shown = await asyncio.to_thread(self._shown, painted.data, wanted)
+        if tell is not None:
+            usage = (await counted).of(1)
+            name = f"{work.kind}.completed"
+            about: dict[str, Any] = {"usage": usage, "blueprint": work.blueprint, "seed": seed}
+            await tell(Completed(type=name, **about, **event(), **shown))
+        return ImageData(
+            revised_prompt=work.blueprint,
+            blueprint=work.blueprint,
+            seed=seed,
+            batch_size=painted.batch_size,
+            **shown,
+        )
+
+    def _shown(self, data: bytes, wanted: PaintRequest) -> dict[str, str]:
+        """An image as the client wants to get it."""
+        if wanted.response_format == "url":
+            assert self._images is not None
+            return {"url": self._images.put(data, wanted.output_format)}
+        return in_base64(data)
+
+    async def _tokens(self, wanted: PaintRequest, work: Work) -> Tokens:
+        defaults = await self._defaults()
+        texts = [*work.texts, wanted.negative_prompt or ""]
+        return Tokens(
+            text=await self._painter.count_tokens.remote(texts),
+            image=defaults.image_tokens if isinstance(work.jobs[0], EditJob) else 0,
+            painted=painted_tokens(work.painted, defaults.size_multiple),
+        )
+
+    def _settings(self, wanted: PaintRequest, defaults: Defaults) -> dict[str, Any]:
+        """Of the fields of a ``PaintJob`` those that a request may leave to the model."""
+        scale = wanted.guidance_scale
+        return {
+            "steps": wanted.steps or self._steps(wanted, defaults),
+            "guidance_scale": defaults.guidance_scale if scale is None else scale,
+            "negative_prompt": wanted.negative_prompt,
+            "previews": wanted.partial_images,
+            "deadline": self._deadline(),
+        }
+
+    def _steps(self, wanted: PaintRequest, defaults: Defaults) -> int:
+        """As many as the quality means: half of the model's own, these, or twice."""
+        steps = {"low": -(-defaults.steps // 2), "high": 2 * defaults.steps}
+        quality = wanted.effective_quality or "medium"
+        return min(steps.get(quality, defaults.steps), self._config.max_steps)
+
+    def _deadline(self) -> float:
+        return time.time() + self._config.request_timeout_s
+
+    async def _defaults(self) -> Defaults:
+        if self._painter_defaults is None:
+            self._painter_defaults = await self._painter.defaults.remote()
+        return self._painter_defaults
+
+
+def seeds(wanted: PaintRequest) -> list[int]:
+    """One seed per image: counted up from the request's, else drawn anew."""
+    first = secrets.randbelow(2**31) if wanted.seed is None else wanted.seed
+    return [(first + index) % (MAX_SEED + 1) for index in range(wanted.n)]
+
+
+def image_event(wanted: PaintRequest, work: Work, index: int) -> dict[str, Any]:
+    """What the events that show an image have in common, but for the image."""
+    return {
+        "image_index": index,
+        "size": work.size_text,
+        "quality": wanted.effective_quality or "auto",
+        "output_format": wanted.output_format,
+        "created_at": int(time.time()),
+    }
+
+
+def in_base64(data: bytes) -> dict[str, str]:
+    """An encoded image in JSON."""
+    return {"b64_json": base64.b64encode(data).decode("ascii")}

@@ -1,0 +1,128 @@
+"""The ingress's routes with a designer and a painter that need no Ray and no model."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any
+
+from fastapi.testclient import TestClient
+from PIL import Image
+
+from dim.images import encode_png
+from serving.app import Ingress
+from serving.config import ServingConfig
+from serving.encoding import encode
+from serving.jobs import Defaults, DesignJob, EditJob, GenerateJob, Painted, Preview
+
+DEFAULTS = Defaults(
+    resolution=64,
+    size_multiple=16,
+    steps=5,
+    guidance_scale=2.0,
+    image_tokens=16,
+    model_hash="cafe",
+)
+BLUEPRINT = "\n\n".join(
+    f"{number}. {title}: {title.lower()} of it"
+    for number, title in enumerate(
+        (
+            "Edit Instruction",
+            "Global Layout Perception",
+            "Local Object Perception",
+            "Edit Area Localization",
+            "Edited Image Imagination",
+        ),
+        1,
+    )
+)
+
+
+class Method:
+    """A deployment's method, with ``remote`` as Serve's handles have it."""
+
+    def __init__(self, call: Callable[..., Any]) -> None:
+        self.remote = call
+
+
+class FakeDesigner:
+    """Writes ``pieces``, then raises ``error`` if there is one."""
+
+    def __init__(self) -> None:
+        self.jobs: list[DesignJob] = []
+        self.pieces: Sequence[str] = (BLUEPRINT[:40], BLUEPRINT[40:])
+        self.error: Exception | None = None
+        self.write = Method(self._write)
+
+    def options(self, **_: object) -> FakeDesigner:
+        return self
+
+    async def _write(self, job: DesignJob) -> AsyncIterator[str]:
+        self.jobs.append(job)
+        for piece in self.pieces:
+            yield piece
+        if self.error is not None:
+            raise self.error
+
+
+class FakePainter:
+    """Paints every image grey, of the size that is asked for; raises ``error`` if there is one."""
+
+    def __init__(self) -> None:
+        self.jobs: list[EditJob | GenerateJob] = []
+        self.error: Exception | None = None
+        self.defaults = Method(self._defaults)
+        self.count_tokens = Method(self._count_tokens)
+        self.paint = Method(self._paint)
+        self.warm = Method(self._warm)
+
+    def options(self, **_: object) -> FakePainter:
+        return self
+
+    async def _defaults(self) -> Defaults:
+        return DEFAULTS
+
+    async def _warm(self) -> None:
+        if self.error is not None:
+            raise self.error
+
+    async def _count_tokens(self, texts: Sequence[str]) -> int:
+        return sum(len(text.split()) for text in texts)
+
+    async def _paint(self, job: EditJob | GenerateJob) -> AsyncIterator[Preview | Painted]:
+        self.jobs.append(job)
+        for number in range(job.previews):
+            yield Preview(number, encode(Image.new("RGB", self._size(job), "white"), job.output))
+        if self.error is not None:
+            raise self.error
+        yield Painted(encode(Image.new("RGB", self._size(job), "grey"), job.output), 1)
+
+    def _size(self, job: EditJob | GenerateJob) -> tuple[int, int]:
+        if isinstance(job, GenerateJob):
+            return job.size
+        return (64, 64) if job.fit == "square" else opened(job.image).size
+
+
+class Server:
+    """The application, and what its parts were asked."""
+
+    def __init__(self, **settings: Any) -> None:
+        self.designer, self.painter = FakeDesigner(), FakePainter()
+        config = ServingConfig(model="runs/edit2/model", **settings)
+        ingress = Ingress(config, self.designer, self.painter)  # type: ignore[arg-type]
+        self.app = ingress.__serve_build_asgi_app__()
+        self.http = TestClient(self.app)
+
+
+def opened(data: bytes | str) -> Image.Image:
+    """An encoded picture, or one in base64."""
+    return Image.open(io.BytesIO(base64.b64decode(data) if isinstance(data, str) else data))
+
+
+def picture(width: int = 48, height: int = 32, colour: Any = (200, 30, 30)) -> bytes:
+    return encode_png(Image.new("RGB", (width, height), colour))
+
+
+def data_url(data: bytes) -> dict[str, str]:
+    return {"image_url": f"data:image/png;base64,{base64.b64encode(data).decode()}"}
