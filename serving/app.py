@@ -23,7 +23,7 @@ from starlette.exceptions import HTTPException
 
 from dim import __version__
 from dim.config import validate_config
-from dim.errors import InputError
+from dim.errors import ConfigError, InputError
 from dim.images import decode_image, encode_png, parse_size
 from dim.model.config import Fit
 from dim.redaction import redact
@@ -31,6 +31,8 @@ from serving.admission import Admission
 from serving.config import NO_DESIGNER, ServingConfig
 from serving.designer import DesignerDeployment
 from serving.errors import BadRequestError, OpenAIErrorRoute, on_http_error
+from serving.exposure import check_exposure, listening_host
+from serving.guard import Guard, Guarded, of_this_replica
 from serving.jobs import Defaults, DesignJob, EditJob, GenerateJob
 from serving.painter import PainterDeployment
 from serving.replicas import running_replicas, together, whole
@@ -40,6 +42,7 @@ from serving.responses import respond, seeds, settings
 app = FastAPI(title="Draw-In-Mind", version=__version__)
 app.router.route_class = OpenAIErrorRoute
 app.add_exception_handler(HTTPException, on_http_error)
+app.add_middleware(Guarded, find=of_this_replica)
 
 
 @serve.ingress(app)
@@ -52,6 +55,8 @@ class Ingress:
         designer: DeploymentHandle,
         painter: DeploymentHandle,
     ) -> None:
+        check_exposure(config, listening_host())
+        self.guard = Guard(config)
         self._config = config
         self._designer = designer.options(stream=True)
         self._painter = painter
@@ -189,10 +194,17 @@ def build(args: ServingConfig | dict[str, Any]) -> Application:
         max_ongoing_requests=4 * config.max_pending,
         max_queued_requests=4 * config.max_pending,
         backpressure_config={"status_code": 429, "retry_after_s": 2},
+        max_constructor_retry_count=2,
     )(Ingress)
     return ingress.bind(config, designer.bind(config), painter.bind(config))
 
 
 def read_args(args: dict[str, Any]) -> ServingConfig:
     """``args`` of a Serve config file; a mistake is named."""
+    for name in ("host", "port"):
+        if name in args:
+            raise ConfigError(
+                f"the application's args: {name} is not the application's to say; write it in the "
+                "file's http_options"
+            )
     return validate_config(ServingConfig, args, where="the application's args")

@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from dim.config import StrictModel
 from dim.redaction import redact
 
 NO_DESIGNER = "none"
+
+
+class Rates(StrictModel):
+    """What one client may ask for in a minute; ``None``: as much as there is room for."""
+
+    requests_per_minute: float | None = Field(None, gt=0)
+    images_per_minute: float | None = Field(None, gt=0)
+    megapixel_steps_per_minute: float | None = Field(None, gt=0)
+    """Megapixels painted × steps, of all images together: what an image costs."""
+
+    def over(self, others: Rates) -> Rates:
+        """These rates, and where they say nothing the ``others``'."""
+        said = {name: getattr(self, name) for name in Rates.model_fields}
+        return others.model_copy(
+            update={name: rate for name, rate in said.items() if rate is not None}
+        )
 
 
 class ServingConfig(StrictModel):
@@ -25,7 +42,20 @@ class ServingConfig(StrictModel):
     dtype: str | None = None
     """Floating type of the painter's replicas, such as ``bfloat16``; null is as saved."""
     host: str = "127.0.0.1"
+    """Where ``dim serve`` listens; in a Serve config file that is ``http_options``' to say."""
     port: int = Field(8000, ge=1, le=65535)
+    keys: str | None = None
+    """File of API keys (see ``serving.keys``), or ``env:NAME``, a variable that holds its text;
+    null asks nobody for one, and is for loopback alone unless ``insecure``."""
+    insecure: bool = False
+    """Listen beyond loopback without keys: whoever reaches the port may spend what this costs."""
+    rates: Rates = Rates()
+    """Of each client that says none of its own in the keys file."""
+    origins: tuple[str, ...] = ()
+    """Origins of other sites whose pages may call, such as ``https://shop.example``; ``*``: all."""
+    hosts: tuple[str, ...] = ()
+    """Names that the server may be called by, ``*.`` for any below one, ``*`` for any. Without keys
+    it answers to addresses, ``localhost`` and these alone, for any page can point a name at it."""
 
     designer_replicas: int = Field(1, ge=1)
     painter_replicas: int = Field(1, ge=1)
@@ -53,6 +83,20 @@ class ServingConfig(StrictModel):
         if len(set(map(redact, designers))) < len(set(designers)):
             raise ValueError("two designers differ in nothing but their credentials")
         return designers
+
+    @field_validator("origins")
+    @classmethod
+    def _origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in origins:
+            if origin != "*" and not re.fullmatch(r"https?://[^/\s@?#]+", origin):
+                raise ValueError(f"{origin!r} is not of the form https://host[:port]")
+        return tuple(origin.lower() for origin in origins)
+
+    @model_validator(mode="after")
+    def _pages_of_others_need_a_key(self) -> ServingConfig:
+        if "*" in self.origins and self.keys is None:
+            raise ValueError("origins: '*' lets every page on the web ask for work; it needs keys")
+        return self
 
     @property
     def offered(self) -> list[str]:

@@ -45,6 +45,14 @@ class BusyError(DimError):
         self.retry_after_s = retry_after_s
 
 
+class UnauthorizedError(DimError):
+    """There is no API key, or none that is known."""
+
+
+class ForbiddenError(DimError):
+    """The request comes from where this server takes none."""
+
+
 class NotReadyError(DimError):
     """A deployment has no healthy replica at the moment."""
 
@@ -56,6 +64,10 @@ def error_response(error: BaseException) -> JSONResponse:
         return _busy(str(known), known.retry_after_s)
     if isinstance(known, TooLargeError):
         return answer(413, str(known), "invalid_request_error", code="request_too_large")
+    if isinstance(known, UnauthorizedError):
+        return answer(401, str(known), "authentication_error", code="invalid_api_key")
+    if isinstance(known, ForbiddenError):
+        return answer(403, str(known), "permission_error", code="forbidden")
     if isinstance(known, NotReadyError):
         return answer(503, str(known), "server_error", code="not_ready", retry_after_s=5)
     if isinstance(known, DesignerError):
@@ -104,7 +116,7 @@ def answer(
     retry: bool | None = None,
 ) -> JSONResponse:
     """An error response. ``retry=False`` tells OpenAI's SDKs not to repeat the request."""
-    headers = {}
+    headers = {"WWW-Authenticate": "Bearer"} if status == 401 else {}
     if retry_after_s is not None:
         headers["Retry-After"] = str(max(1, math.ceil(retry_after_s)))
     if retry is not None:

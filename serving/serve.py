@@ -20,6 +20,8 @@ from infra.models import on_this_machine
 from infra.registry import located
 from infra.storage import open_store
 from serving.config import NO_DESIGNER, ServingConfig
+from serving.exposure import check_exposure
+from serving.keys import read_source
 
 APPLICATION = "dim"
 QUIET = {"log_level": "WARNING", "enable_access_log": False}
@@ -48,6 +50,7 @@ def start(config: ServingConfig) -> Server:
     Ray is used as it is when it is initialised in this process, else started (see ``start_ray``).
 
     Raises:
+        ConfigError: the server would be open to everybody, or the keys cannot be read.
         CheckpointError: there is no model at ``config.model``.
         DesignerError: a designer spec is unknown.
         DimError: the port is in use, or a deployment did not start; the message says why.
@@ -94,6 +97,9 @@ def start_ray() -> None:
 
 def check(config: ServingConfig) -> None:
     """Everything that can be known to fail before Ray is started; errors as of ``start``."""
+    check_exposure(config, config.host)
+    if config.keys is not None:
+        read_source(config.keys)
     check_model(config.model, config.lora)
     check_designers(config.designers)
     check_port(config.host, config.port)
@@ -169,6 +175,12 @@ def main(
         help="Who writes blueprints: self, oracle, openai:MODEL@URL, replay:PATH, none. Given "
         "several times, a request chooses by its field `designer`; the first is the default.",
     ),
+    keys: str | None = typer.Option(
+        None, help="File of API keys, as `dim keys new` writes it, or env:NAME."
+    ),
+    insecure: bool = typer.Option(
+        False, "--insecure", help="Listen beyond this machine without API keys."
+    ),
     overrides: list[str] | None = typer.Argument(
         None, metavar="[KEY=VALUE]...", help="Further settings, such as max_batch_size=16."
     ),
@@ -180,6 +192,8 @@ def main(
         f"port={port}",
         f"host={host!r}",
         f"designers={list(designer)!r}",
+        *([] if keys is None else [f"keys={keys!r}"]),
+        *(["insecure=true"] if insecure else []),
         *(overrides or []),
     ]
     config = load_config(ServingConfig, None, settings)
