@@ -10,7 +10,7 @@ GET  /healthz                is every part ready, and what is served
 
 import asyncio
 import contextlib
-from collections.abc import Coroutine
+from collections.abc import AsyncIterator
 from functools import partial
 from typing import Any
 
@@ -27,17 +27,21 @@ from dim.errors import ConfigError, InputError
 from dim.images import decode_image, encode_png, parse_size
 from dim.model.config import Fit
 from dim.redaction import redact
-from serving.admission import Admission
-from serving.config import NO_DESIGNER, ServingConfig
+from serving.admission import Admission, room
+from serving.config import NO_DESIGNER, Rates, ServingConfig
 from serving.designer import DesignerDeployment
 from serving.errors import BadRequestError, OpenAIErrorRoute, on_http_error
 from serving.exposure import check_exposure, listening_host
 from serving.guard import Guard, Guarded, of_this_replica
 from serving.jobs import Defaults, DesignJob, EditJob, GenerateJob
 from serving.painter import PainterDeployment
+from serving.rates import RateMeter
 from serving.replicas import running_replicas, together, whole
 from serving.requests import EditRequest, PaintRequest, read_edit, read_json
 from serving.responses import respond, seeds, settings
+from serving.work import Work, check_output, painted_size, source_size, work_of
+
+DECODED_AT_ONCE = 2  # sources; each may take hundreds of megabytes while it is
 
 app = FastAPI(title="Draw-In-Mind", version=__version__)
 app.router.route_class = OpenAIErrorRoute
@@ -54,13 +58,15 @@ class Ingress:
         config: ServingConfig,
         designer: DeploymentHandle,
         painter: DeploymentHandle,
+        meter: DeploymentHandle | None = None,
     ) -> None:
         check_exposure(config, listening_host())
-        self.guard = Guard(config)
+        self.guard = Guard(config, meter)
         self._config = config
         self._designer = designer.options(stream=True)
         self._painter = painter
-        self._admission = Admission(config.max_pending)
+        self._admission = Admission(room(config))
+        self._decoding = asyncio.Semaphore(DECODED_AT_ONCE)
         self._painter_defaults: Defaults | None = None
 
     @app.post("/v1/images/edits")
@@ -68,14 +74,14 @@ class Ingress:
         """Edit one image: image → blueprint → painted image, as base64 PNG and the blueprint."""
         self._admission.refuse_when_full()
         wanted, data = await read_edit(request, self._config.max_request_bytes)
-        return await self._serve(wanted, self._edit(wanted, data))
+        return await self._edit(request, wanted, data)
 
     @app.post("/v1/images/generations")
     async def generations(self, request: Request) -> Response:
         """Paint images from a text, as base64 PNG."""
         self._admission.refuse_when_full()
         wanted = await read_json(request, PaintRequest, self._config.max_request_bytes)
-        return await self._serve(wanted, self._generate(wanted))
+        return await self._generate(request, wanted)
 
     @app.get("/healthz")
     async def healthz(self) -> Response:
@@ -88,15 +94,16 @@ class Ingress:
             "version": __version__,
             "designers": self._config.offered,
             "running_replicas": parts,
-            "pending_images": self._admission.pending,
-            "max_pending_images": self._admission.limit,
+            "pending_images": self._admission.pending.images,
+            "max_pending_images": self._admission.limit.images,
         }
         return JSONResponse(body, status_code=200 if ready else 503)
 
-    async def _edit(self, wanted: EditRequest, data: bytes) -> Response:
+    async def _edit(self, request: Request, wanted: EditRequest, data: bytes) -> Response:
         designer = self._choose_designer(wanted)
-        source = await asyncio.to_thread(self._read_source, data)
+        size = source_size(data, self._config.max_image_pixels)
         defaults = await self._defaults()
+        square = (defaults.resolution, defaults.resolution)
         if wanted.size not in ("auto", f"{defaults.resolution}x{defaults.resolution}"):
             raise BadRequestError(
                 f"size: auto edits all of the image and gives it back at its own size, "
@@ -104,33 +111,48 @@ class Ingress:
                 param="size",
             )
         fit: Fit = "source" if wanted.size == "auto" else "square"
-        blueprint = wanted.blueprint
-        if blueprint is None and designer != NO_DESIGNER:
-            job = DesignJob(designer, source, wanted.prompt)
-            blueprint = "".join(await whole(self._designer.write.remote(job)))
-        text = blueprint or wanted.prompt
-        jobs = [
-            EditJob(image=source, text=text, fit=fit, seed=seed, **settings(wanted, defaults))
-            for seed in seeds(wanted)
-        ]
-        return respond(jobs, await together(self._painter, jobs), blueprint)
+        given_back = size if fit == "source" else square
+        asked = settings(wanted, defaults)
+        check_output(wanted.n, given_back, self._config.max_output_pixels, "n")
+        painted = painted_size(size, fit, defaults)
+        work = work_of(wanted.n, size, painted, given_back, asked["steps"])
+        async with self._admitted(request, wanted, work):
+            async with self._decoding:
+                source = await asyncio.to_thread(self._read_source, data)
+            blueprint = wanted.blueprint
+            if blueprint is None and designer != NO_DESIGNER:
+                job = DesignJob(designer, source, wanted.prompt)
+                blueprint = "".join(await whole(self._designer.write.remote(job)))
+            text = blueprint or wanted.prompt
+            jobs = [
+                EditJob(image=source, text=text, fit=fit, seed=seed, **asked)
+                for seed in seeds(wanted)
+            ]
+            return respond(jobs, await together(self._painter, jobs), blueprint)
 
-    async def _generate(self, wanted: PaintRequest) -> Response:
+    async def _generate(self, request: Request, wanted: PaintRequest) -> Response:
         defaults = await self._defaults()
         size = self._generated_size(wanted, defaults)
-        jobs = [
-            GenerateJob(prompt=wanted.prompt, size=size, seed=seed, **settings(wanted, defaults))
-            for seed in seeds(wanted)
-        ]
-        return respond(jobs, await together(self._painter, jobs), None)
+        asked = settings(wanted, defaults)
+        check_output(wanted.n, size, self._config.max_output_pixels, "size")
+        work = work_of(wanted.n, None, size, size, asked["steps"])
+        async with self._admitted(request, wanted, work):
+            jobs = [
+                GenerateJob(prompt=wanted.prompt, size=size, seed=seed, **asked)
+                for seed in seeds(wanted)
+            ]
+            return respond(jobs, await together(self._painter, jobs), None)
 
-    async def _serve(self, wanted: PaintRequest, work: Coroutine[Any, Any, Response]) -> Response:
-        with contextlib.closing(work):
-            if (wanted.steps or 1) > self._config.max_steps:
-                raise BadRequestError(f"steps: at most {self._config.max_steps}", param="steps")
-            with self._admission.admit(wanted.n):
-                async with asyncio.timeout(self._config.request_timeout_s):
-                    return await work
+    @contextlib.asynccontextmanager
+    async def _admitted(
+        self, request: Request, wanted: PaintRequest, work: Work
+    ) -> AsyncIterator[None]:
+        if (wanted.steps or 1) > self._config.max_steps:
+            raise BadRequestError(f"steps: at most {self._config.max_steps}", param="steps")
+        with self._admission.admit(work):
+            await self.guard.charge(request, work)
+            async with asyncio.timeout(self._config.request_timeout_s):
+                yield
 
     async def _defaults(self) -> Defaults:
         if self._painter_defaults is None:
@@ -191,12 +213,15 @@ def build(args: ServingConfig | dict[str, Any]) -> Application:
     ingress = serve.deployment(
         name="ingress",
         ray_actor_options={"num_cpus": 0},
-        max_ongoing_requests=4 * config.max_pending,
+        max_ongoing_requests=4 * config.max_pending + config.uploads.places,
         max_queued_requests=4 * config.max_pending,
         backpressure_config={"status_code": 429, "retry_after_s": 2},
         max_constructor_retry_count=2,
     )(Ingress)
-    return ingress.bind(config, designer.bind(config), painter.bind(config))
+    meter = None
+    if config.keys is not None or config.rates != Rates():
+        meter = serve.deployment(name="rates", ray_actor_options={"num_cpus": 0})(RateMeter).bind()
+    return ingress.bind(config, designer.bind(config), painter.bind(config), meter)
 
 
 def read_args(args: dict[str, Any]) -> ServingConfig:

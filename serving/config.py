@@ -16,8 +16,8 @@ NO_DESIGNER = "none"
 class Rates(StrictModel):
     """What one client may ask for in a minute; ``None``: as much as there is room for."""
 
-    requests_per_minute: float | None = Field(None, gt=0)
-    images_per_minute: float | None = Field(None, gt=0)
+    requests_per_minute: float | None = Field(None, ge=1)
+    images_per_minute: float | None = Field(None, ge=1)
     megapixel_steps_per_minute: float | None = Field(None, gt=0)
     """Megapixels painted × steps, of all images together: what an image costs."""
 
@@ -27,6 +27,18 @@ class Rates(StrictModel):
         return others.model_copy(
             update={name: rate for name, rate in said.items() if rate is not None}
         )
+
+
+class UploadLimits(StrictModel):
+    """How a request's body has to come in, of each ingress replica."""
+
+    places: int = Field(32, ge=1)
+    """Bodies that come in at a time. One that is too slow loses its place to one that comes."""
+    timeout_s: float = Field(120.0, gt=0)
+    """For a whole body."""
+    least_bytes_per_s: float = Field(1024.0, gt=0)
+    """On average since the body began, but for the first ``grace_s``."""
+    grace_s: float = Field(5.0, ge=0)
 
 
 class ServingConfig(StrictModel):
@@ -68,6 +80,13 @@ class ServingConfig(StrictModel):
     """How long the first image of a batch waits for company."""
     max_pending: int = Field(32, ge=10)
     """Images admitted and not yet answered, per ingress; beyond it a request is answered 429."""
+    max_pending_megapixels: float = Field(400.0, gt=0)
+    """Of the sources and the images to give back of what is admitted: what it takes in memory."""
+    max_pending_megapixel_steps: float = Field(4000.0, gt=0)
+    """Megapixels painted × steps of what is admitted: how long it takes."""
+    max_output_pixels: int = Field(50_000_000, ge=64)
+    """Of all images of one request together, at the size they are given back in."""
+    uploads: UploadLimits = UploadLimits()
     max_request_bytes: int = Field(25 * 2**20, ge=1024)
     max_image_pixels: int = Field(50_000_000, ge=64)
     max_side: int = Field(4096, ge=8)

@@ -45,6 +45,18 @@ class BusyError(DimError):
         self.retry_after_s = retry_after_s
 
 
+class SlowUploadError(DimError):
+    """The request's body does not come in time."""
+
+
+class RateLimitedError(DimError):
+    """The client has asked for all that its key may ask for in a minute."""
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
 class UnauthorizedError(DimError):
     """There is no API key, or none that is known."""
 
@@ -64,6 +76,16 @@ def error_response(error: BaseException) -> JSONResponse:
         return _busy(str(known), known.retry_after_s)
     if isinstance(known, TooLargeError):
         return answer(413, str(known), "invalid_request_error", code="request_too_large")
+    if isinstance(known, SlowUploadError):
+        # An answer in the middle of a body: nothing else can be asked on this connection.
+        response = answer(408, str(known), "invalid_request_error", code="slow_upload")
+        response.headers["Connection"] = "close"
+        return response
+    if isinstance(known, RateLimitedError):
+        return answer(
+            429, str(known), "rate_limit_error",
+            code="rate_limit_exceeded", retry_after_s=known.retry_after_s,
+        )  # fmt: skip
     if isinstance(known, UnauthorizedError):
         return answer(401, str(known), "authentication_error", code="invalid_api_key")
     if isinstance(known, ForbiddenError):

@@ -1,25 +1,39 @@
 """The door: which requests come in at all, before any route sees them.
 
-In this order: the name the server is called by, the page the request comes from, the API key.
+In this order: the name the server is called by, the page the request comes from, the API key, how
+many requests its client may make, and how fast the body comes.
 """
 
 from __future__ import annotations
 
 import ipaddress
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
+from fastapi import Request
 from ray import serve
-from starlette.datastructures import Headers
+from ray.serve.handle import DeploymentHandle
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware.cors import CORSMiddleware
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dim.errors import DimError
-from serving.config import ServingConfig
-from serving.errors import ForbiddenError, UnauthorizedError, error_response
+from serving.config import Rates, ServingConfig
+from serving.errors import (
+    BadRequestError,
+    ForbiddenError,
+    RateLimitedError,
+    UnauthorizedError,
+    error_response,
+)
 from serving.keys import Client, Keys
+from serving.rates import Verdict
+from serving.uploads import Uploads
+from serving.work import Work
 
 HEALTH = ("/livez", "/readyz", "/healthz")
 OPEN = frozenset((*HEALTH, "/", "/favicon.ico", "/docs", "/redoc", "/openapi.json"))
@@ -34,13 +48,16 @@ class Guard:
 
     Args:
         config: who may come in.
+        meter: the ``RateMeter`` deployment; ``None`` where nobody's rate is limited.
 
     Raises:
         ConfigError: the keys cannot be read.
     """
 
-    def __init__(self, config: ServingConfig) -> None:
+    def __init__(self, config: ServingConfig, meter: DeploymentHandle | None = None) -> None:
         self._config = config
+        self._meter = meter
+        self._uploads = Uploads(config.uploads)
         self._keys = None if config.keys is None else Keys(config.keys, config.rates)
 
     def around(self, app: ASGIApp) -> ASGIApp:
@@ -67,15 +84,54 @@ class Guard:
             app = error_response(error)
         await app(scope, receive, send)
 
+    async def charge(self, request: Request, work: Work) -> None:
+        """Count ``work`` against what the client of ``request`` may ask for in a minute.
+
+        Raises:
+            RateLimitedError: it has asked for all of it; nothing is counted.
+            BadRequestError: it is more than it may ever ask for at once.
+        """
+        wants = {"images": work.images, "megapixel_steps": work.megapixel_steps}
+        await self._take(request.scope["state"]["asking"], wants)
+
     async def _with_key(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
-        if not is_open(scope):
-            try:
-                client = await self._client(Headers(scope=scope))
-            except DimError as error:
-                app = error_response(error)
-            else:
-                scope.setdefault("state", {})["client"] = client.name
-        await app(scope, receive, send)
+        if is_open(scope):
+            await app(scope, receive, send)
+            return
+        try:
+            asking = Asking(await self._client(Headers(scope=scope)))
+        except DimError as error:
+            await error_response(error)(scope, receive, send)
+            return
+        scope.setdefault("state", {}).update(asking=asking, client=asking.client.name)
+        send = asking.telling(send)
+        if scope["method"] in ("GET", "HEAD"):
+            await app(scope, receive, send)
+            return
+        try:
+            await self._take(asking, {"requests": 1})
+        except Exception as error:  # also the meter's, when it is restarting
+            await error_response(error)(scope, receive, send)
+            return
+        await self._uploads.receive_for(app, scope, receive, send)
+
+    async def _take(self, asking: Asking, wants: Mapping[str, float]) -> None:
+        client = asking.client
+        if self._meter is None or client.rates == Rates():
+            return
+        verdict: Verdict = await self._meter.take.remote(client.name, client.rates, wants)
+        asking.headers |= verdict.headers
+        if verdict.lacking is None:
+            return
+        kind = verdict.lacking.replace("_", "-")
+        allowed = getattr(client.rates, f"{verdict.lacking}_per_minute")
+        said = f"{client.name!r} may ask for {allowed:g} {kind} a minute"
+        if math.isinf(verdict.retry_after_s):
+            raise BadRequestError(f"{said}, and this request is {wants[verdict.lacking]:,.0f}")
+        raise RateLimitedError(
+            f"{said}, and has; try again in {math.ceil(verdict.retry_after_s)} s",
+            verdict.retry_after_s,
+        )
 
     async def _client(self, headers: Headers) -> Client:
         if self._keys is None:
@@ -109,6 +165,24 @@ class Guard:
             raise ForbiddenError(
                 "pages of other sites may not call this server; its setting 'origins' says which do"
             )
+
+
+@dataclass
+class Asking:
+    """A request on its way: whose it is, and what its answer says of the client's rates."""
+
+    client: Client
+    headers: dict[str, str] = field(default_factory=dict)
+
+    def telling(self, send: Send) -> Send:
+        """``send``, with these headers in the answer."""
+
+        async def tell(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                MutableHeaders(scope=message).update(self.headers)
+            await send(message)
+
+        return tell
 
 
 class Guarded:
