@@ -11,7 +11,6 @@ GET  /healthz                is every part ready, and what is served
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
-from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -28,20 +27,26 @@ from dim.images import decode_image, encode_png, parse_size
 from dim.model.config import Fit
 from dim.redaction import redact
 from serving.admission import Admission, room
-from serving.config import NO_DESIGNER, Rates, ServingConfig
-from serving.designer import DesignerDeployment
+from serving.config import NO_DESIGNER, ServingConfig
+from serving.deployments import Designers, application
 from serving.errors import BadRequestError, OpenAIErrorRoute, on_http_error
 from serving.exposure import check_exposure, listening_host
 from serving.guard import Guard, Guarded, of_this_replica
 from serving.jobs import Defaults, DesignJob, EditJob, GenerateJob
-from serving.painter import PainterDeployment
-from serving.rates import RateMeter
 from serving.replicas import running_replicas, together, whole
 from serving.requests import EditRequest, PaintRequest, read_edit, read_json
 from serving.responses import respond, seeds, settings
 from serving.work import Work, check_output, painted_size, source_size, work_of
 
 DECODED_AT_ONCE = 2  # sources; each may take hundreds of megabytes while it is
+
+SERVES_OWN = {
+    "host": "http_options.host",
+    "port": "http_options.port",
+    "application": "the application's name",
+    "route_prefix": "the application's route_prefix",
+}
+"""Settings of ``dim serve`` that a Serve config file has elsewhere, where Serve reads them."""
 
 app = FastAPI(title="Draw-In-Mind", version=__version__)
 app.router.route_class = OpenAIErrorRoute
@@ -56,7 +61,7 @@ class Ingress:
     def __init__(
         self,
         config: ServingConfig,
-        designer: DeploymentHandle,
+        designer: Designers,
         painter: DeploymentHandle,
         meter: DeploymentHandle | None = None,
     ) -> None:
@@ -160,10 +165,10 @@ class Ingress:
         return self._painter_defaults
 
     def _choose_designer(self, wanted: EditRequest) -> str:
-        designer = redact(wanted.designer or self._config.designers[0])
+        designer = wanted.designer or self._config.offered[0]
         if designer not in self._config.offered:
             raise BadRequestError(
-                f"designer: {designer!r} is not offered here; "
+                f"designer: {redact(designer)!r} is not offered here; "
                 f"choose from {', '.join(self._config.offered)}",
                 param="designer",
             )
@@ -196,40 +201,14 @@ class Ingress:
 def build(args: ServingConfig | dict[str, Any]) -> Application:
     """The whole application: ``serving.app:build`` in a Serve config file, with its ``args``."""
     config = args if isinstance(args, ServingConfig) else read_args(args)
-    replica = partial(
-        serve.deployment,
-        ray_actor_options={
-            "num_cpus": config.cpus_per_replica,
-            "num_gpus": config.gpus_per_replica,
-        },
-        # Room for the batch that is being worked on and for the next one to fill.
-        max_ongoing_requests=2 * config.max_batch_size,
-        max_queued_requests=config.max_pending,
-        max_constructor_retry_count=2,
-    )
-    designer = replica(name="designer", num_replicas=config.designer_replicas)(DesignerDeployment)
-    painter = replica(name="painter", num_replicas=config.painter_replicas)(PainterDeployment)
-    # The ingress refuses by itself, in OpenAI's shape; its own bounds are the last resort.
-    ingress = serve.deployment(
-        name="ingress",
-        ray_actor_options={"num_cpus": 0},
-        max_ongoing_requests=4 * config.max_pending + config.uploads.places,
-        max_queued_requests=4 * config.max_pending,
-        backpressure_config={"status_code": 429, "retry_after_s": 2},
-        max_constructor_retry_count=2,
-    )(Ingress)
-    meter = None
-    if config.keys is not None or config.rates != Rates():
-        meter = serve.deployment(name="rates", ray_actor_options={"num_cpus": 0})(RateMeter).bind()
-    return ingress.bind(config, designer.bind(config), painter.bind(config), meter)
+    return application(config, Ingress)
 
 
 def read_args(args: dict[str, Any]) -> ServingConfig:
     """``args`` of a Serve config file; a mistake is named."""
-    for name in ("host", "port"):
+    for name, where in SERVES_OWN.items():
         if name in args:
             raise ConfigError(
-                f"the application's args: {name} is not the application's to say; write it in the "
-                "file's http_options"
+                f"the application's args: {name} is not theirs to say; write {where} in the file"
             )
     return validate_config(ServingConfig, args, where="the application's args")

@@ -19,7 +19,7 @@ from ray.serve.exceptions import (
 )
 from starlette.exceptions import HTTPException
 
-from dim.errors import DesignerError, DimError
+from dim.errors import BlueprintError, DesignerError, DimError, InputError
 from dim.failures import find_dim_error
 
 logger = logging.getLogger("ray.serve")
@@ -95,7 +95,7 @@ def error_response(error: BaseException) -> JSONResponse:
     if isinstance(known, DesignerError):
         # The same question to the same designer costs again and answers the same: say so to SDKs.
         return answer(502, str(known), "designer_error", code="designer_failed", retry=False)
-    if known is not None:
+    if isinstance(known, BadRequestError | InputError | BlueprintError):
         param = getattr(known, "param", None)
         return answer(400, str(known), "invalid_request_error", param=param)
     return _machine_error(error)

@@ -413,7 +413,7 @@ def build(
         CheckpointError: weights are missing, damaged, or do not fit each other.
         ConfigError: an architecture is not one.
     """
-    modules = parts.make(config, seed=seed, dtype=_dtype(dtype))
+    modules = parts.make(config, seed=seed, dtype=floating_type(dtype))
     dim = DIM(config, *modules, understanding_source=config.understanding.weights)
     return dim.to(device) if device is not None else dim
 
@@ -438,7 +438,7 @@ def load(
             is another model's.
         InputError: an adapter's weight is no number.
     """
-    description, modules = folder.read(Path(path), _dtype(dtype))
+    description, modules = folder.read(Path(path), floating_type(dtype))
     dim = DIM(
         description.config,
         *modules,
@@ -450,7 +450,7 @@ def load(
     return dim
 
 
-def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+def floating_type(dtype: str | torch.dtype | None) -> torch.dtype | None:
     if dtype is None or isinstance(dtype, torch.dtype):
         return dtype
     found = getattr(torch, dtype, None)

@@ -13,13 +13,12 @@ from fastapi.testclient import TestClient
 from ray.serve.exceptions import BackPressureError
 
 from dim.config import load_config
-from dim.errors import CallsStopped, ConfigError, DesignerError, InputError
+from dim.errors import CallsStopped, ConfigError, DesignerError, InputError, StorageError
 from serving.admission import Admission
 from serving.app import build, read_args
 from serving.config import Rates, ServingConfig
-from serving.designer import DesignerDeployment, checked
 from serving.errors import BadRequestError, BusyError, error_response
-from serving.jobs import Defaults, DesignJob, in_groups, unwrap
+from serving.jobs import Defaults, in_groups, unwrap
 from serving.rates import RateMeter
 from serving.requests import EditRequest, PaintRequest, read_edit, read_json
 from serving.responses import seeds
@@ -122,20 +121,6 @@ def test_a_failing_group_is_done_one_by_one() -> None:
 def test_a_bug_in_a_batch_names_itself() -> None:
     with pytest.raises(RuntimeError, match="KeyError"):
         unwrap(KeyError("x"))
-
-
-def test_a_designers_answer_is_brought_into_the_grammar_or_refused() -> None:
-    job = DesignJob("vlm", b"", "remove the cup")
-    answer = (
-        "**2. Global Layout Perception:** a table\n3. Local Object Perception: a cup\n"
-        "4. Edit Area Localization: the middle\n5. Edited Image Imagination: no cup"
-    )
-    clean = checked(job, answer, "vlm")
-    assert isinstance(clean, str) and clean.startswith("1. Edit Instruction: remove the cup")
-    refused = checked(job, "I cannot help with that.", "vlm")
-    assert isinstance(refused, DesignerError) and "vlm" in str(refused)
-    failed = DesignerError("timed out")
-    assert checked(job, failed, "vlm") is failed
 
 
 def test_seeds_count_up_and_stay_in_range() -> None:
@@ -270,6 +255,7 @@ class WrappedByRay(Exception):
         (BackPressureError(3, 3), 429, ("retry-after", "2")),
         (TimeoutError(), 504, None),
         (KeyError("a bug"), 500, None),
+        (StorageError("s3://bucket is away"), 500, None),
     ],
     ids=lambda value: type(value).__name__,
 )
@@ -290,15 +276,6 @@ def test_configuration_mistakes_are_named() -> None:
         read_args({"model": "m", "designers": []})
     with pytest.raises(ConfigError, match="missing key 'model'"):
         build({})
-
-
-def test_designers_are_offered_without_their_credentials() -> None:
-    spec = "openai:m@https://me:s3cret@host/v1"
-    config = ServingConfig(model="m", designers=(spec, "none"))
-    assert config.offered == ["openai:m@https://***@host/v1", "none"]
-    assert list(DesignerDeployment(config)._designers) == config.offered[:1]
-    with pytest.raises(ConfigError, match="two designers differ in nothing but their credentials"):
-        read_args({"model": "m", "designers": [spec, spec.replace("me:", "you:")]})
 
 
 def test_a_model_is_called_after_its_folder() -> None:
