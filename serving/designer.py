@@ -14,12 +14,13 @@ import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import TypeVar
 
 from ray import serve
 
 from dim.blueprint import Blueprint
-from dim.designers import CallOptions, Designer, DesignRequest, Reply, create
+from dim.designers import CallOptions, DesignRequest, Reply, create
 from dim.designers.base import SOMEBODY_WAITS
 from dim.designers.calls.usage import Unusable
 from dim.designers.self_play import SelfDesigner
@@ -29,10 +30,12 @@ from dim.model.checkpoint.understanding import load_understanding
 from dim.model.dim import floating_type
 from infra.models import on_this_machine
 from serving.config import DesignerConfig, ServingConfig
+from serving.drafts import Draft
 from serving.jobs import DesignJob, in_groups, unwrap
 
 logger = logging.getLogger("ray.serve")
 AnswerT = TypeVar("AnswerT")
+TOLD_EVERY_S = 0.1
 
 
 class OwnDesigner:
@@ -53,26 +56,48 @@ class OwnDesigner:
         self._design_batched = batched(self._design_batch)
 
     async def write(self, job: DesignJob) -> AsyncIterator[str]:
-        """The blueprint for ``job`` in the paper's grammar, in one piece.
+        """The blueprint for ``job`` in the paper's grammar, in pieces while it is written.
 
         Raises:
             DesignerError: the designer failed, or its answer is not a blueprint; in words that a
                 client may read.
         """
         patience_s = self._config.designers[job.designer].patience_s(self._config.request_timeout_s)
-        yield presented(job, unwrap(await in_time(job, self._design_batched(job), patience_s)))
+        asked, draft = Asked(job), Draft(job.instruction)
+        answer = asyncio.ensure_future(in_time(job, self._design_batched(asked), patience_s))
+        try:
+            while not answer.done():
+                await asyncio.wait([answer], timeout=TOLD_EVERY_S)
+                if piece := draft.more(asked.words):
+                    yield piece
+            yield draft.rest(presented(job, unwrap(answer.result())))
+        finally:
+            answer.cancel()
 
-    async def _design_batch(self, jobs: list[DesignJob]) -> list[Reply | Exception]:
+    async def _design_batch(self, asked: list[Asked]) -> list[Reply | Exception]:
         # Off the event loop, which goes on filling the next batch meanwhile.
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._worker, self._design_all, jobs)
+        return await loop.run_in_executor(self._worker, self._design_all, asked)
 
-    def _design_all(self, jobs: Sequence[DesignJob]) -> list[Reply | Exception]:
-        return in_groups(jobs, lambda job: job.designer, self._design_same)
+    def _design_all(self, asked: Sequence[Asked]) -> list[Reply | Exception]:
+        return in_groups(asked, lambda each: each.job.designer, self._design_same)
 
-    def _design_same(self, jobs: Sequence[DesignJob]) -> list[Reply | Exception]:
-        requests = [DesignRequest(job.instruction, job.image) for job in jobs]
-        return list(self._designers[jobs[0].designer].design(requests))
+    def _design_same(self, asked: Sequence[Asked]) -> list[Reply | Exception]:
+        designer = self._designers[asked[0].job.designer]
+        requests = [DesignRequest(each.job.instruction, each.job.image) for each in asked]
+
+        def told(place: int, words: str) -> None:
+            asked[place].words = words
+
+        return list(designer.design(requests, on_text=told))
+
+
+@dataclass
+class Asked:
+    """A job in a batch, and what the designer has written of its answer so far."""
+
+    job: DesignJob
+    words: str = ""
 
 
 class OtherDesigners:
@@ -93,7 +118,7 @@ class OtherDesigners:
         }
 
     async def write(self, job: DesignJob) -> AsyncIterator[str]:
-        """As of ``OwnDesigner.write``."""
+        """As of ``OwnDesigner.write``, in one piece at the end."""
         yield await self._askers[job.designer].blueprint(job)
 
 
@@ -190,7 +215,7 @@ def presented(job: DesignJob, answer: Reply) -> str:
     raise DesignerError(f"designer {job.designer!r} {said}; the server's log says why")
 
 
-def load_own(spec: str, config: ServingConfig) -> Designer:
+def load_own(spec: str, config: ServingConfig) -> SelfDesigner:
     """The designer ``self``, the served model's own understanding, or ``self:FOLDER``."""
     _, _, folder = spec.partition(":")
     path = on_this_machine(folder or config.model)

@@ -4,6 +4,7 @@ theirs that is not a blueprint."""
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 import time
 from typing import Any
@@ -11,12 +12,17 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from dim.blueprint import Blueprint
 from dim.config import validate_config
+from dim.designers import DesignRequest
+from dim.designers.self_play import SelfDesigner
 from dim.errors import ConfigError, DesignerError
 from dim.images import encode_png
+from serving import designer
 from serving.config import NO_DESIGNER, ServingConfig
 from serving.deployments import application, designers
 from serving.designer import OtherDesigners, OwnDesigner, is_paid, presented
+from serving.drafts import Draft
 from serving.errors import error_response
 from serving.jobs import DesignJob
 from serving.serve import named
@@ -247,6 +253,90 @@ def test_the_self_designer_writes_as_the_whole_model_does(tiny_model_dir: Any) -
     alone = load_understanding(tiny_model_dir)
     assert alone.design([decode_image(PNG)], ["remove the cup"]) == whole
     assert not hasattr(alone, "painter")
+
+
+FORMS = {
+    "bold": "**1. Edit Instruction:** Remove the cup.\n**2. Global Layout Perception:** a table, "
+    "3. row of it: wood\n  and more\n3. Local Object Perception: a cup: red\n"
+    "4. Edit Area Localization: the middle\n5. Edited Image Imagination: no cup, but “wood”.",
+    "no instruction": ANSWER,
+    "json": json.dumps(
+        {
+            "edit_instruction": "Remove the cup.",
+            "global_layout_perception": "a table",
+            "local_object_perception": "a cup",
+            "edit_area_localization": "the middle",
+            "edited_image_imagination": "no cup",
+        }
+    ),
+    "fenced": f"Here it is:\n```\n1. Edit Instruction: Remove the cup.\n{ANSWER}\n```\n",
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_pieces_of_a_draft_are_the_clean_blueprint(form: str) -> None:
+    words = FORMS[form]
+    draft = Draft("remove the cup")
+    pieces = [draft.more(words[:end]) for end in range(len(words) + 1)]
+    told = [piece for piece in pieces if piece]
+    whole = Blueprint.parse(words, instruction="remove the cup").render()
+    assert "".join(told) + draft.rest(whole) == whole
+    assert form == "json" or len(told) > 5
+    if told:
+        with pytest.raises(DesignerError, match="as it had begun"):
+            draft.rest("1. Edit Instruction: something else")
+
+
+def test_no_blueprint_is_told_of_words_that_are_none() -> None:
+    for words in ("", "I cannot do that: sorry.\n\n", "1. a: b\n2. c: d\n", "<think>1. Edit"):
+        assert Draft("remove the cup").more(words) == ""
+
+
+def test_a_model_tells_what_it_writes_while_it_does(tiny_model_dir: Any) -> None:
+    from dim.model.checkpoint.understanding import load_understanding
+
+    told: dict[int, list[str]] = {}
+    designer = SelfDesigner(load_understanding(tiny_model_dir))
+    requests = [DesignRequest("remove the cup", image) for image in (b"none", PNG, OTHER_PNG)]
+    answers = designer.design(
+        requests, on_text=lambda place, text: told.setdefault(place, []).append(text)
+    )
+    assert isinstance(answers[0], DesignerError) and list(told) == [1, 2]
+    for place, texts in told.items():
+        assert len(texts) > 2 and all(text.isprintable() or text for text in texts)
+        assert answers[place].startswith(texts[0].strip())
+        assert not any(text.endswith("\N{REPLACEMENT CHARACTER}") for text in texts)
+
+
+def test_a_blueprint_comes_while_it_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Writes:
+        """Writes a line, and goes on when it was read."""
+
+        def design(self, images: Any, instructions: Any, on_text: Any) -> list[str]:
+            for end in range(0, len(ANSWER), 20):
+                for row in range(len(instructions)):
+                    on_text(row, ANSWER[:end])
+                time.sleep(0.1)
+            return [ANSWER] * len(instructions)
+
+    monkeypatch.setattr(designer, "load_own", lambda *_: SelfDesigner(Writes()))
+    pool = OwnDesigner(config(designers={"best": "self"}, batch_wait_s=0.2), ["best"])
+
+    async def alone(asked: Any) -> Any:  # Serve's own batches are for its replicas
+        return (await pool._design_batch([asked]))[0]
+
+    monkeypatch.setattr(pool, "_design_batched", alone)
+
+    async def pieces(instruction: str) -> list[str]:
+        return [piece async for piece in pool.write(job(instruction))]
+
+    async def work() -> list[list[str]]:
+        return await asyncio.gather(pieces("remove the cup"), pieces("take it away"))
+
+    asked = ("remove the cup", "take it away")
+    for instruction, told in zip(asked, asyncio.run(work()), strict=True):
+        assert len(told) > 1
+        assert "".join(told) == Blueprint.parse(ANSWER, instruction=instruction).render()
 
 
 def test_only_what_the_model_would_say_again_is_kept() -> None:

@@ -16,6 +16,7 @@ import openai
 import pytest
 from PIL import Image
 
+from dim.errors import DimError
 from dim.images import encode_png
 from infra.ports import free_port
 from serving.config import ServingConfig
@@ -39,19 +40,22 @@ def keys_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(ray_cluster: None, tiny_model_dir: Path, keys_file: Path) -> Iterator[Server]:
-    server = start(
-        ServingConfig(
-            model=str(tiny_model_dir),
-            designers=("none",),
-            port=free_port(),
-            keys=str(keys_file),
-            max_pending=10,
-            max_output_pixels=1_000_000,
-            max_pending_megapixel_steps=2.0,
-            uploads={"places": PLACES, "timeout_s": 3, "least_bytes_per_s": 500, "grace_s": 1.5},
-        )
+def config(tiny_model_dir: Path, keys_file: Path) -> ServingConfig:
+    return ServingConfig(
+        model=str(tiny_model_dir),
+        designers=("none",),
+        port=free_port(),
+        keys=str(keys_file),
+        max_pending=10,
+        max_output_pixels=1_000_000,
+        max_pending_megapixel_steps=2.0,
+        uploads={"places": PLACES, "timeout_s": 3, "least_bytes_per_s": 500, "grace_s": 1.5},
     )
+
+
+@pytest.fixture(scope="module")
+def server(ray_cluster: None, config: ServingConfig) -> Iterator[Server]:
+    server = start(config)
     yield server
     server.stop()
 
@@ -164,3 +168,22 @@ def answer_of(sock: socket.socket) -> str:
     """The status with which the server gave an upload up."""
     head = sock.recv(100)
     return head.split(b" ")[1].decode()
+
+
+def test_two_applications_share_a_cluster_and_one_leaves_the_other(
+    server: Server, config: ServingConfig, http: httpx.Client
+) -> None:
+    with pytest.raises(DimError, match="already: set application=NAME"):
+        start(config)
+    with pytest.raises(DimError, match=f"listens on port {config.port} in this cluster"):
+        start(config.model_copy(update={"application": "other", "port": free_port()}))
+    other = {"application": "other", "route_prefix": "/other"}
+    second = start(config.model_copy(update=other))
+    assert second.url == f"{server.url}/other"
+    assert httpx.get(f"{second.url}/healthz").json()["running_replicas"]["painter"] == 1
+    assert httpx.post(f"{second.url}/v1/images/generations").status_code == 401
+    body = {"prompt": "a", "steps": 1}
+    assert http.post("/other/v1/images/generations", json=body).status_code == 200
+    second.stop()
+    assert httpx.get(f"{second.url}/healthz", headers={}).status_code == 401
+    assert http.post(PAINT, json=body).status_code == 200
