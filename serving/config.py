@@ -61,7 +61,8 @@ class PoolConfig(StrictModel):
 
             if unknown := sorted(given.keys() - AutoscalingConfig.model_fields.keys()):
                 raise ValueError(f"Serve's autoscaling_config has no {', '.join(unknown)}")
-            AutoscalingConfig(**given)
+            if AutoscalingConfig(**given).min_replicas < 1:
+                raise ValueError("min_replicas must be 1 or more: without a replica, not ready")
         return given
 
 

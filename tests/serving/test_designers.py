@@ -242,6 +242,8 @@ def test_a_pool_for_models_of_ours_and_one_that_takes_no_device() -> None:
     assert painter._deployment_config.autoscaling_config.max_replicas == 3
     with pytest.raises(ConfigError, match="max_replica"):
         config(painter={"autoscaling": {"max_replica": 3}})
+    with pytest.raises(ConfigError, match="min_replicas must be 1"):
+        config(painter={"autoscaling": {"min_replicas": 0, "max_replicas": 3}})
 
 
 def test_the_self_designer_writes_as_the_whole_model_does(tiny_model_dir: Any) -> None:
