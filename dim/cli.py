@@ -48,6 +48,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "Edit accuracy of a model on held-out tabletop edits.",
     ),
     "serve": ("serving.serve:main", "Edits and generations over HTTP."),
+    "keys new": ("serving.keys:new", "An API key of the server, shown once, and its line to keep."),
     "edit": ("dim.commands.edit:main", "Edit one image."),
     "generate": ("dim.commands.generate:main", "Paint one image from a text."),
     "model import": (
@@ -72,6 +73,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "tiny report": ("dim.tiny.report:main", "Measure the tiny models that ship with the package."),
 }
 GROUPS = {
+    "keys": "API keys of `dim serve`.",
     "data": "Make DIM-T2I and DIM-Edit data sets.",
     "model": "Published checkpoints and model folders.",
     "experiment": "What is claimed, measured.",

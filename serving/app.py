@@ -30,12 +30,13 @@ from starlette.exceptions import HTTPException
 
 from dim import __version__
 from dim.config import validate_config
-from serving.admission import Admission
+from dim.errors import ConfigError
+from serving.admission import Admission, room
 from serving.background import Background, How, fingerprint, read_how
 from serving.body_limit import BodyLimit
 from serving.checks import check
 from serving.config import ServingConfig
-from serving.designer import DesignerDeployment
+from serving.deployments import application
 from serving.errors import (
     BadRequestError,
     OpenAIErrorRoute,
@@ -44,9 +45,10 @@ from serving.errors import (
     on_invalid_body,
 )
 from serving.events import Tell, stream
+from serving.exposure import check_exposure, listening_host
+from serving.guard import Guard, Guarded
 from serving.openapi import BLUEPRINT, EDIT, ERRORS, describe
 from serving.operation import Operation
-from serving.painter import PainterDeployment
 from serving.protocol import (
     Asked,
     BlueprintResponse,
@@ -57,14 +59,23 @@ from serving.protocol import (
     Health,
     ImagesResponse,
     Job,
-    PaintRequest,
 )
+from serving.replicas import Designers
 from serving.requests import Design, Edit, read_design, read_edit
 from serving.studio import Studio
+from serving.work import Work
 
 LATER: dict[int | str, dict[str, Any]] = {
     202: {"model": Job, "description": "With `async=true`: the job that was begun."}
 }
+SERVES_OWN = {
+    "host": "http_options.host",
+    "port": "http_options.port",
+    "application": "the application's name",
+    "route_prefix": "the application's route_prefix",
+}
+"""Settings of ``dim serve`` that a Serve config file has elsewhere, where Serve reads them."""
+
 Answering = Annotated[How, Depends(read_how)]
 RequestT = TypeVar("RequestT", Edit, GenerationRequest, Design)
 
@@ -75,12 +86,15 @@ class Ingress:
     def __init__(
         self,
         config: ServingConfig,
-        designer: DeploymentHandle,
+        designer: Designers,
         painter: DeploymentHandle,
+        meter: DeploymentHandle | None = None,
     ) -> None:
+        check_exposure(config, listening_host())
+        self.guard = Guard(config, meter)
         self._config = config
         self._studio = Studio(config, designer, painter)
-        self._admission = Admission(config.max_pending)
+        self._admission = Admission(room(config))
         self._background = Background(config)
         self._operation = Operation(config, painter, self._admission)
 
@@ -92,6 +106,7 @@ class Ingress:
             responses=ERRORS,
         )
         app.add_middleware(BodyLimit, max_bytes=self._config.max_request_bytes)
+        app.add_middleware(Guarded, find=lambda: self.guard)  # the last one added is the first met
         app.add_exception_handler(HTTPException, on_http_error)
         app.add_exception_handler(RequestValidationError, on_invalid_body)
         app.state.admission = self._admission
@@ -128,19 +143,23 @@ class Ingress:
         app.include_router(operation)
         return describe(app)
 
-    async def edits(self, edit: Annotated[Edit, Depends(read_edit)], how: Answering) -> Response:
+    async def edits(
+        self, request: Request, edit: Annotated[Edit, Depends(read_edit)], how: Answering
+    ) -> Response:
         """Edit one image: image → blueprint → painted image."""
-        return await self._serve(edit.fields, self._studio.edit, edit, how)
+        return await self._serve(request, edit.fields, self._studio.edit, edit, how)
 
-    async def generations(self, wanted: GenerationRequest, how: Answering) -> Response:
+    async def generations(
+        self, request: Request, wanted: GenerationRequest, how: Answering
+    ) -> Response:
         """Paint images from a text."""
-        return await self._serve(wanted, self._studio.generate, wanted, how)
+        return await self._serve(request, wanted, self._studio.generate, wanted, how)
 
     async def blueprints(
-        self, design: Annotated[Design, Depends(read_design)], how: Answering
+        self, request: Request, design: Annotated[Design, Depends(read_design)], how: Answering
     ) -> Response:
         """Have the blueprint of an edit written, without painting it."""
-        return await self._serve(design.fields, self._studio.design, design, how)
+        return await self._serve(request, design.fields, self._studio.design, design, how)
 
     async def check_blueprint(self, wanted: CheckRequest) -> CheckResponse:
         """Whether a text is a blueprint; if not, what is wrong and in which section."""
@@ -156,43 +175,50 @@ class Ingress:
 
     async def _serve(
         self,
+        request: Request,
         wanted: Asked,
-        work: Callable[[RequestT, Tell | None], Awaitable[BaseModel]],
-        request: RequestT,
+        do: Callable[[RequestT, Tell | None], Awaitable[BaseModel]],
+        asked: RequestT,
         how: How,
     ) -> Response:
-        images = wanted.n if isinstance(wanted, PaintRequest) else 1
+        work = await self._studio.weigh(asked)
 
         async def limited(tell: Tell | None) -> BaseModel:
             async with asyncio.timeout(self._config.request_timeout_s):
-                return await work(request, tell)
+                return await do(asked, tell)
 
         async def admitted(tell: Tell | None) -> BaseModel:
-            with self._admission.admit(images):
+            with await self._places(request, work):
                 return await limited(tell)
 
         if how.later or how.key is not None:
-            return await self._keep(wanted, images, partial(limited, None), request, how)
+            param = "async" if how.later else "Idempotency-Key"
+            if wanted.stream:
+                raise BadRequestError(f"stream: it does not go with {param}", param="stream")
+            self._background.check(param)
+            places = await self._places(request, work)
+            return await self._keep(wanted, places, partial(limited, None), asked, how)
         if wanted.stream:
             return await stream(admitted)
         return await as_json(await admitted(None))
 
+    async def _places(self, request: Request, work: Work) -> contextlib.ExitStack:
+        """Places for ``work``, which its client has asked for; closed, they are free again."""
+        with contextlib.ExitStack() as places:
+            places.enter_context(self._admission.admit(work))
+            await self.guard.charge(request, work)
+            return places.pop_all()
+
     async def _keep(
         self,
         wanted: Asked,
-        images: int,
+        places: contextlib.ExitStack,
         work: Callable[[], Awaitable[BaseModel]],
         request: Edit | GenerationRequest | Design,
         how: How,
     ) -> Response:
         """Do a request as a job; answer with it, or with what comes of it where that is wanted."""
-        param = "async" if how.later else "Idempotency-Key"
-        if wanted.stream:
-            raise BadRequestError(f"stream: it does not go with {param}", param="stream")
-        self._background.check(param)
         pictures = () if isinstance(request, GenerationRequest) else request.pictures
-        places = contextlib.ExitStack()
-        places.enter_context(self._admission.admit(images))
         job = await self._background.start(
             work, places.close, fingerprint(wanted, *pictures), how.key
         )
@@ -235,31 +261,14 @@ class AdmittingRoute(OpenAIErrorRoute):
 def build(args: ServingConfig | dict[str, Any]) -> Application:
     """The whole application: ``serving.app:build`` in a Serve config file, with its ``args``."""
     config = args if isinstance(args, ServingConfig) else read_args(args)
-    replica = partial(
-        serve.deployment,
-        ray_actor_options={
-            "num_cpus": config.cpus_per_replica,
-            "num_gpus": config.gpus_per_replica,
-        },
-        # Room for the batch that is being worked on and for the next one to fill.
-        max_ongoing_requests=2 * config.max_batch_size,
-        # For each image that is let in, one call that paints it and one that counts its tokens.
-        max_queued_requests=2 * config.max_pending,
-        max_constructor_retry_count=2,
-    )
-    designer = replica(name="designer", num_replicas=config.designer_replicas)(DesignerDeployment)
-    painter = replica(name="painter", num_replicas=config.painter_replicas)(PainterDeployment)
-    # The ingress refuses by itself, in OpenAI's shape; its own bounds are the last resort.
-    ingress = serve.deployment(
-        name="ingress",
-        ray_actor_options={"num_cpus": 0},
-        max_ongoing_requests=4 * config.max_pending,
-        max_queued_requests=4 * config.max_pending,
-        backpressure_config={"status_code": 429, "retry_after_s": 2},
-    )(serve.ingress()(Ingress))
-    return ingress.bind(config, designer.bind(config), painter.bind(config))
+    return application(config, serve.ingress()(Ingress))
 
 
 def read_args(args: dict[str, Any]) -> ServingConfig:
     """``args`` of a Serve config file; a mistake is named."""
+    for name, where in SERVES_OWN.items():
+        if name in args:
+            raise ConfigError(
+                f"the application's args: {name} is not theirs to say; write {where} in the file"
+            )
     return validate_config(ServingConfig, args, where="the application's args")

@@ -2,14 +2,109 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Any
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from dim.config import StrictModel
+from dim.designers import calls_a_server
 from dim.redaction import redact
 
 NO_DESIGNER = "none"
+NAMES_BY_THEMSELVES = ("self", "oracle", NO_DESIGNER)
+
+
+class Rates(StrictModel):
+    """What one client may ask for in a minute; ``None``: as much as there is room for."""
+
+    requests_per_minute: float | None = Field(None, ge=1)
+    images_per_minute: float | None = Field(None, ge=1)
+    megapixel_steps_per_minute: float | None = Field(None, gt=0)
+    """Megapixels painted × steps, of all images together: what an image costs."""
+
+    def over(self, others: Rates) -> Rates:
+        """These rates, and where they say nothing the ``others``'."""
+        said = {name: getattr(self, name) for name in Rates.model_fields}
+        return others.model_copy(
+            update={name: rate for name, rate in said.items() if rate is not None}
+        )
+
+
+class UploadLimits(StrictModel):
+    """How a request's body has to come in, of each ingress replica."""
+
+    places: int = Field(32, ge=1)
+    """Bodies that come in at a time. One that is too slow loses its place to one that comes."""
+    timeout_s: float = Field(120.0, gt=0)
+    """For a whole body."""
+    least_bytes_per_s: float = Field(1024.0, gt=0)
+    """On average since the body began, but for the first ``grace_s``."""
+    grace_s: float = Field(5.0, ge=0)
+
+
+class PoolConfig(StrictModel):
+    """What the replicas of one deployment take; null is as the server says for all."""
+
+    num_cpus: float | None = Field(None, ge=0)
+    num_gpus: float | None = Field(None, ge=0)
+    max_batch_size: int | None = Field(None, ge=1)
+    autoscaling: dict[str, Any] | None = None
+    """Ray Serve's ``autoscaling_config``, in place of a number of replicas."""
+
+    @field_validator("autoscaling")
+    @classmethod
+    def _as_serve_takes_it(cls, given: dict[str, Any] | None) -> dict[str, Any] | None:
+        if given is not None:
+            from ray.serve.config import AutoscalingConfig
+
+            if unknown := sorted(given.keys() - AutoscalingConfig.model_fields.keys()):
+                raise ValueError(f"Serve's autoscaling_config has no {', '.join(unknown)}")
+            if AutoscalingConfig(**given).min_replicas < 1:
+                raise ValueError("min_replicas must be 1 or more: without a replica, not ready")
+        return given
+
+
+class DesignerConfig(StrictModel):
+    """A designer that requests may choose by its name."""
+
+    spec: str
+    """As of ``dim.designers``; ``self`` is the served model's own understanding."""
+    deadline_s: float | None = Field(None, gt=0)
+    """Until a request that waits for it is answered 502, below ``request_timeout_s``; null: half of
+    that. An answer that comes later is kept for whoever asks again."""
+    concurrency: int = Field(16, ge=1)
+    """Questions asked at a time; of a designer that is not ``self``, as all that follow."""
+    requests_per_minute: float | None = Field(None, gt=0)
+    tokens_per_minute: float | None = Field(None, gt=0)
+    input_price: float = Field(0.0, ge=0)
+    """US dollars for a million tokens of questions."""
+    output_price: float = Field(0.0, ge=0)
+    """US dollars for a million tokens of answers."""
+    budget_usd: float | None = Field(None, gt=0)
+    """What the server may spend on it from its start on; needs a price."""
+
+    @model_validator(mode="after")
+    def _only_what_is_minded(self) -> DesignerConfig:
+        if self.budget_usd is not None and not (self.input_price or self.output_price):
+            raise ValueError("budget_usd needs input_price or output_price")
+        calls = {"requests_per_minute", "tokens_per_minute", "input_price", "output_price"}
+        minded = sorted(self.model_fields_set & (calls | {"budget_usd"}))
+        if minded and not calls_a_server(self.spec):
+            raise ValueError(f"{', '.join(minded)} is for openai: designers alone")
+        if self.is_own and "concurrency" in self.model_fields_set:
+            raise ValueError("concurrency is for designers that are not self: those batch")
+        return self
+
+    @property
+    def is_own(self) -> bool:
+        """Whether it is an understanding model of ours, which wants a device."""
+        return self.spec.partition(":")[0] == "self"
+
+    def patience_s(self, request_timeout_s: float) -> float:
+        """Seconds that a request waits for it."""
+        return self.deadline_s or request_timeout_s / 2
 
 
 class ServingConfig(StrictModel):
@@ -19,18 +114,48 @@ class ServingConfig(StrictModel):
     """Folder of a DIM, readable from every node that runs a replica."""
     lora: tuple[str, ...] = ()
     """LoRA adapters to merge into the model, ``PATH[:WEIGHT]`` each; readable from there too."""
-    designers: tuple[str, ...] = ("self",)
-    """Designer specs that a request may choose from; the first is the default. ``self`` is the
-    served model's own understanding. ``none`` is always allowed and needs no entry."""
+    designers: dict[str, DesignerConfig] = Field(
+        default_factory=lambda: {"self": DesignerConfig(spec="self")}
+    )
+    """What a request may choose from, by name; the first is the default. A text is a ``spec``; a
+    list is of names that are specs too: ``self``, ``oracle``, ``none``. ``none`` is always allowed
+    and needs no entry."""
+    kept_blueprints: int = Field(1024, ge=1)
+    """Answers of a designer over HTTP that are kept, so that nobody pays for them again."""
     dtype: str | None = None
     """Floating type of the painter's replicas, such as ``bfloat16``; null is as saved."""
     host: str = "127.0.0.1"
+    """Where ``dim serve`` listens; in a Serve config file that is ``http_options``' to say."""
     port: int = Field(8000, ge=1, le=65535)
+    application: str = Field("dim", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """What Serve calls it; several on one cluster have different ones, and ``route_prefix``es."""
+    route_prefix: str = Field("/", pattern=r"^/([A-Za-z0-9._/-]*[A-Za-z0-9._-])?$")
+    """Where its routes begin."""
+    keys: str | None = None
+    """File of API keys (see ``serving.keys``), or ``env:NAME``, a variable that holds its text;
+    null asks nobody for one, and is for loopback alone unless ``insecure``."""
+    insecure: bool = False
+    """Listen beyond loopback without keys: whoever reaches the port may spend what this costs."""
+    rates: Rates = Rates()
+    """Of each client that says none of its own in the keys file."""
+    origins: tuple[str, ...] = ()
+    """Origins of other sites whose pages may call, such as ``https://shop.example``; ``*``: all."""
+    hosts: tuple[str, ...] = ()
+    """Names that the server may be called by, ``*.`` for any below one, ``*`` for any. Without keys
+    it answers to addresses, ``localhost`` and these alone, for any page can point a name at it."""
 
     designer_replicas: int = Field(1, ge=1)
     painter_replicas: int = Field(1, ge=1)
     cpus_per_replica: float = Field(1.0, ge=0)
     gpus_per_replica: float = Field(0.0, ge=0)
+
+    designer: PoolConfig = PoolConfig()
+    """Of the designers that are models of ours; the others take neither CPU nor GPU."""
+    painter: PoolConfig = PoolConfig()
+    ingress_replicas: int = Field(1, ge=1)
+    """Each takes on ``max_pending`` images; they share the rates of clients."""
+    cpus_per_ingress: float = Field(0.0, ge=0)
+    """Above 0 keeps them off a head node that offers no CPU."""
 
     max_batch_size: int = Field(8, ge=1)
     """Images that one replica paints (or designs) in one forward pass."""
@@ -38,6 +163,13 @@ class ServingConfig(StrictModel):
     """How long the first image of a batch waits for company."""
     max_pending: int = Field(32, ge=10)
     """Images admitted and not yet answered, per ingress; beyond it a request is answered 429."""
+    max_pending_megapixels: float = Field(400.0, gt=0)
+    """Of the sources and the images to give back of what is admitted: what it takes in memory."""
+    max_pending_megapixel_steps: float = Field(4000.0, gt=0)
+    """Megapixels painted × steps of what is admitted: how long it takes."""
+    max_output_pixels: int = Field(50_000_000, ge=64)
+    """Of all images of one request together, at the size they are given back in."""
+    uploads: UploadLimits = UploadLimits()
     max_request_bytes: int = Field(25 * 2**20, ge=1024)
     max_image_pixels: int = Field(50_000_000, ge=64)
     max_side: int = Field(4096, ge=8)
@@ -58,19 +190,67 @@ class ServingConfig(StrictModel):
             raise ValueError("no URL leads to a local folder: it must be an s3:// address")
         return address
 
+    @field_validator("designers", mode="before")
+    @classmethod
+    def _by_name(cls, given: Any) -> Any:
+        if isinstance(given, list | tuple):
+            for spec in given:
+                if spec not in NAMES_BY_THEMSELVES:
+                    raise ValueError(
+                        f"the designer {redact(str(spec))!r} needs a name that clients call it by, "
+                        "such as best: openai:MODEL@URL; by themselves there are "
+                        f"{', '.join(NAMES_BY_THEMSELVES)}"
+                    )
+            given = {spec: spec for spec in given}
+        if not isinstance(given, dict):
+            return given
+        return {
+            name: {"spec": value} if isinstance(value, str) else value
+            for name, value in given.items()
+        }
+
     @field_validator("designers")
     @classmethod
-    def _at_least_one(cls, designers: tuple[str, ...]) -> tuple[str, ...]:
+    def _named(cls, designers: dict[str, DesignerConfig]) -> dict[str, DesignerConfig]:
         if not designers:
             raise ValueError("at least one designer is needed ('none' paints the instruction)")
-        if len(set(map(redact, designers))) < len(set(designers)):
-            raise ValueError("two designers differ in nothing but their credentials")
+        for name, designer in designers.items():
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
+                raise ValueError(f"{redact(name)!r} is no name of letters, digits, '.', '_', '-'")
+            if (name == NO_DESIGNER) != (designer.spec == NO_DESIGNER):
+                raise ValueError(
+                    "'none' is the name of painting the instruction, and of that alone"
+                )
         return designers
+
+    @model_validator(mode="after")
+    def _leave_time_to_paint(self) -> ServingConfig:
+        for name, designer in self.designers.items():
+            if (designer.deadline_s or 0) >= self.request_timeout_s:
+                raise ValueError(
+                    f"designers.{name}.deadline_s must be less than request_timeout_s, "
+                    f"{self.request_timeout_s:g}"
+                )
+        return self
+
+    @field_validator("origins")
+    @classmethod
+    def _origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in origins:
+            if origin != "*" and not re.fullmatch(r"https?://[^/\s@?#]+", origin):
+                raise ValueError(f"{origin!r} is not of the form https://host[:port]")
+        return tuple(origin.lower() for origin in origins)
+
+    @model_validator(mode="after")
+    def _pages_of_others_need_a_key(self) -> ServingConfig:
+        if "*" in self.origins and self.keys is None:
+            raise ValueError("origins: '*' lets every page on the web ask for work; it needs keys")
+        return self
 
     @property
     def offered(self) -> list[str]:
-        """Every value that a request's ``designer`` may have: specs without their credentials."""
-        return list(dict.fromkeys([*map(redact, self.designers), NO_DESIGNER]))
+        """Every name that a request's ``designer`` may have."""
+        return list(dict.fromkeys([*self.designers, NO_DESIGNER]))
 
     @property
     def model_name(self) -> str:

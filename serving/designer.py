@@ -1,80 +1,240 @@
-"""The designer deployment: instructions and images in, blueprints out, a batch at a time."""
+"""The designer deployments: instructions and images in, blueprints out.
+
+A designer that is a model of ours is asked a batch at a time (``OwnDesigner``). One that is
+somewhere else, or is quick, is asked question by question, each designer in threads of its own, so
+that a slow one holds up nobody else's (``OtherDesigners``).
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+import hashlib
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
 
 from ray import serve
 
-from dim import model as models
 from dim.blueprint import Blueprint
-from dim.designers import Designer, DesignRequest, Reply, create
+from dim.designers import CallOptions, DesignRequest, Reply, create
+from dim.designers.base import SOMEBODY_WAITS
+from dim.designers.calls.usage import Unusable
 from dim.designers.self_play import SelfDesigner
 from dim.devices import best_device
-from dim.errors import BlueprintError, DesignerError
-from dim.redaction import redact
+from dim.errors import BlueprintError, CallsStopped, DesignerError
+from dim.model.checkpoint.understanding import load_understanding
+from dim.model.dim import floating_type
 from infra.models import on_this_machine
-from serving.config import NO_DESIGNER, ServingConfig
+from serving.config import DesignerConfig, ServingConfig
+from serving.drafts import Draft
 from serving.jobs import DesignJob, in_groups, unwrap
 
+logger = logging.getLogger("ray.serve")
+AnswerT = TypeVar("AnswerT")
+TOLD_EVERY_S = 0.1
 
-class DesignerDeployment:
-    """Holds every designer that the server offers and writes blueprints with them."""
 
-    def __init__(self, config: ServingConfig) -> None:
-        self._designers = {
-            redact(spec): create_for(spec, config)
-            for spec in config.designers
-            if spec != NO_DESIGNER
-        }
+class OwnDesigner:
+    """Writes blueprints with understanding models of ours: of each nothing else is loaded.
+
+    Args:
+        config: of the server; ``max_batch_size`` is this pool's.
+        names: of the designers of ``config.designers`` that this pool holds.
+    """
+
+    def __init__(self, config: ServingConfig, names: Sequence[str]) -> None:
+        self._config = config
+        self._designers = {name: load_own(config.designers[name].spec, config) for name in names}
         self._worker = ThreadPoolExecutor(max_workers=1)
         batched = serve.batch(
             max_batch_size=config.max_batch_size, batch_wait_timeout_s=config.batch_wait_s
         )
         self._design_batched = batched(self._design_batch)
 
-    async def design(self, job: DesignJob) -> str:
-        """The blueprint for ``job``, in the paper's grammar.
+    async def write(self, job: DesignJob) -> AsyncIterator[str]:
+        """The blueprint for ``job`` in the paper's grammar, in pieces while it is written.
 
         Raises:
-            DesignerError: the designer failed, or its answer is not a blueprint.
+            DesignerError: the designer failed, or its answer is not a blueprint; in words that a
+                client may read.
         """
-        return unwrap(await self._design_batched(job))
+        patience_s = self._config.designers[job.designer].patience_s(self._config.request_timeout_s)
+        asked, draft = Asked(job), Draft(job.instruction)
+        answer = asyncio.ensure_future(in_time(job, self._design_batched(asked), patience_s))
+        try:
+            while not answer.done():
+                await asyncio.wait([answer], timeout=TOLD_EVERY_S)
+                if piece := draft.more(asked.words):
+                    yield piece
+            yield draft.rest(presented(job, unwrap(answer.result())))
+        finally:
+            answer.cancel()
 
-    async def write(self, job: DesignJob) -> AsyncIterator[str]:
-        """The blueprint of ``design`` in pieces, as far as the designer tells them one by one."""
-        yield await self.design(job)
-
-    async def _design_batch(self, jobs: list[DesignJob]) -> list[str | Exception]:
+    async def _design_batch(self, asked: list[Asked]) -> list[Reply | Exception]:
         # Off the event loop, which goes on filling the next batch meanwhile.
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._worker, self._design_all, jobs)
+        return await loop.run_in_executor(self._worker, self._design_all, asked)
 
-    def _design_all(self, jobs: Sequence[DesignJob]) -> list[str | Exception]:
-        return in_groups(jobs, lambda job: job.designer, self._design_same)
+    def _design_all(self, asked: Sequence[Asked]) -> list[Reply | Exception]:
+        return in_groups(asked, lambda each: each.job.designer, self._design_same)
 
-    def _design_same(self, jobs: Sequence[DesignJob]) -> list[str | Exception]:
-        designer = self._designers[jobs[0].designer]
-        requests = [DesignRequest(job.instruction, job.image) for job in jobs]
-        answers = designer.design(requests)
-        return [checked(*pair, designer.name) for pair in zip(jobs, answers, strict=True)]
+    def _design_same(self, asked: Sequence[Asked]) -> list[Reply | Exception]:
+        designer = self._designers[asked[0].job.designer]
+        requests = [DesignRequest(each.job.instruction, each.job.image) for each in asked]
 
+        def told(place: int, words: str) -> None:
+            asked[place].words = words
 
-def create_for(spec: str, config: ServingConfig) -> Designer:
-    """The designer of ``spec``, where ``self`` is the served model's own understanding."""
-    if spec != "self":
-        return create(spec)
-    model = models.load(on_this_machine(config.model), device=best_device(), dtype=config.dtype)
-    return SelfDesigner(model, name="self")
+        return list(designer.design(requests, on_text=told))
 
 
-def checked(job: DesignJob, answer: Reply, designer: str) -> Reply:
-    """A designer's answer as a clean blueprint; anything else as the error that it is."""
-    if isinstance(answer, DesignerError):
+@dataclass
+class Asked:
+    """A job in a batch, and what the designer has written of its answer so far."""
+
+    job: DesignJob
+    words: str = ""
+
+
+class OtherDesigners:
+    """Asks designers that are no models of ours: over HTTP, from a file, by rule.
+
+    A deployment of one replica: what a designer may cost and how often it may be asked is counted
+    here, and so are the answers kept that were paid for.
+
+    Args:
+        config: of the server.
+        names: of the designers of ``config.designers`` that this pool asks.
+    """
+
+    def __init__(self, config: ServingConfig, names: Sequence[str]) -> None:
+        self._askers = {
+            name: Asker(config.designers[name], config.request_timeout_s, config.kept_blueprints)
+            for name in names
+        }
+
+    async def write(self, job: DesignJob) -> AsyncIterator[str]:
+        """As of ``OwnDesigner.write``, in one piece at the end."""
+        yield await self._askers[job.designer].blueprint(job)
+
+
+class Asker:
+    """One designer: asked by so many at a time, and never twice for what it was paid for.
+
+    Args:
+        settings: which designer, and how much it may be asked.
+        request_timeout_s: how long a request waits for everything.
+        kept: how many answers.
+    """
+
+    def __init__(self, settings: DesignerConfig, request_timeout_s: float, kept: int) -> None:
+        self._patience_s = settings.patience_s(request_timeout_s)
+        self._designer = create(settings.spec, calls=call_options(settings, self._patience_s))
+        self._threads = ThreadPoolExecutor(settings.concurrency)
+        self._kept = kept if self._designer.costly else 0
+        # What was answered, and what is being asked: a client that asks again joins it.
+        self._answers: OrderedDict[tuple[str, str], asyncio.Future[Reply]] = OrderedDict()
+
+    async def blueprint(self, job: DesignJob) -> str:
+        """The blueprint for ``job``; errors as of ``OwnDesigner.write``."""
+        # Shielded: who stops waiting leaves an answer that is paid for to whoever asks again.
+        asked = asyncio.shield(self._asked(job))
+        return presented(job, await in_time(job, asked, self._patience_s))
+
+    def _asked(self, job: DesignJob) -> asyncio.Future[Reply]:
+        question = (hashlib.sha256(job.image).hexdigest(), job.instruction)
+        if question in self._answers:
+            self._answers.move_to_end(question)
+            return self._answers[question]
+        loop = asyncio.get_running_loop()
+        asked = loop.run_in_executor(self._threads, self._ask, job)
+        if self._kept:
+            self._answers[question] = asked
+            asked.add_done_callback(lambda done: self._settle(question, done))
+        return asked
+
+    def _ask(self, job: DesignJob) -> Reply:
+        """The designer's answer, on a thread of this designer."""
+        try:
+            (answer,) = self._designer.design([DesignRequest(job.instruction, job.image)])
+        except DesignerError as error:  # nobody may ask it anything now
+            return error
         return answer
+
+    def _settle(self, question: tuple[str, str], done: asyncio.Future[Reply]) -> None:
+        """Keep what was paid for, such as an answer that is no blueprint; not what may yet come."""
+        answered = not done.cancelled() and done.exception() is None
+        if not answered or not is_paid(done.result()):
+            self._answers.pop(question, None)
+        settled = [key for key, answer in self._answers.items() if answer.done()]
+        for key in settled[: max(0, len(settled) - self._kept)]:
+            del self._answers[key]
+
+
+def is_paid(answer: Reply) -> bool:
+    """Whether the designer said something, and would say it again."""
+    return isinstance(answer, str) or (isinstance(answer, Unusable) and answer.final)
+
+
+async def in_time(job: DesignJob, answer: Awaitable[AnswerT], patience_s: float) -> AnswerT:
+    """Wait for an answer as long as its designer may take, and its request has.
+
+    Raises:
+        DesignerError: it did not come.
+    """
+    if job.deadline is not None:
+        patience_s = min(patience_s, job.deadline - time.time())
     try:
-        return Blueprint.parse(answer, instruction=job.instruction).render()
-    except BlueprintError as error:
-        return DesignerError(f"designer {designer} did not answer with a blueprint: {error}")
+        async with asyncio.timeout(patience_s):
+            return await answer
+    except TimeoutError:
+        raise DesignerError(
+            f"designer {job.designer!r} did not answer in {max(0.0, patience_s):.3g} s"
+        ) from None
+
+
+def presented(job: DesignJob, answer: Reply) -> str:
+    """A designer's answer as a clean blueprint.
+
+    Raises:
+        DesignerError: it is none. Addresses and what others wrote stay in the log.
+    """
+    said, why = "did not answer", str(answer)
+    if isinstance(answer, str):
+        try:
+            return Blueprint.parse(answer, instruction=job.instruction).render()
+        except BlueprintError as error:
+            said, why = "did not answer with a blueprint", str(error)
+    elif isinstance(answer, CallsStopped):
+        said = "takes no more questions for now"
+    logger.warning("designer %s %s: %s", job.designer, said, why)
+    raise DesignerError(f"designer {job.designer!r} {said}; the server's log says why")
+
+
+def load_own(spec: str, config: ServingConfig) -> SelfDesigner:
+    """The designer ``self``, the served model's own understanding, or ``self:FOLDER``."""
+    _, _, folder = spec.partition(":")
+    path = on_this_machine(folder or config.model)
+    dtype = floating_type(config.dtype)
+    return SelfDesigner(load_understanding(path, device=best_device(), dtype=dtype), name=spec)
+
+
+def call_options(settings: DesignerConfig, patience_s: float) -> CallOptions:
+    """How a designer over HTTP is called for somebody who waits."""
+    return CallOptions(
+        in_flight=settings.concurrency,
+        # Longer than anybody waits: an answer under way is paid for, and kept when it comes.
+        timeout_s=2 * patience_s,
+        busy_s=patience_s,
+        retries=1,
+        requests_per_minute=settings.requests_per_minute,
+        tokens_per_minute=settings.tokens_per_minute,
+        input_price=settings.input_price,
+        output_price=settings.output_price,
+        budget=settings.budget_usd,
+        breaker=SOMEBODY_WAITS.breaker,
+    )

@@ -21,7 +21,7 @@ from ray.serve.exceptions import (
 )
 from starlette.exceptions import HTTPException
 
-from dim.errors import DesignerError, DimError, StorageError
+from dim.errors import BlueprintError, DesignerError, DimError, InputError, StorageError
 from dim.failures import find_dim_error
 
 logger = logging.getLogger("ray.serve")
@@ -62,6 +62,26 @@ class BusyError(DimError):
         self.retry_after_s = retry_after_s
 
 
+class SlowUploadError(DimError):
+    """The request's body does not come in time."""
+
+
+class RateLimitedError(DimError):
+    """The client has asked for all that its key may ask for in a minute."""
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class UnauthorizedError(DimError):
+    """There is no API key, or none that is known."""
+
+
+class ForbiddenError(DimError):
+    """The request comes from where this server takes none."""
+
+
 class NotReadyError(DimError):
     """A deployment has no healthy replica at the moment."""
 
@@ -77,6 +97,20 @@ def error_response(error: BaseException) -> JSONResponse:
         return answer(415, str(known), "invalid_request_error")
     if isinstance(known, NotFoundError):
         return answer(404, str(known), "invalid_request_error", param=known.param, code=known.code)
+    if isinstance(known, SlowUploadError):
+        # An answer in the middle of a body: nothing else can be asked on this connection.
+        response = answer(408, str(known), "invalid_request_error", code="slow_upload")
+        response.headers["Connection"] = "close"
+        return response
+    if isinstance(known, RateLimitedError):
+        return answer(
+            429, str(known), "rate_limit_error",
+            code="rate_limit_exceeded", retry_after_s=known.retry_after_s,
+        )  # fmt: skip
+    if isinstance(known, UnauthorizedError):
+        return answer(401, str(known), "authentication_error", code="invalid_api_key")
+    if isinstance(known, ForbiddenError):
+        return answer(403, str(known), "permission_error", code="forbidden")
     if isinstance(known, NotReadyError):
         return answer(503, str(known), "server_error", code="not_ready", retry_after_s=5)
     if isinstance(known, DesignerError):
@@ -85,7 +119,7 @@ def error_response(error: BaseException) -> JSONResponse:
     if isinstance(known, StorageError):
         logger.error("the object store failed", exc_info=error)
         return answer(503, "the object store does not take images", "server_error")
-    if known is not None:
+    if isinstance(known, BadRequestError | InputError | BlueprintError):
         param = getattr(known, "param", None)
         return answer(400, str(known), "invalid_request_error", param=param)
     return _machine_error(error)
@@ -128,7 +162,7 @@ def answer(
     retry: bool | None = None,
 ) -> JSONResponse:
     """An error response. ``retry=False`` tells OpenAI's SDKs not to repeat the request."""
-    headers = {}
+    headers = {"WWW-Authenticate": "Bearer"} if status == 401 else {}
     if retry_after_s is not None:
         headers["Retry-After"] = str(max(1, math.ceil(retry_after_s)))
     if retry is not None:

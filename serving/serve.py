@@ -3,41 +3,51 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import re
 import signal
 import socket
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import typer
 
 from dim.config import load_config
-from dim.errors import CheckpointError, DimError
+from dim.errors import CheckpointError, ConfigError, DimError
 from infra.models import on_this_machine
 from infra.registry import located
 from infra.storage import open_store
-from serving.config import NO_DESIGNER, ServingConfig
+from serving.config import NAMES_BY_THEMSELVES, NO_DESIGNER, DesignerConfig, ServingConfig
+from serving.exposure import check_exposure
+from serving.keys import read_source
 
-APPLICATION = "dim"
 QUIET = {"log_level": "WARNING", "enable_access_log": False}
 
 
 @dataclass(frozen=True)
 class Server:
-    """A running server. ``url`` has no slash at its end."""
+    """A running application. ``url`` has no slash at its end.
+
+    ``owns_serve``, ``owns_ray``: whether ``start`` started them.
+    """
 
     url: str
+    application: str
+    owns_serve: bool
     owns_ray: bool
 
     def stop(self) -> None:
-        """Stop serving; Ray too, if ``start`` started it."""
+        """Stop serving this application; what ``start`` started for it too, if nobody uses it."""
         import ray
         from ray import serve
 
-        serve.shutdown()
+        serve.delete(self.application)
+        if self.owns_serve and not serve.status().applications:
+            serve.shutdown()
         if self.owns_ray:
             ray.shutdown()
 
@@ -46,34 +56,83 @@ def start(config: ServingConfig) -> Server:
     """Serve ``config`` and return once every deployment is ready.
 
     Ray is used as it is when it is initialised in this process, else started (see ``start_ray``).
+    Where Serve runs in it already, the application is one more of its own.
 
     Raises:
+        ConfigError: the server would be open to everybody, or the keys cannot be read.
         CheckpointError: there is no model at ``config.model``.
         DesignerError: a designer spec is unknown.
-        DimError: the port is in use, or a deployment did not start; the message says why.
+        DimError: the port is in use, Serve listens on another one in this cluster, or a deployment
+            did not start; the message says why.
     """
-    check(config)
-
     import ray
     from ray import serve
 
     from serving.app import build
 
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     owns_ray = not ray.is_initialized()
+    listening = None if owns_ray else listening_port()
+    check(config, with_port=listening is None)
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     if owns_ray:
         start_ray()
-    server = Server(f"http://{address_to_show(config.host)}:{config.port}", owns_ray)
+        listening = listening_port()
+    if listening not in (None, config.port):
+        raise DimError(
+            f"Serve listens on port {listening} in this cluster, for all its applications: "
+            f"set port={listening}"
+        )
+    url = f"http://{address_to_show(config.host)}:{config.port}{config.route_prefix.rstrip('/')}"
+    server = Server(url, config.application, owns_serve=listening is None, owns_ray=owns_ray)
     try:
         serve.start(http_options={"host": config.host, "port": config.port}, logging_config=QUIET)
-        serve.run(build(config), name=APPLICATION, route_prefix="/", logging_config=QUIET)
+        refuse_taken(config)
+    except BaseException:
+        if owns_ray:
+            ray.shutdown()
+        raise
+    try:
+        serve.run(
+            build(config),
+            name=config.application,
+            route_prefix=config.route_prefix,
+            logging_config=QUIET,
+        )
     except BaseException as error:
-        said = failure_of_application() if isinstance(error, RuntimeError) else None
+        failed = isinstance(error, RuntimeError)
+        said = failure_of_application(config.application) if failed else None
         server.stop()
         if said is not None:
             raise DimError(f"the server did not start: {said}") from error
         raise
     return server
+
+
+def listening_port() -> int | None:
+    """The port that Serve has in this cluster already; ``None`` where it does not run."""
+    from ray.serve.context import _get_global_client
+
+    client = _get_global_client(raise_if_no_controller_running=False)
+    return None if client is None else client.http_config.port
+
+
+def refuse_taken(config: ServingConfig) -> None:
+    """Leave alone what others serve in this cluster.
+
+    Raises:
+        DimError: there is an application of this name.
+    """
+    from ray import serve
+    from ray.serve.schema import ApplicationStatus
+
+    for name, other in serve.status().applications.items():
+        if other.status == ApplicationStatus.DELETING:
+            continue
+        if name == config.application:
+            raise DimError(
+                f"the cluster serves an application {name!r} already: set application=NAME and "
+                "route_prefix=/PREFIX"
+            )
 
 
 def start_ray() -> None:
@@ -92,11 +151,15 @@ def start_ray() -> None:
     )
 
 
-def check(config: ServingConfig) -> None:
+def check(config: ServingConfig, *, with_port: bool = True) -> None:
     """Everything that can be known to fail before Ray is started; errors as of ``start``."""
+    check_exposure(config, config.host)
+    if config.keys is not None:
+        read_source(config.keys)
     check_model(config.model, config.lora)
     check_designers(config.designers)
-    check_port(config.host, config.port)
+    if with_port:
+        check_port(config.host, config.port)
 
 
 def check_model(address: str, lora: Sequence[str] = ()) -> None:
@@ -109,13 +172,31 @@ def check_model(address: str, lora: Sequence[str] = ()) -> None:
         check_folder(on_this_machine(address), lora)
 
 
-def check_designers(specs: Sequence[str]) -> None:
+def check_designers(designers: Mapping[str, DesignerConfig]) -> None:
     """Say at once that a designer is unknown, before Ray is started."""
     from dim.designers import check
 
-    for spec in specs:
-        if spec not in ("self", NO_DESIGNER):
-            check(spec)
+    for designer in designers.values():
+        if designer.spec not in ("self", NO_DESIGNER):
+            check(designer.spec)
+
+
+def named(designers: Sequence[str]) -> dict[str, str]:
+    """``NAME=SPEC`` or a spec that is a name too, as the command line has them, by name."""
+    found: dict[str, str] = {}
+    for given in designers:
+        name, separator, spec = given.partition("=")
+        if not separator or ":" in name:  # in an address
+            name, spec = given, given
+            if given not in NAMES_BY_THEMSELVES:
+                raise ConfigError(
+                    f"the designer {given!r} needs a name that clients call it by: write "
+                    f"NAME={given}"
+                )
+        if name in found:
+            raise ConfigError(f"two designers are called {name!r}")
+        found[name] = spec
+    return found
 
 
 def check_port(host: str, port: int) -> None:
@@ -140,11 +221,11 @@ def address_to_show(host: str) -> str:
     return f"[{host}]" if ":" in host else host
 
 
-def failure_of_application() -> str | None:
-    """Why the application failed, from the messages that Serve keeps; ``None`` if it did not."""
+def failure_of_application(name: str) -> str | None:
+    """Why an application failed, from the messages that Serve keeps; ``None`` if it did not."""
     from ray import serve
 
-    application = serve.status().applications.get(APPLICATION)
+    application = serve.status().applications.get(name)
     if application is None:
         return None
     messages = [part.message for part in application.deployments.values()]
@@ -156,34 +237,49 @@ def failure_of_application() -> str | None:
 
 
 def main(
-    model: str = typer.Option(
-        ..., "--model", "-m", help="Folder of a DIM, as `dim train` makes, or models:/NAME@ALIAS."
+    settings: list[str] | None = typer.Argument(
+        None,
+        metavar="[FILE.yaml] [KEY=VALUE]...",
+        help="A configuration such as configs/serve-tiny.yaml, and settings on top of it, such as "
+        "max_batch_size=16 or designers.best.deadline_s=30.",
     ),
-    lora: list[str] = typer.Option(
-        [], metavar="PATH[:WEIGHT]", help="A LoRA adapter to paint with; may be repeated."
+    model: str | None = typer.Option(
+        None, "--model", "-m", help="Folder of a DIM, as `dim train` makes, or models:/NAME@ALIAS."
     ),
-    port: int = typer.Option(8000, help="The port to listen on."),
-    host: str = typer.Option("127.0.0.1", help="The address to listen on; 0.0.0.0 is everywhere."),
-    designer: list[str] = typer.Option(
-        ["self"],
-        help="Who writes blueprints: self, oracle, openai:MODEL@URL, replay:PATH, none. Given "
-        "several times, a request chooses by its field `designer`; the first is the default.",
+    lora: list[str] | None = typer.Option(
+        None, metavar="PATH[:WEIGHT]", help="A LoRA adapter to paint with; may be repeated."
     ),
-    overrides: list[str] | None = typer.Argument(
-        None, metavar="[KEY=VALUE]...", help="Further settings, such as max_batch_size=16."
+    port: int | None = typer.Option(None, help="The port to listen on; 8000 if nobody says."),
+    host: str | None = typer.Option(
+        None, help="The address to listen on; 127.0.0.1 if nobody says, 0.0.0.0 is everywhere."
+    ),
+    designer: list[str] | None = typer.Option(
+        None,
+        metavar="[NAME=]SPEC",
+        help="Who writes blueprints: self, oracle, none, or NAME=openai:MODEL@URL, "
+        "NAME=replay:PATH. Given several times, a request chooses by name in its field "
+        "`designer`; the first is the default. If nobody says, it is self.",
+    ),
+    keys: str | None = typer.Option(
+        None, help="File of API keys, as `dim keys new` writes it, or env:NAME."
+    ),
+    insecure: bool = typer.Option(
+        False, "--insecure", help="Listen beyond this machine without API keys."
     ),
 ) -> None:
     """Serve edits and generations over HTTP, with OpenAI's routes, until stopped."""
-    settings = [
-        f"model={located(model)!r}",
-        f"lora={list(lora)!r}",
-        f"port={port}",
-        f"host={host!r}",
-        f"designers={list(designer)!r}",
-        *(overrides or []),
-    ]
-    config = load_config(ServingConfig, None, settings)
-    check(config)
+    said = {
+        "model": model,
+        "lora": lora,
+        "port": port,
+        "host": host,
+        "designers": named(designer) if designer else None,
+        "keys": keys,
+        "insecure": insecure or None,
+    }
+    config = read_settings(settings or [], {key: value for key, value in said.items() if value})
+    # The port of a cluster that is there already is not this machine's.
+    check(config, with_port=not os.environ.get("RAY_ADDRESS"))
     start_ray()
     # Only now, because Ray sets its own handler: SIGTERM stops the server as Ctrl-C does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -195,6 +291,22 @@ def main(
         server.stop()
     finally:
         stop_ray()
+
+
+def read_settings(settings: Sequence[str], options: Mapping[str, Any]) -> ServingConfig:
+    """The configuration of a file, if the first of ``settings`` is one, with all else on top.
+
+    Raises:
+        ConfigError: a mistake in any of them, or nobody says which model.
+    """
+    path = settings[0] if settings and "=" not in settings[0] else None
+    # JSON is YAML too, which is what an override's value is read as.
+    overrides = [f"{name}={json.dumps(value)}" for name, value in options.items()]
+    overrides += settings[0 if path is None else 1 :]
+    if path is None and not any(override.startswith("model=") for override in overrides):
+        raise ConfigError("no model to serve: say --model PATH, or a file that does")
+    config = load_config(ServingConfig, path, overrides)
+    return config.model_copy(update={"model": located(config.model)})
 
 
 def stop_ray() -> None:

@@ -19,7 +19,7 @@ from dim.blueprint import Blueprint
 from dim.errors import InputError
 from dim.images import parse_size
 from dim.model.config import Fit
-from dim.model.sizes import Size, nearest_shape
+from dim.model.sizes import Size
 from dim.redaction import redact
 from serving.checks import sections
 from serving.config import NO_DESIGNER, ServingConfig
@@ -42,10 +42,11 @@ from serving.protocol import (
     PaintRequest,
     PartialImage,
 )
-from serving.replicas import paint, write
+from serving.replicas import Designers, paint, write
 from serving.requests import Design, Edit
 from serving.sources import Source, read_mask, read_source
 from serving.usage import Tokens, painted_tokens
+from serving.work import PIXELS, Work, area, check_output, painted_size, source_size, work_of
 
 ALIAS = "dim"
 """What every served model may be called."""
@@ -54,8 +55,12 @@ MOST_UNEVEN = 3
 """Longer side over shorter side of an image whose size is asked for."""
 
 
+DECODED_AT_ONCE = 2
+"""Sources; each may take hundreds of megabytes while it is."""
+
+
 @dataclass(frozen=True)
-class Work:
+class Painting:
     """What a request comes to.
 
     ``kind``: how the names of its events begin. ``texts``: what the painter is told. ``size``: of
@@ -79,37 +84,58 @@ class Studio:
     """Asks designer and painter for what requests want. One an ingress replica."""
 
     def __init__(
-        self, config: ServingConfig, designer: DeploymentHandle, painter: DeploymentHandle
+        self, config: ServingConfig, designer: Designers, painter: DeploymentHandle
     ) -> None:
         self._config = config
         self._designer = designer
         self._painter = painter
         self._painter_defaults: Defaults | None = None
+        self._decoding = asyncio.Semaphore(DECODED_AT_ONCE)
         self._images = open_image_store(config)
+
+    async def weigh(self, asked: Edit | GenerationRequest | Design) -> Work:
+        """What a request costs, before anything of it is decoded, designed or painted.
+
+        Raises:
+            DimError: a field is wrong, or it asks for more than one request may have.
+        """
+        if isinstance(asked, Design):
+            self._check_model(asked.fields)
+            source = source_size(asked.image, self._config.max_image_pixels)
+            return Work(images=1, megapixels=area(source) / PIXELS)
+        wanted = asked.fields if isinstance(asked, Edit) else asked
+        self._check(wanted)
+        defaults = await self._defaults()
+        steps = self._settings(wanted, defaults)["steps"]
+        shape = self._size(wanted.size, defaults)
+        square = (defaults.resolution, defaults.resolution)
+        if isinstance(asked, GenerationRequest):
+            size = shape or square
+            check_output(wanted.n, size, self._config.max_output_pixels, "size")
+            return work_of(wanted.n, None, size, size, steps)
+        source = source_size(asked.image, self._config.max_image_pixels)
+        size = shape or source
+        check_output(wanted.n, size, self._config.max_output_pixels, "n")
+        painted = painted_size(size, "square" if shape == square else "source", defaults)
+        return work_of(wanted.n, source, painted, size, steps)
 
     async def edit(self, edit: Edit, tell: Tell | None = None) -> ImagesResponse:
         """Edit one image: image → blueprint → painted image.
 
         Args:
-            edit: what is wanted.
+            edit: what is wanted; it was weighed.
             tell: is told what comes about, in events; ``None``: only the answer counts.
 
         Raises:
             DimError: a field or picture is wrong, or a part failed; see :mod:`serving.errors`.
         """
         wanted = edit.fields
-        self._check(wanted)
         designer = self._choose_designer(wanted.designer)
         defaults = await self._defaults()
         shape = self._size(wanted.size, defaults)
         square = (defaults.resolution, defaults.resolution)
         fit: Fit = "square" if shape == square else "source"
-        source = await asyncio.to_thread(
-            read_source,
-            edit.image,
-            self._config.max_image_pixels,
-            None if fit == "square" else shape,
-        )
+        source = await self._source(edit.image, None if fit == "square" else shape)
         mask = await self._mask(edit, source)
         size = square if fit == "square" else source.size
         output = self._output(wanted, size, mask=mask is not None)
@@ -128,14 +154,12 @@ class Studio:
             )
             for seed in seeds(wanted)
         ]
-        shown = nearest_shape(source.size, defaults.resolution, defaults.size_multiple)
-        painted = square if fit == "square" else shown
-        work = Work("image_edit", jobs, [text], blueprint, size, painted)
-        return await self._paint(wanted, work, tell)
+        painted = painted_size(source.size, fit, defaults)
+        painting = Painting("image_edit", jobs, [text], blueprint, size, painted)
+        return await self._paint(wanted, painting, tell)
 
     async def generate(self, wanted: GenerationRequest, tell: Tell | None = None) -> ImagesResponse:
         """Paint images from a text; errors as of ``edit``."""
-        self._check(wanted)
         defaults = await self._defaults()
         size = self._size(wanted.size, defaults) or (defaults.resolution, defaults.resolution)
         output = self._output(wanted, size)
@@ -150,13 +174,12 @@ class Studio:
             )
             for seed in seeds(wanted)
         ]
-        work = Work("image_generation", jobs, [wanted.prompt], None, size, size)
-        return await self._paint(wanted, work, tell)
+        painting = Painting("image_generation", jobs, [wanted.prompt], None, size, size)
+        return await self._paint(wanted, painting, tell)
 
     async def design(self, design: Design, tell: Tell | None = None) -> BlueprintResponse:
         """Have a blueprint written; errors as of ``edit``."""
         wanted = design.fields
-        self._check_model(wanted)
         designer = self._choose_designer(wanted.designer)
         if designer == NO_DESIGNER:
             raise BadRequestError(
@@ -164,7 +187,7 @@ class Studio:
                 f"choose from {', '.join(self._config.offered)}",
                 param="designer",
             )
-        source = await asyncio.to_thread(read_source, design.image, self._config.max_image_pixels)
+        source = await self._source(design.image)
         job = DesignJob(designer, source.image, wanted.prompt, self._deadline())
         text = await self._write(job, "blueprint", tell)
         return BlueprintResponse(
@@ -192,10 +215,10 @@ class Studio:
             )
 
     def _choose_designer(self, wanted: str | None) -> str:
-        designer = redact(wanted or self._config.offered[0])
+        designer = wanted or self._config.offered[0]
         if designer not in self._config.offered:
             raise BadRequestError(
-                f"designer: {designer!r} is not offered here; "
+                f"designer: {redact(designer)!r} is not offered here; "
                 f"choose from {', '.join(self._config.offered)}",
                 param="designer",
             )
@@ -222,6 +245,10 @@ class Studio:
                 f"size: one side is at most {MOST_UNEVEN} times the other", param="size"
             )
         return size
+
+    async def _source(self, data: bytes, shape: Size | None = None) -> Source:
+        async with self._decoding:
+            return await asyncio.to_thread(read_source, data, self._config.max_image_pixels, shape)
 
     async def _mask(self, edit: Edit, source: Source) -> bytes | None:
         if edit.mask is None:
@@ -289,13 +316,15 @@ class Studio:
             await tell(BlueprintDone(type=f"{kind}.done", blueprint=blueprint))
         return blueprint
 
-    async def _paint(self, wanted: PaintRequest, work: Work, tell: Tell | None) -> ImagesResponse:
+    async def _paint(
+        self, wanted: PaintRequest, painting: Painting, tell: Tell | None
+    ) -> ImagesResponse:
         """Paint all jobs of a request at once, so that they share a batch; one failure is all's."""
         async with asyncio.TaskGroup() as group:
-            counted = group.create_task(self._tokens(wanted, work))
+            counted = group.create_task(self._tokens(wanted, painting))
             tasks = [
-                group.create_task(self._paint_one(wanted, work, index, counted, tell))
-                for index in range(len(work.jobs))
+                group.create_task(self._paint_one(wanted, painting, index, counted, tell))
+                for index in range(len(painting.jobs))
             ]
         images = [task.result() for task in tasks]
         return ImagesResponse(
@@ -303,37 +332,37 @@ class Studio:
             data=images,
             output_format=wanted.output_format,
             quality=wanted.effective_quality,
-            size=work.size_text,
+            size=painting.size_text,
             usage=counted.result().of(len(images)),
         )
 
     async def _paint_one(
         self,
         wanted: PaintRequest,
-        work: Work,
+        painting: Painting,
         index: int,
         counted: asyncio.Task[Tokens],
         tell: Tell | None,
     ) -> ImageData:
-        seed, event = work.jobs[index].seed, partial(image_event, wanted, work, index)
-        async for piece in paint(self._painter, work.jobs[index]):
+        seed, event = painting.jobs[index].seed, partial(image_event, wanted, painting, index)
+        async for piece in paint(self._painter, painting.jobs[index]):
             if isinstance(piece, Painted):
                 painted = piece
             elif tell is not None:
                 shown = await asyncio.to_thread(in_base64, piece.data)
-                name = f"{work.kind}.partial_image"
+                name = f"{painting.kind}.partial_image"
                 await tell(
                     PartialImage(type=name, partial_image_index=piece.number, **event(), **shown)
                 )
         shown = await asyncio.to_thread(self._shown, painted.data, wanted)
         if tell is not None:
             usage = (await counted).of(1)
-            name = f"{work.kind}.completed"
-            about: dict[str, Any] = {"usage": usage, "blueprint": work.blueprint, "seed": seed}
+            name = f"{painting.kind}.completed"
+            about: dict[str, Any] = {"usage": usage, "blueprint": painting.blueprint, "seed": seed}
             await tell(Completed(type=name, **about, **event(), **shown))
         return ImageData(
-            revised_prompt=work.blueprint,
-            blueprint=work.blueprint,
+            revised_prompt=painting.blueprint,
+            blueprint=painting.blueprint,
             seed=seed,
             batch_size=painted.batch_size,
             **shown,
@@ -346,13 +375,13 @@ class Studio:
             return {"url": self._images.put(data, wanted.output_format)}
         return in_base64(data)
 
-    async def _tokens(self, wanted: PaintRequest, work: Work) -> Tokens:
+    async def _tokens(self, wanted: PaintRequest, painting: Painting) -> Tokens:
         defaults = await self._defaults()
-        texts = [*work.texts, wanted.negative_prompt or ""]
+        texts = [*painting.texts, wanted.negative_prompt or ""]
         return Tokens(
             text=await self._painter.count_tokens.remote(texts),
-            image=defaults.image_tokens if isinstance(work.jobs[0], EditJob) else 0,
-            painted=painted_tokens(work.painted, defaults.size_multiple),
+            image=defaults.image_tokens if isinstance(painting.jobs[0], EditJob) else 0,
+            painted=painted_tokens(painting.painted, defaults.size_multiple),
         )
 
     def _settings(self, wanted: PaintRequest, defaults: Defaults) -> dict[str, Any]:
@@ -387,11 +416,11 @@ def seeds(wanted: PaintRequest) -> list[int]:
     return [(first + index) % (MAX_SEED + 1) for index in range(wanted.n)]
 
 
-def image_event(wanted: PaintRequest, work: Work, index: int) -> dict[str, Any]:
+def image_event(wanted: PaintRequest, painting: Painting, index: int) -> dict[str, Any]:
     """What the events that show an image have in common, but for the image."""
     return {
         "image_index": index,
-        "size": work.size_text,
+        "size": painting.size_text,
         "quality": wanted.effective_quality or "auto",
         "output_format": wanted.output_format,
         "created_at": int(time.time()),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,12 @@ from dim.model.prompt import IMAGE_PAD, ChatFormat, Prompt
 
 TURN_END = "<|im_end|>"
 TEXT_TYPE, IMAGE_TYPE = 0, 1
+
+
+OnText = Callable[[int, str], None]
+"""Called with the number of a row and its text so far."""
+
+TOLD_EVERY = 4  # tokens: decoding a text anew for each of them would be noticed
 
 
 @dataclass(frozen=True)
@@ -186,6 +192,7 @@ class Conditioner(nn.Module):
         requests: Sequence[str],
         images: Sequence[Image.Image | None] | ImageFeatures | None = None,
         max_new_tokens: int = 1024,
+        on_text: OnText | None = None,
     ) -> list[str]:
         """The model's own answers, the likeliest token each time.
 
@@ -193,6 +200,7 @@ class Conditioner(nn.Module):
             requests: one a row, not empty.
             images: as for ``encode``.
             max_new_tokens: an answer is cut off after so many tokens.
+            on_text: told every few tokens what a row's answer is so far, in whole characters.
 
         Returns:
             One text a request, without special tokens.
@@ -220,13 +228,18 @@ class Conditioner(nn.Module):
             ended = ended | torch.isin(token, stop)
             token = token.masked_fill(ended, int(stop[0]))
             answers.append(token)
+            if on_text is not None and len(answers) % TOLD_EVERY == 0:
+                for row, text in enumerate(self._texts(answers)):
+                    on_text(row, text.rstrip("\N{REPLACEMENT CHARACTER}"))
             embeddings = self.model.get_input_embeddings()(token[:, None])
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
             positions = (positions.amax(dim=(0, 2)) + 1).expand(3, -1)[:, :, None]
-        tokens = torch.stack(answers, dim=1).tolist() if answers else [[] for _ in prompts]
-        return [
-            text.strip() for text in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-        ]
+        return [text.strip() for text in self._texts(answers)] if answers else [""] * len(prompts)
+
+    def _texts(self, tokens: Sequence[Tensor]) -> list[str]:
+        """Of each row the text of its tokens, given step by step."""
+        rows = torch.stack(list(tokens), dim=1).tolist()
+        return self.tokenizer.batch_decode(rows, skip_special_tokens=True)
 
     def _seen(
         self, texts: Sequence[str], images: Sequence[Image.Image | None] | ImageFeatures | None

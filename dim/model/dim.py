@@ -17,7 +17,7 @@ from dim.model import parts, plan
 from dim.model.autoencoder import Autoencoder
 from dim.model.checkpoint import folder
 from dim.model.checkpoint.folder import Provenance
-from dim.model.conditioner import Conditioner, ImageFeatures, Patches
+from dim.model.conditioner import Conditioner, ImageFeatures, OnText, Patches
 from dim.model.config import Fit, ModelConfig, SamplingConfig, require_choice
 from dim.model.connector import Connector
 from dim.model.lora.merge import merge_for_good
@@ -134,15 +134,20 @@ class DIM(nn.Module):
 
     @torch.no_grad()
     def design(
-        self, images: Sequence[Image.Image] | ImageFeatures, instructions: Sequence[str]
+        self,
+        images: Sequence[Image.Image] | ImageFeatures,
+        instructions: Sequence[str],
+        on_text: OnText | None = None,
     ) -> list[str]:
         """The understanding model's own answers to "write the blueprint of this edit", unchecked.
+
+        ``on_text`` hears of them while they are written; see ``Conditioner.generate``.
 
         Raises:
             InputError: an instruction is empty, counts differ, or an image cannot be read.
         """
         return Understanding(self.conditioner, self.config.understanding).design(
-            images, instructions
+            images, instructions, on_text
         )
 
     @torch.no_grad()
@@ -413,7 +418,7 @@ def build(
         CheckpointError: weights are missing, damaged, or do not fit each other.
         ConfigError: an architecture is not one.
     """
-    modules = parts.make(config, seed=seed, dtype=_dtype(dtype))
+    modules = parts.make(config, seed=seed, dtype=floating_type(dtype))
     dim = DIM(config, *modules, understanding_source=config.understanding.weights)
     return dim.to(device) if device is not None else dim
 
@@ -438,7 +443,7 @@ def load(
             is another model's.
         InputError: an adapter's weight is no number.
     """
-    description, modules = folder.read(Path(path), _dtype(dtype))
+    description, modules = folder.read(Path(path), floating_type(dtype))
     dim = DIM(
         description.config,
         *modules,
@@ -450,7 +455,7 @@ def load(
     return dim
 
 
-def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+def floating_type(dtype: str | torch.dtype | None) -> torch.dtype | None:
     if dtype is None or isinstance(dtype, torch.dtype):
         return dtype
     found = getattr(torch, dtype, None)

@@ -9,7 +9,7 @@ from PIL import Image
 
 from dim.blueprint import request_prompt
 from dim.errors import InputError
-from dim.model.conditioner import Conditioner, ImageFeatures
+from dim.model.conditioner import Conditioner, ImageFeatures, OnText
 from dim.model.config import INSTRUCTION, UnderstandingConfig
 
 
@@ -21,15 +21,21 @@ class Understanding:
     config: UnderstandingConfig
 
     def design(
-        self, images: Sequence[Image.Image] | ImageFeatures, instructions: Sequence[str]
+        self,
+        images: Sequence[Image.Image] | ImageFeatures,
+        instructions: Sequence[str],
+        on_text: OnText | None = None,
     ) -> list[str]:
         """The model's own answers to "write the blueprint of this edit", unchecked.
+
+        ``on_text`` hears of them while they are written; see ``Conditioner.generate``.
 
         Raises:
             InputError: an instruction is empty, counts differ, or an image cannot be read.
         """
         requests = [self._request(instruction) for instruction in instructions]
-        return self.conditioner.generate(requests, images, self.config.design_max_new_tokens)
+        most = self.config.design_max_new_tokens
+        return self.conditioner.generate(requests, images, most, on_text)
 
     def _request(self, instruction: str) -> str:
         if not instruction.strip():

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from serving.config import ServingConfig
+from serving.exposure import check_exposure
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -71,6 +72,13 @@ def test_the_service_passes_a_valid_configuration_to_the_application() -> None:
     application = schema.applications[0]
     config = ServingConfig.model_validate(application.args)
     assert config.model_name == "dim-4.6b"
+    assert schema.http_options.host == "0.0.0.0"
+    check_exposure(config, schema.http_options.host)
+    assert config.keys is not None
+    head = read("infra/cluster/rayservice.yaml")["spec"]["rayClusterConfig"]["headGroupSpec"]
+    (container,) = head["template"]["spec"]["containers"]
+    mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+    assert str(Path(config.keys).parent) == mounts["api-keys"]
     assert application.import_path == "serving.app:build"
 
 

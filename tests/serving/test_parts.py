@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from typing import Annotated
 
 import pytest
@@ -13,33 +14,86 @@ from fastapi.testclient import TestClient
 from ray.serve.exceptions import BackPressureError
 
 from dim.config import load_config
-from dim.errors import CallsStopped, ConfigError, DesignerError, InputError
+from dim.errors import CallsStopped, ConfigError, DesignerError, InputError, StorageError
 from serving.admission import Admission
 from serving.app import build, read_args
-from serving.config import ServingConfig
-from serving.designer import DesignerDeployment, checked
-from serving.errors import BusyError, OpenAIErrorRoute, error_response
-from serving.jobs import DesignJob, in_groups, unwrap
+from serving.config import Rates, ServingConfig
+from serving.errors import BadRequestError, BusyError, OpenAIErrorRoute, error_response
+from serving.jobs import Defaults, in_groups, unwrap
 from serving.protocol import EditFields, PaintRequest
+from serving.rates import RateMeter
 from serving.requests import Edit, read_edit
 from serving.studio import seeds
+from serving.work import Work, check_output, painted_size, work_of
 
 
-def test_admission_counts_images_and_frees_their_places() -> None:
-    admission = Admission(10)
-    with admission.admit(6):
-        with admission.admit(4):
-            assert admission.pending == 10
-            with pytest.raises(BusyError) as refused, admission.admit(1):
+def test_admission_counts_work_and_frees_its_places() -> None:
+    admission = Admission(Work(10, 100, 1000))
+    with admission.admit(Work(6, 1, 1)):
+        with admission.admit(Work(4, 0.7, 0.1)):
+            assert admission.pending.images == 10
+            with pytest.raises(BusyError) as refused, admission.admit(Work(1, 1, 1)):
                 pytest.fail("the eleventh image was let in")
             with pytest.raises(BusyError, match="10 images"):
                 admission.refuse_when_full()
-        assert admission.pending == 6
+        assert admission.pending.images == 6
         admission.refuse_when_full()
     assert refused.value.retry_after_s > 0
-    with pytest.raises(ValueError, match="broke"), admission.admit(10):
+    with pytest.raises(ValueError, match="broke"), admission.admit(Work(10, 1, 1)):
         raise ValueError("broke")
-    assert admission.pending == 0
+    assert admission.pending == Work()
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"), [("megapixels", "megapixels"), ("megapixel_steps", "megapixel-steps")]
+)
+def test_what_is_let_in_is_bounded_by_what_it_costs(kind: str, said: str) -> None:
+    admission = Admission(Work(10, 100, 100))
+    with admission.admit(Work(1, **{kind: 60})):
+        with admission.admit(Work(1, **{kind: 40})):
+            pass
+        with pytest.raises(BusyError, match=f"60 {said}"), admission.admit(Work(1, **{kind: 41})):
+            pytest.fail("over the limit")
+    with (
+        pytest.raises(BadRequestError, match=f"101 {said}"),
+        admission.admit(Work(1, **{kind: 101})),
+    ):
+        pytest.fail("over the limit alone")
+
+
+def test_the_work_of_a_request_is_what_it_paints_and_holds() -> None:
+    defaults = Defaults(resolution=1024, size_multiple=32, steps=30, guidance_scale=1)
+    wide = painted_size((6000, 3000), "source", defaults)
+    assert abs(wide[0] * wide[1] / 1024**2 - 1) < 0.1 and wide[0] > 1.9 * wide[1]
+    assert painted_size((6000, 3000), "square", defaults) == (1024, 1024)
+    work = work_of(2, (6000, 3000), (1000, 500), (6000, 3000), 30)
+    assert work == Work(images=2, megapixels=3 * 18.0, megapixel_steps=2 * 0.5 * 30)
+    check_output(2, (5000, 5000), 50_000_000, "n")
+    with pytest.raises(BadRequestError, match=r"3 of 5000x5000 are 75,000,000 pixels"):
+        check_output(3, (5000, 5000), 50_000_000, "n")
+
+
+def test_a_clients_rate_is_full_at_first_and_again_after_a_minute() -> None:
+    meter = RateMeter()
+    rates = Rates(requests_per_minute=60, images_per_minute=10)
+    take = partial(meter.take_at, "shop", rates)
+    assert take({"images": 8}, now=0).lacking is None
+    short = take({"images": 4, "megapixel_steps": 1e9}, now=0)
+    assert short.lacking == "images" and short.retry_after_s == pytest.approx(12)
+    assert short.headers == {
+        "x-ratelimit-limit-images": "10",
+        "x-ratelimit-remaining-images": "2",
+        "x-ratelimit-reset-images": "48.0s",
+    }
+    assert meter.take_at("nightly", rates, {"images": 10}, now=0).lacking is None
+    assert take({"images": 4}, now=11).lacking == "images"
+    assert take({"images": 4}, now=12.1).lacking is None
+    assert take({"images": 10}, now=200).lacking is None
+    assert take({"images": 10.5}, now=900).retry_after_s == float("inf")
+    # All or nothing: what lacks one kind takes nothing of the others.
+    assert take({"requests": 60, "images": 10}, now=1000).lacking is None
+    assert take({"requests": 1, "images": 10}, now=1030).lacking == "images"
+    assert take({"requests": 30, "images": 5}, now=1030).lacking is None
 
 
 def test_groups_keep_the_order() -> None:
@@ -69,20 +123,6 @@ def test_a_failing_group_is_done_one_by_one() -> None:
 def test_a_bug_in_a_batch_names_itself() -> None:
     with pytest.raises(RuntimeError, match="KeyError"):
         unwrap(KeyError("x"))
-
-
-def test_a_designers_answer_is_brought_into_the_grammar_or_refused() -> None:
-    job = DesignJob("vlm", b"", "remove the cup")
-    answer = (
-        "**2. Global Layout Perception:** a table\n3. Local Object Perception: a cup\n"
-        "4. Edit Area Localization: the middle\n5. Edited Image Imagination: no cup"
-    )
-    clean = checked(job, answer, "vlm")
-    assert isinstance(clean, str) and clean.startswith("1. Edit Instruction: remove the cup")
-    refused = checked(job, "I cannot help with that.", "vlm")
-    assert isinstance(refused, DesignerError) and "vlm" in str(refused)
-    failed = DesignerError("timed out")
-    assert checked(job, failed, "vlm") is failed
 
 
 def test_seeds_count_up_and_stay_in_range() -> None:
@@ -277,6 +317,7 @@ class WrappedByRay(Exception):
         (BackPressureError(3, 3), 429, ("retry-after", "2")),
         (TimeoutError(), 504, None),
         (KeyError("a bug"), 500, None),
+        (StorageError("s3://bucket is away"), 500, None),
     ],
     ids=lambda value: type(value).__name__,
 )
@@ -297,15 +338,6 @@ def test_configuration_mistakes_are_named() -> None:
         read_args({"model": "m", "designers": []})
     with pytest.raises(ConfigError, match="missing key 'model'"):
         build({})
-
-
-def test_designers_are_offered_without_their_credentials() -> None:
-    spec = "openai:m@https://me:s3cret@host/v1"
-    config = ServingConfig(model="m", designers=(spec, "none"))
-    assert config.offered == ["openai:m@https://***@host/v1", "none"]
-    assert list(DesignerDeployment(config)._designers) == config.offered[:1]
-    with pytest.raises(ConfigError, match="two designers differ in nothing but their credentials"):
-        read_args({"model": "m", "designers": [spec, spec.replace("me:", "you:")]})
 
 
 def test_a_model_is_called_after_its_folder() -> None:

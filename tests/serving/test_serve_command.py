@@ -11,9 +11,12 @@ import httpx
 import pytest
 
 from dim import cli
-from dim.errors import DimError
+from dim.errors import ConfigError, DimError
 from infra.ports import free_port
-from serving.serve import address_to_show, check_port
+from serving.exposure import check_exposure
+from serving.serve import address_to_show, check_port, read_settings
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
 def run(*arguments: str | Path) -> int:
@@ -41,11 +44,14 @@ def test_a_port_in_use_is_one_line(
     ("arguments", "code", "said"),
     [
         (["--model", "nowhere"], 1, "no model at nowhere"),
-        (["--model", "MODEL", "--designer", "gtp4"], 1, "unknown designer 'gtp4'"),
-        (["--model", "MODEL", "--designer", "replay:gone.jsonl"], 1, "gone.jsonl"),
+        (["--model", "MODEL", "--designer", "a=gtp4"], 1, "unknown designer 'gtp4'"),
+        (["--model", "MODEL", "--designer", "gtp4"], 2, "write NAME=gtp4"),
+        (["--model", "MODEL", "--designer", "old=replay:gone.jsonl"], 1, "gone.jsonl"),
         (["--model", "MODEL", "--port", "99999"], 2, "port"),
         (["--model", "MODEL", "max_batch=3"], 2, "max_batch"),
-        (["--model", "MODEL", "--host", "192.0.2.1"], 1, "cannot listen"),
+        (["--model", "MODEL", "--host", "192.0.2.1", "--insecure"], 1, "cannot listen"),
+        (["--model", "MODEL", "--host", "0.0.0.0"], 2, "without API keys whoever reaches"),
+        (["--model", "MODEL", "--keys", "gone.yaml"], 2, "cannot read the API keys of gone.yaml"),
         ([], 2, "--model"),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else None,
@@ -60,6 +66,28 @@ def test_bad_arguments_are_one_line_before_ray_starts(
     given = [str(tiny_model_dir) if item == "MODEL" else item for item in arguments]
     assert run(*given) == code
     assert said in error_line(capsys)
+
+
+def test_a_file_with_settings_and_options_on_top(tmp_path: Path) -> None:
+    file = tmp_path / "serve.yaml"
+    file.write_text("model: a\nport: 8001\ndesigners: {best: {spec: self}, fast: self}\n")
+    config = read_settings(
+        [str(file), "designers.best.spec=oracle", "port=8003"], {"port": 8002, "insecure": True}
+    )
+    assert (config.model, config.port, config.insecure) == ("a", 8003, True)
+    assert config.offered == ["best", "fast", "none"]
+    assert read_settings([str(file)], {"model": "b", "designers": {"x": "self"}}).model == "b"
+    with pytest.raises(ConfigError, match="configuration file not found: gone.yaml"):
+        read_settings(["gone.yaml"], {})
+    with pytest.raises(ConfigError, match="serve.yaml: unknown key 'max_batchsize'"):
+        read_settings([str(file), "max_batchsize=3"], {})
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGS.glob("serve-*.yaml")), ids=lambda file: file.name)
+def test_the_shipped_configurations_are_valid_and_none_is_open_to_all(file: Path) -> None:
+    config = read_settings([str(file)], {})
+    check_exposure(config, config.host)
+    assert [name for name in config.designers if config.designers[name].is_own]
 
 
 def test_addresses() -> None:
