@@ -169,7 +169,7 @@ class Background:
         found = await asyncio.to_thread(self._store.read_version, _record(id))
         if found is None:
             raise _no_such(id)
-        kept = Kept.model_validate_json(found.data)
+        kept = await asyncio.to_thread(Kept.model_validate_json, found.data)
         job = kept.job
         if job.status == "running" and time.time() > job.deadline + GRACE_S:
             error = ErrorBody(
