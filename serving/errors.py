@@ -118,7 +118,7 @@ def error_response(error: BaseException) -> JSONResponse:
         return answer(502, str(known), "designer_error", code="designer_failed", retry=False)
     if isinstance(known, StorageError):
         logger.error("the object store failed", exc_info=error)
-        return answer(503, "the object store does not take images", "server_error")
+        return answer(503, "the object store does not answer", "server_error")
     if isinstance(known, BadRequestError | InputError | BlueprintError):
         param = getattr(known, "param", None)
         return answer(400, str(known), "invalid_request_error", param=param)

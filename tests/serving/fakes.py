@@ -6,6 +6,7 @@ import base64
 import io
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
+from unittest import mock
 
 from fastapi.testclient import TestClient
 from PIL import Image
@@ -110,9 +111,10 @@ class Server:
     def __init__(self, **settings: Any) -> None:
         self.designer, self.painter = FakeDesigner(), FakePainter()
         config = ServingConfig(model="runs/edit2/model", **settings)
-        ingress = Ingress(config, self.designer, self.painter)  # type: ignore[arg-type]
+        with mock.patch("serving.app.listening_host", lambda: "127.0.0.1"):  # Serve is not there
+            ingress = Ingress(config, self.designer, self.painter)  # type: ignore[arg-type]
         self.app = ingress.__serve_build_asgi_app__()
-        self.http = TestClient(self.app)
+        self.http = TestClient(self.app, base_url="http://localhost")
 
 
 def opened(data: bytes | str) -> Image.Image:

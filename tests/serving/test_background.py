@@ -15,6 +15,7 @@ from infra.storage import open_store
 from serving import background
 from serving.jobs import GenerateJob, Painted
 from serving.protocol import Job
+from serving.work import Work
 from tests.serving.fakes import Method, Server, data_url, opened, picture
 
 
@@ -67,7 +68,7 @@ def test_a_job_is_answered_at_once_and_has_its_result_later(server: Server) -> N
     assert done["status"] == "succeeded"
     assert [item["seed"] for item in done["result"]["data"]] == [4, 5]
     assert opened(done["result"]["data"][0]["b64_json"]).size == (64, 64)
-    assert server.app.state.admission.pending == 0
+    assert server.app.state.admission.pending.images == 0
 
 
 def test_edits_and_blueprints_are_put_off_too(server: Server) -> None:
@@ -78,19 +79,22 @@ def test_edits_and_blueprints_are_put_off_too(server: Server) -> None:
 
 
 def test_a_job_that_fails_says_why_as_a_request_does(server: Server) -> None:
-    done = ended(server, begin(server, size="9x9").json()["id"])
+    refused = begin(server, size="9x9")  # what can be known at once is
+    assert refused.status_code == 400 and refused.json()["error"]["param"] == "size"
+    server.painter.error = TimeoutError()
+    done = ended(server, begin(server).json()["id"])
     assert done["status"] == "failed" and done["result"] is None
-    assert done["error"]["param"] == "size"
+    assert "took too long" in done["error"]["message"]
 
 
 def test_a_cancelled_job_frees_its_place(server: Server) -> None:
     never_done(server)
     id = begin(server).json()["id"]
     wait_for(lambda: server.painter.jobs)
-    assert server.app.state.admission.pending == 1
+    assert server.app.state.admission.pending.images == 1
     assert server.http.delete(f"/v1/jobs/{id}").json()["status"] == "cancelled"
     assert job(server, id)["status"] == "cancelled"
-    wait_for(lambda: server.app.state.admission.pending == 0)
+    wait_for(lambda: server.app.state.admission.pending.images == 0)
     assert server.http.delete(f"/v1/jobs/{id}").json()["status"] == "cancelled"
 
 
@@ -116,9 +120,9 @@ def test_a_job_whose_replica_died_is_lost_after_its_deadline(server: Server, s3:
 
 
 def test_a_full_server_takes_no_job(server: Server) -> None:
-    with server.app.state.admission.admit(32 - 1):
+    with server.app.state.admission.admit(Work(images=32 - 1)):
         assert begin(server, n=2).status_code == 429
-    assert server.app.state.admission.pending == 0
+    assert server.app.state.admission.pending.images == 0
 
 
 @pytest.mark.parametrize("id", ["0" * 32, "x", "../served", "0" * 32 + ".json"])
@@ -140,7 +144,7 @@ def test_what_cannot_be_put_off_is_refused(server: Server) -> None:
 def test_a_store_that_refuses_begins_nothing(s3: str) -> None:
     server = Server(object_store=f"{s3}-gone")
     assert begin(server).status_code == 503
-    assert server.app.state.admission.pending == 0 and not server.painter.jobs
+    assert server.app.state.admission.pending.images == 0 and not server.painter.jobs
 
 
 def ask_once(server: Server, key: str = "a key", **fields: Any) -> Any:
@@ -156,7 +160,7 @@ def test_the_same_key_gets_the_same_answer(server: Server, s3: str) -> None:
         assert ask_once(asked).json() == first.json()
     assert len(server.painter.jobs) == 1
     assert ask_once(server, "another").json()["data"] != first.json()["data"]
-    assert server.app.state.admission.pending == 0
+    assert server.app.state.admission.pending.images == 0
 
 
 def test_a_form_and_json_with_one_key_are_one_request(server: Server) -> None:

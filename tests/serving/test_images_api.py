@@ -13,6 +13,7 @@ from PIL import Image
 from dim import __version__, provenance
 from dim.images import encode_png
 from serving.jobs import EditJob, GenerateJob
+from serving.work import Work
 from tests.serving.fakes import BLUEPRINT, Server, data_url, opened, picture
 
 
@@ -249,7 +250,7 @@ def test_a_webp_cannot_be_as_long_as_other_files(server: Server) -> None:
 
 def test_a_full_server_refuses_before_it_reads_a_body() -> None:
     server = Server(max_pending=10)
-    with server.app.state.admission.admit(10):
+    with server.app.state.admission.admit(Work(images=10)):
         broken = server.http.post("/v1/images/generations", content=b"rubbish")
         assert "busy" in refusal(broken, None, 429)
     assert "application/json" in refusal(

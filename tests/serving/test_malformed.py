@@ -81,4 +81,4 @@ def test_no_body_is_the_servers_fault(seed: int) -> None:
                 assert "Traceback" not in answer.text
             seen.add(answer.status_code)
     assert {200, 400} <= seen
-    assert server.app.state.admission.pending == 0
+    assert server.app.state.admission.pending.images == 0

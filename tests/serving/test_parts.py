@@ -62,7 +62,14 @@ def test_what_is_let_in_is_bounded_by_what_it_costs(kind: str, said: str) -> Non
 
 
 def test_the_work_of_a_request_is_what_it_paints_and_holds() -> None:
-    defaults = Defaults(resolution=1024, size_multiple=32, steps=30, guidance_scale=1)
+    defaults = Defaults(
+        resolution=1024,
+        size_multiple=32,
+        steps=30,
+        guidance_scale=1,
+        image_tokens=1,
+        model_hash="a",
+    )
     wide = painted_size((6000, 3000), "source", defaults)
     assert abs(wide[0] * wide[1] / 1024**2 - 1) < 0.1 and wide[0] > 1.9 * wide[1]
     assert painted_size((6000, 3000), "square", defaults) == (1024, 1024)
@@ -317,7 +324,7 @@ class WrappedByRay(Exception):
         (BackPressureError(3, 3), 429, ("retry-after", "2")),
         (TimeoutError(), 504, None),
         (KeyError("a bug"), 500, None),
-        (StorageError("s3://bucket is away"), 500, None),
+        (StorageError("s3://bucket is away"), 503, None),
     ],
     ids=lambda value: type(value).__name__,
 )

@@ -93,7 +93,7 @@ def test_an_error_after_the_first_event_is_an_event(server: Server) -> None:
     assert [name for name, _ in found][-2:] == ["image_edit.blueprint.done", "error"]
     error = found[-1][1]["error"]
     assert set(error) == {"message", "type", "param", "code"} and "secret" not in error["message"]
-    assert server.app.state.admission.pending == 0
+    assert server.app.state.admission.pending.images == 0
 
 
 def test_a_stream_in_which_nothing_happens_is_kept_open(
