@@ -74,7 +74,7 @@ def test_euler_is_diffusers_own(painter, batch):
 
 
 def test_dpm_is_two_branches_under_diffusers_scheduler(painter, batch):
-    scheduler = sampler._scheduler("dpm", 5, 3.0)
+    scheduler = sampler.make_scheduler("dpm", 5, 3.0)
     expected = guided_by_hand(painter, scheduler, batch, 4.0)
     latent = sample(painter, batch, steps=5, guidance_scale=4.0)
     torch.testing.assert_close(latent, expected, atol=1e-4, rtol=0)
