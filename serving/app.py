@@ -37,6 +37,9 @@ from serving.replicas import running_replicas, together, whole
 from serving.requests import EditRequest, PaintRequest, read_edit, read_json
 from serving.responses import respond, seeds, settings
 
+DRAINING_S = 10.0
+"""What a replica has left to end when its longest request was given up."""
+
 app = FastAPI(title="Draw-In-Mind", version=__version__)
 app.router.route_class = OpenAIErrorRoute
 app.add_exception_handler(HTTPException, on_http_error)
@@ -177,6 +180,8 @@ def build(args: ServingConfig | dict[str, Any]) -> Application:
         },
         # Room for the batch that is being worked on and for the next one to fill.
         max_ongoing_requests=2 * config.max_batch_size,
+        # A replica that is to go first answers what it has taken on, the longest request too.
+        graceful_shutdown_timeout_s=config.request_timeout_s + DRAINING_S,
         max_queued_requests=config.max_pending,
         max_constructor_retry_count=2,
     )
@@ -186,6 +191,7 @@ def build(args: ServingConfig | dict[str, Any]) -> Application:
     ingress = serve.deployment(
         name="ingress",
         ray_actor_options={"num_cpus": 0},
+        graceful_shutdown_timeout_s=config.request_timeout_s + DRAINING_S,
         max_ongoing_requests=4 * config.max_pending,
         max_queued_requests=4 * config.max_pending,
         backpressure_config={"status_code": 429, "retry_after_s": 2},

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from dim.errors import DimError
 from dim.model.config import Fit
+from serving.encoding import Output
 
 
 @dataclass(frozen=True)
@@ -27,13 +28,19 @@ class DesignJob:
 class PaintJob:
     """What edits and generations have in common.
 
-    ``deadline``: as of ``DesignJob``.
+    ``deadline``: as of ``DesignJob``. ``negative_prompt``: what to paint away from. ``previews``:
+    how many partial images, spread evenly over the steps. ``output``: the file that is made of the
+    image, and of each preview. ``batch``: it stands behind those that somebody waits for.
     """
 
     seed: int
     steps: int
     guidance_scale: float
     deadline: float | None = None
+    negative_prompt: str | None = None
+    previews: int = 0
+    output: Output = field(default_factory=Output)
+    batch: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,11 +48,13 @@ class EditJob(PaintJob):
     """One edit to paint from ``text`` (a blueprint, or the instruction).
 
     ``image``: PNG bytes. ``fit``: all of it at its own size, or its middle square at the model's.
+    ``mask``: PNG bytes of mode L and the image's size, 255 where it may change; ``None``: anywhere.
     """
 
     image: bytes
     text: str
     fit: Fit
+    mask: bytes | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,10 +66,18 @@ class GenerateJob(PaintJob):
 
 
 @dataclass(frozen=True)
-class Painted:
-    """A painted image as PNG bytes, and how many images shared its forward passes."""
+class Preview:
+    """What an image looks like before it is finished, the ``number``-th, as its job's output."""
 
-    png: bytes
+    number: int
+    data: bytes
+
+
+@dataclass(frozen=True)
+class Painted:
+    """A painted image as its job's output, and how many images shared its forward passes."""
+
+    data: bytes
     batch_size: int
 
 
@@ -68,8 +85,8 @@ class Painted:
 class Defaults:
     """What the served model does unless a request says otherwise.
 
-    ``resolution``: side of a square edit, in pixels. ``size_multiple``: what the sides of a
-    generated image must be multiples of (pixels per token of the painter).
+    ``resolution``: side of a square edit, in pixels. ``size_multiple``: what the sides of an image
+    whose size is asked for must be multiples of (pixels per token of the painter).
     """
 
     resolution: int

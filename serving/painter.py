@@ -1,23 +1,35 @@
-"""The painter deployment: edits and generations, each painted a batch at a time."""
+"""The painter deployment: every image joins and leaves the painter's batch at any step."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+import contextlib
+import io
+from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
-from ray import serve
+from PIL import Image
+from ray.serve import metrics
 
 from dim import model as models
 from dim.devices import best_device
-from dim.images import decode_image, encode_png
+from dim.images import decode_image
+from dim.model import DIM
+from dim.model.pixels import composite
 from infra.models import on_this_machine
 from serving.config import ServingConfig
-from serving.jobs import Defaults, EditJob, GenerateJob, Painted, in_groups, unwrap
+from serving.encoding import Output, encode
+from serving.engine import Engine, Event, Load, Partial
+from serving.jobs import Defaults, EditJob, GenerateJob, Painted, PaintJob, Preview
+
+FILE_WORKERS = 4
+STEP_SECONDS = [0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0]
+BATCH_SIZES = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0]
 
 
 class PainterDeployment:
-    """Holds one DIM and paints with it. One batch is on the device at any time."""
+    """Holds one DIM and paints with it, on a thread of its own."""
 
     def __init__(self, config: ServingConfig) -> None:
         self._model = models.load(
@@ -26,12 +38,19 @@ class PainterDeployment:
             dtype=config.dtype,
             lora=config.lora,
         )
-        self._worker = ThreadPoolExecutor(max_workers=1)
-        batched = serve.batch(
-            max_batch_size=config.max_batch_size, batch_wait_timeout_s=config.batch_wait_s
+        warm_up(self._model)
+        self._engine = Engine(
+            self._model,
+            max_batch_size=config.max_batch_size,
+            max_megapixels=config.max_batch_megapixels,
+            on_step=StepMetrics(),
         )
-        self._edit_batched = batched(self._edit_batch)
-        self._generate_batched = batched(self._generate_batch)
+        self._files = ThreadPoolExecutor(FILE_WORKERS, thread_name_prefix="files")
+
+    def __del__(self) -> None:
+        engine = getattr(self, "_engine", None)  # none where the constructor failed
+        if engine is not None:
+            engine.stop()
 
     def defaults(self) -> Defaults:
         """What the model does unless a request says otherwise."""
@@ -43,50 +62,109 @@ class PainterDeployment:
             guidance_scale=sampling.guidance_scale,
         )
 
-    async def paint(self, job: EditJob | GenerateJob) -> AsyncIterator[Painted]:
-        """Paint one image; others that wait with the same settings are painted along with it."""
-        if isinstance(job, EditJob):
-            yield unwrap(await self._edit_batched(job))
-        else:
-            yield unwrap(await self._generate_batched(job))
+    def is_warm(self) -> bool:
+        """Whether it has painted: always, for a replica is ready only after a first sample."""
+        return True
 
-    async def _edit_batch(self, jobs: list[EditJob]) -> list[Painted | Exception]:
-        return await self._off_the_loop(self._edit_all, jobs)
+    def load(self) -> Load:
+        """How busy this replica is."""
+        return self._engine.load()
 
-    async def _generate_batch(self, jobs: list[GenerateJob]) -> list[Painted | Exception]:
-        return await self._off_the_loop(self._generate_all, jobs)
+    async def check_health(self) -> None:
+        """Raise when the device or the painting thread is dead; Serve then replaces the replica."""
+        await asyncio.to_thread(self._engine.check)
 
-    async def _off_the_loop(self, work: Callable, jobs: Sequence) -> list[Painted | Exception]:
-        # The event loop stays free to collect the next batch and to answer health checks.
-        return await asyncio.get_running_loop().run_in_executor(self._worker, work, jobs)
+    async def paint(self, job: EditJob | GenerateJob) -> AsyncIterator[Preview | Painted]:
+        """Paint one image: its previews in order, then itself.
 
-    def _edit_all(self, jobs: Sequence[EditJob]) -> list[Painted | Exception]:
-        return in_groups(jobs, lambda job: (job.steps, job.fit), self._edit_same)
+        Closing or cancelling this generator takes the image out before the painter's next step.
 
-    def _generate_all(self, jobs: Sequence[GenerateJob]) -> list[Painted | Exception]:
-        return in_groups(jobs, lambda job: (job.size, job.steps), self._generate_same)
+        Raises:
+            InputError: the job is impossible, such as a text that is empty.
+            TooLargeError: the image alone does not fit into memory.
+            TimeoutError: its deadline has passed.
+            NotReadyError: the painter stopped.
+        """
+        loop = asyncio.get_running_loop()
+        source, mask = await loop.run_in_executor(self._files, opened, job)
+        events: asyncio.Queue[Event] = asyncio.Queue()
 
-    def _edit_same(self, jobs: Sequence[EditJob]) -> list[Painted]:
-        texts = [job.text for job in jobs]
-        results = self._model.edit(
-            [decode_image(job.image) for job in jobs],
-            texts,
-            blueprints=texts,
-            fit=jobs[0].fit,
-            seeds=[job.seed for job in jobs],
-            steps=jobs[0].steps,
-            guidance_scale=[job.guidance_scale for job in jobs],
-            batch_size=len(jobs),
+        def deliver(event: Event) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
+                loop.call_soon_threadsafe(events.put_nowait, event)
+
+        as_file = partial(file_of, output=job.output, source=source, mask=mask)
+        ticket = self._engine.submit(job, source, deliver)
+        try:
+            while True:
+                event = await events.get()
+                if isinstance(event, Exception):
+                    raise event
+                data = await loop.run_in_executor(self._files, as_file, event.image)
+                if not isinstance(event, Partial):
+                    yield Painted(data, event.batch_size)
+                    return
+                yield Preview(event.number, data)
+        finally:
+            self._engine.cancel(ticket)
+
+
+def warm_up(model: DIM) -> None:
+    """Paint one image of the model's own size in one step, so that no request is the first.
+
+    What does not work is known before the replica counts as ready: weights, device, memory.
+    """
+    side = model.config.sampling.resolution
+    if model.painter.takes_source:
+        model.edit([Image.new("RGB", (side, side))], ["warm up"], steps=1)
+    else:
+        model.generate(["warm up"], steps=1)
+
+
+def opened(job: PaintJob) -> tuple[Image.Image | None, Image.Image | None]:
+    """The decoded source and mask of a job, as far as it has them."""
+    if not isinstance(job, EditJob):
+        return None, None
+    return decode_image(job.image), None if job.mask is None else decode_mask(job.mask)
+
+
+def decode_mask(data: bytes) -> Image.Image:
+    """A job's mask, of mode L."""
+    return Image.open(io.BytesIO(data), formats=("PNG",)).convert("L")
+
+
+def file_of(
+    image: Image.Image, *, output: Output, source: Image.Image | None, mask: Image.Image | None
+) -> bytes:
+    """The file of a painted image; outside of ``mask`` it has the pixels of ``source``."""
+    if source is not None and mask is not None:
+        image = composite(image, source, mask)
+    return encode(image, output)
+
+
+class StepMetrics:
+    """The painter's Prometheus metrics: as of Serve, tagged by deployment, replica, application."""
+
+    def __init__(self) -> None:
+        self._steps = metrics.Counter(
+            "dim_painter_steps", description="Steps done, however many images took part in each."
         )
-        return [Painted(encode_png(result.image), len(jobs)) for result in results]
-
-    def _generate_same(self, jobs: Sequence[GenerateJob]) -> list[Painted]:
-        images = self._model.generate(
-            [job.prompt for job in jobs],
-            size=jobs[0].size,
-            seeds=[job.seed for job in jobs],
-            steps=jobs[0].steps,
-            guidance_scale=[job.guidance_scale for job in jobs],
-            batch_size=len(jobs),
+        self._batch_size = metrics.Histogram(
+            "dim_painter_batch_size",
+            description="Images that took part in a step.",
+            boundaries=BATCH_SIZES,
         )
-        return [Painted(encode_png(image), len(jobs)) for image in images]
+        self._seconds = metrics.Histogram(
+            "dim_painter_step_seconds",
+            description="How long a step took, in seconds.",
+            boundaries=STEP_SECONDS,
+        )
+        self._queue = metrics.Gauge(
+            "dim_painter_queue_length", description="Images that wait for a place in the batch."
+        )
+
+    def __call__(self, load: Load, seconds: float) -> None:
+        self._steps.inc()
+        self._batch_size.observe(load.running)
+        self._seconds.observe(seconds)
+        self._queue.set(load.waiting)

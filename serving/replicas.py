@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import logging
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from ray import serve
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ReplicaState
 
-from serving.jobs import Painted
+from serving.errors import NotReadyError
+from serving.jobs import EditJob, GenerateJob, Painted, Preview
+
+logger = logging.getLogger("ray.serve")
+
+LOST = (RayActorError, ReplicaUnavailableError, NotReadyError)
+"""What is raised of a replica that died, cannot be reached or stopped painting."""
 
 
 async def whole(response: Any) -> list[Any]:
@@ -18,14 +27,44 @@ async def whole(response: Any) -> list[Any]:
     return [piece async for piece in response]
 
 
-async def together(painter: DeploymentHandle, jobs: Sequence[Any]) -> list[Painted]:
+async def paint(
+    painter: DeploymentHandle, job: EditJob | GenerateJob
+) -> AsyncIterator[Preview | Painted]:
+    """Paint one image: its previews in order, then itself.
+
+    Where the replica dies the job is painted from the start by another, once: it has its seed, so
+    that it becomes the same image, and previews that were sent are not sent again. Closing or
+    cancelling this generator takes the image out of the painter's batch.
+    """
+    sent = 0
+    for last in (False, True):
+        pieces: Any = painter.options(stream=True).paint.remote(job)
+        try:
+            async for piece in pieces:
+                if isinstance(piece, Preview):
+                    if piece.number < sent:
+                        continue
+                    sent = piece.number + 1
+                yield piece
+            return
+        except LOST as error:
+            if last:
+                raise
+            logger.warning("a painter was lost; its image is painted by another: %s", error)
+        finally:
+            pieces.cancel()
+
+
+async def together(
+    painter: DeploymentHandle, jobs: Sequence[EditJob | GenerateJob]
+) -> list[Painted]:
     """Paint all ``jobs`` of a request at once, so that they share a batch; one failure is all's."""
 
-    async def paint(job: Any) -> Painted:
-        return (await whole(painter.options(stream=True).paint.remote(job)))[-1]
+    async def painted(job: EditJob | GenerateJob) -> Painted:
+        return [piece async for piece in paint(painter, job) if isinstance(piece, Painted)][-1]
 
     async with asyncio.TaskGroup() as group:
-        tasks = [group.create_task(paint(job)) for job in jobs]
+        tasks = [group.create_task(painted(job)) for job in jobs]
     return [task.result() for task in tasks]
 
 

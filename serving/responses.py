@@ -43,7 +43,7 @@ def respond(
     """OpenAI's images response; ``blueprint``, ``seed`` and ``batch_size`` are ours."""
     data = [
         {
-            "b64_json": base64.b64encode(result.png).decode("ascii"),
+            "b64_json": base64.b64encode(result.data).decode("ascii"),
             "revised_prompt": blueprint,
             "blueprint": blueprint,
             "seed": job.seed,

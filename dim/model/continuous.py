@@ -21,7 +21,7 @@ class Denoising:
     """One latent on its way from noise to image; made by ``begin``.
 
     ``latent`` (1, C, h, w) is as noisy as the next step expects it, ``number`` of ``steps`` are
-    done.
+    done. ``company``: how many at most passed the network together with it, itself among them.
     """
 
     def __init__(
@@ -40,10 +40,24 @@ class Denoising:
         self.source_latent = source_latent
         self.steps = steps
         self.number = 0
+        self.company = 0
         self._guidance_scale = guidance_scale
         # It remembers the step before, so that each latent has its own.
         self._scheduler = make_scheduler(solver, steps, shift)
         self._estimate = noise
+        self._shift, self._solver = shift, solver
+
+    def again(self, noise: Tensor) -> Denoising:
+        """The same from the start with another ``noise``; nothing is prepared or copied."""
+        return Denoising(
+            noise,
+            self.prepared,
+            self.source_latent,
+            steps=self.steps,
+            guidance_scale=self._guidance_scale,
+            shift=self._shift,
+            solver=self._solver,
+        )
 
     @property
     def done(self) -> bool:
@@ -165,6 +179,7 @@ class ContinuousBatch:
                 self._most[rows[0].latent.shape] = half
         else:
             for row, velocity in zip(rows, velocities, strict=True):
+                row.company = max(row.company, len(rows))
                 row.advance(velocity)
             return {}
         # Not while the error is handled: it holds on to the pass that failed, and to its memory.

@@ -4,7 +4,7 @@ and going among others."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -73,6 +73,12 @@ class Painting:
     row: Row
     denoising: continuous.Denoising
     autoencoder: Autoencoder
+
+    def again(self, seed: int) -> Painting:
+        """The same from the start with another seed; texts and source are not encoded again."""
+        fresh = noise(seed, tuple(self.denoising.latent.shape[1:]))[None]
+        denoising = self.denoising.again(fresh.to(self.denoising.latent.device))
+        return replace(self, row=replace(self.row, seed=seed), denoising=denoising)
 
     def preview(self) -> Image.Image:
         """The image as the painter sees it finished by now, RGB and of its final size."""
