@@ -178,10 +178,7 @@ class ContinuousBatch:
             if isinstance(error, torch.OutOfMemoryError):
                 self._most[rows[0].latent.shape] = half
         else:
-            for row, velocity in zip(rows, velocities, strict=True):
-                row.company = max(row.company, len(rows))
-                row.advance(velocity)
-            return {}
+            return _advanced(rows, velocities)
         # Not while the error is handled: it holds on to the pass that failed, and to its memory.
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -208,3 +205,17 @@ class ContinuousBatch:
                 for row, source in zip(rows, given, strict=True)
             ]
         )
+
+
+def _advanced(
+    rows: Sequence[Denoising], velocities: Sequence[Tensor]
+) -> dict[Denoising, Exception]:
+    """Do each row's step; what failed, and why."""
+    failed: dict[Denoising, Exception] = {}
+    for row, velocity in zip(rows, velocities, strict=True):
+        row.company = max(row.company, len(rows))
+        try:
+            row.advance(velocity)
+        except Exception as error:
+            failed[row] = error
+    return failed

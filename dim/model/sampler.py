@@ -164,6 +164,8 @@ def make_scheduler(solver: Solver, steps: int, shift: float) -> Any:
             flow_shift=shift,
         )
     scheduler.set_timesteps(steps)
+    # Of many steps the first have one timestep after rounding, by which it would skip one of them.
+    scheduler.set_begin_index(0)
     return scheduler
 
 

@@ -161,6 +161,19 @@ def test_only_what_fails_alone_fails(editor: Painter) -> None:
     assert rows[3] in batch.rows
 
 
+def test_a_step_that_fails_after_the_pass_fails_alone(
+    editor: Painter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(7)
+    rows = [begin(editor, {**anything(rng), "steps": 2}) for _ in range(3)]
+    monkeypatch.setattr(rows[1], "advance", lambda _: [][0])
+    batch = ContinuousBatch(editor)
+    for row in rows:
+        batch.join(row)
+    assert list(batch.step()) == [rows[1]]
+    assert [row.number for row in rows] == [1, 0, 1]
+
+
 @pytest.mark.parametrize(
     ("wrong", "said"), [({"steps": 0}, "at least 1 step"), ({"solver": "heun"}, "'heun' is not")]
 )

@@ -27,7 +27,7 @@ class Right(torch.nn.Module):
 
 
 @pytest.mark.parametrize("solver", ["dpm", "euler"])
-@pytest.mark.parametrize("steps", [1, 7, 20])
+@pytest.mark.parametrize("steps", [1, 7, 20, 600])
 def test_a_velocity_that_is_right_leads_to_the_image(batch, solver, steps):
     x0, noise = batch["latent"], batch["source"]
     seen: list[Step] = []
