@@ -26,6 +26,9 @@ from serving.jobs import EditJob, GenerateJob
 
 logger = logging.getLogger("ray.serve")
 
+STEP_AT_MOST_S = 60.0
+"""How long the end of a process waits for a step."""
+
 
 @dataclass(frozen=True)
 class Partial:
@@ -151,10 +154,14 @@ class Engine:
             self._changed.notify()
 
     def stop(self) -> None:
-        """End the painting thread after the step it is doing; what is not finished fails."""
+        """End the painting thread after the step it is doing; what is not finished fails.
+
+        Waits for that step: a process that ends in the middle of one is aborted.
+        """
         with self._changed:
             self._stopped = True
             self._changed.notify()
+        self._thread.join(timeout=STEP_AT_MOST_S)
 
     def load(self) -> Load:
         """How busy the painter is at the moment."""

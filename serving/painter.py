@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import io
+import weakref
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -45,12 +46,8 @@ class PainterDeployment:
             max_megapixels=config.max_batch_megapixels,
             on_step=StepMetrics(),
         )
+        weakref.finalize(self, self._engine.stop)  # at the latest when the process ends
         self._files = ThreadPoolExecutor(FILE_WORKERS, thread_name_prefix="files")
-
-    def __del__(self) -> None:
-        engine = getattr(self, "_engine", None)  # none where the constructor failed
-        if engine is not None:
-            engine.stop()
 
     def defaults(self) -> Defaults:
         """What the model does unless a request says otherwise."""

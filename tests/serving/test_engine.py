@@ -92,9 +92,9 @@ def painting(model: DIM, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[.
 
     yield make
     for one in made:
-        one.engine.stop()
         one.let_go()
-        one.engine._thread.join(timeout=20)
+        one.engine.stop()
+        assert not one.engine._thread.is_alive()
 
 
 def until(condition: Callable[[], bool]) -> None:
