@@ -158,9 +158,11 @@ class ServingConfig(StrictModel):
     """Above 0 keeps them off a head node that offers no CPU."""
 
     max_batch_size: int = Field(8, ge=1)
-    """Images that one replica paints (or designs) in one forward pass."""
+    """Images that one replica paints at once (or designs in one forward pass)."""
+    max_batch_megapixels: float | None = Field(None, gt=0)
+    """Megapixels that one replica paints at once, a larger image alone; null is no bound."""
     batch_wait_s: float = Field(0.02, ge=0)
-    """How long the first image of a batch waits for company."""
+    """How long the first design of a batch waits for company."""
     max_pending: int = Field(32, ge=10)
     """Images admitted and not yet answered, per ingress; beyond it a request is answered 429."""
     max_pending_megapixels: float = Field(400.0, gt=0)

@@ -13,6 +13,9 @@ from serving.painter import PainterDeployment
 from serving.rates import RateMeter
 from serving.replicas import Designers
 
+DRAINING_S = 10.0
+"""What a replica that is to go has left when its longest request was given up."""
+
 
 def application(config: ServingConfig, ingress: Any) -> Application:
     """The whole application.
@@ -49,6 +52,7 @@ def designers(config: ServingConfig) -> Designers:
             name="designers",
             num_replicas=1,  # budgets, limits and kept answers are counted in it
             ray_actor_options={"num_cpus": 0, "num_gpus": 0},
+            graceful_shutdown_timeout_s=config.request_timeout_s + DRAINING_S,
             max_ongoing_requests=4 * config.max_pending,
             max_queued_requests=4 * config.max_pending,
             max_constructor_retry_count=2,
@@ -71,8 +75,10 @@ def pool(
             "num_cpus": config.cpus_per_replica if cpus is None else cpus,
             "num_gpus": config.gpus_per_replica if gpus is None else gpus,
         },
-        # Room for the batch that is being worked on and for the next one to fill.
-        max_ongoing_requests=2 * batching(config, settings).max_batch_size,
+        # Room for the batch that is being worked on, and for all that wait: the painter lets
+        # those go first that somebody waits for.
+        max_ongoing_requests=batching(config, settings).max_batch_size + config.max_pending,
+        graceful_shutdown_timeout_s=config.request_timeout_s + DRAINING_S,
         # For each image that is let in, one call that paints it and one that counts its tokens.
         max_queued_requests=2 * config.max_pending,
         max_constructor_retry_count=2,
@@ -95,6 +101,7 @@ def entry(config: ServingConfig, ingress: Any) -> serve.Deployment:
         name="ingress",
         num_replicas=config.ingress_replicas,
         ray_actor_options={"num_cpus": config.cpus_per_ingress},
+        graceful_shutdown_timeout_s=config.request_timeout_s + DRAINING_S,
         max_ongoing_requests=most,
         max_queued_requests=most,
         backpressure_config={"status_code": 429, "retry_after_s": 2},

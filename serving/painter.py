@@ -1,27 +1,37 @@
-"""The painter deployment: edits and generations, each painted a batch at a time."""
+"""The painter deployment: every image joins and leaves the painter's batch at any step."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import io
-from collections.abc import AsyncIterator, Callable, Sequence
+import weakref
+from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 from PIL import Image
-from ray import serve
+from ray.serve import metrics
 
 from dim import model as models
 from dim.devices import best_device
 from dim.images import decode_image
+from dim.model import DIM
+from dim.model.pixels import composite
 from infra.models import fingerprint, on_this_machine
 from serving.config import ServingConfig
-from serving.encoding import encode
-from serving.jobs import Defaults, EditJob, GenerateJob, Painted, in_groups, unwrap
+from serving.encoding import Output, encode
+from serving.engine import Engine, Event, Load, Partial
+from serving.jobs import Defaults, EditJob, GenerateJob, Painted, PaintJob, Preview
 from serving.usage import image_tokens, text_tokens
+
+FILE_WORKERS = 4
+STEP_SECONDS = [0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0]
+BATCH_SIZES = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0]
 
 
 class PainterDeployment:
-    """Holds one DIM and paints with it. One batch is on the device at any time."""
+    """Holds one DIM and paints with it, on a thread of its own."""
 
     def __init__(self, config: ServingConfig) -> None:
         self._model = models.load(
@@ -31,13 +41,15 @@ class PainterDeployment:
             lora=config.lora,
         )
         self._model_hash = fingerprint(config.model)
-        self._warm = False
-        self._worker = ThreadPoolExecutor(max_workers=1)
-        batched = serve.batch(
-            max_batch_size=config.max_batch_size, batch_wait_timeout_s=config.batch_wait_s
+        warm_up(self._model)
+        self._engine = Engine(
+            self._model,
+            max_batch_size=config.max_batch_size,
+            max_megapixels=config.max_batch_megapixels,
+            on_step=StepMetrics(),
         )
-        self._edit_batched = batched(self._edit_batch)
-        self._generate_batched = batched(self._generate_batch)
+        weakref.finalize(self, self._engine.stop)  # at the latest when the process ends
+        self._files = ThreadPoolExecutor(FILE_WORKERS, thread_name_prefix="files")
 
     def defaults(self) -> Defaults:
         """What the model does unless a request says otherwise."""
@@ -51,80 +63,112 @@ class PainterDeployment:
             model_hash=self._model_hash,
         )
 
-    async def warm(self) -> None:
-        """Return once this replica has painted an image: what is slow the first time was then."""
-        if not self._warm:
-            side = self._model.config.sampling.resolution
-            job = GenerateJob(
-                prompt="a warm-up", size=(side, side), seed=0, steps=1, guidance_scale=1.0
-            )
-            async for _ in self.paint(job):
-                self._warm = True
+    def warm(self) -> None:
+        """Return once it has painted: at once, for it has when it answers."""
 
     def count_tokens(self, texts: Sequence[str]) -> int:
         """Tokens that the understanding model reads of ``texts`` together."""
         return text_tokens(self._model, texts)
 
-    async def paint(self, job: EditJob | GenerateJob) -> AsyncIterator[Painted]:
-        """Paint one image; others that wait with the same settings are painted along with it."""
-        if isinstance(job, EditJob):
-            yield unwrap(await self._edit_batched(job))
-        else:
-            yield unwrap(await self._generate_batched(job))
+    def load(self) -> Load:
+        """How busy this replica is."""
+        return self._engine.load()
 
-    async def _edit_batch(self, jobs: list[EditJob]) -> list[Painted | Exception]:
-        return await self._off_the_loop(self._edit_all, jobs)
+    async def check_health(self) -> None:
+        """Raise when the device or the painting thread is dead; Serve then replaces the replica."""
+        await asyncio.to_thread(self._engine.check)
 
-    async def _generate_batch(self, jobs: list[GenerateJob]) -> list[Painted | Exception]:
-        return await self._off_the_loop(self._generate_all, jobs)
+    async def paint(self, job: EditJob | GenerateJob) -> AsyncIterator[Preview | Painted]:
+        """Paint one image: its previews in order, then itself.
 
-    async def _off_the_loop(self, work: Callable, jobs: Sequence) -> list[Painted | Exception]:
-        # The event loop stays free to collect the next batch and to answer health checks.
-        return await asyncio.get_running_loop().run_in_executor(self._worker, work, jobs)
+        Closing or cancelling this generator takes the image out before the painter's next step.
 
-    def _edit_all(self, jobs: Sequence[EditJob]) -> list[Painted | Exception]:
-        return in_groups(jobs, lambda job: (job.steps, job.fit), self._edit_same)
+        Raises:
+            InputError: the job is impossible, such as a text that is empty.
+            TooLargeError: the image alone does not fit into memory.
+            TimeoutError: its deadline has passed.
+            NotReadyError: the painter stopped.
+        """
+        loop = asyncio.get_running_loop()
+        source, mask = await loop.run_in_executor(self._files, opened, job)
+        events: asyncio.Queue[Event] = asyncio.Queue()
 
-    def _generate_all(self, jobs: Sequence[GenerateJob]) -> list[Painted | Exception]:
-        return in_groups(jobs, lambda job: (job.size, job.steps), self._generate_same)
+        def deliver(event: Event) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
+                loop.call_soon_threadsafe(events.put_nowait, event)
 
-    def _edit_same(self, jobs: Sequence[EditJob]) -> list[Painted]:
-        texts = [job.text for job in jobs]
-        sources = [decode_image(job.image) for job in jobs]
-        results = self._model.edit(
-            sources,
-            texts,
-            blueprints=texts,
-            fit=jobs[0].fit,
-            seeds=[job.seed for job in jobs],
-            steps=jobs[0].steps,
-            guidance_scale=[job.guidance_scale for job in jobs],
-            negative_prompt=[job.negative_prompt for job in jobs],
-            batch_size=len(jobs),
+        as_file = partial(file_of, output=job.output, source=source, mask=mask)
+        ticket = self._engine.submit(job, source, deliver)
+        try:
+            while True:
+                event = await events.get()
+                if isinstance(event, Exception):
+                    raise event
+                data = await loop.run_in_executor(self._files, as_file, event.image)
+                if not isinstance(event, Partial):
+                    yield Painted(data, event.batch_size)
+                    return
+                yield Preview(event.number, data)
+        finally:
+            self._engine.cancel(ticket)
+
+
+def warm_up(model: DIM) -> None:
+    """Paint one image of the model's own size in one step, so that no request is the first.
+
+    What does not work is known before the replica counts as ready: weights, device, memory.
+    """
+    side = model.config.sampling.resolution
+    if model.painter.takes_source:
+        model.edit([Image.new("RGB", (side, side))], ["warm up"], steps=1)
+    else:
+        model.generate(["warm up"], steps=1)
+
+
+def opened(job: PaintJob) -> tuple[Image.Image | None, Image.Image | None]:
+    """The decoded source and mask of a job, as far as it has them."""
+    if not isinstance(job, EditJob):
+        return None, None
+    return decode_image(job.image), None if job.mask is None else decode_mask(job.mask)
+
+
+def decode_mask(data: bytes) -> Image.Image:
+    """A job's mask, of mode L."""
+    return Image.open(io.BytesIO(data), formats=("PNG",)).convert("L")
+
+
+def file_of(
+    image: Image.Image, *, output: Output, source: Image.Image | None, mask: Image.Image | None
+) -> bytes:
+    """The file of a painted image; outside of ``mask`` it has the pixels of ``source``."""
+    if source is not None and mask is not None:
+        image = composite(image, source, mask)
+    return encode(image, output)
+
+
+class StepMetrics:
+    """The painter's Prometheus metrics: as of Serve, tagged by deployment, replica, application."""
+
+    def __init__(self) -> None:
+        self._steps = metrics.Counter(
+            "dim_painter_steps", description="Steps done, however many images took part in each."
         )
-        return [
-            Painted(encode(within_mask(result.image, source, job.mask), job.output), len(jobs))
-            for result, source, job in zip(results, sources, jobs, strict=True)
-        ]
-
-    def _generate_same(self, jobs: Sequence[GenerateJob]) -> list[Painted]:
-        images = self._model.generate(
-            [job.prompt for job in jobs],
-            size=jobs[0].size,
-            seeds=[job.seed for job in jobs],
-            steps=jobs[0].steps,
-            guidance_scale=[job.guidance_scale for job in jobs],
-            negative_prompt=[job.negative_prompt for job in jobs],
-            batch_size=len(jobs),
+        self._batch_size = metrics.Histogram(
+            "dim_painter_batch_size",
+            description="Images that took part in a step.",
+            boundaries=BATCH_SIZES,
         )
-        return [
-            Painted(encode(image, job.output), len(jobs))
-            for image, job in zip(images, jobs, strict=True)
-        ]
+        self._seconds = metrics.Histogram(
+            "dim_painter_step_seconds",
+            description="How long a step took, in seconds.",
+            boundaries=STEP_SECONDS,
+        )
+        self._queue = metrics.Gauge(
+            "dim_painter_queue_length", description="Images that wait for a place in the batch."
+        )
 
-
-def within_mask(painted: Image.Image, source: Image.Image, mask: bytes | None) -> Image.Image:
-    """``painted`` where the mask is 255, the very pixels of ``source`` where it is 0."""
-    if mask is None:
-        return painted
-    return Image.composite(painted, source, Image.open(io.BytesIO(mask), formats=["PNG"]))
+    def __call__(self, load: Load, seconds: float) -> None:
+        self._steps.inc()
+        self._batch_size.observe(load.running)
+        self._seconds.observe(seconds)
+        self._queue.set(load.waiting)

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ray import serve
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ReplicaState
 
+from serving.errors import NotReadyError
 from serving.jobs import DesignJob, EditJob, GenerateJob, Painted, Preview
+
+logger = logging.getLogger("ray.serve")
+
+LOST = (RayActorError, ReplicaUnavailableError, NotReadyError)
+"""What is raised of a replica that died, cannot be reached or stopped painting."""
 
 
 @dataclass(frozen=True)
@@ -46,10 +55,29 @@ class Writing:
 async def paint(
     painter: DeploymentHandle, job: EditJob | GenerateJob
 ) -> AsyncIterator[Preview | Painted]:
-    """Paint one image: its previews in order, then itself."""
-    response: Any = painter.options(stream=True).paint.remote(job)
-    async for piece in response:
-        yield piece
+    """Paint one image: its previews in order, then itself.
+
+    Where the replica dies the job is painted from the start by another, once: it has its seed, so
+    that it becomes the same image, and previews that were sent are not sent again. Closing or
+    cancelling this generator takes the image out of the painter's batch.
+    """
+    sent = 0
+    for last in (False, True):
+        pieces: Any = painter.options(stream=True).paint.remote(job)
+        try:
+            async for piece in pieces:
+                if isinstance(piece, Preview):
+                    if piece.number < sent:
+                        continue
+                    sent = piece.number + 1
+                yield piece
+            return
+        except LOST as error:
+            if last:
+                raise
+            logger.warning("a painter was lost; its image is painted by another: %s", error)
+        finally:
+            pieces.cancel()
 
 
 async def write(designers: Designers, job: DesignJob) -> AsyncIterator[str]:

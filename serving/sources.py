@@ -16,6 +16,7 @@ from serving.errors import BadRequestError
 
 MASK_FORMATS = ("PNG", "WEBP")
 OPAQUE = 255
+KEPT_FROM = 128  # alpha from which a pixel stays as it is
 
 
 @dataclass(frozen=True)
@@ -44,17 +45,17 @@ def read_source(data: bytes, max_pixels: int, shape: Size | None = None) -> Sour
 def read_mask(data: bytes, size: Size) -> bytes:
     """A client's mask as PNG bytes of mode L: 255 where its alpha is 0, which is "edit here".
 
-    Alpha in between blends; where it is 255 nothing changes.
+    From 128 on nothing changes, see ``dim.model.pixels.composite``.
 
     Args:
         data: a PNG or WebP with an alpha channel.
         size: of the upright picture that it is for.
 
     Raises:
-        BadRequestError: it is no such picture, of another size, or everywhere opaque.
+        BadRequestError: it is no such picture, of another size, or nothing may change.
     """
     alpha = _alpha(data, size)
-    if alpha.getextrema()[0] == OPAQUE:
+    if alpha.getextrema()[0] >= KEPT_FROM:
         raise _bad_mask("has no transparent pixel, so that nothing may change")
     return encode_png(alpha.point(lambda value: OPAQUE - value))
 

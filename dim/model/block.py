@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from dim.model.attention import KeysAndValues
+from dim.model.attention import Attended
 
 # Numbers in the feed-forward layer's wide states (five times as wide as the block) at one time:
 # 64 MB in single precision, large enough to keep any device busy.
@@ -24,29 +24,32 @@ def sampling_block(
     block: Any,
     states: Tensor,
     modulation: Tensor,
-    ready: KeysAndValues,
+    ready: Attended,
     size: tuple[int, int],
+    spread: Tensor | None = None,
 ) -> Tensor:
     """What ``block`` makes of ``states``.
 
     Args:
         block: a ``SanaTransformerBlock`` whose cross-attention takes ``KeysAndValues``.
-        states: (R, L, F) or, where branches do not differ yet, the first branch's (B, L, F).
-        modulation: (R, 6 · F), the timestep's embedding, branch after branch.
+        states: (B, L, F).
+        modulation: (B, 6 · F), the timestep's embedding.
         ready: keys and values of R rows.
         size: (height, width) in tokens; L is their product.
+        spread: (R,) int64, which of ``states`` each row goes on from where branches do not differ
+            yet; None where R is B.
 
     Returns:
         (R, L, F): branches differ as soon as they attended to their conditions.
     """
     table = block.scale_shift_table + modulation.unflatten(1, (6, -1))
-    shift, scale, gate, wide_shift, wide_scale, wide_gate = table.chunk(6, dim=1)
-    rows = len(states)
-    inner = block.norm1(states) * (1 + scale[:rows]) + shift[:rows]
-    states = states + gate[:rows] * block.attn1(inner.to(states.dtype))
-    if rows < len(modulation):
-        states = states.repeat(len(modulation) // rows, 1, 1)
+    shift, scale, gate = table[:, :3].chunk(3, dim=1)
+    inner = block.norm1(states) * (1 + scale) + shift
+    states = states + gate * block.attn1(inner.to(states.dtype))
+    if spread is not None:
+        states, table = states[spread], table[spread]
     states = states + block.attn2(states, encoder_hidden_states=ready)
+    wide_shift, wide_scale, wide_gate = table[:, 3:].chunk(3, dim=1)
     inner = block.norm2(states) * (1 + wide_scale) + wide_shift
     return states + wide_gate * feed_forward(block.ff, inner, size)
 

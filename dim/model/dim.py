@@ -21,7 +21,7 @@ from dim.model.conditioner import Conditioner, ImageFeatures, OnText, Patches
 from dim.model.config import Fit, ModelConfig, SamplingConfig, require_choice
 from dim.model.connector import Connector
 from dim.model.lora.merge import merge_for_good
-from dim.model.paint import encode_sources, paint
+from dim.model.paint import Painting, begin, encode_sources, paint
 from dim.model.painter import Painter
 from dim.model.pixels import centre_box, upright_rgb
 from dim.model.request import (
@@ -197,21 +197,10 @@ class DIM(nn.Module):
                 designer, or the painter is a text-to-image painter.
             DesignerError: the designer failed, or answered no blueprint.
         """
-        if not self.painter.takes_source:
-            raise InputError("this model's painter was made for text-to-image and cannot edit")
         fit = fit or self.config.sampling.fit
-        require_choice("fit", fit, Fit)
         plan.require_designer(designer)
-        sources = [upright_rgb(image, f"image {row + 1}") for row, image in enumerate(images)]
-        rows = make_rows(
-            self.config.sampling,
-            sources,
-            one_per_image(len(sources), "instructions", instructions, ""),
-            [self._sizes(source, fit) for source in sources],
-            blueprints=blueprints,
-            seeds=seeds,
-            guidance_scale=guidance_scale,
-            negative_prompt=negative_prompt,
+        rows = self._edit_rows(
+            images, instructions, fit, blueprints, seeds, guidance_scale, negative_prompt
         )
         sampling = self._sampling(steps)
         return [
@@ -249,18 +238,7 @@ class DIM(nn.Module):
             InputError: an empty prompt, counts that differ, or a size that does not divide into
                 cells.
         """
-        resolution = self.config.sampling.resolution
-        size = size or (resolution, resolution)
-        check_size(size, self.cell)
-        rows = make_rows(
-            self.config.sampling,
-            [None] * len(prompts),
-            prompts,
-            [(size, size)] * len(prompts),
-            seeds=seeds,
-            guidance_scale=guidance_scale,
-            negative_prompt=negative_prompt,
-        )
+        rows = self._generation_rows(prompts, size, seeds, guidance_scale, negative_prompt)
         sampling = self._sampling(steps)
         return [
             image
@@ -274,6 +252,66 @@ class DIM(nn.Module):
                 on_step=on_step,
             )
         ]
+
+    @torch.no_grad()
+    def begin_edit(
+        self,
+        image: Image.Image,
+        text: str,
+        *,
+        seed: int | None = None,
+        steps: int | None = None,
+        guidance_scale: float | None = None,
+        negative_prompt: str | None = None,
+        fit: Fit | None = None,
+    ) -> Painting:
+        """Prepare one edit that others join and leave while it is painted.
+
+        The source and ``text``, a blueprint or an instruction, are encoded here. The painting's
+        ``denoising`` then goes through a ``dim.model.continuous.ContinuousBatch``, and becomes the
+        image that ``edit`` paints of the same.
+
+        Raises:
+            InputError: as for ``edit``.
+        """
+        fit = fit or self.config.sampling.fit
+        seeds = None if seed is None else [seed]
+        rows = self._edit_rows([image], [text], fit, None, seeds, guidance_scale, negative_prompt)
+        features = self.conditioner.see([self._shown(row, fit) for row in rows])
+        return begin(
+            self.painter,
+            self.autoencoder,
+            rows[0],
+            self._conditioning(rows, [text], features),
+            self._sampling(steps),
+            source_latent=encode_sources(self.autoencoder, rows, fit),
+        )
+
+    @torch.no_grad()
+    def begin_generation(
+        self,
+        prompt: str,
+        *,
+        size: Size | None = None,
+        seed: int | None = None,
+        steps: int | None = None,
+        guidance_scale: float | None = None,
+        negative_prompt: str | None = None,
+    ) -> Painting:
+        """Prepare one image of ``generate`` as ``begin_edit`` does one of ``edit``.
+
+        Raises:
+            InputError: as for ``generate``.
+        """
+        seeds = None if seed is None else [seed]
+        rows = self._generation_rows([prompt], size, seeds, guidance_scale, negative_prompt)
+        return begin(
+            self.painter,
+            self.autoencoder,
+            rows[0],
+            self._conditioning(rows, [prompt]),
+            self._sampling(steps),
+        )
 
     def speed_up(self, *, compile: bool = False, channels_last: bool = False) -> DIM:
         """Trade start-up time or layout for faster painting, in place; the images stay the same.
@@ -293,6 +331,52 @@ class DIM(nn.Module):
         if compile:
             self.painter.compile_blocks()
         return self
+
+    def _edit_rows(
+        self,
+        images: Sequence[Image.Image],
+        texts: Sequence[str],
+        fit: Fit,
+        blueprints: Sequence[str | None] | None,
+        seeds: Sequence[int] | None,
+        guidance_scale: float | Sequence[float] | None,
+        negative_prompt: str | Sequence[str | None] | None,
+    ) -> list[Row]:
+        if not self.painter.takes_source:
+            raise InputError("this model's painter was made for text-to-image and cannot edit")
+        require_choice("fit", fit, Fit)
+        sources = [upright_rgb(image, f"image {row + 1}") for row, image in enumerate(images)]
+        return make_rows(
+            self.config.sampling,
+            sources,
+            one_per_image(len(sources), "instructions", texts, ""),
+            [self._sizes(source, fit) for source in sources],
+            blueprints=blueprints,
+            seeds=seeds,
+            guidance_scale=guidance_scale,
+            negative_prompt=negative_prompt,
+        )
+
+    def _generation_rows(
+        self,
+        prompts: Sequence[str],
+        size: Size | None,
+        seeds: Sequence[int] | None,
+        guidance_scale: float | Sequence[float] | None,
+        negative_prompt: str | Sequence[str | None] | None,
+    ) -> list[Row]:
+        resolution = self.config.sampling.resolution
+        size = size or (resolution, resolution)
+        check_size(size, self.cell)
+        return make_rows(
+            self.config.sampling,
+            [None] * len(prompts),
+            prompts,
+            [(size, size)] * len(prompts),
+            seeds=seeds,
+            guidance_scale=guidance_scale,
+            negative_prompt=negative_prompt,
+        )
 
     def _sizes(self, source: Image.Image, fit: Fit) -> tuple[Size, Size]:
         """The size an edit of ``source`` is painted at, and the one it is given back at."""

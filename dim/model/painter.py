@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from dim.errors import InputError
 from dim.model.attention import (
+    Attended,
     CrossAttention,
-    KeysAndValues,
     LinearAttention,
     keys_and_values,
 )
@@ -29,6 +29,9 @@ MASKED = -10000.0
 # in steps of 64. torch's own limit is 8.
 _MOST_LENGTHS = 128
 _STRIDES = 2  # the first block's input comes from the patches and lies otherwise than the others'
+# Of fewer rows a CPU's libraries make products by other kernels, which round otherwise: an image's
+# last bits would depend on how many are painted beside it.
+_ENOUGH_ROWS = 4
 
 
 def random_null_condition(rows: int, features: int) -> Tensor:
@@ -55,14 +58,35 @@ def widened(patch_weight: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class PreparedCondition:
-    """A condition as the network's blocks attend to it; see ``Painter.prepare``.
+    """A condition as the network's blocks attend to it; see ``Painter.prepare`` and ``together``.
 
-    ``rows`` of conditions are ``branches`` for each of ``rows / branches`` latents.
+    ``latents``: how many latents it is for. ``spread``: (R,) int64, which of them each row of
+    conditions is for; None where each row is for its own.
     """
 
-    blocks: tuple[KeysAndValues, ...]
-    rows: int
-    branches: int = 1
+    blocks: tuple[Attended, ...]
+    latents: int
+    spread: Tensor | None = None
+
+    @property
+    def rows(self) -> int:
+        """Rows of conditions."""
+        return self.latents if self.spread is None else len(self.spread)
+
+
+def together(conditions: Sequence[PreparedCondition]) -> PreparedCondition:
+    """Prepared conditions, each for one latent, as those of a batch, latent after latent.
+
+    They may be of different lengths and numbers of branches, and nothing is copied: each latent
+    attends to its own tokens, as if it were alone.
+    """
+    blocks = zip(*(condition.blocks for condition in conditions), strict=True)
+    branched = [condition.spread for condition in conditions if condition.spread is not None]
+    spread = None
+    if branched:
+        rows = [number for number, one in enumerate(conditions) for _ in range(one.rows)]
+        spread = torch.tensor(rows, device=branched[0].device)
+    return PreparedCondition(tuple(blocks), len(conditions), spread)
 
 
 class Painter(nn.Module):
@@ -155,8 +179,8 @@ class Painter(nn.Module):
             source_latent: (B, C, h, w) for an edit painter; without it the painter sees zeros.
 
         Returns:
-            (B, C, h, w) in the type of ``noisy_latent``; of a condition prepared with several
-            branches (branches · B, C, h, w), branch after branch.
+            (B, C, h, w) in the type of ``noisy_latent``; of a prepared condition (R, C, h, w), one
+            for each of its rows.
 
         Raises:
             InputError: a shape does not fit, or a text-to-image painter got a source.
@@ -205,7 +229,10 @@ class Painter(nn.Module):
         if mask is not None and not bool(mask.all()):
             bias = ((1 - mask.to(self._dtype)) * MASKED)[:, None, None, :]
         blocks = (keys_and_values(block.attn2, states, bias) for block in self.blocks)
-        return PreparedCondition(tuple(blocks), rows, branches)
+        latents, spread = rows // branches, None
+        if branches > 1:
+            spread = torch.arange(latents, device=condition.device).repeat(branches)
+        return PreparedCondition(tuple(blocks), latents, spread)
 
     def null(self, tokens: int) -> Tensor:
         """The condition (tokens, condition_features) that says nothing.
@@ -290,21 +317,22 @@ class Painter(nn.Module):
         self, latent: Tensor, timestep: Tensor, condition: PreparedCondition
     ) -> Tensor:
         """diffusers' forward from the patches on, with ready keys and values for the blocks."""
-        if condition.rows != condition.branches * len(latent):
+        if condition.latents != len(latent):
             raise InputError(
-                f"the condition was prepared for {condition.rows // condition.branches} rows, "
-                f"not {len(latent)}"
+                f"the condition was prepared for {condition.latents} rows, not {len(latent)}"
             )
         network, patch = self.network, self.patch_size
         height, width = (side // patch for side in latent.shape[2:])
         modulation, embedded = network.time_embed(
-            timestep.repeat(condition.branches),
-            batch_size=condition.rows,
-            hidden_dtype=latent.dtype,
+            _enough(timestep), batch_size=len(latent), hidden_dtype=latent.dtype
         )
-        states = network.patch_embed(latent)
+        states = network.patch_embed(_enough(latent))[: len(latent)]
+        modulation, embedded = modulation[: len(latent)], embedded[: len(latent)]
+        spread = condition.spread
         for block, ready in zip(self.blocks, condition.blocks, strict=True):
-            states = self._sampling_block(block, states, modulation, ready, (height, width))
+            states = self._sampling_block(block, states, modulation, ready, (height, width), spread)
+            if spread is not None:
+                modulation, embedded, spread = modulation[spread], embedded[spread], None
         states = network.proj_out(network.norm_out(states, embedded, network.scale_shift_table))
         cells = states.reshape(condition.rows, height, width, patch, patch, -1)
         return cells.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
@@ -356,3 +384,9 @@ class Painter(nn.Module):
                 f"the source latent must be {tuple(noisy_latent.shape)} like the noisy one, "
                 f"not {tuple(source_latent.shape)}"
             )
+
+
+def _enough(rows: Tensor) -> Tensor:
+    """``rows`` (B, …), the last one repeated where there are fewer than ``_ENOUGH_ROWS``."""
+    missing = _ENOUGH_ROWS - len(rows)
+    return rows if missing <= 0 else torch.cat([rows, rows[-1:].expand(missing, *rows.shape[1:])])

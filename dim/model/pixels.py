@@ -63,6 +63,22 @@ def stretched(image: Image.Image, size: Size, box: Box | None = None) -> Image.I
     return image.resize(size, Image.Resampling.BICUBIC, box=box)
 
 
+def composite(image: Image.Image, source: Image.Image, mask: Image.Image) -> Image.Image:
+    """``image`` where ``mask`` is 128 or more, and elsewhere the very pixels of ``source``.
+
+    Args:
+        image, source: RGB, of one size.
+        mask: of mode L and that size.
+
+    Raises:
+        InputError: the sizes differ.
+    """
+    if not image.size == source.size == mask.size:
+        sizes = ", ".join(f"{w}x{h}" for w, h in (image.size, source.size, mask.size))
+        raise InputError(f"image, source and mask must have one size, not {sizes}")
+    return Image.composite(image, source, mask.point([0] * 128 + [255] * 128))
+
+
 def to_pixels(images: Sequence[Image.Image]) -> Tensor:
     """RGB images of one size as float32 (B, 3, H, W) in [-1, 1]."""
     return from_bytes(torch.stack([to_bytes(image) for image in images]))

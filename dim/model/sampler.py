@@ -69,11 +69,11 @@ def sample(
     Raises:
         InputError: ``steps`` below 1, an unknown solver, or shapes that do not fit the batch.
     """
-    scheduler = _scheduler(solver, steps, shift)
+    scheduler = make_scheduler(solver, steps, shift)
     scale = _guidance(guidance_scale, noise)
     guided = bool((scale != 1).any())
-    negative = None if negative_condition is None else _Condition(negative_condition, negative_mask)
-    prepared = _prepare(painter, _Condition(condition, mask), negative, guided)
+    negative = None if negative_condition is None else Condition(negative_condition, negative_mask)
+    prepared = prepare_branches(painter, Condition(condition, mask), negative, guided)
     latent = noise
     for number, timestep in enumerate(scheduler.timesteps):
         velocity = painter(latent, timestep, prepared, source_latent=source_latent)
@@ -88,7 +88,7 @@ def sample(
 
 
 @dataclass(frozen=True)
-class _Condition:
+class Condition:
     """Tokens (B, N, F) and which of them count, (B, N) or None for all."""
 
     tokens: Tensor
@@ -106,16 +106,20 @@ class _Condition:
         )
 
 
-def _prepare(
-    painter: Painter, condition: _Condition, negative: _Condition | None, guided: bool
+def prepare_branches(
+    painter: Painter, condition: Condition, negative: Condition | None, guided: bool
 ) -> PreparedCondition:
-    """Both branches as one batch, the one to go away from first; without guidance only one."""
+    """Both branches as one batch, the one to go away from first; without guidance only one.
+
+    Raises:
+        InputError: there are not as many negative conditions as conditions.
+    """
     tokens, mask = condition.tokens, condition.mask
     if not guided:
         return painter.prepare(tokens, mask, branches=1)
     null = painter.null(tokens.shape[1]).to(tokens).expand_as(tokens)
     if negative is not None:
-        away, away_mask = _instead(_Condition(null, mask), negative)
+        away, away_mask = _instead(Condition(null, mask), negative)
         tokens, told = condition.padded(away.shape[1])
         return painter.prepare(torch.cat([away, tokens]), torch.cat([away_mask, told]), branches=2)
     # One mask serves both: the null condition has as many tokens as the condition.
@@ -123,7 +127,7 @@ def _prepare(
     return painter.prepare(torch.cat([null, tokens]), both, branches=2)
 
 
-def _instead(null: _Condition, negative: _Condition) -> tuple[Tensor, Tensor]:
+def _instead(null: Condition, negative: Condition) -> tuple[Tensor, Tensor]:
     """The rows of ``negative`` that have a mark, elsewhere those of ``null``."""
     if len(negative.tokens) != len(null.tokens):
         raise InputError(
@@ -139,7 +143,12 @@ def _instead(null: _Condition, negative: _Condition) -> tuple[Tensor, Tensor]:
     )
 
 
-def _scheduler(solver: Solver, steps: int, shift: float) -> Any:
+def make_scheduler(solver: Solver, steps: int, shift: float) -> Any:
+    """diffusers' scheduler for one sample, or for a batch that goes through its steps together.
+
+    Raises:
+        InputError: ``steps`` below 1, or an unknown solver.
+    """
     if steps < 1:
         raise InputError(f"sampling takes at least 1 step, not {steps}")
     require_choice("solver", solver, Solver)
@@ -155,6 +164,8 @@ def _scheduler(solver: Solver, steps: int, shift: float) -> Any:
             flow_shift=shift,
         )
     scheduler.set_timesteps(steps)
+    # Of many steps the first have one timestep after rounding, by which it would skip one of them.
+    scheduler.set_begin_index(0)
     return scheduler
 
 

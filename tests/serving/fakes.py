@@ -40,11 +40,29 @@ BLUEPRINT = "\n\n".join(
 )
 
 
+class Streamed:
+    """What a streaming method answers, as Serve's handles give it."""
+
+    def __init__(self, pieces: AsyncIterator[Any]) -> None:
+        self._pieces = pieces
+        self.cancelled = False
+
+    def __aiter__(self) -> AsyncIterator[Any]:
+        return self._pieces
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+
 class Method:
     """A deployment's method, with ``remote`` as Serve's handles have it."""
 
     def __init__(self, call: Callable[..., Any]) -> None:
-        self.remote = call
+        self._call = call
+
+    def remote(self, *arguments: Any) -> Any:
+        answer = self._call(*arguments)
+        return Streamed(answer) if isinstance(answer, AsyncIterator) else answer
 
 
 class FakeDesigner:

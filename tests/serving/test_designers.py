@@ -238,7 +238,7 @@ def test_a_pool_for_models_of_ours_and_one_that_takes_no_device() -> None:
     assert ingress.num_replicas == 2
     painter = ingress.init_args[2]._bound_deployment
     assert painter.ray_actor_options == {"num_cpus": 2, "num_gpus": 0.5}
-    assert painter.init_args[0].max_batch_size == 4 and painter.max_ongoing_requests == 8
+    assert painter.init_args[0].max_batch_size == 4 and painter.max_ongoing_requests == 4 + 32
     assert painter._deployment_config.autoscaling_config.max_replicas == 3
     with pytest.raises(ConfigError, match="max_replica"):
         config(painter={"autoscaling": {"max_replica": 3}})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 from pathlib import Path
 
@@ -11,9 +12,13 @@ from PIL import Image
 
 from dim import model as models
 from serving.config import ServingConfig
-from serving.jobs import GenerateJob, Painted
+from serving.jobs import GenerateJob, Painted, Preview
 from serving.painter import PainterDeployment
 from tests.dim.model.lora.adapters import make_adapter
+
+
+async def pieces(painter: PainterDeployment, job: GenerateJob) -> list[Preview | Painted]:
+    return [piece async for piece in painter.paint(job)]
 
 
 @pytest.mark.parametrize("weight", ["", ":0"])
@@ -24,7 +29,7 @@ def test_the_painter_merges_the_adapters_it_is_given(
     adapter = f"{make_adapter(tiny_model_dir, folder, rank=2, train=['patch_embed'])}{weight}"
     painter = PainterDeployment(ServingConfig(model=str(tiny_model_dir), lora=(adapter,)))
     job = GenerateJob(prompt="a blue star", size=(64, 64), seed=5, steps=2, guidance_scale=1.0)
-    (painted,) = painter._generate_all([job])
+    (painted,) = asyncio.run(pieces(painter, job))
     assert isinstance(painted, Painted)
     made = np.asarray(Image.open(io.BytesIO(painted.data)))
     images = [

@@ -12,7 +12,7 @@ from PIL import Image
 
 from dim.errors import InputError
 from dim.images import decode_image, encode_png
-from dim.model.pixels import centre_crop, stretched, upright_rgb
+from dim.model.pixels import centre_crop, composite, stretched, upright_rgb
 from tests.image_files import DISPLAY_P3, screen
 
 WIDTH, HEIGHT = 72, 56
@@ -205,3 +205,23 @@ def test_a_picture_of_the_wanted_size_is_not_resampled() -> None:
     image = picture()
     assert stretched(image, image.size) is image
     assert stretched(image, (10, 20)).size == (10, 20)
+
+
+def test_outside_of_a_mask_no_pixel_changes() -> None:
+    """A thousand random masks over pictures that differ in every sample."""
+    rng = np.random.default_rng(0)
+    for number in range(1000):
+        width, height = rng.integers(1, 60, 2)
+        source = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        mask = rng.integers(0, 2, (height, width), dtype=np.uint8) * 255
+        if number % 2:  # also what is neither 0 nor 255
+            mask = rng.integers(0, 256, (height, width), dtype=np.uint8)
+        made = composite(*map(Image.fromarray, (255 - source, source, mask)))
+        assert np.array_equal(np.asarray(made)[mask < 128], source[mask < 128])
+        assert np.array_equal(np.asarray(made)[mask >= 128], 255 - source[mask >= 128])
+
+
+def test_a_mask_of_another_size_is_refused() -> None:
+    image = Image.new("RGB", (8, 9))
+    with pytest.raises(InputError, match="8x9, 8x9, 9x8"):
+        composite(image, image, Image.new("L", (9, 8)))

@@ -27,7 +27,7 @@ class Right(torch.nn.Module):
 
 
 @pytest.mark.parametrize("solver", ["dpm", "euler"])
-@pytest.mark.parametrize("steps", [1, 7, 20])
+@pytest.mark.parametrize("steps", [1, 7, 20, 600])
 def test_a_velocity_that_is_right_leads_to_the_image(batch, solver, steps):
     x0, noise = batch["latent"], batch["source"]
     seen: list[Step] = []
@@ -74,7 +74,7 @@ def test_euler_is_diffusers_own(painter, batch):
 
 
 def test_dpm_is_two_branches_under_diffusers_scheduler(painter, batch):
-    scheduler = sampler._scheduler("dpm", 5, 3.0)
+    scheduler = sampler.make_scheduler("dpm", 5, 3.0)
     expected = guided_by_hand(painter, scheduler, batch, 4.0)
     latent = sample(painter, batch, steps=5, guidance_scale=4.0)
     torch.testing.assert_close(latent, expected, atol=1e-4, rtol=0)
