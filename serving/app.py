@@ -3,6 +3,7 @@
 POST /v1/images/edits        multipart: image, prompt; OpenAI's fields, and designer, blueprint, …
 POST /v1/images/generations  JSON: prompt; OpenAI's fields
 GET  /healthz                is every part ready, and what is served
+GET  /                       the page (serving/page)
 """
 
 # Annotations stay real objects in this module: Serve ships the routes to the replicas by value, and
@@ -27,6 +28,7 @@ from dim.errors import InputError
 from dim.images import decode_image, encode_png, parse_size
 from dim.model.config import Fit
 from dim.redaction import redact
+from serving import page
 from serving.admission import Admission
 from serving.config import NO_DESIGNER, ServingConfig
 from serving.designer import DesignerDeployment
@@ -40,6 +42,7 @@ from serving.responses import respond, seeds, settings
 app = FastAPI(title="Draw-In-Mind", version=__version__)
 app.router.route_class = OpenAIErrorRoute
 app.add_exception_handler(HTTPException, on_http_error)
+app.router.routes.extend(page.routes)
 
 
 @serve.ingress(app)
