@@ -162,13 +162,13 @@ function writtenBlueprint() {
 
 function showBlueprint(text) {
   const values = text ? readBlueprint(text) : {};
+  $("sections").hidden = !text; // first of all: what is hidden has no height to fit
   for (const [name] of SECTIONS) {
     const field = sectionField(name);
     field.value = values[name] ?? "";
     fit(field);
   }
   markWrong(null, "");
-  $("sections").hidden = !text;
 }
 
 function setBlueprint(text, instruction) {
@@ -349,6 +349,7 @@ function writeBlueprint() {
 function paint() {
   const prompt = $("prompt").value.trim();
   if (!ready(prompt)) return;
+  setMarking(false);
   if (state.mode === "create") busy("Painting…", (signal) => create(prompt, signal));
   else busy("Painting…", (signal) => edit(prompt, signal));
 }
@@ -391,8 +392,8 @@ async function edit(prompt, signal) {
     setBlueprint("", null);
   }
   try {
-    const { blueprint } = await follow(await ask("v1/images/edits", form, signal), step, prompt);
-    step.blueprint = given || blueprint || "";
+    const written = await follow(await ask("v1/images/edits", form, signal), step, prompt, signal);
+    step.blueprint = given || written;
   } catch (error) {
     // A blueprint that was written whole before the failure was paid for: it stays.
     if (state.plannedFor !== prompt) setBlueprint(...before);
@@ -405,12 +406,14 @@ async function create(prompt, signal) {
   const fields = { prompt, ...settings() };
   const step = { kind: "created", from: null, fromImage: null, prompt, fields, images: [] };
   const body = { ...fields, stream: true, partial_images: PARTIAL_IMAGES };
-  await follow(await ask("v1/images/generations", body, signal), step, prompt);
+  await follow(await ask("v1/images/generations", body, signal), step, prompt, signal);
   finish(step);
 }
 
-/** Show what a stream tells while it is painted; fills `step.images`. */
-async function follow(response, step, prompt) {
+/** Show what a stream tells while it is painted; fills `step.images`, in the order of the seeds. */
+async function follow(response, step, prompt, signal) {
+  const wanted = step.fields.n ?? 1;
+  const images = [];
   let text = "";
   let blueprint = null;
   try {
@@ -427,14 +430,24 @@ async function follow(response, step, prompt) {
         showPreview(await imageOf(data));
       } else if (name.endsWith("completed")) {
         blueprint ??= data.blueprint ?? null;
-        step.images.push(await imageOf(data));
+        const place = Number.isInteger(data.image_index) ? data.image_index : images.length;
+        images[place] = await imageOf(data);
+        if (wanted > 1) say(`Painting, ${images.flat().length} of ${wanted} done…`);
       }
     }
+  } catch (error) {
+    // What was painted before a failure is kept, unless it was cancelled.
+    if (signal.aborted || !images.length) throw error;
+    step.failure = error;
   } finally {
     showPreview(null);
   }
+  step.images = images.flat(); // without the places of those that did not come
   if (!step.images.length) throw new Failure("The connection ended before the image was finished.");
-  return { blueprint };
+  if (step.images.length < wanted) {
+    step.failure ??= new Failure(`Only ${step.images.length} of ${wanted} images came before the connection ended.`);
+  }
+  return blueprint ?? "";
 }
 
 function finish(step) {
@@ -445,6 +458,7 @@ function finish(step) {
   if (step.kind === "edited") $("prompt").value = "";
   renderBlueprint();
   const many = step.images.length > 1 ? `${step.images.length} images are painted` : "Painted";
+  if (step.failure) tell(step.failure);
   say(step.kind === "edited" ? `${many}. The next edit starts from this result.` : `${many}.`);
 }
 
@@ -460,7 +474,9 @@ async function imageOf(data) {
 /** A blob as an image that can be shown, its size as it is when upright. */
 async function opened(blob, otherwise) {
   try {
-    const { width, height } = await createImageBitmap(blob);
+    const bitmap = await createImageBitmap(blob);
+    const { width, height } = bitmap;
+    bitmap.close();
     return { blob, url: URL.createObjectURL(blob), width, height };
   } catch {
     throw new Failure(otherwise);

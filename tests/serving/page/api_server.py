@@ -212,13 +212,12 @@ def partials(name: str, images: list[Image.Image]) -> list[tuple[str, dict[str, 
 def completed(
     name: str, image: Image.Image, call: Call, **more: Any
 ) -> list[tuple[str, dict[str, Any]]]:
+    """The finished images, the last one first: they come as they are done."""
     seed = int(call.fields.get("seed", 100))
+    shared = {"b64_json": encoded(image), "output_format": "png", **more}
     return [
-        (
-            f"{name}.completed",
-            {"b64_json": encoded(image), "output_format": "png", "seed": seed + number, **more},
-        )
-        for number in range(int(call.fields.get("n", 1)))
+        (f"{name}.completed", {**shared, "image_index": number, "seed": seed + number})
+        for number in reversed(range(int(call.fields.get("n", 1))))
     ]
 
 

@@ -302,6 +302,29 @@ def test_several_results_are_a_gallery_to_choose_from(page: Any, api: Api) -> No
     expect(page.get_by_role("group", name="Results")).to_contain_text("2, seed 8")
 
 
+@pytest.mark.parametrize(
+    ("way", "sentence"),
+    [
+        ("cut", "Only 2 of 3 images came before the connection ended."),
+        ("error", "The painter fell over."),
+    ],
+)
+def test_images_that_came_before_a_failure_are_kept(
+    page: Any, api: Api, way: str, sentence: str
+) -> None:
+    api.breaks = way
+    open_image(page)
+    page.get_by_text("More", exact=True).click()
+    page.get_by_label("Images").fill("3")
+    page.get_by_label("What should change?").fill(PROMPT)
+    page.get_by_role("button", name="Paint").click()
+    wrong(page, sentence)
+    said(page, "2 images are painted")
+    expect(page.get_by_role("group", name="Results").locator("label")).to_have_text(
+        ["1, seed 101", "2, seed 102"]
+    )
+
+
 def test_without_a_designer_the_instruction_is_painted(page: Any, api: Api) -> None:
     open_image(page)
     page.get_by_text("More", exact=True).click()
