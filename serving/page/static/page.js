@@ -501,7 +501,10 @@ async function open(file) {
   }
 }
 
-/** The image that is shown, and that the next edit starts from. */
+/** The step that is shown: what was opened or edited is not what "Create" is about. */
+const shownStep = () => (state.mode === "create" && state.at?.kind !== "created" ? null : state.at);
+
+/** The image that the next edit starts from. */
 const source = () => state.at && state.at.images[state.at.chosen];
 
 function select(step) {
@@ -567,7 +570,7 @@ function renderHistory() {
 }
 
 function renderGallery() {
-  const images = state.at?.images ?? [];
+  const images = shownStep()?.images ?? [];
   $("gallery").hidden = images.length < 2;
   const choices = images.map((image, index) => {
     const label = element("label", { className: "thumb" });
@@ -598,7 +601,7 @@ function showPreview(image) {
 function renderStage() {
   const image = source();
   const earlier = state.at?.fromImage;
-  const shown = state.mode === "create" && state.at?.kind !== "created" ? null : image;
+  const shown = shownStep() && image;
   let view = shown ? "image" : "empty";
   if (shown && earlier && !state.marking && !maskIsDrawn()) view = "compare";
   if (state.work) view = shown || preview ? "painting" : "empty";
