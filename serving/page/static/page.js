@@ -455,7 +455,8 @@ function finish(step) {
   state.steps.push(step);
   if (step.kind === "edited") setBlueprint(step.blueprint, step.prompt);
   select(step);
-  if (step.kind === "edited") $("prompt").value = "";
+  // Whoever writes the next instruction meanwhile keeps it.
+  if (step.kind === "edited" && $("prompt").value.trim() === step.prompt) $("prompt").value = "";
   renderBlueprint();
   const many = step.images.length > 1 ? `${step.images.length} images are painted` : "Painted";
   if (step.failure) tell(step.failure);

@@ -278,6 +278,19 @@ def test_the_result_is_the_next_source_and_any_turn_can_be_gone_back_to(
     expect(page.locator("#section-instruction")).to_have_value("first")
 
 
+def test_the_next_instruction_can_be_written_while_it_paints(page: Any, api: Api) -> None:
+    open_image(page)
+    api.hold.clear()
+    page.get_by_label("What should change?").fill(PROMPT)
+    page.get_by_role("button", name="Paint").click()
+    view(page, "painting")
+    page.get_by_label("What should change?").fill("And then this")
+    api.hold.set()
+    said(page, "Painted")
+    expect(page.get_by_label("What should change?")).to_have_value("And then this")
+    expect(page.locator("#blueprint-note")).to_contain_text(f"Written for “{PROMPT}”")
+
+
 def test_several_results_are_a_gallery_to_choose_from(page: Any, api: Api) -> None:
     open_image(page)
     page.get_by_text("More", exact=True).click()
