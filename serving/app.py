@@ -9,6 +9,7 @@ GET  /v1/models              what is served; also /v1/models/NAME
 GET  /livez, /readyz         does the process answer; can it paint
 GET  /healthz                is every part running, and how much work is in
 GET  /docs, /openapi.json    the same for people and for generators of clients
+GET  /                       the page (serving/page)
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from starlette.exceptions import HTTPException
 from dim import __version__
 from dim.config import validate_config
 from dim.errors import ConfigError
+from serving import page
 from serving.admission import Admission, room
 from serving.background import Background, How, fingerprint, read_how
 from serving.body_limit import BodyLimit
@@ -141,6 +143,7 @@ class Ingress:
         operation.get("/readyz", responses={503: {"model": Health}})(self._operation.readyz)
         operation.get("/healthz", response_class=JSONResponse)(self._operation.healthz)
         app.include_router(operation)
+        app.router.routes.extend(page.routes)
         return describe(app)
 
     async def edits(

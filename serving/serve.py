@@ -319,6 +319,7 @@ def stop_ray() -> None:
 def announce(server: Server, designer: str) -> None:
     """Say where the server is and how to use it."""
     typer.echo(f"serving on {server.url} (designer: {designer}); Ctrl-C stops it")
+    typer.echo(f"  open this page: {server.url}/")
     typer.echo(
         f"  curl -s {server.url}/v1/images/edits -F image=@photo.png -F prompt='remove the cup' "
         '| python3 -c \'import base64,json,sys; open("edited.png","wb").write('

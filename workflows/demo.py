@@ -151,6 +151,7 @@ def run(config: DemoConfig, console: Console) -> Path:
         console.print(f"[bold]{name:<12}[/bold] {where}", soft_wrap=True, highlight=False)
     console.print(f"\nEdit an image with the running server ({said}):\n", highlight=False)
     console.print(curl, soft_wrap=True, highlight=False, markup=False)
+    console.print(f"\nOr open this page: {server.url}/", soft_wrap=True, highlight=False)
     return places.report
 
 

@@ -111,7 +111,13 @@ def test_the_command_serves_until_it_is_stopped(tiny_model_dir: Path) -> None:
         url = f"http://127.0.0.1:{port}"
         assert process.stdout is not None
         announced = process.stdout.readline()
+        page = process.stdout.readline()
         example = process.stdout.readline()
+        for path in ("/", "/page/page.js"):
+            served = httpx.get(f"{url}{path}", timeout=10)
+            assert served.status_code == 200 and served.headers["content-security-policy"]
+        assert httpx.get(f"{url}/page/gone.js", timeout=10).json()["error"]["message"]
+        assert httpx.get(f"{url}/v1/images/edits", timeout=10).status_code == 405
         assert httpx.get(f"{url}/healthz", timeout=10).json()["designers"] == ["none"]
         body = {"prompt": "a red circle", "steps": 1}
         painted = httpx.post(f"{url}/v1/images/generations", json=body, timeout=60)
@@ -123,5 +129,6 @@ def test_the_command_serves_until_it_is_stopped(tiny_model_dir: Path) -> None:
             process.kill()
     assert process.returncode == 0, err
     assert f"serving on {url} " in announced
+    assert page.strip() == f"open this page: {url}/"
     assert f"curl -s {url}/v1/images/edits" in example
     assert "Traceback" not in err

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -62,6 +63,13 @@ def test_it_says_where_everything_is(demo: tuple[Path, str]) -> None:
     stop = re.search(r"kill (\d+)", printed)
     assert stop is not None
     assert [process.pid for process in servers_of(out)] == [int(stop.group(1))]
+
+
+def test_it_ends_with_a_page_to_open(demo: tuple[Path, str]) -> None:
+    opened = re.fullmatch(r"Or open this page: (http://\S+/)", demo[1].rstrip().splitlines()[-1])
+    assert opened is not None
+    with urllib.request.urlopen(opened[1], timeout=30) as page:
+        assert b"<title>Draw-In-Mind</title>" in page.read()
 
 
 def test_the_report_is_one_page_with_its_pictures_inside(demo: tuple[Path, str]) -> None:
