@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import typer
 
-from dim.design import Designs
+from dim.design import DesignRequest, Designs
 from dim.designers import create
 from dim.errors import InputError
+from dim.reflection import (
+    MOST_CANDIDATES,
+    MOST_ROUNDS,
+    Reflection,
+    Wanted,
+    reflect,
+    require_reviews,
+)
+
+if TYPE_CHECKING:  # torch takes seconds
+    from PIL import Image
+
+    from dim.model import DIM
 
 
 def main(
@@ -35,6 +49,19 @@ def main(
     square: bool = typer.Option(
         False, "--square", help="Edit the middle square only, as published, not all of the image."
     ),
+    rounds: int = typer.Option(
+        1,
+        min=1,
+        max=MOST_ROUNDS,
+        help="The designer looks at the image and has it painted again "
+        "until it is content, this often at most.",
+    ),
+    best_of: int = typer.Option(
+        1,
+        min=1,
+        max=MOST_CANDIDATES,
+        help="Images a round, of which the designer takes the best.",
+    ),
     device: str | None = typer.Option(None, help="cpu, cuda, cuda:1, …; a GPU if there is one."),
 ) -> None:
     """Edit one image: the designer writes a blueprint, the painter paints it.
@@ -51,22 +78,75 @@ def main(
 
     source = read_image(image)
     asked = designer_of(designer)
+    reviewed = rounds > 1 or best_of > 1
+    if reviewed:
+        require_reviews(asked)
     dim = models.load(model, device=device or best_device(), lora=lora)
-    result = dim.edit(
-        [source],
-        [instruction],
-        blueprints=[text],
-        designer=asked,
-        seeds=None if seed is None else [seed],
-        steps=steps,
-        guidance_scale=guidance_scale,
-        negative_prompt=negative_prompt,
-        fit="square" if square else None,
-    )[0]
-    save_png(result.image, out)
-    if result.blueprint and text is None:
-        typer.echo(result.blueprint)
+    settings: dict[str, Any] = {
+        "steps": steps,
+        "guidance_scale": guidance_scale,
+        "negative_prompt": negative_prompt,
+        "fit": "square" if square else None,
+    }
+    written: str | None
+    if reviewed:
+        first = dim.config.sampling.seed if seed is None else seed
+        edited, written = edit_and_review(
+            dim, source, instruction, asked, first, rounds, best_of, **settings
+        )
+    else:
+        seeds = None if seed is None else [seed]
+        (result,) = dim.edit(
+            [source], [instruction], blueprints=[text], designer=asked, seeds=seeds, **settings
+        )
+        edited, written = result.image, result.blueprint
+    save_png(edited, out)
+    if written and text is None:
+        typer.echo(written)
     typer.echo(f"edited image: {out}", err=True)
+
+
+def edit_and_review(
+    dim: DIM,
+    source: Image.Image,
+    instruction: str,
+    designer: Any,
+    seed: int,
+    rounds: int,
+    candidates: int,
+    **settings: Any,
+) -> tuple[Image.Image, str]:
+    """The best of what is painted until ``designer`` is content, and its plan.
+
+    What the designer thinks of each is written to the terminal.
+
+    Raises:
+        DesignerError: there is no blueprint to begin with.
+    """
+    from dim.images import encode_png
+    from dim.model.plan import blueprint_of
+
+    (answer,) = designer.design([DesignRequest(instruction, encode_png(source))])
+    plan = blueprint_of(answer, instruction)
+    reflection: Reflection[Image.Image] = Reflection(
+        instruction, plan, seed, rounds=rounds, candidates=candidates
+    )
+
+    def paint(wanted: Sequence[Wanted]) -> list[Image.Image]:
+        results = dim.edit(
+            [source] * len(wanted),
+            [instruction] * len(wanted),
+            blueprints=[each.plan for each in wanted],
+            seeds=[each.seed for each in wanted],
+            **settings,
+        )
+        return [result.image for result in results]
+
+    best = reflect(paint, designer, source, reflection)
+    for each in reflection.candidates:
+        chosen = " (taken)" if each is best else ""
+        typer.echo(f"round {each.round}, seed {each.wanted.seed}{chosen}: {each}", err=True)
+    return best.image, best.wanted.plan
 
 
 def designer_of(spec: str | None) -> Designs | Literal["self"] | None:

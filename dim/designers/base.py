@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, Protocol, TypeVar
 
 from pydantic import Field, model_validator
 
@@ -13,6 +13,7 @@ from dim.design import DesignRequest, Reply
 from dim.designers.calls.usage import Prices, Unusable
 from dim.errors import DesignerError
 
+RequestT = TypeVar("RequestT")
 OnAnswer = Callable[[int, str | Unusable], None]
 """Called with (place of the request, answer) the moment an answer arrives, from any thread.
 
@@ -131,9 +132,9 @@ SOMEBODY_WAITS = CallOptions(busy_s=30, breaker=BreakerOptions(down_s=30))
 
 
 def answer_each(
-    requests: Sequence[DesignRequest],
-    answer: Callable[[DesignRequest], str],
-    on_answer: OnAnswer | None,
+    requests: Sequence[RequestT],
+    answer: Callable[[RequestT], str],
+    on_answer: OnAnswer | None = None,
 ) -> list[Reply]:
     """Answer requests one by one with a function that may raise; an error stays with its own."""
     replies: list[Reply] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from dim.design import ReviewRequest
 from dim.designers import questions
 from dim.designers.base import (
     SOMEBODY_WAITS,
@@ -51,6 +52,10 @@ class OpenAIModel:
     def caption(self, images: Sequence[bytes], *, on_answer: OnAnswer | None = None) -> list[Reply]:
         """See :meth:`dim.designers.Captioner.caption`."""
         return self.ask([questions.for_caption(image) for image in images], on_answer=on_answer)
+
+    def review(self, requests: Sequence[ReviewRequest]) -> list[Reply]:
+        """See :meth:`dim.design.Reviews.review`. All requests are in flight together."""
+        return self.ask([questions.for_review(each) for each in requests])
 
     def ask(self, asked: Sequence[Question], *, on_answer: OnAnswer | None = None) -> list[Reply]:
         """One answer or error per question of any kind; see :class:`ChatEndpoint`."""

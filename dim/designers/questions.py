@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dim import blueprint, caption
+from dim import blueprint, caption, review
+from dim.design import ReviewRequest
 from dim.designers.base import DesignRequest, Question
 
 
@@ -16,3 +17,9 @@ def for_blueprint(request: DesignRequest) -> Question:
 def for_caption(image: bytes) -> Question:
     """Write the long caption of an encoded image."""
     return Question(caption.request_prompt(), (image,))
+
+
+def for_review(request: ReviewRequest) -> Question:
+    """Compare what was painted with its plan, and write the plan anew where it fell short."""
+    text = review.request_prompt(request.instruction, request.plan)
+    return Question(text, (request.image, request.painted))

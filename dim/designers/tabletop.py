@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -9,10 +10,12 @@ import numpy as np
 from PIL import Image
 
 from dim import tabletop
+from dim.design import ReviewRequest
 from dim.designers.base import DesignRequest, OnAnswer, Reply, answer_each
 from dim.errors import DesignerError, InputError
 from dim.images import decode_image
 from dim.records import sha256_hex, short_hash
+from dim.review import BEST, Review
 
 # A target is the expected one if no 4x4-pixel patch is further off than this (8-bit levels). The
 # source is read to a quarter of a pixel, which costs at most 2.5; one wrong small shape costs 8.
@@ -31,6 +34,10 @@ class TabletopOracle:
     ) -> list[Reply]:
         """See :meth:`dim.designers.Designer.design`."""
         return answer_each(requests, _plan, on_answer)
+
+    def review(self, requests: Sequence[ReviewRequest]) -> list[Reply]:
+        """See :meth:`dim.design.Reviews.review`: accepts what the checker finds to be exact."""
+        return answer_each(requests, _review)
 
 
 class NoisyOracle:
@@ -86,6 +93,28 @@ def _plan(request: DesignRequest) -> str:
     if not _shows(decode_image(request.target, name="the target"), edit.target):
         return "Alignment: misaligned"
     return f"Alignment: aligned\n\n{edit.blueprint.render()}"
+
+
+def _review(request: ReviewRequest) -> str:
+    edit = tabletop.understand(_read(request.image), request.instruction)
+    painted = decode_image(request.painted, name="the painted image")
+    judged = tabletop.judge(painted, edit.target, edit.source)
+    if judged.exact:
+        drawn = judged.overlap * (1 - judged.drift)
+        return Review(True, BEST / 2 * (1 + drawn)).render()
+    shown = tabletop.read(painted).scene
+    missing = f"the image shows: {tabletop.caption(shown)} It should show: "
+    score = BEST / 2 * _alike(shown, edit.target)
+    return Review(False, score, missing + tabletop.caption(edit.target)).render()
+
+
+def _alike(one: tabletop.Scene, other: tabletop.Scene) -> float:
+    """Share of what is in one of the scenes that is in both, the table included."""
+    parts = [
+        Counter([scene.background, *((t.shape, t.colour, t.size, t.place) for t in scene.objects)])
+        for scene in (one, other)
+    ]
+    return (parts[0] & parts[1]).total() / (parts[0] | parts[1]).total()
 
 
 def _shows(image: Image.Image, scene: tabletop.Scene) -> bool:

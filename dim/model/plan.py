@@ -53,7 +53,7 @@ def blueprints(
     wanting = [place for place, blueprint in enumerate(found) if blueprint is None]
     if wanting:
         for place, answer in zip(wanting, answers(wanting), strict=True):
-            found[place] = _blueprint(answer, rows[place].text)
+            found[place] = blueprint_of(answer, rows[place].text)
     return found
 
 
@@ -70,7 +70,12 @@ def ask(designer: Designs, rows: Sequence[Row]) -> Sequence[Reply]:
     return answers
 
 
-def _blueprint(answer: Reply, instruction: str) -> str:
+def blueprint_of(answer: Reply, instruction: str) -> str:
+    """A designer's answer as a tidy blueprint.
+
+    Raises:
+        DesignerError: it is an error, or no blueprint.
+    """
     if not isinstance(answer, str):
         raise answer
     try:

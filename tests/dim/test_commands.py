@@ -84,6 +84,27 @@ def test_edit_passes_a_negative_prompt_and_the_square_on(
     assert same(out, square.image) and square.image.size == (64, 64)
 
 
+def test_edit_paints_until_the_designer_is_content_or_the_rounds_are_over(
+    photo: Path, tiny_model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "edited.png"
+    common = ("--model", tiny_model_dir, "--designer", "oracle", "--out", out, "--steps", "2")
+    arguments = ("--seed", "5", "--rounds", "2", "--best-of", "2")
+    assert run("edit", photo, EDIT.instruction, *common, *arguments) == 0
+    shown = capsys.readouterr()
+    lines = [line for line in shown.err.splitlines() if line.startswith("round")]
+    assert [line.partition(":")[0].removesuffix(" (taken)") for line in lines] == [
+        f"round {number}, seed {seed}" for number, seed in ((1, 5), (1, 6), (2, 7), (2, 8))
+    ]
+    (taken,) = [line for line in lines if "(taken)" in line]
+    seed = int(taken.partition("seed ")[2].split()[0])
+    expected = models.load(tiny_model_dir).edit(
+        [Image.open(photo)], [EDIT.instruction], blueprints=[shown.out.strip()], seeds=[seed],
+        steps=2,
+    )[0]  # fmt: skip
+    assert same(out, expected.image)
+
+
 def test_generate_paints_the_size_asked_for(tiny_model_dir: Path, tmp_path: Path) -> None:
     out = tmp_path / "generated.png"
     arguments = ("--model", tiny_model_dir, "--out", out, "--steps", "2", "--size", "64x32")
@@ -98,6 +119,7 @@ def test_generate_paints_the_size_asked_for(tiny_model_dir: Path, tmp_path: Path
         (["edit", "gone.png", "x", "--model", "MODEL"], 1, "image not found: gone.png"),
         (["edit", "TEXT", "x", "--model", "MODEL"], 1, "not an image"),
         (["edit", "PHOTO", "x", "--model", "nowhere"], 1, "nowhere"),
+        (["edit", "PHOTO", "x", "--model", "MODEL", "--rounds", "2"], 1, "designer self cannot"),
         (["edit", "PHOTO", "", "--model", "MODEL", "--designer", "none"], 1, "empty"),
         (["edit", "PHOTO", "x", "--model", "MODEL", "--designer", "gtp"], 1, "unknown designer"),
         (["edit", "PHOTO", "x", "--model", "MODEL", "--designer", "self"], 1, "blueprint"),

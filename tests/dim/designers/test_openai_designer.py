@@ -17,6 +17,7 @@ from PIL import Image
 
 from dim.blueprint import request_prompt
 from dim.caption import request_prompt as caption_prompt
+from dim.design import ReviewRequest, Reviews
 from dim.designers import CallOptions, DesignRequest, Question, create, create_captioner
 from dim.designers.base import BreakerOptions
 from dim.designers.calls.gate import LocalExchange
@@ -24,6 +25,9 @@ from dim.designers.calls.meter import Grant, Limits, Settled, Want
 from dim.designers.calls.usage import Unusable
 from dim.designers.calls.wire import data_url
 from dim.errors import CallsStopped, DesignerError, InputError
+from dim.review import Review
+from dim.review import parse as parse_review
+from dim.review import request_prompt as review_prompt
 from tests.chat_server import ChatServer, Response, completion, images_of, running, text_of
 
 QUICK = CallOptions(retries=0, timeout_s=5, busy_s=0)
@@ -63,6 +67,19 @@ def test_sends_text_and_images_as_data_urls(server: ChatServer) -> None:
         "data:image/webp;base64",
     ]
     assert base64.b64decode(images_of(pair)[1].partition(",")[2]) == target
+
+
+def test_a_review_shows_both_images_and_the_plan(server: ChatServer) -> None:
+    server.respond = lambda request: completion(Review(True, 9).render())
+    source, painted = encoded("JPEG"), encoded("WEBP")
+    designer = create(f"openai:test@{server.url}", calls=QUICK)
+    assert isinstance(designer, Reviews)
+    (reply,) = designer.review([ReviewRequest("Add a hat", "a plan", source, painted)])
+    assert parse_review(str(reply), instruction="Add a hat") == Review(True, 9)
+    (asked,) = server.requests
+    assert text_of(asked) == review_prompt("Add a hat", "a plan")
+    sent = [base64.b64decode(url.partition(",")[2]) for url in images_of(asked)]
+    assert sent == [source, painted]
 
 
 def test_credentials_in_the_url_reach_the_server_and_no_error(

@@ -5,9 +5,11 @@ from PIL import Image
 
 from dim import tabletop
 from dim.blueprint import Blueprint, parse_answer
+from dim.design import ReviewRequest
 from dim.designers import DesignRequest, create, create_captioner
 from dim.errors import DesignerError
 from dim.images import encode_png
+from dim.review import parse as parse_review
 
 
 def pair(index: int) -> tuple[tabletop.Edit, bytes, bytes]:
@@ -89,3 +91,19 @@ def test_where_there_is_one_edit_only_nobody_errs() -> None:
     image = encode_png(tabletop.render(tabletop.Scene((thing,)), 64))
     request = DesignRequest("remove the red circle", image)
     assert create("noisy:1").design([request]) == create("oracle").design([request])
+
+
+def test_it_accepts_what_the_checker_does() -> None:
+    edit, source, target = pair(0)
+    plan = edit.blueprint.render()
+    good, bad, broken = create("oracle").review(  # type: ignore[attr-defined]
+        [
+            ReviewRequest(edit.instruction, plan, source, painted)
+            for painted in (target, source, b"no image")
+        ]
+    )
+    accepted, refused = (parse_review(reply, instruction="") for reply in (good, bad))
+    assert accepted.accepted and accepted.score > 9 and not accepted.missing
+    assert not refused.accepted and 0 < refused.score < 5
+    assert tabletop.caption(edit.source) in refused.missing
+    assert isinstance(broken, DesignerError) and "the painted image" in str(broken)
