@@ -37,10 +37,15 @@ _ID = re.compile(r"[0-9a-f]{32}")
 
 
 class Kept(BaseModel):
-    """A record: the job, of which request it is, and with which status it is answered."""
+    """A record: the job, of which request it is, and with which status it is answered.
+
+    ``attempt`` is another each time, or two replicas that begin one job in one second would write
+    the same bytes, and each take the record for its own.
+    """
 
     job: Job
     fingerprint: str
+    attempt: str
     http_status: int = 500
 
 
@@ -127,7 +132,7 @@ class Background:
             created_at=int(now),
             deadline=int(now + self._timeout_s),
         )
-        kept = Kept(job=job, fingerprint=fingerprint)
+        kept = Kept(job=job, fingerprint=fingerprint, attempt=uuid.uuid4().hex)
         try:
             known = await self._begin(kept)
         except BaseException:

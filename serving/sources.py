@@ -6,6 +6,7 @@ import io
 import warnings
 from dataclasses import dataclass
 
+import numpy as np
 from PIL import Image
 
 from dim.errors import InputError
@@ -55,7 +56,7 @@ def read_mask(data: bytes, size: Size) -> bytes:
         BadRequestError: it is no such picture, of another size, or nothing may change.
     """
     alpha = _alpha(data, size)
-    if alpha.getextrema()[0] >= KEPT_FROM:
+    if np.asarray(alpha).min() >= KEPT_FROM:
         raise _bad_mask("has no transparent pixel, so that nothing may change")
     return encode_png(alpha.point(lambda value: OPAQUE - value))
 

@@ -68,7 +68,7 @@ def test_a_job_is_answered_at_once_and_has_its_result_later(server: Server) -> N
     assert done["status"] == "succeeded"
     assert [item["seed"] for item in done["result"]["data"]] == [4, 5]
     assert opened(done["result"]["data"][0]["b64_json"]).size == (64, 64)
-    assert server.app.state.admission.pending.images == 0
+    wait_for(lambda: server.app.state.admission.pending.images == 0)
 
 
 def test_edits_and_blueprints_are_put_off_too(server: Server) -> None:
@@ -113,7 +113,7 @@ def test_any_replica_tells_of_a_job_and_cancels_it(
 def test_a_job_whose_replica_died_is_lost_after_its_deadline(server: Server, s3: str) -> None:
     past = int(time.time()) - background.GRACE_S - 5
     dead = Job(id="0" * 32, created_at=past, deadline=past)
-    kept = background.Kept(job=dead, fingerprint="")
+    kept = background.Kept(job=dead, fingerprint="", attempt="a")
     open_store(s3).write(f"jobs/{dead.id}.json", kept.model_dump_json().encode())
     found = job(server, dead.id)
     assert found["status"] == "failed" and found["error"]["code"] == "job_lost"
@@ -200,7 +200,7 @@ def test_who_asks_again_waits_for_the_first(
     server.painter.paint = Method(slow)
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         first = pool.submit(ask_once, server)
-        wait_for(lambda: server.app.state.admission.pending)
+        wait_for(lambda: server.app.state.admission.pending.images)
         wait_for(lambda: open_store(s3).list("jobs"))
         again = pool.submit(ask_once, Server(object_store=s3))
         time.sleep(0.1)

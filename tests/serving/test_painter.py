@@ -21,7 +21,7 @@ from dim.model import DIM
 from infra.ports import free_port
 from serving.config import ServingConfig
 from serving.engine import Load
-from serving.serve import APPLICATION, Server, start
+from serving.serve import Server, start
 
 AT_ONCE = 20
 
@@ -58,13 +58,13 @@ def until(condition: Callable[[], bool], seconds: float = 60) -> None:
 def painters() -> list[ray.actor.ActorHandle]:
     """The replicas of the painter, as Serve names them."""
     named = ray.util.list_named_actors(all_namespaces=True)
-    names = [one["name"] for one in named if f"::{APPLICATION}#painter#" in one["name"]]
+    names = [one["name"] for one in named if "::dim#painter#" in one["name"]]
     return [ray.get_actor(name, namespace="serve") for name in names]
 
 
 def loads() -> list[Load]:
     """Of each painter, by asking as often as both are sure to have answered."""
-    handle = serve.get_deployment_handle("painter", APPLICATION)
+    handle = serve.get_deployment_handle("painter", "dim")
     return [handle.load.remote().result(timeout_s=20) for _ in range(8)]
 
 
