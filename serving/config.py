@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import Field, field_validator, model_validator
 
 from dim.config import StrictModel
-from dim.designers import calls_a_server
+from dim.designers import calls_a_server, can_review
 from dim.redaction import redact
 
 NO_DESIGNER = "none"
@@ -101,6 +101,11 @@ class DesignerConfig(StrictModel):
     def is_own(self) -> bool:
         """Whether it is an understanding model of ours, which wants a device."""
         return self.spec.partition(":")[0] == "self"
+
+    @property
+    def can_review(self) -> bool:
+        """Whether it can look at what was painted."""
+        return can_review(self.spec)
 
     def patience_s(self, request_timeout_s: float) -> float:
         """Seconds that a request waits for it."""

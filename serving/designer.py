@@ -12,14 +12,16 @@ import hashlib
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 from ray import serve
 
 from dim.blueprint import Blueprint
+from dim.design import ReviewRequest
 from dim.designers import CallOptions, DesignRequest, Reply, create
 from dim.designers.base import SOMEBODY_WAITS
 from dim.designers.calls.usage import Unusable
@@ -28,10 +30,12 @@ from dim.devices import best_device
 from dim.errors import BlueprintError, CallsStopped, DesignerError
 from dim.model.checkpoint.understanding import load_understanding
 from dim.model.dim import floating_type
+from dim.reflection import require_reviews
+from dim.review import parse as parse_review
 from infra.models import on_this_machine
 from serving.config import DesignerConfig, ServingConfig
 from serving.drafts import Draft
-from serving.jobs import DesignJob, in_groups, unwrap
+from serving.jobs import DesignJob, ReviewJob, in_groups, unwrap
 
 logger = logging.getLogger("ray.serve")
 AnswerT = TypeVar("AnswerT")
@@ -121,6 +125,10 @@ class OtherDesigners:
         """As of ``OwnDesigner.write``, in one piece at the end."""
         yield await self._askers[job.designer].blueprint(job)
 
+    async def review(self, job: ReviewJob) -> Reply:
+        """What the designer says of a painted image, or why it says nothing that can be read."""
+        return await self._askers[job.designer].review(job)
+
 
 class Asker:
     """One designer: asked by so many at a time, and never twice for what it was paid for.
@@ -141,29 +149,42 @@ class Asker:
 
     async def blueprint(self, job: DesignJob) -> str:
         """The blueprint for ``job``; errors as of ``OwnDesigner.write``."""
-        # Shielded: who stops waiting leaves an answer that is paid for to whoever asks again.
-        asked = asyncio.shield(self._asked(job))
+        request = DesignRequest(job.instruction, job.image)
+        question = (digest(job.image), job.instruction)
+        asked = self._asked(question, partial(self._designer.design, [request]))
         return presented(job, await in_time(job, asked, self._patience_s))
 
-    def _asked(self, job: DesignJob) -> asyncio.Future[Reply]:
-        question = (hashlib.sha256(job.image).hexdigest(), job.instruction)
+    async def review(self, job: ReviewJob) -> Reply:
+        """What the designer says of a painted image, or an error that a client may read."""
+        reviewer = require_reviews(self._designer)
+        request = ReviewRequest(job.instruction, job.plan, job.image, job.painted)
+        question = (digest(job.image, job.painted), f"{job.instruction}\0{job.plan}")
+        asked = self._asked(question, partial(reviewer.review, [request]))
+        try:
+            answer = await in_time(job, asked, self._patience_s)
+        except DesignerError as error:
+            return error
+        return presented_review(job, answer)
+
+    def _asked(
+        self, question: tuple[str, str], ask: Callable[[], Sequence[Reply]]
+    ) -> asyncio.Future[Reply]:
+        """The answer to ``question``, which ``ask`` asks unless somebody has."""
+        # Shielded: who stops waiting leaves an answer that is paid for to whoever asks again.
+        return asyncio.shield(self._known(question, ask))
+
+    def _known(
+        self, question: tuple[str, str], ask: Callable[[], Sequence[Reply]]
+    ) -> asyncio.Future[Reply]:
         if question in self._answers:
             self._answers.move_to_end(question)
             return self._answers[question]
         loop = asyncio.get_running_loop()
-        asked = loop.run_in_executor(self._threads, self._ask, job)
+        asked = loop.run_in_executor(self._threads, the_only, ask)
         if self._kept:
             self._answers[question] = asked
             asked.add_done_callback(lambda done: self._settle(question, done))
         return asked
-
-    def _ask(self, job: DesignJob) -> Reply:
-        """The designer's answer, on a thread of this designer."""
-        try:
-            (answer,) = self._designer.design([DesignRequest(job.instruction, job.image)])
-        except DesignerError as error:  # nobody may ask it anything now
-            return error
-        return answer
 
     def _settle(self, question: tuple[str, str], done: asyncio.Future[Reply]) -> None:
         """Keep what was paid for, such as an answer that is no blueprint; not what may yet come."""
@@ -175,12 +196,31 @@ class Asker:
             del self._answers[key]
 
 
+def the_only(ask: Callable[[], Sequence[Reply]]) -> Reply:
+    """The answer to one question."""
+    try:
+        (answer,) = ask()
+    except DesignerError as error:  # nobody may ask it anything now
+        return error
+    return answer
+
+
+def digest(*parts: bytes) -> str:
+    """The same for the same bytes."""
+    whole = hashlib.sha256()
+    for part in parts:
+        whole.update(hashlib.sha256(part).digest())
+    return whole.hexdigest()
+
+
 def is_paid(answer: Reply) -> bool:
     """Whether the designer said something, and would say it again."""
     return isinstance(answer, str) or (isinstance(answer, Unusable) and answer.final)
 
 
-async def in_time(job: DesignJob, answer: Awaitable[AnswerT], patience_s: float) -> AnswerT:
+async def in_time(
+    job: DesignJob | ReviewJob, answer: Awaitable[AnswerT], patience_s: float
+) -> AnswerT:
     """Wait for an answer as long as its designer may take, and its request has.
 
     Raises:
@@ -213,6 +253,20 @@ def presented(job: DesignJob, answer: Reply) -> str:
         said = "takes no more questions for now"
     logger.warning("designer %s %s: %s", job.designer, said, why)
     raise DesignerError(f"designer {job.designer!r} {said}; the server's log says why")
+
+
+def presented_review(job: ReviewJob, answer: Reply) -> Reply:
+    """A designer's review where it can be read; else an error, of which the log has the rest."""
+    said, why = "gave no review", str(answer)
+    if isinstance(answer, str):
+        try:
+            parse_review(answer, instruction=job.instruction)
+        except BlueprintError as error:
+            said, why = "gave no review that can be read", str(error)
+        else:
+            return answer
+    logger.warning("designer %s %s: %s", job.designer, said, why)
+    return DesignerError(f"designer {job.designer!r} {said}; the server's log says why")
 
 
 def load_own(spec: str, config: ServingConfig) -> SelfDesigner:

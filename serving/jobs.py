@@ -25,6 +25,21 @@ class DesignJob:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ReviewJob:
+    """A painted image to look at: encoded, as the source ``image`` is.
+
+    ``designer``, ``deadline``: as of ``DesignJob``. ``plan``: what was painted from.
+    """
+
+    designer: str
+    instruction: str
+    plan: str
+    image: bytes
+    painted: bytes
+    deadline: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class PaintJob:
     """What edits and generations have in common.
 

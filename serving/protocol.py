@@ -24,6 +24,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 from starlette.datastructures import UploadFile as File
 
+from dim.reflection import MOST_CANDIDATES, MOST_ROUNDS
 from serving.encoding import LOSSLESS, OutputFormat
 from serving.errors import wrong_field
 
@@ -36,8 +37,8 @@ MAX_PARTIAL_IMAGES = 3
 Quality = Literal["auto", "low", "medium", "high", "standard", "hd"]
 
 REFUSED = {
-    "rounds": "painting again after a look at the result is not done here",
-    "best_of": "choosing among several images is not done here; n gives them all",
+    "rounds": "only edits are looked at and painted again",
+    "best_of": "only of edits the best is taken; n gives several images",
     "style": "the prompt says in which style",
     "svg": "only pixels are painted",
     "complexity": "quality or steps say how much is computed",
@@ -192,9 +193,32 @@ class EditFields(PaintRequest):
     blueprint: str | None = Field(
         None, max_length=MAX_TEXT, description="Painted from as it is; no designer is asked."
     )
+    rounds: Annotated[int, Number] = Field(
+        1,
+        ge=1,
+        le=MOST_ROUNDS,
+        description="The designer looks at the result and has it painted again, so often at most.",
+    )
+    best_of: Annotated[int, Number] = Field(
+        1, ge=1, le=MOST_CANDIDATES, description="Images a round, of which it takes the best."
+    )
     input_fidelity: Literal["high"] | None = Field(
         None, description="Accepted; every source is looked at in full."
     )
+
+    @property
+    def reviewed(self) -> bool:
+        """Whether the designer looks at what was painted."""
+        return self.rounds > 1 or self.best_of > 1
+
+    @model_validator(mode="after")
+    def _one_in_rounds(self) -> EditFields:
+        for name, given in (("n", self.n > 1), ("partial_images", self.partial_images)):
+            if self.reviewed and given:
+                raise PydanticCustomError(
+                    "one", "It does not go with rounds or best_of", {"field": name}
+                )
+        return self
 
 
 class ImageReference(Body):
@@ -341,8 +365,21 @@ class ImageData(BaseModel):
     batch_size: int = Field(description="How many images shared its forward passes.")
 
 
+class Reviewed(BaseModel):
+    """An image that was painted in a round, from 1, and what the designer said of it."""
+
+    round: int
+    seed: int
+    blueprint: str
+    score: float | None = Field(description="From 0 to 10; null: there is no review.")
+    accepted: bool
+    missing: str = Field(description="In words; empty if nothing is.")
+    error: str | None = Field(description="Why there is no review, or no new plan of it.")
+    seconds: float = Field(description="Since the edit's first round began.")
+
+
 class ImagesResponse(BaseModel):
-    """OpenAI's answer with images."""
+    """OpenAI's answer with images; ``reviews`` is ours: of an edit in rounds, in order."""
 
     created: int
     data: list[ImageData]
@@ -351,6 +388,7 @@ class ImagesResponse(BaseModel):
     quality: Literal["low", "medium", "high"] | None = Field(description="If it was asked for.")
     size: str
     usage: Usage
+    reviews: list[Reviewed] | None = None
 
 
 JobStatus = Literal["running", "succeeded", "failed", "cancelled"]
@@ -384,6 +422,12 @@ class BlueprintDone(Event):
     """The blueprint that is painted from."""
 
     blueprint: str
+
+
+class ReviewEvent(Event):
+    """What the designer said of an image that was painted."""
+
+    review: Reviewed
 
 
 class ImageEvent(Event):

@@ -13,8 +13,9 @@ from ray.serve.exceptions import ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ReplicaState
 
+from dim.design import Reply
 from serving.errors import NotReadyError
-from serving.jobs import DesignJob, EditJob, GenerateJob, Painted, Preview
+from serving.jobs import DesignJob, EditJob, GenerateJob, Painted, Preview, ReviewJob
 
 logger = logging.getLogger("ray.serve")
 
@@ -36,20 +37,26 @@ class Designers:
         return Designers({name: pool.options(**options) for name, pool in self.pools.items()})
 
     @property
-    def write(self) -> Writing:
+    def write(self) -> Method:
         """As of a deployment's handle: ``write.remote(job)``."""
-        return Writing(self.pools)
+        return Method(self.pools, "write")
+
+    @property
+    def review(self) -> Method:
+        """As of a deployment's handle: ``review.remote(job)``."""
+        return Method(self.pools, "review")
 
 
 @dataclass(frozen=True)
-class Writing:
-    """The method ``write`` of whichever pool a job is for."""
+class Method:
+    """A method of whichever pool a job is for."""
 
     pools: Mapping[str, Any]
+    name: str
 
-    def remote(self, job: DesignJob) -> Any:
-        """What the pool's own ``write.remote`` returns."""
-        return self.pools[job.designer].write.remote(job)
+    def remote(self, job: DesignJob | ReviewJob) -> Any:
+        """What the pool's own method returns."""
+        return getattr(self.pools[job.designer], self.name).remote(job)
 
 
 async def paint(
@@ -85,6 +92,12 @@ async def write(designers: Designers, job: DesignJob) -> AsyncIterator[str]:
     response: Any = designers.options(stream=True).write.remote(job)
     async for piece in response:
         yield piece
+
+
+async def review(designers: Designers, job: ReviewJob) -> Reply:
+    """What a designer says of a painted image, in ``dim.review``'s form, or why it says nothing."""
+    response: Any = designers.review.remote(job)
+    return await response
 
 
 def running_replicas() -> dict[str, int]:

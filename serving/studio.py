@@ -7,7 +7,7 @@ import base64
 import hashlib
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -16,18 +16,20 @@ from ray.serve.handle import DeploymentHandle
 
 from dim import __version__
 from dim.blueprint import Blueprint
+from dim.design import Reply
 from dim.errors import InputError
 from dim.images import parse_size
 from dim.model.config import Fit
 from dim.model.sizes import Size
 from dim.redaction import redact
+from dim.reflection import Candidate, Reflection
 from serving.checks import sections
 from serving.config import NO_DESIGNER, ServingConfig
 from serving.encoding import LONGEST_SIDE, Output
 from serving.errors import BadRequestError, NotFoundError
 from serving.events import Tell
 from serving.image_store import open_image_store
-from serving.jobs import Defaults, DesignJob, EditJob, GenerateJob, Painted
+from serving.jobs import Defaults, DesignJob, EditJob, GenerateJob, Painted, ReviewJob
 from serving.protocol import (
     MAX_SEED,
     Asked,
@@ -41,8 +43,11 @@ from serving.protocol import (
     ImagesResponse,
     PaintRequest,
     PartialImage,
+    Reviewed,
+    ReviewEvent,
+    Usage,
 )
-from serving.replicas import Designers, paint, write
+from serving.replicas import Designers, paint, review, write
 from serving.requests import Design, Edit
 from serving.sources import Source, read_mask, read_source
 from serving.usage import Tokens, painted_tokens
@@ -117,7 +122,9 @@ class Studio:
         size = shape or source
         check_output(wanted.n, size, self._config.max_output_pixels, "n")
         painted = painted_size(size, "square" if shape == square else "source", defaults)
-        return work_of(wanted.n, source, painted, size, steps)
+        self._check_reviewer(asked.fields)
+        images = wanted.n * asked.fields.rounds * asked.fields.best_of
+        return work_of(images, source, painted, size, steps)
 
     async def edit(self, edit: Edit, tell: Tell | None = None) -> ImagesResponse:
         """Edit one image: image → blueprint → painted image.
@@ -140,22 +147,24 @@ class Studio:
         size = square if fit == "square" else source.size
         output = self._output(wanted, size, mask=mask is not None)
         blueprint = await self._blueprint(wanted, designer, source, tell)
-        text = blueprint or wanted.prompt
         settings = self._settings(wanted, defaults)
-        jobs = [
-            EditJob(
+
+        def job_of(plan: str | None, seed: int) -> EditJob:
+            return EditJob(
                 image=source.image,
-                text=text,
+                text=plan or wanted.prompt,
                 fit=fit,
                 mask=mask,
                 seed=seed,
-                output=self._signed(output, seed, settings, defaults, blueprint),
+                output=self._signed(output, seed, settings, defaults, plan),
                 **settings,
             )
-            for seed in seeds(wanted)
-        ]
+
+        jobs = [job_of(blueprint, seed) for seed in seeds(wanted)]
         painted = painted_size(source.size, fit, defaults)
-        painting = Painting("image_edit", jobs, [text], blueprint, size, painted)
+        painting = Painting("image_edit", jobs, [jobs[0].text], blueprint, size, painted)
+        if wanted.reviewed:
+            return await self._paint_in_rounds(wanted, designer, painting, job_of, tell)
         return await self._paint(wanted, painting, tell)
 
     async def generate(self, wanted: GenerationRequest, tell: Tell | None = None) -> ImagesResponse:
@@ -213,6 +222,22 @@ class Studio:
                 "b64_json is what it answers with",
                 param="response_format",
             )
+
+    def _check_reviewer(self, wanted: EditFields) -> None:
+        """Refuse rounds with a designer that cannot look at what was painted."""
+        designer = self._choose_designer(wanted.designer)
+        if not wanted.reviewed or self._can_review(designer):
+            return
+        able = [name for name in self._config.offered if self._can_review(name)]
+        raise BadRequestError(
+            f"designer: {designer!r} cannot look at what was painted, as rounds and best_of need; "
+            f"{', '.join(able) or 'none of this server'} can",
+            param="designer",
+        )
+
+    def _can_review(self, designer: str) -> bool:
+        known = self._config.designers.get(designer)
+        return known is not None and known.can_review
 
     def _choose_designer(self, wanted: str | None) -> str:
         designer = wanted or self._config.offered[0]
@@ -327,14 +352,56 @@ class Studio:
                 for index in range(len(painting.jobs))
             ]
         images = [task.result() for task in tasks]
-        return ImagesResponse(
-            created=int(time.time()),
-            data=images,
-            output_format=wanted.output_format,
-            quality=wanted.effective_quality,
-            size=painting.size_text,
-            usage=counted.result().of(len(images)),
+        return answer(wanted, painting, images, counted.result().of(len(images)))
+
+    async def _paint_in_rounds(
+        self,
+        wanted: EditFields,
+        designer: str,
+        painting: Painting,
+        job_of: Callable[[str, int], EditJob],
+        tell: Tell | None,
+    ) -> ImagesResponse:
+        """Have the designer look at what is painted, until it is content; see ``dim.reflection``.
+
+        Args:
+            wanted: how many rounds and candidates.
+            designer: who looks.
+            painting: the first job, and what all have in common.
+            job_of: the job to paint from a plan with a seed.
+            tell: as of ``edit``.
+        """
+        begun, first = time.monotonic(), painting.jobs[0]
+        assert isinstance(first, EditJob)
+        reflection: Reflection[Painted] = Reflection(
+            wanted.prompt, first.text, first.seed, rounds=wanted.rounds, candidates=wanted.best_of
         )
+
+        async def candidate(plan: str, seed: int) -> tuple[Painted, Reply]:
+            job = job_of(plan, seed)
+            (image,) = [p async for p in paint(self._painter, job) if isinstance(p, Painted)]
+            look = ReviewJob(
+                designer=designer, instruction=wanted.prompt, plan=plan, image=first.image,
+                painted=image.data, deadline=first.deadline,
+            )  # fmt: skip
+            return image, await review(self._designer, look)
+
+        reviews: list[Reviewed] = []
+        while asked := reflection.wanted:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(candidate(each.plan, each.seed)) for each in asked]
+            images, replies = zip(*(task.result() for task in tasks), strict=True)
+            reflection.take(images, replies)
+            for each in reflection.candidates[len(reviews) :]:
+                reviews.append(reviewed(each, time.monotonic() - begun))
+                if tell is not None:
+                    await tell(ReviewEvent(type="image_edit.review", review=reviews[-1]))
+        best = reflection.best
+        job = job_of(best.wanted.plan, best.wanted.seed)
+        painting = replace(painting, jobs=[job], blueprint=best.wanted.plan)
+        tokens = await self._tokens(wanted, painting)
+        image = await self._hand_over(wanted, painting, 0, best.image, tokens, tell)
+        return answer(wanted, painting, [image], tokens.of(len(reviews)), reviews)
 
     async def _paint_one(
         self,
@@ -344,7 +411,7 @@ class Studio:
         counted: asyncio.Task[Tokens],
         tell: Tell | None,
     ) -> ImageData:
-        seed, event = painting.jobs[index].seed, partial(image_event, wanted, painting, index)
+        event = partial(image_event, wanted, painting, index)
         async for piece in paint(self._painter, painting.jobs[index]):
             if isinstance(piece, Painted):
                 painted = piece
@@ -354,9 +421,22 @@ class Studio:
                 await tell(
                     PartialImage(type=name, partial_image_index=piece.number, **event(), **shown)
                 )
+        return await self._hand_over(wanted, painting, index, painted, await counted, tell)
+
+    async def _hand_over(
+        self,
+        wanted: PaintRequest,
+        painting: Painting,
+        index: int,
+        painted: Painted,
+        tokens: Tokens,
+        tell: Tell | None,
+    ) -> ImageData:
+        """A finished image as the client wants to get it."""
+        seed, event = painting.jobs[index].seed, partial(image_event, wanted, painting, index)
         shown = await asyncio.to_thread(self._shown, painted.data, wanted)
         if tell is not None:
-            usage = (await counted).of(1)
+            usage = tokens.of(1)
             name = f"{painting.kind}.completed"
             about: dict[str, Any] = {"usage": usage, "blueprint": painting.blueprint, "seed": seed}
             await tell(Completed(type=name, **about, **event(), **shown))
@@ -425,6 +505,40 @@ def image_event(wanted: PaintRequest, painting: Painting, index: int) -> dict[st
         "output_format": wanted.output_format,
         "created_at": int(time.time()),
     }
+
+
+def answer(
+    wanted: PaintRequest,
+    painting: Painting,
+    images: list[ImageData],
+    usage: Usage,
+    reviews: list[Reviewed] | None = None,
+) -> ImagesResponse:
+    """The whole answer to a request."""
+    return ImagesResponse(
+        created=int(time.time()),
+        data=images,
+        output_format=wanted.output_format,
+        quality=wanted.effective_quality,
+        size=painting.size_text,
+        usage=usage,
+        reviews=reviews,
+    )
+
+
+def reviewed(candidate: Candidate[Painted], seconds: float) -> Reviewed:
+    """What was thought of an image, for a client."""
+    said = candidate.review
+    return Reviewed(
+        round=candidate.round,
+        seed=candidate.wanted.seed,
+        blueprint=candidate.wanted.plan,
+        score=said and said.score,
+        accepted=said is not None and said.accepted,
+        missing=said.missing if said else "",
+        error=candidate.error or (said.flaw if said and said.flaw else None),
+        seconds=seconds,
+    )
 
 
 def in_base64(data: bytes) -> dict[str, str]:

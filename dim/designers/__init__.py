@@ -114,6 +114,11 @@ def calls_a_server(spec: str) -> bool:
     return spec.strip().partition(":")[0] == "openai"
 
 
+def can_review(spec: str) -> bool:
+    """Whether a designer can look at what was painted, see :class:`dim.design.Reviews`."""
+    return spec.strip().partition(":")[0] in ("openai", "oracle")
+
+
 def engine_model(spec: str) -> str | None:
     """The model that a data job is to run itself, in vLLM; ``None`` where it is another kind."""
     kind, _, model = spec.strip().partition(":")

@@ -11,11 +11,12 @@ from unittest import mock
 from fastapi.testclient import TestClient
 from PIL import Image
 
+from dim.design import Reply
 from dim.images import encode_png
 from serving.app import Ingress
 from serving.config import ServingConfig
 from serving.encoding import encode
-from serving.jobs import Defaults, DesignJob, EditJob, GenerateJob, Painted, Preview
+from serving.jobs import Defaults, DesignJob, EditJob, GenerateJob, Painted, Preview, ReviewJob
 
 DEFAULTS = Defaults(
     resolution=64,
@@ -73,9 +74,16 @@ class FakeDesigner:
         self.pieces: Sequence[str] = (BLUEPRINT[:40], BLUEPRINT[40:])
         self.error: Exception | None = None
         self.write = Method(self._write)
+        self.reviews: list[Reply] = []
+        self.looks: list[ReviewJob] = []
+        self.review = Method(self._review)
 
     def options(self, **_: object) -> FakeDesigner:
         return self
+
+    async def _review(self, job: ReviewJob) -> Reply:
+        self.looks.append(job)
+        return self.reviews.pop(0)
 
     async def _write(self, job: DesignJob) -> AsyncIterator[str]:
         self.jobs.append(job)
