@@ -7,7 +7,7 @@ import contextlib
 import io
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
@@ -149,19 +149,29 @@ def test_slow_uploads_leave_everybody_else_answered(server: Server, http: httpx.
             with contextlib.suppress(OSError):
                 sock.sendall(b" ")
         assert httpx.get(f"{server.url}/healthz", timeout=5).status_code == 200
-        painted = http.post(PAINT, json={"prompt": "a", "steps": 1}, timeout=20)
+        painted = let_in(lambda: http.post(PAINT, json={"prompt": "a", "steps": 1}, timeout=20))
         assert painted.status_code == 200, painted.text
         picture = encode_png(Image.fromarray(np.zeros((64, 64, 3), np.uint8)))
-        edited = http.post(
-            "/v1/images/edits",
-            data={"prompt": "a", "steps": 1, "designer": "none"},
-            files={"image": ("photo", picture)},
+        edited = let_in(
+            lambda: http.post(
+                "/v1/images/edits",
+                data={"prompt": "a", "steps": 1, "designer": "none"},
+                files={"image": ("photo", picture)},
+            )
         )
         data = base64.b64decode(edited.json()["data"][0]["b64_json"])
         assert Image.open(io.BytesIO(data)).size == (64, 64)
         answers = [answer_of(sock) for sock in slow]
     assert set(answers) == {"408", "429"}, set(answers)
     assert PLACES <= answers.count("408") <= 2 * PLACES + 2
+
+
+def let_in(ask: Callable[[], httpx.Response]) -> httpx.Response:
+    """The answer, asked for again while all places are of uploads too young to be slow."""
+    deadline = time.monotonic() + 20
+    while (answer := ask()).status_code == 429 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return answer
 
 
 def answer_of(sock: socket.socket) -> str:

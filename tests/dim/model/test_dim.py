@@ -166,7 +166,7 @@ def test_the_model_designs_with_its_own_eyes(tiny, photos, monkeypatch):
     passes, asked = [], []
     see = tiny.conditioner.see
 
-    def answer(requests, images, max_new_tokens):
+    def answer(requests, images, max_new_tokens, on_text=None):
         asked.append((list(requests), len(images.features), max_new_tokens))
         return [BLUEPRINT for _ in requests]
 

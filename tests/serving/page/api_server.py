@@ -144,7 +144,9 @@ def make_app(api: Api) -> FastAPI:
         if isinstance(call := await take(request), Response):
             return call
         text = blueprint_of(call.fields["prompt"]).render()
-        done = {"object": "blueprint", "blueprint": text, "designer": call.fields["designer"]}
+        # Who writes is not said by a page that has not learned yet who there is.
+        designer = call.fields.get("designer", api.designers[0])
+        done = {"object": "blueprint", "blueprint": text, "designer": designer}
         return stream(*deltas("blueprint", text), ("blueprint.done", done))
 
     @app.post("/v1/images/edits")

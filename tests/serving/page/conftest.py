@@ -17,9 +17,13 @@ WHAT_IS_MISSING = (
 )
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    """Headless Chromium, as the system has it."""
+    """Headless Chromium, as the system has it.
+
+    Of a module and no longer: while Playwright is there an event loop runs in this thread, and
+    tests of other modules could start none.
+    """
     program = next(filter(None, map(shutil.which, NAMES)), None)
     if program is None:
         pytest.skip(WHAT_IS_MISSING)
