@@ -77,8 +77,8 @@ class Operation:
             "version": __version__,
             "designers": self._config.offered,
             "running_replicas": parts,
-            "pending_images": self._admission.pending.images,
-            "max_pending_images": self._admission.limit.images,
+            "pending_images": int(self._admission.pending.images),
+            "max_pending_images": int(self._admission.limit.images),
         }
         return JSONResponse(body, status_code=200 if ready else 503)
 
