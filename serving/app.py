@@ -108,7 +108,7 @@ class Ingress:
             responses=ERRORS,
         )
         app.add_middleware(BodyLimit, max_bytes=self._config.max_request_bytes)
-        app.add_middleware(Guarded, find=lambda: self.guard)  # the last one added is the first met
+        app.add_middleware(Guarded, guard=self.guard)  # the last one added is the first met
         app.add_exception_handler(HTTPException, on_http_error)
         app.add_exception_handler(RequestValidationError, on_invalid_body)
         app.state.admission = self._admission

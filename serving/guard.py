@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import ipaddress
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 from urllib.parse import urlsplit
 
 from fastapi import Request
-from ray import serve
 from ray.serve.handle import DeploymentHandle
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware.cors import CORSMiddleware
@@ -186,32 +184,16 @@ class Asking:
 
 
 class Guarded:
-    """The middleware: the app behind the guard of the replica it runs in.
+    """The middleware: ``app`` behind ``guard``."""
 
-    Args:
-        app: what is guarded.
-        find: where the guard is, asked at the first request; routes are made before any replica.
-    """
-
-    def __init__(self, app: ASGIApp, find: Callable[[], Guard]) -> None:
+    def __init__(self, app: ASGIApp, guard: Guard) -> None:
         self._app = app
-        self._find = find
-        self._guarded: ASGIApp | None = None
+        self._guarded = guard.around(app)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """An ASGI app; what is not HTTP is not guarded, for it asks for nothing."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        if self._guarded is None:
-            self._guarded = self._find().around(self._app)
-        await self._guarded(scope, receive, send)
-
-
-def of_this_replica() -> Guard:
-    """The guard of the ingress replica that this runs in."""
-    ingress: Any = serve.get_replica_context().servable_object
-    return ingress.guard
+        app = self._guarded if scope["type"] == "http" else self._app
+        await app(scope, receive, send)
 
 
 def is_address(name: str) -> bool:

@@ -40,7 +40,7 @@ def client(base_url: str = "http://127.0.0.1:8000", **settings: object) -> TestC
     """Asks an app behind a guard with these settings; it answers who is asking."""
     app = FastAPI()
     guard = Guard(validate_config(ServingConfig, {"model": "m", **settings}, where="test"))
-    app.add_middleware(Guarded, find=lambda: guard)
+    app.add_middleware(Guarded, guard=guard)
 
     @app.post(WORK)
     async def work(request: Request) -> str:
