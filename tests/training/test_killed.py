@@ -21,6 +21,9 @@ import ray._private.worker
 import torch
 import yaml
 from ray.cluster_utils import Cluster
+from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
+    get_or_create_autoscaling_coordinator,
+)
 
 from dim import model
 from dim.config import dump_config
@@ -151,7 +154,10 @@ def second_node(ray_cluster: None) -> Iterator[tuple[str, Callable[[], None]]]:
     """The id of a second node of the tests' own Ray, as large as the first, and what kills it."""
     cluster = Cluster()
     cluster.head_node = ray._private.worker._global_node
+    coordinator = get_or_create_autoscaling_coordinator()
     node = cluster.add_node(num_cpus=8)
+    # What decides how many workers there can be looks at the nodes only every 20 seconds.
+    ray.get(coordinator._tick.remote())
 
     def kill() -> None:
         if node in cluster.worker_nodes:
