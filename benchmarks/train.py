@@ -1,13 +1,15 @@
 """What Ray Train costs and what a second worker brings, and where data and frozen parts are bars.
 
     python -m benchmarks.train                             # about ten minutes on two cores
-    python -m benchmarks.train --only step workers         # what is measured here alone: four
+    python -m benchmarks.train --only step workers         # what is measured here alone
 
-Four bars, each a ratio of figures of one run:
+Five bars, each a ratio of figures of one run:
 
 step: a step through Ray Train with one worker takes at most 1.05 times the plain PyTorch loop below
     (the same classes, the same micro-batches; their losses must be equal too).
-workers: two workers of one thread take at least 1.7 times the samples a second of one.
+workers: two workers of one thread take at least 1.7 times the samples a second of one, and 0.9
+    times those of two processes that make the plain loop side by side and exchange nothing: what
+    two cores that share a cache, the memory and the system's own work are good for.
 wait: live reading with prefetch keeps a step waiting at most 5 % of the time (``benchmarks.feed``).
 cached: features made before are at least 2.5 times as fast as live ones at the published widths of
     the layers, a tenth of their number (``benchmarks.features`` on ``published_widths.yaml``).
@@ -30,6 +32,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import ray
 import torch
 from torch import nn
 from torch.optim import AdamW
@@ -40,6 +43,7 @@ from dim.features.shards import Share
 from dim.learning.batch import SampleOrder, WorkerOrder, draw
 from dim.learning.step import Trainable
 from dim.model.flow import FlowSchedule, squared_error
+from infra.memory import keep_freed_memory
 from infra.models import load_initial
 from infra.samples import open_images
 from infra.storage import join
@@ -51,6 +55,7 @@ from training.stage import StageConfig
 HERE = Path(__file__).resolve().parent
 SAME = 1e-5  # of a loss, relative
 PLAIN, ONE, TWO = "plain PyTorch", "Ray Train, 1 worker", "Ray Train, 2 workers"
+APART = "plain PyTorch, twice"  # two processes, each with half of a step's batch
 
 # Bars that another benchmark holds: its arguments, and what it fails below or above.
 ELSEWHERE = {
@@ -90,6 +95,7 @@ def main() -> int:
     """Measure and compare; returns the exit status."""
     options = _options()
     torch.set_num_threads(1)
+    keep_freed_memory()  # as the workers of training do: what is compared is the loop
     before = os.getloadavg()[0]
     bars: list[Bar] = []
     if ways := _ways(options.only):
@@ -125,6 +131,8 @@ def measure(
             for way in ways:
                 if way == PLAIN:
                     steps = plain_loop(config, options.samples)
+                elif way == APART:
+                    steps = side_by_side(config, options.samples)
                 else:
                     out = join(folder, f"out-{number}-{ways.index(way)}")
                     changes = {"out": out, "workers": 2 if way == TWO else 1}
@@ -177,6 +185,20 @@ def plain_loop(config: StageConfig, rows: int) -> Steps:
         optimizer.zero_grad()
         losses.append(total)
     return Steps(begins, losses)
+
+
+def side_by_side(config: StageConfig, rows: int) -> Steps:
+    """The plain loop in two processes at once, each with half of the batch; the slower one's."""
+    half = config.model_copy(update={"batch_size": config.batch_size // 2})
+    process = ray.remote(num_cpus=1)(_kept_plain_loop)
+    both: list[Steps] = ray.get([process.remote(half, rows) for _ in range(2)])
+    return max(both, key=lambda steps: steps.seconds)
+
+
+def _kept_plain_loop(config: StageConfig, rows: int) -> Steps:
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    return plain_loop(config, rows)
 
 
 def through_ray(config: StageConfig, rows: int) -> Steps:
@@ -238,6 +260,12 @@ def judge(taken: dict[str, list[Steps]], batch: int) -> list[Bar]:
     if TWO in best:
         ratio = best[ONE] / best[TWO]
         bars.append(Bar("two one-thread workers at least 1.7 x one", f"{ratio:.2f}", ratio >= 1.7))
+    if TWO in best and APART in best:
+        print(f"two processes that exchange nothing: {best[ONE] / best[APART]:.2f} x one worker")
+        ratio = best[APART] / best[TWO]
+        bars.append(
+            Bar("two workers at least 0.9 x two processes apart", f"{ratio:.2f}", ratio >= 0.9)
+        )
     return bars
 
 
@@ -263,7 +291,7 @@ def _ways(only: Sequence[str]) -> list[str]:
     """What has to be measured here for the bars ``only``."""
     ways = [PLAIN, ONE] if "step" in only else []
     if "workers" in only:
-        ways = [*(ways or [ONE]), TWO]
+        ways = [*(ways or [ONE]), TWO, APART]
     return ways
 
 

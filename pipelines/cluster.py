@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 import sys
@@ -12,11 +11,6 @@ from operator import attrgetter
 
 import ray
 from ray.data import DataContext
-
-# Of glibc's malloc.h; other libraries for C have no ``mallopt``.
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-_KEPT = 128 << 20
-_LARGEST = 32 << 20  # what it takes at most
 
 
 def connect() -> None:
@@ -57,16 +51,3 @@ def _pass_by_value() -> None:
         for name, value in (("_data_context", "data_context"), ("_map_transformer",) * 2):
             if isinstance(getattr(pool, f"{name}_ref", None), cached_property):
                 setattr(pool, f"{name}_ref", property(attrgetter(value)))
-
-
-@cache
-def keep_freed_memory() -> None:
-    """Let this process keep what it frees, up to 128 MiB, for what it allocates next.
-
-    By default glibc gives every array of a decoded picture back to the system, which then clears
-    the same pages for the next one: about a sixth of the time of the filters.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
-    if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, _LARGEST)
-        mallopt(_M_TRIM_THRESHOLD, _KEPT)

@@ -19,9 +19,9 @@ import ray.data
 from rich.console import Console
 from rich.progress import track
 
+from infra.memory import keep_freed_memory
 from infra.storage import Store
 from pipelines.attempts import Attempts, TimeLimits, limited, stop_after
-from pipelines.cluster import keep_freed_memory
 from pipelines.outcome import IMAGES
 from pipelines.outputs.commit import GROUP_BYTES, GROUP_PLACES
 from pipelines.outputs.manifest import FileEntry

@@ -20,6 +20,7 @@ from dim.learning.step import Trainable, changed_cells
 from dim.learning.trained import load_trained_weights, trained_weights
 from dim.model import DIM
 from dim.model.flow import FlowSchedule, squared_error
+from infra.memory import keep_freed_memory
 from infra.models import load_initial
 from training import finetune, parallel
 from training.bad_samples import TooManyBadSamples
@@ -79,6 +80,7 @@ def train_loop_per_worker(config: dict[str, Any]) -> dict[str, Any]:
     """
     plan = Plan.model_validate(config)
     torch.set_num_threads(plan.config.cpus_per_worker)
+    keep_freed_memory()
     silence_repeats()
     with listening():
         worker: Worker | None = None

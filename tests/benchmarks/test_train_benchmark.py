@@ -12,7 +12,7 @@ import training.loop
 import training.train
 from benchmarks import train
 from benchmarks.gpu import UNDERSTANDING
-from benchmarks.train import ONE, PLAIN, TWO, Bar, Steps
+from benchmarks.train import APART, ONE, PLAIN, TWO, Bar, Steps
 from dim.config import load_config
 from dim.model import parts
 from dim.model.config import ModelConfig
@@ -23,6 +23,7 @@ def steps(seconds: float, loss: float = 0.5) -> Steps:
 
 
 GOOD = {PLAIN: [steps(1.0), steps(1.2)], ONE: [steps(1.3), steps(1.04)], TWO: [steps(0.6)]}
+GOOD[APART] = [steps(0.56), steps(0.7)]
 
 
 @pytest.mark.parametrize(
@@ -32,7 +33,8 @@ GOOD = {PLAIN: [steps(1.0), steps(1.2)], ONE: [steps(1.3), steps(1.04)], TWO: [s
         ({ONE: [steps(1.06)]}, ["a step through Ray Train at most 1.05 x plain PyTorch"]),
         ({PLAIN: [steps(1.0, 0.6)]}, ["their losses at most 1e-05 apart"]),
         ({PLAIN: [steps(1.0, float("nan"))]}, ["their losses at most 1e-05 apart"]),
-        ({TWO: [steps(0.62)]}, ["two one-thread workers at least 1.7 x one"]),
+        ({TWO: [steps(0.612)]}, ["two one-thread workers at least 1.7 x one"]),
+        ({APART: [steps(0.53)]}, ["two workers at least 0.9 x two processes apart"]),
     ],
 )
 def test_a_bar_that_is_missed_fails(
@@ -69,8 +71,8 @@ def test_the_bar_of_another_benchmark_is_its_exit_status(
 def test_only_what_the_bars_need_is_measured() -> None:
     assert train._ways(["wait", "cached"]) == []
     assert train._ways(["step"]) == [PLAIN, ONE]
-    assert train._ways(["workers"]) == [ONE, TWO]
-    assert train._ways(["workers", "step"]) == [PLAIN, ONE, TWO]
+    assert train._ways(["workers"]) == [ONE, TWO, APART]
+    assert train._ways(["workers", "step"]) == [PLAIN, ONE, TWO, APART]
 
 
 @pytest.mark.usefixtures("ray_cluster")
@@ -80,12 +82,13 @@ def test_the_plain_loop_takes_the_steps_of_the_trainer(
     options = argparse.Namespace(
         model=str(tiny_model_dir), samples=16, side=64, batch=8, micro_batch=4, steps=3, rounds=1
     )
-    taken = train.measure(options, str(tmp_path), [PLAIN, ONE])
-    (plain,), (through_ray,) = taken[PLAIN], taken[ONE]
+    taken = train.measure(options, str(tmp_path), [PLAIN, ONE, APART])
+    (plain,), (through_ray,), (apart,) = taken[PLAIN], taken[ONE], taken[APART]
     assert len(through_ray.begins) == len(plain.begins) == 3
     assert through_ray.losses == pytest.approx(plain.losses, rel=train.SAME)
     assert len(set(plain.losses)) == 3
-    assert 0 < through_ray.seconds < 60 and 0 < plain.seconds < 60
+    assert all(0 < way.seconds < 60 for way in (through_ray, plain, apart))
+    assert len(apart.losses) == 3 and apart.losses != plain.losses  # of half of the batch
     assert training.train.train_loop_per_worker is training.loop.train_loop_per_worker
 
 
