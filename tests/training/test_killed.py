@@ -11,6 +11,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -105,9 +106,9 @@ def wait_until(happened: Callable[[], bool]) -> None:
         time.sleep(0.05)
 
 
-def kill_at(sign: Path, kill: Callable[[], None]) -> None:
+def when(sign: Path, act: Callable[[], object]) -> None:
     wait_until(sign.exists)
-    kill()
+    act()
 
 
 def saved(out: Path, name: str) -> Callable[[], bool]:
@@ -115,12 +116,12 @@ def saved(out: Path, name: str) -> Callable[[], bool]:
     return (out / "checkpoints" / name / "manifest.json").exists
 
 
-def loop_that_waits_to_be_killed(
+def loop_that_waits(
     step: int, is_saved: Callable[[], bool], out: Path, node: str
 ) -> Callable[[dict[str, Any]], Any]:
-    """The training loop that writes down the rows of each step, and stops on ``node`` to be killed.
+    """The training loop that writes down the rows of each step, and stops once on ``node``.
 
-    It does so before ``step``, when an earlier checkpoint ``is_saved``.
+    It does so before ``step``, when an earlier checkpoint ``is_saved``; what then happens ends it.
     """
 
     def train_loop(config: dict[str, Any]) -> Any:
@@ -129,8 +130,8 @@ def loop_that_waits_to_be_killed(
         update, begun = loop.update, time.time_ns()
 
         def noted(worker: Any, number: int) -> Any:
-            here = ray.get_runtime_context().get_node_id() == node
-            if here and number == step:
+            here = ray.get_runtime_context().get_node_id()
+            if here == node and number == step and not (out / "now").exists():
                 while not is_saved():
                     time.sleep(0.05)
                 (out / "now").touch()
@@ -138,7 +139,7 @@ def loop_that_waits_to_be_killed(
             done = update(worker, number)
             order = worker.feed._order
             rows = order.rows[order.at(number).positions()].tolist()
-            taken = {"begun": begun, "step": number, "rows": rows, "on": node if here else "first"}
+            taken = {"begun": begun, "step": number, "rows": rows, "on": here}
             with (out / f"taken-{worker.rank}-{os.getpid()}").open("a") as file:
                 file.write(json.dumps(taken) + "\n")
             return done
@@ -149,22 +150,37 @@ def loop_that_waits_to_be_killed(
     return train_loop
 
 
+@dataclass
+class SecondNode:
+    """A node beside the first one of the tests' own Ray, and as large."""
+
+    cluster: Cluster
+    node: Any = None
+
+    def join(self) -> str:
+        """Its id, when workers may be started on it."""
+        coordinator = get_or_create_autoscaling_coordinator()
+        self.node = self.cluster.add_node(num_cpus=8)
+        # What decides how many workers there can be looks at the nodes only every 20 seconds.
+        ray.get(coordinator._tick.remote())
+        return str(self.node.node_id)
+
+    def kill(self) -> None:
+        if self.node in self.cluster.worker_nodes:
+            self.cluster.remove_node(self.node, allow_graceful=False)
+
+
 @pytest.fixture
-def second_node(ray_cluster: None) -> Iterator[tuple[str, Callable[[], None]]]:
-    """The id of a second node of the tests' own Ray, as large as the first, and what kills it."""
-    cluster = Cluster()
+def second_node(ray_cluster: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[SecondNode]:
+    """A node that is not there yet."""
+    # Ray Train's own times are meant for large clusters.
+    monkeypatch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "3")
+    cluster = Cluster(shutdown_at_exit=False)  # it ends with the test
     cluster.head_node = ray._private.worker._global_node
-    coordinator = get_or_create_autoscaling_coordinator()
-    node = cluster.add_node(num_cpus=8)
-    # What decides how many workers there can be looks at the nodes only every 20 seconds.
-    ray.get(coordinator._tick.remote())
-
-    def kill() -> None:
-        if node in cluster.worker_nodes:
-            cluster.remove_node(node, allow_graceful=False)
-
-    yield node.node_id, kill
-    kill()
+    second = SecondNode(cluster)
+    yield second
+    second.kill()
 
 
 def rows_by_step(out: Path) -> dict[int, list[int]]:
@@ -173,16 +189,22 @@ def rows_by_step(out: Path) -> dict[int, list[int]]:
     Of two attempts, what the second made counts, and what the first had made before.
     """
     lines = [line for file in out.glob("taken-*") for line in file.read_text().splitlines()]
-    taken = [json.loads(line) for line in lines]
-    last = max(each["begun"] for each in taken)
+    ended = (out / "now").stat().st_mtime_ns
     first: dict[int, list[int]] = defaultdict(list)
-    for each in taken:
-        if each["begun"] != last:
-            first[each["step"]] += each["rows"]
-    second = {each["step"]: each["rows"] for each in taken if each["begun"] == last}
+    second: dict[int, list[int]] = defaultdict(list)
+    for taken in map(json.loads, lines):
+        attempt = first if taken["begun"] < ended else second
+        attempt[taken["step"]] += taken["rows"]
     again = first.keys() & second.keys()
     assert again and all(sorted(first[step]) == sorted(second[step]) for step in again)
     return first | second
+
+
+def assert_each_epoch_is_whole(rows: dict[int, list[int]], epochs: int) -> None:
+    """No sample twice in an epoch, and none missing."""
+    for epoch in range(epochs):
+        taken = [row for step in range(EPOCH) for row in rows[epoch * EPOCH + step]]
+        assert sorted(taken) == list(range(ROWS))
 
 
 def losses_of(tracking_uri: str, run_id: str) -> dict[int, float]:
@@ -194,33 +216,25 @@ def losses_of(tracking_uri: str, run_id: str) -> dict[int, float]:
 def test_a_run_goes_on_with_one_worker_when_the_other_one_s_node_is_lost(
     make_stage: MakeStage,
     undisturbed: Undisturbed,
-    second_node: tuple[str, Callable[[], None]],
+    second_node: SecondNode,
     tracking_uri: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # Ray Train's own times are meant for large clusters.
-    monkeypatch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
-    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "3")
     settings = {"steps": 3 * EPOCH, "checkpoint_every": 3}
-    out, (node, kill) = tmp_path / "elastic", second_node
+    out, node = tmp_path / "elastic", second_node.join()
     out.mkdir()
-    waiting = loop_that_waits_to_be_killed(7, saved(out, "step-00000006"), out, node)
+    waiting = loop_that_waits(7, saved(out, "step-00000006"), out, node)
     with monkeypatch.context() as patch:
         patch.setattr(train, "train_loop_per_worker", waiting)
         elastic = make_stage(
             "elastic", workers=[1, 2], cpus_per_worker=8, max_failures=1, **settings
         )
-        threading.Thread(target=kill_at, args=(out / "now", kill)).start()
+        threading.Thread(target=when, args=(out / "now", second_node.kill)).start()
         said: list[str] = []
         result = train.run(elastic, on_progress=lambda lines, metrics: said.extend(lines))
     assert any("resumed after step 6 of 15" in line for line in said)
-
-    # No sample twice in an epoch, none missing, though two workers and then one took them.
-    rows = rows_by_step(out)
-    for epoch in range(3):
-        taken = [row for step in range(EPOCH) for row in rows[epoch * EPOCH + step]]
-        assert sorted(taken) == list(range(ROWS))
+    assert_each_epoch_is_whole(rows_by_step(out), epochs=3)
 
     # And no step lost or made twice, which would show: the tolerance is a hundredth of its trace.
     expected, run_id = undisturbed(make_stage("alone", **settings))
@@ -241,6 +255,36 @@ def test_a_run_goes_on_with_one_worker_when_the_other_one_s_node_is_lost(
         monkeypatch.setattr(loop, "update", wrong)
         weights, _ = undisturbed(make_stage(f"{times} times", **settings))
         assert apart(weights, expected) > 1e-3
+
+
+def test_a_run_goes_on_with_two_workers_when_a_node_joins(
+    make_stage: MakeStage,
+    undisturbed: Undisturbed,
+    second_node: SecondNode,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    settings = {"steps": 2 * EPOCH, "checkpoint_every": 3}
+    out, first = tmp_path / "growing", ray.get_runtime_context().get_node_id()
+    out.mkdir()
+    waiting = loop_that_waits(4, saved(out, "step-00000003"), out, first)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_loop_per_worker", waiting)
+        growing = make_stage(
+            "growing", workers=[1, 2], resize_interval_s=0.5, cpus_per_worker=8, **settings
+        )
+        threading.Thread(target=when, args=(out / "now", second_node.join)).start()
+        said: list[str] = []
+        train.run(growing, on_progress=lambda lines, metrics: said.extend(lines))
+    assert any("resumed after step 3 of 10" in line for line in said)
+    rows = rows_by_step(out)
+    assert_each_epoch_is_whole(rows, epochs=2)
+    steps = [json.loads(line) for file in out.glob("taken-*") for line in file.open()]
+    for number in range(2 * EPOCH):
+        nodes = {taken["on"] for taken in steps if taken["step"] == number}
+        assert first in nodes and len(nodes) == (1 if number < 3 else 2)
+    expected, _ = undisturbed(make_stage("alone", **settings))
+    assert apart(weights_of(growing), expected) < 1e-5
 
 
 def test_the_same_command_goes_on_after_its_driver_was_killed(
