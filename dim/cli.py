@@ -23,6 +23,8 @@ from dim.redaction import redact
 # name -> (module:function, what it does). A name of two words is a command within a group.
 COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("workflows.demo:main", "The whole loop on this machine, ending in a report page."),
+    "run": ("workflows.run:main", "The steps of a workflow file that are not done."),
+    "status": ("workflows.run:status", "How the steps of a workflow stand."),
     "data ingest": ("pipelines.ingest:main", "Edit pairs, images or tabletop into raw shards."),
     "data filter": ("pipelines.filter:main", "Raw pairs or images into fewer and better ones."),
     "data edit": ("pipelines.edit:main", "Raw pairs into DIM-Edit: filter, triage, blueprint."),

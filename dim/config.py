@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -40,7 +40,7 @@ def load_config(
         ConfigError: the file is missing or no YAML mapping, an override has no ``=``, or a key is
             unknown or has a wrong value. The message names the file and every such key.
     """
-    values = {} if path is None else _read_yaml(Path(path))
+    values = {} if path is None else read_yaml(Path(path))
     for override in overrides:
         _apply_override(values, override)
     return validate_config(cls, values, where=str(path or "command line"))
@@ -52,7 +52,7 @@ def load_part(cls: type[ConfigT], path: str | Path) -> ConfigT:
     Raises:
         ConfigError: as for ``load_config``. A key that is nearly one of ``cls`` is a mistake.
     """
-    values = _read_yaml(Path(path))
+    values = read_yaml(Path(path))
     near = {
         key: value
         for key, value in values.items()
@@ -102,10 +102,23 @@ def _model_in(annotation: Any) -> type[StrictModel] | None:
     """The configuration that a field holds, if it holds one."""
     if isinstance(annotation, type) and issubclass(annotation, StrictModel):
         return annotation
+    if get_origin(annotation) is dict:  # of several by name, which are compared as they are
+        return None
     return next(filter(None, map(_model_in, get_args(annotation))), None)
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def suggestion(name: str, names: Iterable[str]) -> str:
+    """The end of a sentence about an unknown ``name``: the one of ``names`` that was meant."""
+    close = difflib.get_close_matches(name, list(names), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping that a YAML file holds; an empty file holds an empty one.
+
+    Raises:
+        ConfigError: there is no such file, or it holds something else.
+    """
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -152,6 +165,4 @@ def _suggest(cls: type[StrictModel], location: tuple[int | str, ...]) -> str:
     for part in location[:-1]:
         field = getattr(model, "model_fields", {}).get(part)
         model = getattr(field, "annotation", None)
-    names = list(getattr(model, "model_fields", {}))
-    close = difflib.get_close_matches(str(location[-1]), names, n=1)
-    return f" (did you mean {close[0]!r}?)" if close else ""
+    return suggestion(str(location[-1]), getattr(model, "model_fields", {}))

@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 
 ResultT = TypeVar("ResultT")
 
+PARENT_RUN = "DIM_PARENT_RUN"
+"""The variable that makes the runs of a process children of the run whose id it holds."""
+
 _MAX_PARAM_LENGTH = 6000  # MLflow refuses longer parameter values
 _MAX_BATCH = 1000  # MLflow refuses more metrics in one request
 
@@ -129,8 +132,10 @@ class Tracking:
         def start() -> str:
             from mlflow.entities import Param
 
+            parent = os.environ.get(PARENT_RUN)
+            told = {**tags, "mlflow.parentRunId": parent} if parent else tags
             run_id: str = self._client.create_run(
-                self._experiment_id, run_name=name, tags=redacted(tags)
+                self._experiment_id, run_name=name, tags=redacted(told)
             ).info.run_id
             entries = [Param(key, value) for key, value in flatten(redacted(params)).items()]
             for first in range(0, len(entries), 100):  # MLflow takes 100 parameters a request

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import typer
 from pydantic import Field, field_validator
 from ray.data import ActorPoolStrategy
@@ -24,6 +26,7 @@ from pipelines.outputs.shards import Shards
 from pipelines.ranges import read
 from pipelines.stages.paint import BLUEPRINT, INSTRUCTION, SELF, WAYS, PaintEdits
 
+PAINTED_FILE, NUMBERS_FILE = "painted.parquet", "evaluation.json"
 NAMES = {BLUEPRINT: "with blueprints", SELF: "with its own blueprints", INSTRUCTION: "without"}
 
 
@@ -34,6 +37,8 @@ class EvaluateConfig(StrictModel):
     """Folder of a DIM, or ``models:/NAME@ALIAS``."""
     data: str
     """Address of held-out DIM-Edit shards of the tabletop."""
+    out: str | None = None
+    """Folder for what was painted (``painted.parquet``) and counted (``evaluation.json``)."""
     ways: tuple[str, ...] = WAYS
     """From whose words: the shards' blueprints, the model's own, or the bare instruction."""
     steps: int | None = Field(None, ge=1)
@@ -143,7 +148,42 @@ def run(config: EvaluateConfig) -> Evaluation:
         num_gpus=config.gpus_per_worker,
     )
     tables = list(painted.iter_batches(batch_format="pyarrow", batch_size=None))
-    return Evaluation(pa.concat_tables(tables).sort_by([("id", "ascending")]))
+    evaluation = Evaluation(pa.concat_tables(tables).sort_by([("id", "ascending")]))
+    if config.out is not None:
+        write(evaluation, config.out)
+    return evaluation
+
+
+def write(evaluation: Evaluation, out: str) -> None:
+    """Keep an evaluation in the folder ``out``; its numbers come last.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    store = open_store(out)
+    with store.open_output(PAINTED_FILE) as file:
+        pq.write_table(evaluation.painted, file)
+    store.write(NUMBERS_FILE, (json.dumps(evaluation.metrics(), indent=2) + "\n").encode())
+
+
+def read_written(out: str) -> Evaluation:
+    """The evaluation that :func:`write` has kept in ``out``.
+
+    Raises:
+        StorageError: there is none.
+    """
+    with open_store(out).open_parquet(PAINTED_FILE) as file:
+        return Evaluation(file.read())
+
+
+def read_numbers(out: str) -> dict[str, float]:
+    """The numbers of the evaluation in ``out``, as :meth:`Evaluation.metrics` gives them.
+
+    Raises:
+        StorageError: there are none.
+    """
+    numbers: dict[str, float] = json.loads(open_store(out).read(NUMBERS_FILE))
+    return numbers
 
 
 def table(evaluation: Evaluation) -> Table:
@@ -177,11 +217,14 @@ def main(
         str, typer.Option("--model", "-m", help="Folder of a DIM, or models:/NAME@ALIAS.")
     ],
     data: Annotated[str, typer.Option(help="Held-out DIM-Edit shards of the tabletop.")],
+    out: Annotated[
+        str | None, typer.Option(help="Folder to keep what was painted and counted.")
+    ] = None,
     overrides: Overrides = None,
     config: ConfigFile = None,
 ) -> None:
     """Paint held-out tabletop edits and count those that come out exactly."""
-    given = settings(model=model, data=data)
+    given = settings(model=model, data=data, out=out)
     evaluation = run(load_config(EvaluateConfig, config, [*given, *(overrides or [])]))
     Console().print(table(evaluation))
 

@@ -25,7 +25,11 @@ SMALL = [
     "pairs=40",
     "images=24",
     "held_out=8",
-    'stage_overrides=["steps=4","batch_size=8","checkpoint_every=2","warmup_steps=1"]',
+    *(
+        f"steps.{stage}.with.{setting}"
+        for stage in ("t2i", "edit1", "edit2")
+        for setting in ("steps=4", "batch_size=8", "checkpoint_every=2", "warmup_steps=1")
+    ),
 ]
 
 
@@ -55,7 +59,7 @@ def servers_of(out: Path) -> list[psutil.Process]:
 @pytest.mark.timeout(500)
 def test_it_says_where_everything_is(demo: tuple[Path, str]) -> None:
     out, printed = demo
-    assert (out / "data" / "edit" / "manifest.json").is_file()
+    assert (out / "data" / "pairs" / "manifest.json").is_file()
     assert (out / "training" / "edit2" / "model" / "dim.json").is_file()
     assert (out / "mlflow.db").is_file()
     for name in ("shards", "MLflow UI", "checkpoint", "model", "report", "server"):

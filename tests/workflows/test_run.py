@@ -1,0 +1,226 @@
+"""Workflows that are really run, killed, changed and run again."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+from mlflow import MlflowClient
+from rich.console import Console
+
+from dim.errors import ConfigError
+from workflows import receipts as kept
+from workflows.receipts import Maker, Receipt, Receipts
+from workflows.run import StepError, run
+from workflows.view import plan_table, status_table
+from workflows.workflow import Workflow, load_workflow
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = ROOT / "configs"
+TABLETOP = {"size": 32, "kinds": ["remove"], "objects": [2, 3], "outlines": 0}
+
+
+def written(folder: Path, **changes: Any) -> Path:
+    edit = {"designer": "oracle", "filters": {"min_side": 16}}
+    steps: dict[str, Any] = {
+        "raw": {"run": "ingest", "with": {"tabletop": "${values.pairs}", **TABLETOP}},
+        "other": {"run": "ingest", "with": {"tabletop_images": 5, "size": 32}},
+        "edit": {
+            "run": "edit",
+            "file": str(CONFIGS / "data-tabletop-edit.yaml"),
+            "with": {"raw": "${raw}", **edit},
+        },
+    } | changes
+    file = folder / "workflow.yaml"
+    values = {"out": str(folder / "out"), "values": {"pairs": 6}, "steps": steps}
+    file.write_text(yaml.safe_dump(values))
+    return file
+
+
+def said_by(loaded: Workflow, **options: Any) -> str:
+    console = Console(width=200, record=True, force_terminal=False, quiet=True)
+    console.quiet = False
+    with console.capture() as captured:
+        run(loaded, console, **options)
+    return captured.get()
+
+
+def shown(table: Any) -> str:
+    console = Console(width=250)
+    with console.capture() as captured:
+        console.print(table)
+    return captured.get()
+
+
+def manifests(out: Path) -> dict[str, bytes]:
+    return {path.parent.name: path.read_bytes() for path in out.glob("data/*/manifest.json")}
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory, ray_cluster: None) -> tuple[Path, str]:
+    """A workflow file all of whose steps have been run, and what was said of it."""
+    file = written(tmp_path_factory.mktemp("workflow"))
+    return file, said_by(load_workflow(file))
+
+
+def test_steps_are_run_when_what_they_take_is_there(done: tuple[Path, str]) -> None:
+    file, said = done
+    loaded, out = load_workflow(file), file.parent / "out"
+    begun = [line.partition(":")[0] for line in said.splitlines() if ": begins" in line]
+    assert begun == ["raw", "other", "edit"]
+    ended = next(n for n, line in enumerate(said.splitlines()) if line.startswith("raw: 6 records"))
+    assert "edit: begins" in "".join(said.splitlines()[ended:])
+    assert set(manifests(out)) == {"raw", "other", "edit"}
+    receipt = Receipts(loaded).read("edit")
+    assert (receipt.state, receipt.result["kept"]) == ("done", 6) and receipt.seconds > 0
+    assert "6 kept" in shown(status_table(loaded, Receipts(loaded), lambda name: Path("nowhere")))
+
+
+def test_all_log_below_one_run(done: tuple[Path, str]) -> None:
+    loaded = load_workflow(done[0])
+    client = MlflowClient(str(loaded.tracking.uri))
+    experiment = client.get_experiment_by_name("dim")
+    runs = client.search_runs([experiment.experiment_id])
+    (parent,) = [each for each in runs if each.info.run_name.startswith("workflow")]
+    children = [each for each in runs if each is not parent]
+    assert len(children) == 3 and parent.info.status == "FINISHED"
+    assert {each.data.tags["mlflow.parentRunId"] for each in children} == {parent.info.run_id}
+
+
+def test_what_is_done_is_not_done_again(done: tuple[Path, str]) -> None:
+    file = done[0]
+    before = {path: path.stat().st_mtime_ns for path in (file.parent / "out").rglob("*.json")}
+    said = said_by(load_workflow(file))
+    assert said.count("(done before)") == 3 and "begins" not in said
+    after = {path: path.stat().st_mtime_ns for path in (file.parent / "out").rglob("*.json")}
+    assert after == before
+    plan = shown(plan_table(load_workflow(file), Receipts(load_workflow(file)), None))
+    assert plan.count("is done") == 3
+
+
+def test_another_setting_is_refused_until_it_is_meant(done: tuple[Path, str]) -> None:
+    file = done[0]
+    changed = load_workflow(file, ["pairs=7"])
+    with pytest.raises(ConfigError, match=r"'raw' is done.*tabletop was 6 and is 7.*--from raw"):
+        run(changed, Console(quiet=True))
+    plan = shown(plan_table(changed, Receipts(changed), None))
+    assert "was made otherwise: tabletop was 6 and is 7" in plan
+    assert "is made again" in shown(plan_table(changed, Receipts(changed), "raw"))
+    said = said_by(changed, begin_at="raw")
+    assert "raw: 7 records" in said and "edit: 7 records" in said
+    assert "other: 5 records: 5 kept, 0 rejected, 0 failed (done before)" in said
+    # How it is done is no other setting.
+    assert "begins" not in said_by(load_workflow(file, ["pairs=7", "steps.edit.with.workers=1"]))
+
+
+def test_an_output_that_is_gone_is_made_again(done: tuple[Path, str]) -> None:
+    file = done[0]
+    loaded = load_workflow(
+        file, [f"pairs={Receipts(load_workflow(file)).read('raw').result['input']}"]
+    )
+    other = file.parent / "out" / "data" / "other"
+    before = manifests(file.parent / "out")
+    shutil.rmtree(other)
+    said = said_by(loaded)
+    assert said.count("begins") == 1 and "other: begins" in said
+    assert manifests(file.parent / "out") == before
+
+
+def test_a_step_that_fails_says_why_and_where(tmp_path: Path, ray_cluster: None) -> None:
+    bad = {"run": "edit", "with": {"raw": str(tmp_path / "nowhere"), "designer": "oracle"}}
+    after = {"run": "ingest", "with": {"tabletop": 3, **TABLETOP}, "after": ["bad"]}
+    loaded = load_workflow(written(tmp_path, raw=bad | {}, edit=after | {"after": ["raw"]}))
+    with pytest.raises(StepError) as error:
+        run(loaded, Console(quiet=True))
+    assert f"step 'raw': the raw pairs {tmp_path / 'nowhere'}" in str(error.value) or (
+        "step 'raw': " in str(error.value) and "nowhere" in str(error.value)
+    )
+    log = Path(str(error.value).partition("(log: ")[2].rstrip(")"))
+    assert "nowhere" in log.read_text()
+    receipts = Receipts(loaded)
+    assert receipts.read("raw").state == "failed" and receipts.read("edit").state == "open"
+    assert receipts.read("other").state in ("open", "done")  # beside it; never left as running
+    assert "failed" in shown(status_table(loaded, receipts, lambda name: Path("nowhere")))
+
+
+def test_two_at_once_are_refused(tmp_path: Path) -> None:
+    loaded = load_workflow(written(tmp_path))
+    here = kept.maker()
+    Receipts(loaded).write("raw", Receipt(state="running", maker=here))
+    with pytest.raises(StepError, match=f"'raw' is being made by process {os.getpid()} on"):
+        run(loaded, Console(quiet=True))
+    elsewhere = {"pid": 1, "host": "elsewhere"}
+    assert Maker(**elsewhere, beat=time.time()).alive
+    assert not Maker(**elsewhere, beat=time.time() - 3600).alive
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    assert not here.model_copy(update={"pid": ended.pid}).alive
+    said = shown(status_table(loaded, Receipts(loaded), lambda name: Path("nowhere")))
+    assert "runs" in said
+    with pytest.raises(ConfigError, match="--from edt: no such step"):
+        Receipts(loaded).write("raw", Receipt())
+        run(loaded, Console(quiet=True), begin_at="edt")
+
+
+@pytest.fixture
+def command(ray_cluster: None) -> Iterator[Callable[[Path], subprocess.Popen[str]]]:
+    """Starts ``dim run`` on the tests' own Ray; what is left of it ends with the test."""
+    import ray
+
+    address = ray.get_runtime_context().gcs_address
+    begun: list[subprocess.Popen[str]] = []
+
+    def start(file: Path) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "workflows.run", str(file)],
+            cwd=ROOT, env=os.environ | {"RAY_ADDRESS": address}, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        begun.append(process)
+        return process
+
+    yield start
+    for process in begun:
+        process.kill()
+        process.wait()
+
+
+def wait_for(happened: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 120
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_killed_anywhere_it_goes_on(
+    tmp_path: Path, command: Callable[[Path], subprocess.Popen[str]], how: signal.Signals
+) -> None:
+    file = written(tmp_path)
+    receipt = tmp_path / "out" / "steps" / "edit.json"
+    first = command(file)
+    wait_for(lambda: receipt.exists() or first.poll() is not None)
+    wait_for((tmp_path / "out" / "steps" / "edit.log").exists)
+    steps = psutil.Process(first.pid).children(recursive=True)
+    first.send_signal(how)
+    assert first.wait(90) == (130 if how == signal.SIGTERM else -signal.SIGKILL)
+    # Nothing of it stays behind.
+    assert not psutil.wait_procs(steps, timeout=60)[1]
+    if how == signal.SIGTERM:
+        assert json.loads(receipt.read_text())["state"] in ("open", "done")
+    again = command(file)
+    said, _ = again.communicate(timeout=180)
+    assert again.returncode == 0, said
+    assert "raw: 6 records: 6 kept, 0 rejected, 0 failed (done before)" in said
+    assert "edit: 6 records: 6 kept" in said

@@ -1,0 +1,118 @@
+"""A step of a workflow in a process of its own, which ends with the workflow's."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import Any
+
+from dim.failures import explain
+from workflows.programs import PROGRAMS, Done
+from workflows.workflow import Step
+
+_ENDS_WITHIN_S = 60.0
+
+
+@dataclass(frozen=True)
+class Failed:
+    """Why a step could not be done, and the exit code that goes with it."""
+
+    sentence: str
+    exit_code: int
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a process is told: settings as JSON, since it reads them anew."""
+
+    program: str
+    config: dict[str, Any]
+    out: str
+    anew: bool
+    log: Path
+    variables: Mapping[str, str]
+
+
+class StepProcess:
+    """A step that is being made.
+
+    Args:
+        step: which.
+        program: its name among the programs.
+        anew: replace what is there.
+        log: where all that it says goes.
+        variables: of its environment, on top of this process's.
+    """
+
+    def __init__(
+        self, step: Step, program: str, *, anew: bool, log: Path, variables: Mapping[str, str]
+    ) -> None:
+        context = multiprocessing.get_context("forkserver")
+        # A process that has imported all this already is what the others are forked from.
+        context.set_forkserver_preload(["workflows.programs"])
+        log.parent.mkdir(parents=True, exist_ok=True)
+        config = step.config.model_dump(mode="json", by_alias=True, exclude_unset=True)
+        task = Task(program, config, step.out, anew, log, variables)
+        self.step, self.log = step, log
+        self.connection, theirs = context.Pipe(duplex=False)
+        self._process: ForkServerProcess = context.Process(
+            target=_run, args=(task, theirs), name=f"step {step.name}"
+        )
+        self._process.start()
+        theirs.close()
+
+    def take(self) -> tuple[float | None, str] | Done | Failed | None:
+        """What it says next, if it has said something; how it ended is the last."""
+        try:
+            said: tuple[float | None, str] | Done | Failed = self.connection.recv()
+        except EOFError:
+            self._process.join()
+            return Failed(f"its process was killed (exit status {self._process.exitcode})", 1)
+        return said
+
+    def stop(self) -> None:
+        """End it as Ctrl-C would; kill it where that does not help."""
+        if self._process.pid is not None and self._process.is_alive():
+            os.kill(self._process.pid, signal.SIGINT)
+        self._process.join(_ENDS_WITHIN_S)
+        self._process.kill()
+        self._process.join()
+
+
+def _run(task: Task, connection: Connection) -> None:
+    os.setsid()  # a Ctrl-C at the terminal is for the workflow, which then ends its steps
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    os.environ.update(task.variables)
+    with task.log.open("a", encoding="utf-8") as log:
+        sys.stdout.flush()
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(log.fileno(), stream.fileno())
+    try:
+        program = PROGRAMS[task.program]
+        config = program.config.model_validate(task.config)
+        connection.send(
+            program.run(config, task.out, task.anew, lambda *said: connection.send(said))
+        )
+    except BaseException as error:
+        failure = explain(error)
+        print(failure.sentence, file=sys.stderr, flush=True)
+        connection.send(Failed(failure.sentence, failure.exit_code))
+        if not isinstance(error, Exception):
+            raise SystemExit(failure.exit_code) from None
+        if failure.sentence.startswith("unexpected"):
+            raise  # its traceback belongs into the log
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)
