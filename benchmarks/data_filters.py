@@ -47,7 +47,14 @@ from pipelines.cluster import connect
 from pipelines.filter import FilterPairsConfig
 from pipelines.filter import run as run_filter
 from pipelines.filters import FilterPairs, PairRules
-from pipelines.filters.duplicates import SIGNATURE, DuplicateRules, drop_duplicates
+from pipelines.filters.duplicates import (
+    SIGNATURE,
+    DuplicateRules,
+    explained,
+    find_duplicates,
+    known_of,
+    reject_duplicates,
+)
 from pipelines.filters.verdicts import GiveVerdicts
 from pipelines.outcome import travelling
 from pipelines.outputs import manifest
@@ -184,7 +191,9 @@ def run_map(raw: Path, out: Path, processes: int) -> int:
         _add_verdicts, batched=True, batch_size=BATCH, num_proc=processes
     )
     verdicts = judged.select_columns(COLUMNS).with_format("arrow")[:]
-    verdicts = drop_duplicates(verdicts, DUPLICATES, _find)
+    ids = dict(zip(verdicts["index"].to_pylist(), verdicts["id"].to_pylist(), strict=True))
+    losers = explained(find_duplicates(known_of(verdicts), DUPLICATES, _find), ids)
+    verdicts = reject_duplicates(verdicts, losers)
     kept = judged.select(pc.indices_nonzero(pc.equal(verdicts["outcome"], "kept")).to_pylist())
     with (out / "data.parquet").open("wb") as file:
         kept.select_columns(records.RAW_PAIR.names).to_parquet(file)

@@ -14,8 +14,17 @@ import pyarrow as pa
 
 from dim.errors import InputError
 
-SCHEMA_VERSION = 1
-"""Raised whenever a column changes its name, type or meaning."""
+SCHEMA_VERSIONS = {
+    "raw_pair": 1,
+    "raw_image": 1,
+    "edit": 1,
+    "t2i": 1,
+    "reject": 1,
+    "failed": 1,
+    "edit_features": 1,
+    "t2i_features": 1,
+}
+"""By kind of record: raised whenever a column of it changes its name, type or meaning."""
 
 KIND_KEY = b"dim.kind"
 VERSION_KEY = b"dim.schema_version"
@@ -37,7 +46,7 @@ MEASURES = pa.field(
 
 
 def _schema(kind: str, *fields: pa.Field) -> pa.Schema:
-    metadata = {KIND_KEY: kind.encode(), VERSION_KEY: str(SCHEMA_VERSION).encode()}
+    metadata = {KIND_KEY: kind.encode(), VERSION_KEY: str(SCHEMA_VERSIONS[kind]).encode()}
     return pa.schema(fields, metadata=metadata)
 
 
@@ -201,11 +210,12 @@ def check_version(schema: pa.Schema, where: str) -> None:
     Raises:
         InputError: they are of a newer schema version; the message begins with ``where``.
     """
-    version = version_of(schema)
-    if version is not None and version > SCHEMA_VERSION:
+    version, kind = version_of(schema), kind_of(schema)
+    known = SCHEMA_VERSIONS.get(kind or "", 1)
+    if version is not None and version > known:
         raise InputError(
-            f"{where} holds records of schema version {version}, and this program knows "
-            f"{SCHEMA_VERSION} and older; use a newer one"
+            f"{where} holds {kind or 'unknown'} records of schema version {version}, and this "
+            f"program knows {known} and older; use a newer one"
         )
 
 

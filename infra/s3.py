@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, NamedTuple, TypeVar
+from typing import IO, Any, NamedTuple, TypeVar
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -217,6 +217,24 @@ class Files(pafs.FileSystemHandler):
     def move(self, src: str, dest: str) -> None:
         self.copy_file(src, dest)
         self.delete_file(src)
+
+    def put(self, path: str, open_body: Callable[[], IO[bytes]]) -> None:
+        """Write an object by one request, so that it is there whole or not at all.
+
+        pyarrow sends parts, and completes an upload also when it ends in an error
+        (apache/arrow#40502): a short object would take the place of a whole one of its name.
+
+        Args:
+            path: of the object.
+            open_body: opens what it holds, 5 GiB at most; once for every try.
+        """
+        bucket, key = _split(path)
+
+        def write(clients: Clients) -> None:
+            with _told(), open_body() as body:
+                clients.objects.put_object(Bucket=bucket, Key=key, Body=body)
+
+        self._call(write)
 
     def presign(self, path: str, seconds: int, content_type: str) -> str:
         """A URL at which anybody reads an object for a while; it is signed here, and not asked."""

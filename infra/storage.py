@@ -12,16 +12,17 @@ from __future__ import annotations
 import errno
 import hashlib
 import io
+import json
 import os
 import re
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import IO, Any, NamedTuple, TextIO
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -39,6 +40,8 @@ from infra.s3 import ATTEMPTS, Connection, Files, PatientFile, squeezed
 _PART = 16 << 20
 _FOOTERS_AT_ONCE = 16
 _FILES_AT_ONCE = 4
+# Of a manifest of others nothing is opened that lies elsewhere.
+_KEPT_FILE = r"data/(?!\.)[^/]+\.parquet"
 _LOCK_S = 60.0  # whoever holds it writes a small file
 
 _EXPIRED = (
@@ -252,13 +255,11 @@ class Store:
     def write(self, name: str, data: bytes | pa.Buffer) -> None:
         """Write a whole file; it replaces one that is there, at once and completely."""
         with _errors("write", self.address(name)):
-            if self.is_local:
-                with _replacing(Path(self.path(name))) as file:
-                    file.write(data)
+            if self._files is None:
+                with _replacing(Path(self.path(name))) as new:
+                    new.file.write(data)
             else:
-                path = self.path(name)  # of which pyarrow would compress one that ends in .gz
-                with self.filesystem.open_output_stream(path, compression=None) as stream:
-                    stream.write(data)
+                self._files.put(self.path(name), lambda: io.BytesIO(data))
 
     def presign(self, name: str, seconds: int, content_type: str) -> str:
         """A URL at which anybody reads a file of an object store for so long, as that type.
@@ -311,15 +312,29 @@ class Store:
 
         On its way to an object store it lies on this machine's disk and not in memory.
         """
-        with _errors("write", self.address(name)):
-            if self.is_local:
-                with _replacing(Path(self.path(name))) as file:
-                    yield Output(file)
+        with self.open_unnamed(name, lambda file: name) as file:
+            yield file
+
+    @contextmanager
+    def open_unnamed(self, near: str, name: Callable[[Output], str]) -> Iterator[Output]:
+        """The same, with a name that follows from what was written, such as its hash.
+
+        Args:
+            near: a name in the folder that the file will lie in.
+            name: the file's own, when it is whole.
+        """
+        with _errors("write", self.address(near)):
+            if self._files is None:
+                with _replacing(Path(self.path(near))) as file:
+                    output = Output(file.file)
+                    yield output
+                    file.path = Path(self.path(name(output)))
             else:
-                with tempfile.NamedTemporaryFile() as file:
-                    yield Output(file)
-                    file.flush()
-                    _copy(open_store(file.name), replace(self, root=self.path(name)))
+                with tempfile.NamedTemporaryFile() as whole:
+                    output = Output(whole)
+                    yield output
+                    whole.flush()
+                    self._files.put(self.path(name(output)), partial(_open_local, whole.name))
 
     @contextmanager
     def open_upload(self, name: str) -> Iterator[Output]:
@@ -340,20 +355,6 @@ class Store:
                 with suppress(Exception):  # it is the first error that matters
                     self.filesystem.delete_file(self.path(name))
                 raise
-
-    @contextmanager
-    def open_passing(self, name: str) -> Iterator[IO[bytes] | Output]:
-        """The same for a file that is soon read and then deleted.
-
-        Nothing waits for a local disk, so a crash of the machine may take it.
-        """
-        if not self.is_local:
-            with self.open_output(name) as file:
-                yield file
-            return
-        path = Path(self.path(name))
-        with _errors("write", self.address(name)), _replacing(path, durable=False) as local:
-            yield local
 
     def open_append(self, name: str) -> TextIO:
         """A local file that lines are added to; an object store has no such thing."""
@@ -553,8 +554,8 @@ def replace_folder(folder: str | Path, uri: str, last: str) -> None:
 def _copy_file(source: Store, target: Store, name: str) -> None:
     with _errors("copy", f"{source.address(name)} to {target.uri}"):
         if target.is_local:
-            with _replacing(Path(target.path(name))) as file, source.open_input(name) as stream:
-                shutil.copyfileobj(stream, file, _PART)
+            with _replacing(Path(target.path(name))) as new, source.open_input(name) as stream:
+                shutil.copyfileobj(stream, new.file, _PART)
         else:
             _copy(replace(source, root=source.path(name)), replace(target, root=target.path(name)))
 
@@ -625,7 +626,7 @@ def _delete_short(source: Store, target: Store) -> None:
 
 
 def open_dataset(uris: str | Sequence[str]) -> ds.Dataset:
-    """The kept records (``data/*.parquet``) of one or more job outputs, files in order of name.
+    """The kept records of one or more job outputs: the files that their manifests name, in order.
 
     Raises:
         InputError: its records are of a schema newer than this program knows, or have a column
@@ -653,7 +654,8 @@ def open_finished(uri: str) -> Store:
 
 def _open_shards(uri: str) -> ds.Dataset:
     store = open_finished(uri)
-    names = [name for name, _ in store.list("data", suffix=".parquet")]
+    files = json.loads(store.read("manifest.json"))["files"]
+    names = [file["path"] for file in files if re.fullmatch(_KEPT_FILE, file["path"])]
     if not names:
         raise StorageError(f"the dataset {uri} has no data/*.parquet")
     dataset = store.open_dataset(names)
@@ -732,18 +734,30 @@ def _version(data: bytes) -> Version:
     return Version(data, hashlib.sha256(data).hexdigest())
 
 
+def _open_local(path: str) -> IO[bytes]:
+    return Path(path).open("rb")
+
+
+@dataclass
+class _New:
+    """A file that is being written, and where it is to lie when it is whole."""
+
+    file: IO[bytes]
+    path: Path
+
+
 @contextmanager
-def _replacing(path: Path, *, durable: bool = True) -> Iterator[IO[bytes]]:
+def _replacing(path: Path) -> Iterator[_New]:
     """A new file beside ``path``, which takes its place when the block ends without an error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with temporary.open("wb") as file:
-            yield file
-            if durable:
-                file.flush()
-                os.fsync(file.fileno())
-        temporary.replace(path)
+            new = _New(file, path)
+            yield new
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(new.path)
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -12,18 +12,17 @@ from pydantic import Field
 from dim import designers
 from dim.config import load_config
 from dim.records import EDIT, RAW_PAIR
-from infra.storage import Store
 from pipelines.calls.engine import answer_beforehand
-from pipelines.calls.worker import AskInTurn, CalledModel, batches_at_once
+from pipelines.calls.worker import CalledModel, batches_at_once
 from pipelines.command import ConfigFile, Out, Overrides, Overwrite, RetryFailed, settings
 from pipelines.filters import FilterPairs, PairRules
 from pipelines.filters.duplicates import DuplicateRules
-from pipelines.filters.verdicts import without_duplicates
-from pipelines.job import AskingConfig, Job
+from pipelines.filters.verdicts import judge
+from pipelines.job import AskingConfig, Job, Remaining
 from pipelines.outputs.manifest import Manifest
 from pipelines.outputs.shards import Shards
 from pipelines.outputs.summary import summary
-from pipelines.ranges import scan
+from pipelines.ranges import AskRanges, Piece, ReadRanges, ranges_of, rows_per_range
 from pipelines.stages.blueprint import WriteBlueprints
 from pipelines.stages.triage import TriageBy, TriageInstructions
 
@@ -50,41 +49,62 @@ def run(config: EditConfig, *, overwrite: bool = False, retry_failed: bool = Fal
     """Make DIM-Edit. See :meth:`pipelines.job.Job.run` for reruns and errors."""
     designers.check(config.designer)
     raw = Shards.open(config.raw, RAW_PAIR)
-    asks = config.designer
-    job = Job("edit", config, EDIT, identity=raw.identity, rows=raw.rows, asks=asks)
+    ranges = ranges_of(raw, rows_per_range(raw.rows, config.rows_per_file))
+    job = Job(
+        "edit",
+        config,
+        EDIT,
+        identity=raw.identity,
+        rows=raw.rows,
+        ranges=len(ranges),
+        asks=config.designer,
+    )
     return job.run(
-        lambda: edit(raw, config, job.store), overwrite=overwrite, retry_failed=retry_failed
+        lambda work: edit(raw, ranges, config, work),
+        overwrite=overwrite,
+        retry_failed=retry_failed,
     )
 
 
-def edit(raw: Shards, config: EditConfig, store: Store) -> ray.data.Dataset:
+def edit(
+    raw: Shards, ranges: list[list[Piece]], config: EditConfig, work: Remaining
+) -> ray.data.Dataset:
     """Raw pairs → filter → duplicates → triage → blueprint."""
-    rows = config.batch_size
-    good = FilterPairs(config.filters)
-    seconds = config.range_timeout_s
-    unique = without_duplicates(raw, good, config.duplicates, rows, num_cpus=1, timeout_s=seconds)
-    pairs = scan(raw, unique, rows, num_cpus=1, timeout_s=seconds)
-    pairs = pairs.repartition(target_num_rows_per_block=rows)
+    rows, judged = judge(
+        raw,
+        ranges,
+        work.todo,
+        FilterPairs(config.filters),
+        config.duplicates,
+        config.batch_size,
+        store=work.output.store,
+        key=work.key,
+        retry=work.retry,
+        num_cpus=1,
+        timeout_s=config.range_timeout_s,
+    )
+    todo = ray.data.from_items(rows, override_num_blocks=len(rows))
 
     triage = partial(TriageInstructions, reasks=config.reasks)
     blueprint = partial(WriteBlueprints, with_target=config.with_target, reasks=config.reasks)
     own_call = config.with_target and config.triage == "own_call"
     steps = (triage, blueprint) if own_call else (blueprint,)
-    model = CalledModel.metered(config.designer, designers.create, config.calls, store)
+    model = CalledModel.metered(config.designer, designers.create, config.calls, work.output.store)
+    kept = todo.map_batches(ReadRanges(judged.records), batch_format="pyarrow", batch_size=1)
     answer_beforehand(
-        pairs, steps, model, config.engine, workers=config.workers, reasks=config.reasks
+        kept, steps, model, config.engine, workers=config.workers, reasks=config.reasks
     )
-    return pairs.map_batches(
-        AskInTurn,  # both steps in one process: they share the designer and its limits
-        fn_constructor_args=(steps, model.open),
+    return todo.map_batches(
+        AskRanges,  # both steps in one process: they share the designer and its limits
+        fn_constructor_args=(steps, model.open, judged.surely, work.output),
         num_cpus=config.cpus_per_worker,
         compute=ray.data.ActorPoolStrategy(
-            size=config.workers_for(raw.rows),
+            size=config.workers_for(sum(each["rows"] for each in rows)),
             max_concurrent_calls_per_actor=batches_at_once(config.designer),
             enable_true_multi_threading=True,
         ),
         batch_format="pyarrow",
-        batch_size=rows,
+        batch_size=1,
     )
 
 

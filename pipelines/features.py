@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import pyarrow as pa
 import pyarrow.compute as pc
 import ray.data
 import typer
@@ -22,23 +21,16 @@ from dim.model.config import VlmView
 from dim.records import EDIT, T2I, TextName
 from infra.models import load_frozen
 from infra.registry import located
-from infra.storage import Store, everywhere, open_store
+from infra.storage import everywhere, open_store
 from pipelines.command import ConfigFile, Out, Overrides, Overwrite, RetryFailed, settings
-from pipelines.job import Job, JobConfig
+from pipelines.job import Job, JobConfig, Remaining
 from pipelines.outputs.manifest import Manifest
 from pipelines.outputs.shards import Shards
 from pipelines.outputs.summary import summary
-from pipelines.stages.encode import (
-    ENCODED,
-    ROW_GROUP,
-    TIMEOUT_S,
-    EncodeFeatures,
-    EncodeOptions,
-    schema_of,
-)
+from pipelines.ranges import Piece, ranges_of, rows_per_range
+from pipelines.stages.encode import TIMEOUT_S, EncodeOptions, EncodeRanges, schema_of
 
 _DEFAULT_TEXTS: dict[str, tuple[TextName, ...]] = {"edit": ("blueprint",), "t2i": ("caption",)}
-_FOOTERS_AT_ONCE = 16
 
 
 class FeaturesConfig(JobConfig):
@@ -67,7 +59,8 @@ class FeaturesConfig(JobConfig):
     """Processes that each hold the frozen parts."""
     cpus_per_worker: Annotated[float, HowOnly] = Field(1, gt=0)
     range_timeout_s: Annotated[float, HowOnly] = Field(TIMEOUT_S, gt=0)
-    """Seconds that a row group may take; what takes longer is begun again, and fails in the end."""
+    """Seconds that some 256 records may take; what takes longer is begun again, and fails in the
+    end."""
     gpus_per_worker: Annotated[float, HowOnly] = Field(0, ge=0)
     """A share lets one process read and decode while another computes on the same GPU."""
 
@@ -83,72 +76,54 @@ def run(config: FeaturesConfig, *, overwrite: bool = False, retry_failed: bool =
     shards = Shards.open(config.data, EDIT, T2I)
     options = _options(config, shards)
     preparation = _preparation(config, edits=options.kind == "edit")
+    ranges = ranges_of(shards, rows_per_range(shards.rows, config.rows_per_file))
     job = Job(
         "features",
         config,
         schema_of(options, preparation),
         identity={**shards.identity, "preparation": preparation.model_dump()},
         rows=shards.rows,
+        ranges=len(ranges),
         group_bytes=int(config.row_group_mb * 2**20),
     )
-    manifest = job.run(
-        lambda: encode(shards, config, options, preparation, job.store),
+    return job.run(
+        lambda work: encode(shards, ranges, config, options, preparation, work),
         overwrite=overwrite,
         retry_failed=retry_failed,
     )
-    job.store.delete(ENCODED)
-    return manifest
 
 
 def encode(
     shards: Shards,
+    ranges: list[list[Piece]],
     config: FeaturesConfig,
     options: EncodeOptions,
     preparation: Preparation,
-    store: Store,
+    work: Remaining,
 ) -> ray.data.Dataset:
-    """Row groups of the shards → their features."""
-    row_groups = row_groups_of(shards)
-    return ray.data.from_arrow(row_groups).map_batches(
-        EncodeFeatures,
+    """Ranges of the shards → their features."""
+    rows = [
+        {"number": number, "pieces": [asdict(piece) for piece in ranges[number]]}
+        for number in work.todo
+    ]
+    return ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+        EncodeRanges,
         fn_constructor_args=(
+            work.output,
             everywhere(config.model),
             options,
             preparation,
             shards.store,
-            store,
             config.gpus_per_worker > 0,
             max(1, int(config.cpus_per_worker)),
             config.range_timeout_s,
         ),
         batch_format="pyarrow",
         batch_size=1,
-        compute=ray.data.ActorPoolStrategy(size=min(config.workers, len(row_groups))),
+        compute=ray.data.ActorPoolStrategy(size=min(config.workers, len(rows))),
         num_cpus=config.cpus_per_worker,
         num_gpus=config.gpus_per_worker,
     )
-
-
-def row_groups_of(shards: Shards) -> list[pa.Table]:
-    """Every row group of the shards, in order, as a ``ROW_GROUP`` table of its own.
-
-    Raises:
-        StorageError: a file cannot be read.
-    """
-    with ThreadPoolExecutor(_FOOTERS_AT_ONCE) as pool:
-        counts = pool.map(lambda file: _row_groups(shards.store, file.path), shards.files)
-        return [
-            pa.Table.from_pylist(
-                [{"file": file.path, "sha256": file.sha256, "row_group": group}], ROW_GROUP
-            )
-            for file, groups in zip(shards.files, counts, strict=True)
-            for group in range(groups)
-        ] or [ROW_GROUP.empty_table()]
-
-
-def _row_groups(store: Store, name: str) -> int:
-    with store.open_parquet(name) as parquet:
-        return parquet.metadata.num_row_groups
 
 
 def _options(config: FeaturesConfig, shards: Shards) -> EncodeOptions:

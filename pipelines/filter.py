@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, ClassVar
 
 import pyarrow as pa
+import ray.data
 import typer
 from pydantic import Field
 
@@ -13,11 +14,13 @@ from dim.records import FILTERED_IMAGE, FILTERED_PAIR, RAW_IMAGE, RAW_PAIR, kind
 from pipelines.command import ConfigFile, Out, Overrides, Overwrite, RetryFailed, settings
 from pipelines.filters import FilterImages, FilterPairs, ImageRules, PairRules
 from pipelines.filters.duplicates import DuplicateRules
-from pipelines.filters.verdicts import InPlace, verdict_pieces
-from pipelines.job import Job, JobConfig
+from pipelines.filters.verdicts import judge
+from pipelines.job import Job, JobConfig, Remaining
 from pipelines.outputs.manifest import Manifest
+from pipelines.outputs.receipts import WriteRanges
 from pipelines.outputs.shards import Shards
 from pipelines.outputs.summary import summary
+from pipelines.ranges import Piece, ranges_of, rows_per_range, tasks_for
 
 
 class FilterConfig(JobConfig):
@@ -60,19 +63,41 @@ def run(
 ) -> Manifest:
     """Filter raw records. See :meth:`pipelines.job.Job.run` for reruns and errors."""
     raw = Shards.open(config.raw, config.kept)
-    job = Job("filter", config, config.kept, identity=raw.identity, rows=raw.rows)
-    return job.run(lambda: keep(raw, config), overwrite=overwrite, retry_failed=retry_failed)
+    ranges = ranges_of(raw, rows_per_range(raw.rows, config.rows_per_file))
+    identity, rows = raw.identity, raw.rows
+    job = Job("filter", config, config.kept, identity=identity, rows=rows, ranges=len(ranges))
+    return job.run(
+        lambda work: keep(raw, ranges, config, work),
+        overwrite=overwrite,
+        retry_failed=retry_failed,
+    )
 
 
-def keep(raw: Shards, config: FilterPairsConfig | FilterImagesConfig) -> list[InPlace]:
+def keep(
+    raw: Shards,
+    ranges: list[list[Piece]],
+    config: FilterPairsConfig | FilterImagesConfig,
+    work: Remaining,
+) -> ray.data.Dataset:
     """Raw records → filter → duplicates."""
-    return verdict_pieces(
+    rows, judged = judge(
         raw,
+        ranges,
+        work.todo,
         config.stage(),
         config.duplicates,
         config.batch_size,
+        store=work.output.store,
+        key=work.key,
+        retry=work.retry,
         num_cpus=1,
         timeout_s=config.range_timeout_s,
+    )
+    return ray.data.from_items(rows, override_num_blocks=tasks_for(len(rows))).map_batches(
+        WriteRanges(judged.records, work.output),
+        batch_format="pyarrow",
+        batch_size=1,
+        num_cpus=1,
     )
 
 

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Annotated, Any, Self
+from typing import Annotated, Self
 
-import pyarrow as pa
 import ray.data
 import typer
 from pydantic import Field, model_validator
@@ -17,8 +14,9 @@ from dim.config import load_config
 from infra import storage
 from pipelines.attempts import Attempts, TimeLimits
 from pipelines.command import ConfigFile, Out, Overrides, Overwrite, RetryFailed, settings
-from pipelines.job import Job, JobConfig
+from pipelines.job import Job, JobConfig, Remaining
 from pipelines.outputs.manifest import Manifest
+from pipelines.outputs.receipts import WriteRanges
 from pipelines.outputs.summary import summary
 from pipelines.readers import containers, sources
 from pipelines.readers.bounds import MAX_BYTES
@@ -73,41 +71,36 @@ class IngestConfig(TabletopConfig, JobConfig):
 def run(config: IngestConfig, *, overwrite: bool = False, retry_failed: bool = False) -> Manifest:
     """Read the source into raw shards. See :meth:`pipelines.job.Job.run` for reruns and errors."""
     source = open_source(config)
+    ranges = len(source.ranges)
     job = Job(
         "ingest",
         config,
         source.schema,
         identity=source.identity,
         rows=source.rows,
-        rows_per_write=None,
+        ranges=ranges,
     )
-    return job.run(lambda: read(source, config), overwrite=overwrite, retry_failed=retry_failed)
+    return job.run(
+        lambda work: read(source, config, work), overwrite=overwrite, retry_failed=retry_failed
+    )
 
 
-def read(source: Source, config: IngestConfig) -> ray.data.Dataset:
+def read(source: Source, config: IngestConfig, work: Remaining) -> ray.data.Dataset:
     """Ranges → records, as many ranges at once as there are cores, or as ``config.fetch`` says."""
-    blocks = min(len(source.ranges), _MOST_TASKS)
-    ranges = ray.data.from_items(source.ranges, override_num_blocks=blocks)
+    rows = [
+        {"number": number, "rows": source.reader.count(source.ranges[number])}
+        | source.ranges[number]
+        for number in work.todo
+    ]
+    blocks = min(len(rows), _MOST_TASKS)
     workers = config.fetch.workers if config.fetch else None
-    strategy = TaskPoolStrategy(size=min(workers, blocks)) if workers else None
-    return ranges.map_batches(
-        ReadRanges(Attempts(source.reader, _limits(config))),
+    attempts = Attempts(source.reader, _limits(config))
+    return ray.data.from_items(rows, override_num_blocks=blocks).map_batches(
+        WriteRanges(attempts.tables, work.output),
         batch_format="pyarrow",
         batch_size=1,
-        compute=strategy,
+        compute=TaskPoolStrategy(size=min(workers, blocks)) if workers else None,
     )
-
-
-@dataclass(frozen=True)
-class ReadRanges:
-    """What a task does with the ranges it is given."""
-
-    attempts: Attempts[dict[str, Any]]
-
-    def __call__(self, batch: pa.Table) -> Iterator[pa.Table]:
-        """Ranges in, raw records with outcomes out."""
-        for each in batch.to_pylist():
-            yield from self.attempts.tables(each)
 
 
 def _limits(config: IngestConfig) -> TimeLimits:

@@ -6,8 +6,10 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import pyarrow as pa
@@ -27,18 +29,21 @@ from pipelines.calls.bill import is_billed, read_costs, write_bill
 from pipelines.calls.engine import EngineOptions
 from pipelines.cluster import connect
 from pipelines.outcome import FAILED, KEPT, REJECTED
-from pipelines.outputs import card
+from pipelines.outputs import card, receipts
 from pipelines.outputs import manifest as manifests
-from pipelines.outputs.commit import FOLDERS, Limits, Piece, commit
+from pipelines.outputs.files import FOLDERS, Limits
 from pipelines.outputs.manifest import Counts, FileEntry, Manifest
+from pipelines.outputs.receipts import RangeOutput, Receipt
 from pipelines.outputs.shards import Shards
-from pipelines.outputs.sink import ROWS_PER_RANGE, STAGING, OutcomeSink
 from pipelines.ranges import TIMEOUT_S
 
 REPORT = "report.html"
 """A page that a job may leave in its output, for MLflow to keep."""
 
 _WITH_CARD = ("edit", "t2i")
+
+_DELETES = 16  # at a time
+_ROWS_PER_RANGE = 512  # of an input that is cut before anybody knows how long it is
 
 # What is said of an input besides what it is: it may differ between two runs as well.
 _SAID_ONLY = frozenset({"hidden"})
@@ -57,7 +62,7 @@ class JobConfig(StrictModel):
     out: Annotated[str, HowOnly]
     """Address of the output folder."""
     rows_per_file: int = Field(16_384, ge=1)
-    """Places in the input per output file at most."""
+    """Records of the input per output file at most."""
     target_file_mb: float = Field(256, gt=0)
     """Size of an output file at most, in units of 2**20 bytes before compression."""
     range_timeout_s: Annotated[float, HowOnly] = Field(TIMEOUT_S, gt=0)
@@ -70,8 +75,8 @@ class JobConfig(StrictModel):
 
     @property
     def rows_per_range(self) -> int:
-        """Places in the input that one task reads; a file holds one range or several."""
-        return min(self.rows_per_file, ROWS_PER_RANGE)
+        """Records that a task takes in at a time, and writes into files of their own."""
+        return min(self.rows_per_file, _ROWS_PER_RANGE)
 
 
 class AskingConfig(JobConfig):
@@ -92,6 +97,23 @@ class AskingConfig(JobConfig):
         return max(1, min(self.workers, rows // self.batch_size))
 
 
+@dataclass(frozen=True)
+class Remaining:
+    """What a job is to do.
+
+    Attributes:
+        output: where its ranges go.
+        todo: the numbers of those that are to be done.
+        key: what is made of the input, and how, as a hash.
+        retry: whether they were done before, and what failed in them is to be tried again.
+    """
+
+    output: RangeOutput
+    todo: Sequence[int]
+    key: str
+    retry: bool = False
+
+
 class Job:
     """One run of a data job.
 
@@ -101,8 +123,8 @@ class Job:
         schema: the columns of the records it keeps.
         identity: what it reads, the same exactly when the input is the same.
         rows: how many records it reads.
+        ranges: in how many ranges; one is done whole or not at all.
         group_bytes: size of a row group of its output, as ``Limits`` takes it.
-        rows_per_write: records that are written together at least, as ``OutcomeSink`` takes it.
         asks: the designer or captioner whose answers it keeps and pays, if there is one.
     """
 
@@ -114,8 +136,8 @@ class Job:
         *,
         identity: Mapping[str, Any],
         rows: int,
+        ranges: int,
         group_bytes: int | None = None,
-        rows_per_write: int | None = ROWS_PER_RANGE,
         asks: str | None = None,
     ) -> None:
         self.name = name
@@ -125,51 +147,58 @@ class Job:
         self._schema = schema
         self._identity = redacted({**identity, "rows": rows})
         self._rows = rows
+        self._ranges = ranges
         self._group_bytes = group_bytes
-        self._rows_per_write = rows_per_write
         self._asks = asks
 
     def run(
         self,
-        build: Callable[[], Dataset | Sequence[Piece]],
+        build: Callable[[Remaining], Dataset],
         *,
         overwrite: bool = False,
         retry_failed: bool = False,
     ) -> Manifest:
-        """Bring the output folder to hold the records of ``build()``, and say what is in it.
+        """Bring the output folder to hold all records, and say what is in it.
 
-        A finished output of the same settings and input is left as it is, an unfinished one is
-        made again; answers that were paid for are kept in either case. What goes with an output
-        (card, bill, MLflow) comes when its manifest stands: if that fails the output is good, and
-        the next call does it.
+        A finished output of the same settings and input is left as it is. Of an unfinished one the
+        ranges that have a receipt are kept, and answers that were paid for in any case. What goes
+        with an output (card, bill, MLflow) comes when its manifest stands: if that fails the output
+        is good, and the next call does it.
 
         Args:
-            build: makes the data set of records with outcomes, or says where they lie already;
-                only called when there is work.
-            overwrite: replace a finished output, whatever made it.
-            retry_failed: make a finished output again if records failed in it, and ask again
-                what was answered with nothing.
+            build: makes the data set of receipts of the ranges that are to be done; only called
+                when there are any.
+            overwrite: replace a finished output, whatever made it, when the new one is whole.
+            retry_failed: do the ranges of a finished output again in which records failed, and ask
+                again what was answered with nothing.
 
         Raises:
-            InputError: the folder holds something else, and ``overwrite`` is not set.
+            InputError: the folder holds something else, and ``overwrite`` is not set; or somebody
+                else has put another output there meanwhile.
             StorageError: it cannot be written.
             DimError: whatever stopped the job, in one sentence.
         """
         if retry_failed and self._asks is not None:
             set_unusable_aside(self.store)
+        before = manifests.read_bytes(self.store)
         done = manifests.read(self.store)
         if done is not None and not overwrite:
             self._check_same(done)
             if not (retry_failed and done.counts.failed):
-                if self.store.is_file(manifests.MARKER):  # it was killed, or something failed, here
+                if self._is_unfinished(before):  # it was killed, or something failed, after that
                     with _one_sentence(), self._tracked() as tracked:
                         self._go_with(done, lambda: tracked(done, None))
                 return done
-        self._begin(overwrite=overwrite)
+        self._begin(before)
         with _one_sentence(), self._tracked() as tracked:
             connect()
             started = time.monotonic()
-            manifest = self._write(build())
+            work, there = self._what_is_left(before, None if overwrite else done)
+            if work.todo:
+                dataset = build(work)
+                tables = dataset.iter_batches(batch_size=None, batch_format="pyarrow")
+                there |= {one.number: one for one in receipts.receipts_in(tables)}
+            manifest = self._publish(work.output, there.values(), before)
             seconds = time.monotonic() - started
             self._go_with(manifest, lambda: tracked(manifest, seconds))
         return manifest
@@ -193,33 +222,106 @@ class Job:
                 "--out, or --overwrite it"
             )
 
-    def _begin(self, *, overwrite: bool) -> None:
-        """Claim the folder, and clear what an earlier attempt left, but for its answers."""
+    def _is_unfinished(self, standing: bytes | None) -> bool:
+        """Whether whoever wrote the manifest that stands has not done what comes after it.
+
+        A run that is to replace this manifest, now or until it was killed, does not count.
+        """
+        if not self.store.is_file(manifests.MARKER):
+            return False
+        try:
+            replaces = json.loads(self.store.read(manifests.MARKER)).get("replaces")
+        except (ValueError, AttributeError):
+            return True
+        return bool(replaces != _hash(standing))
+
+    def _begin(self, before: bytes | None) -> None:
+        """Claim the folder; nothing of an earlier attempt, or of somebody else's, is touched."""
         ours = self.store.is_file(manifests.MARKER) or self.store.is_file(manifests.NAME)
         if not ours and not self.store.is_empty():
             raise InputError(
                 f"{self.store.uri} is not empty and holds no output of a data job; choose "
                 "another --out"
             )
-        self.store.write(manifests.MARKER, f'{{"job": "{self.name}"}}\n'.encode())
-        for name in (manifests.NAME, card.NAME, REPORT, STAGING, *FOLDERS.values()):
-            self.store.delete(name)
+        claim = json.dumps({"job": self.name, "replaces": _hash(before)})
+        self.store.write(manifests.MARKER, f"{claim}\n".encode())
 
-    def _write(self, made: Dataset | Sequence[Piece]) -> Manifest:
+    def _what_is_left(
+        self, before: bytes | None, retried: Manifest | None
+    ) -> tuple[Remaining, dict[int, Receipt]]:
+        """What there is to do, and the receipts of what is done.
+
+        Args:
+            before: the manifest that stands, in place of which the new one comes.
+            retried: the same where only what failed is done again.
+        """
         config = self._config
-        pieces = self._stage(made) if isinstance(made, Dataset) else made
-        limits = Limits(config.rows_per_file, int(config.target_file_mb * 2**20), self._group_bytes)
-        files = commit(self.store, self._schema, pieces, limits)
+        what = [
+            self.name,
+            what_decides(type(config), self._settings),
+            _which(self._identity),
+            str(self._schema.with_metadata(None)),
+            {str(key): str(value) for key, value in (self._schema.metadata or {}).items()},
+        ]
+        replaced = _hash(before)
+        output = RangeOutput(
+            self.store,
+            # A receipt is one of the attempts at *this* place: not of the output that stands.
+            receipts.key_of(*what, replaced),
+            self._ranges,
+            self._schema,
+            Limits(config.rows_per_file, int(config.target_file_mb * 2**20), self._group_bytes),
+        )
+        there = receipts.whole(self.store, output.found())
+        if retried is not None:
+            kept = receipts.without_failures(self.store, retried, self._ranges)
+            there = receipts.whole(self.store, kept) | there
+        todo = [number for number in range(self._ranges) if number not in there]
+        key = receipts.key_of(*what, replaced if retried is None else None)
+        return Remaining(output, todo, key, retried is not None), there
+
+    def _publish(
+        self, output: RangeOutput, done: Collection[Receipt], before: bytes | None
+    ) -> Manifest:
+        """Let all ranges be the output, unless somebody else has put one there meanwhile."""
+        files = receipts.files_in_order(done)
+        files = receipts.files_in_order(
+            [*done, Receipt(number=0, files=tuple(output.write_missing(files)), reasons={})]
+        )
         manifest = Manifest(
             job=self.name,
             config=self._settings,
             input=self._identity,
-            counts=self._count(pieces, files),
+            counts=self._count(done, files),
             files=tuple(files),
             cost=read_costs(self.store) if self._is_billed else None,
         )
+        if lost := receipts.lacking(self.store, files):
+            raise DimError(self._lost(lost[0]))
+        if (theirs := manifests.read_bytes(self.store)) != before and theirs is not None:
+            return self._theirs()
         manifests.write(self.store, manifest)
+        # Whoever finished between the two last looks has cleared what only our manifest names.
+        if lost := receipts.lacking(self.store, files):
+            if manifests.read(self.store) != manifest:
+                return self._theirs()
+            self.store.delete(manifests.NAME)
+            raise DimError(self._lost(lost[0]))
         return manifest
+
+    def _theirs(self) -> Manifest:
+        """The output that somebody else has finished meanwhile, if it is the same."""
+        theirs = manifests.read(self.store)
+        if theirs is None:
+            raise DimError(self._lost(manifests.NAME))
+        self._check_same(theirs)
+        return theirs
+
+    def _lost(self, name: str) -> str:
+        return (
+            f"{self.store.address(name)} is gone or not whole: another run works on the same "
+            "output; run this again when it has ended"
+        )
 
     @property
     def _is_billed(self) -> bool:
@@ -243,27 +345,32 @@ class Job:
                 f"{self.store.uri} is finished and good, but for {'; '.join(failures)} (the same "
                 "command does that alone)"
             )
-        self._tidy()
+        self._tidy(manifest)
 
-    def _stage(self, dataset: Dataset) -> Sequence[Piece]:
-        most = self._rows_per_write
-        together = None if most is None else min(most, self._config.rows_per_file)
-        sink = OutcomeSink(self.store, self._schema, together)
-        dataset.write_datasink(sink)
-        return sink.pieces
+    def _tidy(self, manifest: Manifest) -> None:
+        """Clear what is only there until all is done; a kill may come in between.
 
-    def _tidy(self) -> None:
-        """Clear what is only there until all is done; a kill may come in between."""
-        self.store.delete(STAGING)
+        What no manifest names is litter of a run that was killed, or of one that finds this output
+        when it ends.
+        """
+        if manifests.read(self.store) != manifest:
+            return
+        named = {file.path for file in manifest.files}
+        there = [name for folder in FOLDERS.values() for name, _ in self.store.list(folder)]
+        with ThreadPoolExecutor(_DELETES) as pool:
+            list(pool.map(self.store.delete, (name for name in there if name not in named)))
+        self.store.delete(receipts.FOLDER)
+        if not manifest.counts.failed:  # else they may be tried again
+            self.store.delete(receipts.VERDICTS)
         self.store.delete(manifests.MARKER)
 
-    def _count(self, pieces: Sequence[Piece], files: list[FileEntry]) -> Counts:
+    def _count(self, done: Iterable[Receipt], files: list[FileEntry]) -> Counts:
         rows: Counter[str] = Counter()
         for file in files:
             rows[file.path.partition("/")[0]] += file.rows
         reasons: Counter[str] = Counter()
-        for piece in pieces:
-            reasons.update(piece.reasons)
+        for receipt in done:
+            reasons.update(receipt.reasons)
         counts = Counts(
             input=self._rows,
             kept=rows[FOLDERS[KEPT]],
@@ -354,6 +461,11 @@ def _tried(extras: Iterable[tuple[str, Callable[[], object]]]) -> Iterator[tuple
 def _digest(value: Any) -> str:
     """A short hash, as MLflow wants for a data set."""
     return records.sha256_hex(json.dumps(value, sort_keys=True).encode())[:32]
+
+
+def _hash(manifest: bytes | None) -> str | None:
+    """What tells a manifest from another one."""
+    return None if manifest is None else records.sha256_hex(manifest)
 
 
 def _which(identity: Mapping[str, Any]) -> dict[str, Any]:

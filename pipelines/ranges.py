@@ -1,7 +1,8 @@
-"""A range of the input: what one task reads of a finished output, and works on where it lies.
+"""A finished output as the next job's input: cut into ranges, and read by tasks where it lies.
 
-No picture goes through Ray's object store on the way: this is for stages that need no process of
-their own.
+A range is what a job does, writes and, if it was killed, has done: see
+:mod:`pipelines.outputs.receipts`. It is one piece of a file or several that follow one another, and
+depends on the input alone. No picture goes through Ray's object store on the way to a stage.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,21 +23,28 @@ from rich.progress import track
 from infra.memory import keep_freed_memory
 from infra.storage import Store
 from pipelines.attempts import Attempts, TimeLimits, limited, stop_after
+from pipelines.calls.answers import Answers
+from pipelines.calls.worker import AskInTurn, Step
 from pipelines.outcome import IMAGES
-from pipelines.outputs.commit import GROUP_BYTES, GROUP_PLACES
+from pipelines.outputs.files import GROUP_BYTES, GROUP_ROWS
 from pipelines.outputs.manifest import FileEntry
+from pipelines.outputs.receipts import RangeOutput
 from pipelines.outputs.shards import Shards
 
 _TASKS_PER_CORE = 4
-_RANGES_PER_TASK = 4
+_PIECES_PER_TASK = 4
 _CUT_AT_END = 4
 _MOST_TASKS = 10_000  # each costs the driver a few ms
 _NEAR = 64  # tasks that Ray may hand out while others are being cancelled
+
+_LEAST_ROWS, _MOST_ROWS = 256, 4096  # of a range
+_MOST_RANGES = 2_000  # unless they would have more rows
 
 TIMEOUT_S = 1800.0
 """Seconds that a range may take unless a job says otherwise."""
 
 Stage = Callable[[pa.Table], pa.Table]
+Keep = Callable[["Piece", Callable[[], pa.Table]], pa.Table]
 
 
 @runtime_checkable
@@ -56,7 +64,7 @@ class FallibleStage(Protocol):
 
 
 @dataclass(frozen=True)
-class Range:
+class Piece:
     """Records of a file that lie together: one of about equal runs of its row groups.
 
     Attributes:
@@ -73,9 +81,11 @@ class Range:
     cut: int = 0
     cuts: int = 1
 
-    def split(self, cuts: int) -> list[Range]:
-        """The same records as so many ranges; each reads the row groups of all of them."""
-        return [replace(self, cut=cut, cuts=cuts) for cut in range(cuts)]
+    def split(self, cuts: int) -> list[Piece]:
+        """The same records as so many pieces; each reads the row groups of all of them."""
+        return [
+            replace(self, cut=self.cut * cuts + cut, cuts=self.cuts * cuts) for cut in range(cuts)
+        ]
 
     def batches(self, store: Store, rows: int) -> Iterator[pa.Table]:
         """Its records, at most ``rows`` at a time; if there are none, a table without rows."""
@@ -89,6 +99,8 @@ class Range:
                 if low < high:
                     yield pa.Table.from_batches([batch.slice(low, high - low)])
                 first, end = first - batch.num_rows, end - batch.num_rows
+                if end <= 0:
+                    return
 
     def size(self, store: Store) -> int:
         """How many records it has."""
@@ -108,11 +120,6 @@ class Range:
         count = sum(file.metadata.row_group(group).num_rows for group in groups)
         return count * self.cut // self.cuts, count * (self.cut + 1) // self.cuts
 
-    def read(self, store: Store, columns: Sequence[str]) -> pa.Table:
-        """Those of the named columns that the file has, of all records of the uncut range."""
-        with self._open(store) as (file, groups):
-            return file.read_row_groups(groups, columns=list(columns))
-
     @contextmanager
     def _open(self, store: Store) -> Iterator[tuple[pq.ParquetFile, list[int]]]:
         with store.open_parquet(self.file, pre_buffer=True) as file:
@@ -122,14 +129,48 @@ class Range:
             yield file, list(range(first, end))
 
 
-def ranges_of(shards: Shards) -> list[Range]:
-    """All kept records, in order, in ranges of about a row group."""
+def rows_per_range(rows: int, most: int) -> int:
+    """How many records a range has of an input of so many: ``most`` at most."""
+    return min(most, max(_LEAST_ROWS, min(math.ceil(rows / _MOST_RANGES), _MOST_ROWS)))
+
+
+def pieces_of(shards: Shards, rows: int = GROUP_ROWS) -> list[Piece]:
+    """All kept records, in order, in pieces of about a row group, or of ``rows`` if that is less.
+
+    It follows from what the manifest says of the files alone.
+    """
     return [
-        Range(file.path, number, of)
+        piece
         for file in shards.files
         for of in [_groups(file)]
         for number in range(of)
+        for piece in Piece(file.path, number, of).split(max(1, math.ceil(file.rows / of / rows)))
     ]
+
+
+def ranges_of(shards: Shards, rows: int) -> list[list[Piece]]:
+    """The same in ranges of about ``rows`` at most."""
+    sizes = {file.path: file.rows for file in shards.files}
+    ranges: list[list[Piece]] = []
+    size = 0.0
+    for piece in pieces_of(shards, rows):
+        more = sizes[piece.file] / (piece.of * piece.cuts)
+        if not ranges or size + more > rows:
+            ranges.append([])
+            size = 0.0
+        ranges[-1].append(piece)
+        size += more
+    return ranges
+
+
+def tasks_for(pieces: int) -> int:
+    """How many tasks read so many pieces or ranges: a few for every core, or one for every few.
+
+    Ray Data starts a task a tenth of a second after it saw another end, so longer ones are better.
+    """
+    return min(
+        pieces, max(_TASKS_PER_CORE * _cores(), math.ceil(pieces / _PIECES_PER_TASK)), _MOST_TASKS
+    )
 
 
 def scan(
@@ -145,47 +186,60 @@ def scan(
     Args:
         shards: the records.
         stage: from a batch of at most ``rows`` records to what becomes of them.
-        num_cpus: of a task, which reads and works on a range or several.
-        timeout_s: a range may take; what takes longer is begun again with care.
+        num_cpus: of a task, which reads and works on a piece or several.
+        timeout_s: a piece may take; what takes longer is begun again with care.
     """
-    ranges = [asdict(each) for each in ranges_of(shards)]
-    tasks = ray.data.from_items(ranges, override_num_blocks=_tasks(len(ranges)))
+    pieces = [asdict(each) for each in pieces_of(shards)]
+    tasks = ray.data.from_items(pieces, override_num_blocks=tasks_for(len(pieces)))
     work = _Work(_Staged(shards.store, stage, rows), TimeLimits.of(timeout_s))
     return tasks.map_batches(work, batch_format="pyarrow", batch_size=1, num_cpus=num_cpus)
 
 
 def gather(
     shards: Shards,
+    pieces: Sequence[Piece],
     stage: Stage,
+    keep: Keep,
     rows: int = 64,
     *,
     num_cpus: float = 1,
     timeout_s: float = TIMEOUT_S,
-) -> dict[Range, pa.Table]:
-    """The same here, by range: for stages that leave a few hundred bytes of a record.
+) -> dict[Piece, dict[Piece, pa.Table]]:
+    """The same here, by piece: for stages that leave a few hundred bytes of a record.
+
+    Args:
+        shards: the records.
+        pieces: which of them, in order.
+        stage: as of :func:`scan`.
+        keep: given a piece and how it is made, its result: to look whether it is there already.
+        rows: a batch has at most.
+        num_cpus: of a task.
+        timeout_s: a piece may take.
+
+    Returns:
+        The results of every piece, by the cuts in which it was worked on.
 
     Raises:
         RayTaskError: the stage failed; its error is the cause.
     """
     # Tasks of Ray's own wait in its queue. Ray Data starts one when it has seen another end,
     # and for the first second only one; that costs the filters a twentieth of their time.
-    run = ray.remote(_Work.table).options(
+    run = ray.remote(_Work.kept).options(
         scheduling_strategy="SPREAD", num_cpus=num_cpus, max_retries=-1
     )
     work = ray.put(_Work(_Staged(shards.store, stage, rows), TimeLimits.of(timeout_s)))
-    ranges = ranges_of(shards)
-    cut = list(_cut_at_end(ranges))
-    tasks = [run.remote(work, each) for each in cut]
+    cut = list(_cut_at_end(pieces))
+    tasks = [run.remote(work, part, keep) for _, part in cut]
     shown = Console(stderr=True)
     waiting = track(tasks, "reading", console=shown, disable=not shown.is_terminal)
-    found: dict[Range, list[pa.Table]] = {each: [] for each in ranges}
+    found: dict[Piece, dict[Piece, pa.Table]] = {each: {} for each in pieces}
     try:
-        for each, task in zip(cut, waiting, strict=True):
-            found[replace(each, cut=0, cuts=1)].append(ray.get(task))
+        for (whole, part), task in zip(cut, waiting, strict=True):
+            found[whole][part] = ray.get(task)
     except BaseException:
         _cancel_waiting(tasks, num_cpus)
         raise
-    return {each: pa.concat_tables(tables) for each, tables in found.items()}
+    return found
 
 
 def _cancel_waiting(tasks: list[ray.ObjectRef], num_cpus: float) -> None:
@@ -214,6 +268,50 @@ def _as_they_are(batch: pa.Table) -> pa.Table:
 
 
 @dataclass(frozen=True)
+class ReadRanges:
+    """What a task does with the ranges it is given: it hands their records on.
+
+    Attributes:
+        records: from a range, as a row of a data set, to its records.
+    """
+
+    records: Callable[[dict[str, Any]], Iterator[pa.Table]]
+
+    def __call__(self, ranges: pa.Table) -> Iterator[pa.Table]:
+        """Ranges in, records out."""
+        for each in ranges.to_pylist():
+            yield from self.records(each)
+
+
+class AskRanges:
+    """What a worker that asks a model does with ranges: reads their records, asks about some after
+    others, and writes what comes of them.
+
+    Args:
+        steps: as of :class:`pipelines.calls.worker.AskInTurn`, and what opens the model.
+        records: from a range, as a row of a data set, to its records with outcomes.
+        output: where they go.
+    """
+
+    def __init__(
+        self,
+        steps: Sequence[Step],
+        open_model: Callable[[], tuple[Any, Answers | None]],
+        records: Callable[[dict[str, Any]], Iterator[pa.Table]],
+        output: RangeOutput,
+    ) -> None:
+        self._ask = AskInTurn(steps, open_model)
+        self._records = records
+        self._output = output
+
+    def __call__(self, ranges: pa.Table) -> Iterator[pa.Table]:
+        """Ranges in, receipts out; safe for several threads."""
+        for each in ranges.to_pylist():
+            asked = map(self._ask, self._records(each))
+            yield self._output.done(each["number"], each["rows"], asked)
+
+
+@dataclass(frozen=True)
 class _Staged:
     """A stage with the reading of its records before it: work that can be tried with care."""
 
@@ -221,37 +319,37 @@ class _Staged:
     stage: Stage
     rows: int
 
-    def count(self, each: Range) -> int:
+    def count(self, each: Piece) -> int:
         return each.size(self.store)
 
-    def parts(self, each: Range) -> Iterator[pa.Table]:
+    def parts(self, each: Piece) -> Iterator[pa.Table]:
         return each.batches(self.store, self.rows)
 
     def table(self, part: pa.Table) -> pa.Table:
         return self.stage(part)
 
-    def lost(self, each: Range, number: int, why: str) -> pa.Table:
+    def lost(self, each: Piece, number: int, why: str) -> pa.Table:
         assert isinstance(self.stage, FallibleStage)
         return self.stage.lost(each.bare(self.store, number), why)
 
 
 @dataclass(frozen=True)
 class _Work:
-    """What a task does with the ranges it is given."""
+    """What a task does with the pieces it is given."""
 
     staged: _Staged
     limits: TimeLimits
 
-    def __call__(self, ranges: pa.Table) -> Iterator[pa.Table]:
-        """Ranges in, what the stage makes of their records out."""
-        for each in ranges.to_pylist():
-            yield from self._tables(Range(**each))
+    def __call__(self, pieces: pa.Table) -> Iterator[pa.Table]:
+        """Pieces in, what the stage makes of their records out."""
+        for each in pieces.to_pylist():
+            yield from self._tables(Piece(**each))
 
-    def table(self, each: Range) -> pa.Table:
-        """The same for one range."""
-        return pa.concat_tables(self._tables(each))
+    def kept(self, each: Piece, keep: Keep) -> pa.Table:
+        """The same for one piece, unless ``keep`` has it."""
+        return keep(each, lambda: pa.concat_tables(self._tables(each)))
 
-    def _tables(self, each: Range) -> Iterator[pa.Table]:
+    def _tables(self, each: Piece) -> Iterator[pa.Table]:
         keep_freed_memory()
         if isinstance(self.staged.stage, FallibleStage):
             return Attempts(self.staged, self.limits).tables(each)
@@ -259,32 +357,22 @@ class _Work:
         return limited(map(self.staged.table, self.staged.parts(each)), self.limits.range_s)
 
 
-def _cut_at_end(ranges: list[Range]) -> Iterator[Range]:
-    """Whole ranges, but for the last one of each core: those are cut into small ones.
+def _cut_at_end(pieces: Sequence[Piece]) -> Iterator[tuple[Piece, Piece]]:
+    """Each piece whole, but for the last one of each core: with the small ones it is cut into.
 
-    So the cores end together. What it costs is that the row groups of these ranges are read once
+    So the cores end together. What it costs is that the row groups of these pieces are read once
     for every cut.
     """
-    whole = max(0, len(ranges) - _cores())
-    yield from ranges[:whole]
-    for each in ranges[whole:]:
-        yield from each.split(_CUT_AT_END)
+    whole = max(0, len(pieces) - _cores())
+    yield from ((each, each) for each in pieces[:whole])
+    for each in pieces[whole:]:
+        yield from ((each, cut) for cut in each.split(_CUT_AT_END))
 
 
 def _cores() -> int:
     return int(ray.cluster_resources().get("CPU", 1))
 
 
-def _tasks(ranges: int) -> int:
-    """How many tasks read so many ranges: a few for every core, or one for every few ranges.
-
-    Ray Data starts a task a tenth of a second after it saw another end, so longer ones are better.
-    """
-    return min(
-        ranges, max(_TASKS_PER_CORE * _cores(), math.ceil(ranges / _RANGES_PER_TASK)), _MOST_TASKS
-    )
-
-
 def _groups(file: FileEntry) -> int:
     """About how many row groups a file of a job has; its footer is read where it is needed."""
-    return max(1, math.ceil(file.bytes / GROUP_BYTES), math.ceil(file.rows / GROUP_PLACES))
+    return max(1, math.ceil(file.bytes / GROUP_BYTES), math.ceil(file.rows / GROUP_ROWS))

@@ -11,18 +11,17 @@ import typer
 from dim import designers
 from dim.config import load_config
 from dim.records import RAW_IMAGE, T2I
-from infra.storage import Store
 from pipelines.calls.engine import answer_beforehand
-from pipelines.calls.worker import AskInTurn, CalledModel, batches_at_once
+from pipelines.calls.worker import CalledModel, batches_at_once
 from pipelines.command import ConfigFile, Out, Overrides, Overwrite, RetryFailed, settings
 from pipelines.filters import FilterImages, ImageRules
 from pipelines.filters.duplicates import DuplicateRules
-from pipelines.filters.verdicts import without_duplicates
-from pipelines.job import AskingConfig, Job
+from pipelines.filters.verdicts import judge
+from pipelines.job import AskingConfig, Job, Remaining
 from pipelines.outputs.manifest import Manifest
 from pipelines.outputs.shards import Shards
 from pipelines.outputs.summary import summary
-from pipelines.ranges import scan
+from pipelines.ranges import AskRanges, Piece, ReadRanges, ranges_of, rows_per_range
 from pipelines.stages.caption import CaptionRules, WriteCaptions
 
 
@@ -42,37 +41,60 @@ def run(config: T2IConfig, *, overwrite: bool = False, retry_failed: bool = Fals
     """Make DIM-T2I. See :meth:`pipelines.job.Job.run` for reruns and errors."""
     designers.check(config.captioner, captioner=True)
     raw = Shards.open(config.raw, RAW_IMAGE)
-    asks = config.captioner
-    job = Job("t2i", config, T2I, identity=raw.identity, rows=raw.rows, asks=asks)
+    ranges = ranges_of(raw, rows_per_range(raw.rows, config.rows_per_file))
+    job = Job(
+        "t2i",
+        config,
+        T2I,
+        identity=raw.identity,
+        rows=raw.rows,
+        ranges=len(ranges),
+        asks=config.captioner,
+    )
     return job.run(
-        lambda: caption(raw, config, job.store), overwrite=overwrite, retry_failed=retry_failed
+        lambda work: caption(raw, ranges, config, work),
+        overwrite=overwrite,
+        retry_failed=retry_failed,
     )
 
 
-def caption(raw: Shards, config: T2IConfig, store: Store) -> ray.data.Dataset:
+def caption(
+    raw: Shards, ranges: list[list[Piece]], config: T2IConfig, work: Remaining
+) -> ray.data.Dataset:
     """Raw images → filter → duplicates → long caption."""
-    rows = config.batch_size
-    good = FilterImages(config.filters)
-    seconds = config.range_timeout_s
-    unique = without_duplicates(raw, good, config.duplicates, rows, num_cpus=1, timeout_s=seconds)
-    images = scan(raw, unique, rows, num_cpus=1, timeout_s=seconds)
-    images = images.repartition(target_num_rows_per_block=rows)
+    rows, judged = judge(
+        raw,
+        ranges,
+        work.todo,
+        FilterImages(config.filters),
+        config.duplicates,
+        config.batch_size,
+        store=work.output.store,
+        key=work.key,
+        retry=work.retry,
+        num_cpus=1,
+        timeout_s=config.range_timeout_s,
+    )
+    todo = ray.data.from_items(rows, override_num_blocks=len(rows))
 
     steps = (partial(WriteCaptions, rules=config.captions),)
-    model = CalledModel.metered(config.captioner, designers.create_captioner, config.calls, store)
+    model = CalledModel.metered(
+        config.captioner, designers.create_captioner, config.calls, work.output.store
+    )
     reasks = config.captions.reasks
-    answer_beforehand(images, steps, model, config.engine, workers=config.workers, reasks=reasks)
-    return images.map_batches(
-        AskInTurn,
-        fn_constructor_args=(steps, model.open),
+    kept = todo.map_batches(ReadRanges(judged.records), batch_format="pyarrow", batch_size=1)
+    answer_beforehand(kept, steps, model, config.engine, workers=config.workers, reasks=reasks)
+    return todo.map_batches(
+        AskRanges,
+        fn_constructor_args=(steps, model.open, judged.surely, work.output),
         num_cpus=config.cpus_per_worker,
         compute=ray.data.ActorPoolStrategy(
-            size=config.workers_for(raw.rows),
+            size=config.workers_for(sum(each["rows"] for each in rows)),
             max_concurrent_calls_per_actor=batches_at_once(config.captioner),
             enable_true_multi_threading=True,
         ),
         batch_format="pyarrow",
-        batch_size=rows,
+        batch_size=1,
     )
 
 

@@ -1,4 +1,4 @@
-"""Feature shards made by the job's own stage and sink, without a cluster."""
+"""Feature shards made by the job's own stage, without a cluster."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from ray.data.datasource import WriteResult
 
 from dim import records
 from dim.features.format import Preparation, pack_bf16, preparation_of, unpack_bf16
@@ -19,10 +18,11 @@ from infra import storage
 from infra.models import load_frozen
 from infra.storage import Store
 from pipelines.outputs import manifest
-from pipelines.outputs.commit import Limits, commit
+from pipelines.outputs.files import Limits
 from pipelines.outputs.manifest import Counts, Manifest
-from pipelines.outputs.sink import OutcomeSink
-from pipelines.stages.encode import ROW_GROUP, EncodeFeatures, EncodeOptions, schema_of
+from pipelines.ranges import Piece
+from pipelines.stages.encode import EncodeFeatures, EncodeOptions, schema_of
+from tests.pipelines.finished import write_output
 
 
 def prepare(model: str | Path, *, edits: bool = True, **cutting: Any) -> Preparation:
@@ -32,20 +32,18 @@ def prepare(model: str | Path, *, edits: bool = True, **cutting: Any) -> Prepara
     return preparation_of(frozen, edits=edits, resolution=resolution, **cutting)
 
 
-def row_groups_in(store: Store) -> pa.Table:
+def pieces_in(store: Store) -> list[Piece]:
     """Every row group of the kept records in a folder."""
-    found: list[dict[str, Any]] = []
+    found = []
     for name, _ in store.list("data"):
-        digest = records.sha256_hex(store.read(name))
         with store.open_parquet(name) as parquet:
-            for group in range(parquet.metadata.num_row_groups):
-                found.append({"file": name, "sha256": digest, "row_group": group})
-    return pa.Table.from_pylist(found, ROW_GROUP)
+            groups = parquet.metadata.num_row_groups
+        found += [Piece(name, group, groups) for group in range(groups)]
+    return found
 
 
 def encoder(
     plain: str,
-    out: str,
     model: str | Path,
     *,
     cutting: dict[str, Any] | None = None,
@@ -61,8 +59,8 @@ def encoder(
     }
     chosen = EncodeOptions.model_validate(values | options)
     preparation = prepare(model, edits=chosen.kind == "edit", **(cutting or {}))
-    source, target = storage.open_store(plain), storage.open_store(out)
-    stage = EncodeFeatures(str(model), chosen, preparation, source, target, False, 1)
+    source = storage.open_store(plain)
+    stage = EncodeFeatures(str(model), chosen, preparation, source, False, 1)
     return stage, preparation
 
 
@@ -73,15 +71,13 @@ def write_features(
 
     With the usual ``group_bytes`` every record has a row group, and there are several files.
     """
-    stage, preparation = encoder(plain, str(out), model, **options)
-    tables = list(stage(row_groups_in(storage.open_store(plain))))
+    stage, preparation = encoder(plain, model, **options)
+    pieces = pieces_in(storage.open_store(plain))
+    tables = [table for piece in pieces for table in stage(piece)]
     store = storage.open_store(str(out))
     schema = schema_of(stage.options, preparation)
-    sink = OutcomeSink(store, schema)
-    sink.on_write_complete(WriteResult(0, 0, [sink.write(tables, None)]))
-    files = commit(store, schema, sink.pieces, Limits(8, group_bytes=group_bytes))
-    for name in ("staging", "encoded"):
-        store.delete(name)
+    limits = Limits(8, group_bytes=group_bytes)
+    files = write_output(store, schema, pa.concat_tables(tables), limits)
     rows = Counter(row["outcome"] for table in tables for row in table.to_pylist())
     counts = Counts(
         input=rows.total(),

@@ -91,6 +91,6 @@ class AskInTurn:
 
 
 def batches_at_once(spec: str) -> int:
-    """How many batches a worker that asks ``spec`` works on: while one waits for its last answer,
-    the next ones keep the server busy. Calls in flight are counted over all of them."""
+    """How many ranges a worker that asks ``spec`` works on, a batch of each: while one waits for
+    its last answer, the others keep the server busy. Calls in flight are counted over all."""
     return _BATCHES_AT_ONCE if designers.calls_a_server(spec) else 1

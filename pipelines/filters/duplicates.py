@@ -1,14 +1,15 @@
 """Duplicates across a whole data set: the first of several stays, by its place in the input.
 
-They are found among the records that passed the filters, from signatures of a few hundred bytes
-each: the same content, nearly the same perceptual hash, nearly the same embedding. A record goes
-only if one that stays is its twin; being like another that goes is not enough, so a chain of small
-differences does not empty a data set.
+They are found among the records that passed the filters, from what is known of each in some fifty
+bytes: the same content, nearly the same perceptual hash, nearly the same embedding (which takes
+more). A record goes only if one that stays is its twin; being like another that goes is not enough,
+so a chain of small differences does not empty a data set.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +21,8 @@ from pydantic import Field
 
 from dim.config import StrictModel
 from pipelines.filters.measures import HASH_BITS
-from pipelines.outcome import KEPT, Rejection, Row, reject, travelling
-from pipelines.outputs.commit import by_place
+from pipelines.outcome import KEPT, Rejection, Row, reject
+from pipelines.outputs.files import by_place
 
 EXACT, NEAR, EMBEDDING = "duplicate.exact", "duplicate.near", "duplicate.embedding"
 
@@ -39,9 +40,38 @@ SIGNATURE = pa.schema(
 ``embeddings`` one unit-length float16 vector per image, end to end; ``text_key`` is the same
 where the words are."""
 
+KNOWN = pa.schema(
+    [
+        pa.field("index", pa.int64()),
+        pa.field("content", pa.binary(16)),
+        pa.field("text_key", pa.uint64()),
+        pa.field("hashes", pa.list_(pa.uint64())),
+        pa.field("kept", pa.bool_()),
+        pa.field("embeddings", pa.binary()),
+    ]
+)
+"""What is looked at of all records at once: at most 64 bytes of each but for ``embeddings``, which
+are null where they are not wanted. ``content`` stands for ``content_hash``."""
+
 TWINS = pa.schema([("first", pa.int64()), ("second", pa.int64()), ("value", pa.float64())])
 """Two places in the table of signatures, the earlier one first, and how far they are apart."""
 
+LOSERS = pa.schema(
+    [
+        pa.field("index", pa.int64()),
+        pa.field("twin", pa.int64()),
+        pa.field("reason", pa.string()),
+        pa.field("value", pa.float64()),
+        pa.field("threshold", pa.float64()),
+    ]
+)
+"""Records that are one too many: their place in the input, that of the one that stays, and why."""
+
+_DETAILS = {
+    EXACT: "the same as {id!r}",
+    NEAR: "{value:.0f} of {bits} bits of the hash differ from {id!r}",
+    EMBEDDING: "the embedding's cosine with {id!r} is {value:.4f}",
+}
 _SLICES = 8  # tasks per band
 _COMPARED = 1024  # signatures against each other at once
 _EMBEDDED = 2048  # embeddings against each other at once
@@ -172,83 +202,136 @@ class MatchEmbeddings:
         return pa.concat_tables(found)
 
 
-def drop_duplicates(verdicts: pa.Table, rules: DuplicateRules, find: Find) -> pa.Table:
-    """The verdicts in order of index, with duplicates among the kept ones rejected.
+def known_of(verdicts: pa.Table) -> pa.Table:
+    """:data:`KNOWN` of records with :data:`SIGNATURE` and ``outcome``."""
+    contents = [
+        None if text is None else hashlib.blake2b(text.encode(), digest_size=16).digest()
+        for text in verdicts["content_hash"].to_pylist()
+    ]
+    columns = {
+        "content": pa.array(contents, pa.binary(16)),
+        "kept": pc.equal(verdicts["outcome"], KEPT),
+    }
+    return pa.table(
+        [columns[name] if name in columns else verdicts[name] for name in KNOWN.names],
+        schema=KNOWN,
+    )
+
+
+def find_duplicates(known: pa.Table, rules: DuplicateRules, find: Find) -> pa.Table:
+    """The records that are one too many among those that are kept.
 
     Args:
-        verdicts: of every record, with :data:`SIGNATURE`.
+        known: :data:`KNOWN` of every record.
         rules: what a duplicate is.
         find: runs a matcher over its tasks, ``(matcher, tasks, signatures) -> TWINS``.
 
     Returns:
-        Index and outcome of every record.
+        :data:`LOSERS`, by place.
     """
-    verdicts = by_place(verdicts)
-    dropped: dict[int, Rejection] = {}
-    left = verdicts.select(SIGNATURE.names).filter(pc.equal(verdicts["outcome"], KEPT))
-    for steps in (_exact, _near, _embedded):
-        found = steps(left, rules, find)
-        dropped |= found
-        if found:
-            gone = pc.is_in(left["index"], value_set=pa.array(list(found), pa.int64()))
-            left = left.filter(pc.invert(gone))
-    return _rejected(verdicts.select(["index", *travelling(pa.schema([])).names]), dropped)
+    left = by_place(known)
+    left = left.filter(left["kept"])
+    found = [LOSERS.empty_table()]
+    for step in (_exact, _near, _embedded):
+        losers = step(left, rules, find)
+        if losers.num_rows:
+            found.append(losers)
+            left = left.filter(pc.invert(pc.is_in(left["index"], value_set=losers["index"])))
+    return pa.concat_tables(found).sort_by("index").combine_chunks()
 
 
-def _exact(left: pa.Table, rules: DuplicateRules, find: Find) -> dict[int, Rejection]:
+def explained(losers: pa.Table, ids: Mapping[int, str]) -> pa.Table:
+    """Losers with a sentence, ``detail``, that names the record that stays.
+
+    Args:
+        losers: :data:`LOSERS`.
+        ids: of the records that stay, by their place.
+    """
+    details = [
+        _DETAILS[row["reason"]].format(id=ids[row["twin"]], value=row["value"], bits=HASH_BITS)
+        for row in losers.to_pylist()
+    ]
+    return losers.append_column("detail", pa.array(details, pa.string()))
+
+
+def reject_duplicates(verdicts: pa.Table, losers: pa.Table) -> pa.Table:
+    """Verdicts with those of ``losers``, explained ones by place, rejected; in the same order."""
+    places, lost = verdicts["index"].to_numpy(), losers["index"].to_numpy()
+    if not len(lost):
+        return verdicts
+    at = np.minimum(np.searchsorted(lost, places), len(lost) - 1)
+    mine = np.flatnonzero(lost[at] == places)
+    if not len(mine):
+        return verdicts.combine_chunks()
+    rows = verdicts.take(pa.array(mine)).to_pylist()
+    for row, why in zip(rows, losers.take(pa.array(at[mine])).to_pylist(), strict=True):
+        reject(row, Rejection(why["reason"], why["detail"], why["value"], why["threshold"]))
+    changed = pa.Table.from_pylist(rows, schema=verdicts.schema)
+    order = np.arange(verdicts.num_rows)
+    order[mine] = verdicts.num_rows + np.arange(len(mine))
+    return pa.concat_tables([verdicts, changed]).take(pa.array(order)).combine_chunks()
+
+
+def _exact(left: pa.Table, rules: DuplicateRules, find: Find) -> pa.Table:
     if not rules.exact or not left.num_rows:
-        return {}
-    contents = pc.dictionary_encode(left["content_hash"]).combine_chunks().indices
-    known = contents.is_valid().to_numpy(zero_copy_only=False)
-    places = np.flatnonzero(known)
+        return LOSERS.empty_table()
+    contents = pc.dictionary_encode(left["content"].combine_chunks()).indices
+    places = np.flatnonzero(contents.is_valid().to_numpy(zero_copy_only=False))
     _, firsts, member_of = np.unique(
         contents.drop_null().to_numpy(), return_index=True, return_inverse=True
     )
     twins = firsts[member_of]
-    return {
-        left["index"][int(places[place])].as_py(): Rejection(
-            EXACT, f"the same as {_id(left, int(places[twins[place]]))}", 0.0
-        )
-        for place in np.flatnonzero(twins != np.arange(len(places)))
-    }
+    gone = np.flatnonzero(twins != np.arange(len(places)))
+    return _losers(left, EXACT, places[gone], places[twins[gone]], np.zeros(len(gone)), None)
 
 
-def _near(left: pa.Table, rules: DuplicateRules, find: Find) -> dict[int, Rejection]:
+def _near(left: pa.Table, rules: DuplicateRules, find: Find) -> pa.Table:
     if rules.max_distance is None or not left.num_rows:
-        return {}
+        return LOSERS.empty_table()
     # Equal signatures are grouped first: a bucket of a million blank pictures is then one entry.
     firsts, member_of = _distinct(left)
     matcher = MatchBands(rules.max_distance)
-    twins = _greedy(find(matcher, matcher.tasks, left.take(firsts).select(["text_key", "hashes"])))
-    found: dict[int, Rejection] = {}
-    for place, group in enumerate(member_of.tolist()):
-        first, distance = twins.get(group, (group, 0.0))
-        twin = int(firsts[first])
-        if twin != place:
-            detail = (
-                f"{int(distance)} of {HASH_BITS} bits of the hash differ from {_id(left, twin)}"
-            )
-            found[left["index"][place].as_py()] = Rejection(
-                NEAR, detail, distance, float(rules.max_distance)
-            )
-    return found
+    columns = left.select(["text_key", "hashes"]).take(firsts)
+    twins = _greedy(find(matcher, matcher.tasks, columns))
+    stays, distance = np.arange(len(firsts)), np.zeros(len(firsts))
+    for group, (first, value) in twins.items():
+        stays[group], distance[group] = first, value
+    twin = firsts[stays[member_of]]
+    gone = np.flatnonzero(twin != np.arange(left.num_rows))
+    limit = float(rules.max_distance)
+    return _losers(left, NEAR, gone, twin[gone], distance[member_of[gone]], limit)
 
 
-def _embedded(left: pa.Table, rules: DuplicateRules, find: Find) -> dict[int, Rejection]:
+def _embedded(left: pa.Table, rules: DuplicateRules, find: Find) -> pa.Table:
     if rules.embedding_model is None or not left.num_rows:
-        return {}
+        return LOSERS.empty_table()
     matcher = MatchEmbeddings(rules.max_cosine)
     columns = left.select(["text_key", "hashes", "embeddings"])
     twins = _greedy(find(matcher, matcher.tasks(left), columns), nearest=max)
-    return {
-        left["index"][place].as_py(): Rejection(
-            EMBEDDING,
-            f"the embedding's cosine with {_id(left, first)} is {cosine:.4f}",
-            cosine,
-            rules.max_cosine,
-        )
-        for place, (first, cosine) in twins.items()
-    }
+    gone = np.array(list(twins), np.int64)
+    stays = np.array([first for first, _ in twins.values()], np.int64)
+    cosines = np.array([cosine for _, cosine in twins.values()])
+    return _losers(left, EMBEDDING, gone, stays, cosines, rules.max_cosine)
+
+
+def _losers(
+    left: pa.Table,
+    reason: str,
+    gone: NDArray[np.int64],
+    stays: NDArray[np.int64],
+    values: NDArray[np.float64],
+    threshold: float | None,
+) -> pa.Table:
+    """:data:`LOSERS` by their rows in ``left``, and those of their twins."""
+    index = left["index"].to_numpy()
+    columns = [
+        pa.array(index[gone]),
+        pa.array(index[stays]),
+        pa.array([reason] * len(gone), pa.string()),
+        pa.array(values, pa.float64()),
+        pa.array([threshold] * len(gone), pa.float64()),
+    ]
+    return pa.table(columns, schema=LOSERS)
 
 
 def _distinct(left: pa.Table) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -277,19 +360,6 @@ def _greedy(twins: pa.Table, nearest: Callable[..., Any] = min) -> dict[int, tup
     return goes
 
 
-def _rejected(verdicts: pa.Table, dropped: dict[int, Rejection]) -> pa.Table:
-    if not dropped:
-        return verdicts.combine_chunks()
-    places = np.searchsorted(verdicts["index"].to_numpy(), sorted(dropped))
-    rows = verdicts.take(pa.array(places)).to_pylist()
-    for row in rows:
-        reject(row, dropped[row["index"]])
-    changed = pa.Table.from_pylist(rows, schema=verdicts.schema)
-    order = np.arange(verdicts.num_rows)
-    order[places] = verdicts.num_rows + np.arange(len(places))
-    return pa.concat_tables([verdicts, changed]).take(pa.array(order)).combine_chunks()
-
-
 def _hashes(signatures: pa.Table) -> list[NDArray[np.uint64]]:
     """Per image of a record, the hashes of all records."""
     flat = signatures["hashes"].combine_chunks().flatten().to_numpy()
@@ -310,7 +380,3 @@ def _unit(vectors: NDArray[np.float16]) -> NDArray[np.float32]:
 def _twins(first: NDArray[Any], second: NDArray[Any], value: NDArray[Any]) -> pa.Table:
     columns = [first.astype(np.int64), second.astype(np.int64), value.astype(np.float64)]
     return pa.table(columns, schema=TWINS)
-
-
-def _id(table: pa.Table, place: int) -> str:
-    return repr(table["id"][place].as_py())

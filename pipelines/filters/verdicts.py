@@ -1,14 +1,16 @@
 """Verdicts: what becomes of every record of a data set, known before the first one goes on.
 
 Duplicates need all signatures first. So the pictures are read twice and decoded once: the first
-pass leaves verdicts of a few hundred bytes a record, the second gives them to the records. In both,
-pictures stay in the process that read them.
+pass leaves verdicts of a few hundred bytes a record in the job's output folder, the second gives
+them to the records. In both, pictures stay in the process that read them. A job that is run again
+takes the verdicts that are there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,72 +18,226 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 import ray.data
+from numpy.typing import NDArray
 
-from dim.errors import InputError
+from dim import records
+from dim.errors import DimError, InputError
 from infra.storage import Store
 from pipelines.attempts import stop_after
 from pipelines.filters import FilterImages, FilterPairs, scorers
-from pipelines.filters.duplicates import SIGNATURE, TWINS, DuplicateRules, drop_duplicates
+from pipelines.filters.duplicates import (
+    KNOWN,
+    LOSERS,
+    SIGNATURE,
+    TWINS,
+    DuplicateRules,
+    explained,
+    find_duplicates,
+    known_of,
+    reject_duplicates,
+)
 from pipelines.filters.images import STAGE
 from pipelines.filters.rules import ImageRules
 from pipelines.filters.signatures import Signer
-from pipelines.outcome import IMAGES, KEPT, OUTCOMES, Row, failed, to_table, travelling
-from pipelines.outputs.commit import Piece, by_place, count_reasons, fit, row_bytes
+from pipelines.outcome import FAILED, IMAGES, KEPT, Row, failed, to_table, travelling
+from pipelines.outputs.files import by_place
+from pipelines.outputs.receipts import VERDICTS
 from pipelines.outputs.shards import Shards
-from pipelines.ranges import TIMEOUT_S, FallibleStage, Range, Stage, gather
+from pipelines.ranges import TIMEOUT_S, Piece, gather
 
 _MATCHED_PER_TASK = 20_000  # signatures
-_SIZE = pa.field("bytes", pa.int64())
 
 
-def without_duplicates(
+@dataclass(frozen=True)
+class Judged:
+    """Raw records of which is known what becomes of each.
+
+    Attributes:
+        raw: the folder that they lie in.
+        schema: what they are.
+        verdicts: the folder that the verdicts lie in.
+        losers: where the table of duplicates is.
+        rows: a batch has at most.
+    """
+
+    raw: Store
+    schema: pa.Schema
+    verdicts: KeptVerdicts
+    losers: ray.ObjectRef
+    rows: int
+
+    def records(self, each: dict[str, Any]) -> Iterator[pa.Table]:
+        """The records of a range with their outcomes, some at a time.
+
+        Args:
+            each: a range as :func:`judge` gives it.
+
+        Raises:
+            InputError: they are no longer those that the verdicts are about.
+            DimError: the task was begun too often; nothing of it can fail by itself.
+        """
+        stop_after()
+        yield from self.surely(each)
+
+    def surely(self, each: dict[str, Any]) -> Iterator[pa.Table]:
+        """The same for who can say of a record that it failed, however often it was begun."""
+        losers = ray.get(self.losers)
+        for given, cuts in zip(each["pieces"], each["cuts"], strict=True):
+            piece = Piece(**given)
+            tables = [self.verdicts.read(Piece(**cut)) for cut in cuts]
+            verdicts = reject_duplicates(pa.concat_tables(tables), losers)
+            yield from self._apply(piece, verdicts)
+
+    def _apply(self, piece: Piece, verdicts: pa.Table) -> Iterator[pa.Table]:
+        apply, done = ApplyVerdicts(self.schema), 0
+        for batch in piece.batches(self.raw, self.rows):
+            own = verdicts.slice(done, batch.num_rows)
+            if own["index"].to_pylist() != batch["index"].to_pylist():
+                raise self._changed(piece)
+            if batch.num_rows:
+                yield apply(batch, by_place(own))
+            done += batch.num_rows
+        if done != verdicts.num_rows:
+            raise self._changed(piece)
+
+    def _changed(self, piece: Piece) -> InputError:
+        return InputError(f"{self.raw.address(piece.file)} changed while it was read")
+
+
+@dataclass(frozen=True)
+class KeptVerdicts:
+    """Verdicts in a folder of the job's output, a file a piece of the input.
+
+    Attributes:
+        store: the output.
+        folder: in it.
+        look: what is looked at together with all other records, of verdicts.
+        retry: make those anew among which is a failure.
+    """
+
+    store: Store
+    folder: str
+    look: Callable[[pa.Table], pa.Table]
+    retry: bool = False
+
+    def __call__(self, piece: Piece, make: Callable[[], pa.Table]) -> pa.Table:
+        """That of the verdicts on a piece, which are made unless they are there."""
+        found = self._find(piece)
+        if found is None:
+            found = make()
+            with (
+                self.store.open_output(self._name(piece)) as file,
+                pa.ipc.new_file(file, found.schema) as writer,
+            ):
+                writer.write_table(found)
+        return self.look(found)
+
+    def ids(self, piece: Piece, places: NDArray[np.int64]) -> dict[int, str]:
+        """The ids of some records of a piece, by their places in the input."""
+        verdicts = self.read(piece).select(["index", "id"])
+        chosen = verdicts.filter(pc.is_in(verdicts["index"], value_set=pa.array(places)))
+        return dict(zip(*(column.to_pylist() for column in chosen.columns), strict=True))
+
+    def read(self, piece: Piece) -> pa.Table:
+        """All columns of them.
+
+        Raises:
+            StorageError: they cannot be read.
+        """
+        with self.store.open_arrow(self._name(piece)) as (schema, batches):
+            return pa.Table.from_batches(batches, schema)
+
+    def _find(self, piece: Piece) -> pa.Table | None:
+        try:
+            found = self.read(piece) if self.store.is_file(self._name(piece)) else None
+        except DimError:  # a file that is not whole is made again
+            return None
+        again = found is not None and self.retry and FAILED in found["outcome"].to_pylist()
+        return None if again else found
+
+    def _name(self, piece: Piece) -> str:
+        which = records.sha256_hex(json.dumps(asdict(piece)).encode())
+        return f"{self.folder}/{which[:24]}.arrow"
+
+
+def judge(
     raw: Shards,
+    ranges: Sequence[Sequence[Piece]],
+    todo: Sequence[int],
     stage: FilterImages | FilterPairs,
     rules: DuplicateRules,
     rows: int,
     *,
+    store: Store,
+    key: str,
+    retry: bool = False,
     num_cpus: float = 1,
     timeout_s: float = TIMEOUT_S,
-) -> Stage:
-    """The stage that keeps what ``stage`` keeps of raw records, but of several alike one.
+) -> tuple[list[dict[str, Any]], Judged]:
+    """What becomes of raw records: what ``stage`` says, but of several alike one is kept.
 
-    Without anything to look for that is ``stage`` itself; else all records are read here, by tasks
-    of ``num_cpus`` on ``rows`` at a time, and the stage says what was found of each. A range may
-    take ``timeout_s``.
+    Args:
+        raw: the records.
+        ranges: all of them.
+        todo: the ranges that are wanted. Where duplicates are looked for, others are read too.
+        stage: the filter.
+        rules: what a duplicate is.
+        rows: a batch has at most.
+        store: the job's output, where verdicts are kept.
+        key: what they follow from, as a hash.
+        retry: make verdicts anew where one of them is a failure.
+        num_cpus: of a task.
+        timeout_s: a piece may take.
+
+    Returns:
+        The wanted ranges as rows of a data set, and who reads their records.
 
     Raises:
         InputError: a model's folder is not there.
     """
     check_models(stage.rules, rules)
-    if not rules.wanted:
-        return stage
     signed = GiveVerdicts.of(stage, rules)
-    found = gather(raw, signed, rows, num_cpus=num_cpus, timeout_s=timeout_s)
-    verdicts = drop_duplicates(pa.concat_tables(found.values()), rules, _find)
-    return WithTable(ApplyVerdicts(stage.schema), ray.put(verdicts))
+    look = known_of if rules.wanted else _places
+    kept = KeptVerdicts(store, f"{VERDICTS}/{key}", look, retry)
+    numbers = range(len(ranges)) if rules.wanted else todo
+    pieces = [piece for number in numbers for piece in ranges[number]]
+    found = gather(raw, pieces, signed, kept, rows, num_cpus=num_cpus, timeout_s=timeout_s)
+    losers = explained(LOSERS.empty_table(), {})
+    if rules.wanted:
+        known = {cut: table for cuts in found.values() for cut, table in cuts.items()}
+        losers = _losers(known, kept, rules)
+    wanted = [
+        {
+            "number": number,
+            "rows": sum(
+                table.num_rows for each in ranges[number] for table in found[each].values()
+            ),
+            "pieces": [asdict(each) for each in ranges[number]],
+            "cuts": [[asdict(cut) for cut in found[each]] for each in ranges[number]],
+        }
+        for number in todo
+    ]
+    return wanted, Judged(raw.store, stage.schema, kept, ray.put(losers), rows)
 
 
-def verdict_pieces(
-    raw: Shards,
-    stage: FilterImages | FilterPairs,
-    rules: DuplicateRules,
-    rows: int,
-    *,
-    num_cpus: float = 1,
-    timeout_s: float = TIMEOUT_S,
-) -> list[InPlace]:
-    """The same for a job that only filters: its records, by outcome, where they lie.
+def _losers(known: Mapping[Piece, pa.Table], kept: KeptVerdicts, rules: DuplicateRules) -> pa.Table:
+    """The duplicates among all records, each with a sentence that names its twin."""
+    losers = find_duplicates(pa.concat_tables([KNOWN.empty_table(), *known.values()]), rules, _find)
+    twins = np.unique(losers["twin"].to_numpy())
+    named = ray.remote(KeptVerdicts.ids).options(num_cpus=0.5, scheduling_strategy="SPREAD")
+    ids: dict[int, str] = {}
+    asked = [
+        named.remote(kept, piece, own)
+        for piece, table in known.items()
+        if len(own := np.intersect1d(twins, table["index"].to_numpy()))
+    ]
+    for some in ray.get(asked):
+        ids |= some
+    return explained(losers, ids)
 
-    No picture is kept or moved on the way: whoever writes the records reads them again.
 
-    Raises:
-        InputError: a model's folder is not there.
-    """
-    check_models(stage.rules, rules)
-    signed = WithSizes(GiveVerdicts.of(stage, rules))
-    found = gather(raw, signed, rows, num_cpus=num_cpus, timeout_s=timeout_s)
-    verdicts = drop_duplicates(pa.concat_tables(found.values()), rules, _find)
-    return [piece for each, seen in found.items() for piece in _pieces(raw, each, seen, verdicts)]
+def _places(verdicts: pa.Table) -> pa.Table:
+    return verdicts.select(["index"])
 
 
 @dataclass(frozen=True)
@@ -163,68 +319,6 @@ class WithTable:
         return self.stage(batch, ray.get(self.table))
 
 
-@dataclass(frozen=True)
-class WithSizes:
-    """A stage that also says how large each record was that went in.
-
-    Args:
-        stage: from a batch to a batch of the same records.
-    """
-
-    stage: FallibleStage
-
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        """What ``stage`` makes of the batch, and the column ``bytes``."""
-        return self._sized(self.stage(batch), batch)
-
-    def lost(self, record: pa.Table, why: str) -> pa.Table:
-        """What ``stage`` says of the record, and its size without pictures."""
-        return self._sized(self.stage.lost(record, why), record)
-
-    def _sized(self, made: pa.Table, batch: pa.Table) -> pa.Table:
-        return made.append_column(_SIZE, pa.array(row_bytes(batch)))
-
-
-@dataclass(frozen=True)
-class InPlace(Piece):
-    """Records of one outcome that still lie in the job's input.
-
-    Attributes:
-        input: the folder that they lie in.
-        range: where there.
-        verdicts: of these records, by place.
-    """
-
-    input: Store
-    range: Range
-    verdicts: pa.Table
-
-    def read(self, store: Store, schema: pa.Schema) -> pa.Table:
-        """The records with their verdicts; pictures are only read where ``schema`` has them.
-
-        Raises:
-            InputError: one of them is no longer there.
-        """
-        found = [name for name in schema.names if name in self.verdicts.schema.names]
-        table = self.range.read(self.input, ["index", *(set(schema.names) - set(found))])
-        table = self._mine(table).drop_columns("index")
-        for name in found:
-            table = table.append_column(name, self.verdicts[name])
-        return fit(table, schema)
-
-    def _mine(self, table: pa.Table) -> pa.Table:
-        """The rows of these records, by place; the table itself where it has no others."""
-        found = table["index"].to_numpy()
-        if np.array_equal(found, self.places):
-            return table
-        order = np.argsort(found, kind="stable")
-        rows = np.searchsorted(found[order], self.places)
-        rows = order[np.minimum(rows, len(order) - 1)] if len(order) else rows
-        if not len(order) or (found[rows] != self.places).any():
-            raise InputError(f"{self.input.address(self.range.file)} changed while it was read")
-        return table.take(pa.array(rows))
-
-
 def check_models(rules: ImageRules, duplicates: DuplicateRules) -> None:
     """See that every model is there before the first record is read.
 
@@ -235,22 +329,6 @@ def check_models(rules: ImageRules, duplicates: DuplicateRules) -> None:
     for name, path in settings:
         if name.endswith("_model") and path is not None:
             scorers.check_folder(path)
-
-
-def _pieces(raw: Shards, each: Range, seen: pa.Table, verdicts: pa.Table) -> Iterator[InPlace]:
-    """What became of the records of one range."""
-    seen = by_place(seen.select(["index", "bytes"]))
-    places, sizes = (seen[name].to_numpy() for name in ("index", "bytes"))
-    own = verdicts.take(pa.array(np.searchsorted(verdicts["index"].to_numpy(), places)))
-    for outcome in OUTCOMES:
-        chosen = np.flatnonzero(pc.equal(own["outcome"], outcome).to_numpy())
-        if not len(chosen):
-            continue
-        mine = own.take(pa.array(chosen))
-        reasons = count_reasons(outcome, mine)
-        # What is left out has no pictures any more, and little besides its verdict.
-        size = sizes[chosen] if outcome == KEPT else row_bytes(mine)
-        yield InPlace(outcome, places[chosen], size, reasons, raw.store, each, mine)
 
 
 def _find(matcher: Callable[..., pa.Table], tasks: list[Row], signatures: pa.Table) -> pa.Table:

@@ -22,7 +22,7 @@ from infra.storage import Store
 from infra.tracking import flatten
 from pipelines.command import Overrides
 from pipelines.outputs import pages
-from pipelines.outputs.commit import FOLDERS
+from pipelines.outputs.files import FOLDERS
 from pipelines.outputs.manifest import Manifest
 from pipelines.outputs.shards import Shards
 

@@ -31,7 +31,7 @@ from infra.storage import Store
 from pipelines.limits import LIMITS, Limit
 from pipelines.outcome import FAILED, KEPT, REJECTED, Row
 from pipelines.outputs import manifest as manifests
-from pipelines.outputs.commit import FOLDERS
+from pipelines.outputs.files import FOLDERS
 from pipelines.outputs.manifest import Manifest
 from pipelines.outputs.pages import render
 

@@ -85,15 +85,24 @@ class Manifest(StrictModel):
         return sum(file.rows for file in self.files if file.path.startswith(f"{folder}/"))
 
 
+def read_bytes(store: Store) -> bytes | None:
+    """The manifest as it lies there, to tell it from another one; ``None`` if there is none.
+
+    Raises:
+        StorageError: it cannot be read.
+    """
+    return store.read(NAME) if store.is_file(NAME) else None
+
+
 def read(store: Store) -> Manifest | None:
     """The manifest of an output, or ``None`` while it is not finished.
 
     Raises:
         StorageError: there is one that is not readable, or of a newer version.
     """
-    if not store.is_file(NAME):
+    text = read_bytes(store)
+    if text is None:
         return None
-    text = store.read(NAME)
     version = _version(text)
     if version > VERSION:
         raise StorageError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,10 +18,9 @@ from dim.images import decode_image
 from infra.storage import Store
 from pipelines.outcome import FAILED, KEPT, REJECTED
 from pipelines.outputs import manifest as manifests
-from pipelines.outputs.commit import FOLDERS
+from pipelines.outputs.files import FOLDERS, size_and_hash
 from pipelines.outputs.manifest import FileEntry, Manifest
 
-_READ = 8 << 20  # bytes
 _AT_ONCE = 4  # files: an object store's latency is the cost
 _IMAGES = ("image", "image_target")
 _LEFT_OUT = {FOLDERS[REJECTED]: records.REJECT, FOLDERS[FAILED]: records.FAILED}
@@ -83,7 +81,7 @@ def verify(uri: str, *, images: bool = False) -> Verification:
 def _check(store: Store, entry: FileEntry, images: bool) -> _Checked:
     found = _Checked()
     try:
-        size, digest = _hash(store, entry.path)
+        size, digest = size_and_hash(store, entry.path)
     except (StorageError, OSError) as error:
         found.problems.append(f"{entry.path}: {error}")
         return found
@@ -102,15 +100,6 @@ def _check(store: Store, entry: FileEntry, images: bool) -> _Checked:
     if found.rows != entry.rows:
         found.problems.append(f"{entry.path}: {found.rows} rows, the manifest says {entry.rows}")
     return found
-
-
-def _hash(store: Store, name: str) -> tuple[int, str]:
-    digest, size = hashlib.sha256(), 0
-    with store.open_input(name) as file:
-        while data := file.read(_READ):
-            digest.update(data)
-            size += len(data)
-    return size, digest.hexdigest()
 
 
 def _read(store: Store, entry: FileEntry, found: _Checked, images: bool) -> None:
@@ -174,11 +163,12 @@ def _declared(folder: str, schema: pa.Schema) -> list[pa.Schema]:
 
     Records of an older schema version had others.
     """
-    if folder in _LEFT_OUT:
-        return [_LEFT_OUT[folder]]
-    current = records.version_of(schema) == records.SCHEMA_VERSION
     kind = records.kind_of(schema)
-    return [each for each in _KEPT if current and records.kind_of(each) == kind]
+    wanted = [_LEFT_OUT[folder]] if folder in _LEFT_OUT else _KEPT
+    known = [each for each in wanted if folder in _LEFT_OUT or records.kind_of(each) == kind]
+    if known and records.version_of(schema) == records.version_of(known[0]):
+        return known
+    return []
 
 
 def _repeated_ids(manifest: Manifest, checked: list[_Checked]) -> Iterator[str]:

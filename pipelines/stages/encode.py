@@ -1,15 +1,14 @@
 """Run the frozen parts on shards: hidden states of every text, latents of source and target.
 
-The input comes as row groups of the shards' files. Each is worked on by one process from beginning
-to end, in groups of similar length that depend on nothing else, so the same row group gives the
-same features whatever the parallelism. What it gave lies in the output folder until the job ends: a
-job that was killed goes on with the next one.
+The input comes in ranges, and each piece of one, about a row group, is worked on by one process
+from beginning to end, in groups of similar length that depend on nothing else. So the same range
+gives the same features whatever the parallelism.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dim import records
-from dim.config import StrictModel, dump_config
+from dim.config import StrictModel
 from dim.errors import InputError
 from dim.features.encoder import FrozenEncoder, by_length
 from dim.features.format import (
@@ -34,23 +33,15 @@ from infra.models import FrozenModel, load_frozen
 from infra.storage import Store
 from pipelines.attempts import given_up, is_given_up, limited, stop_after_restarts
 from pipelines.outcome import Rejection, Row, fail, failed, reject, to_table, travelling
-
-ENCODED = "encoded"
-"""Folder in the output with the row groups that are done while the job is not."""
-
-ROW_GROUP = pa.schema(
-    [
-        pa.field("file", pa.string(), nullable=False),
-        pa.field("sha256", pa.string(), nullable=False),
-        pa.field("row_group", pa.int32(), nullable=False),
-    ]
-)
-"""A row group of a file of the input, and the file's hash."""
+from pipelines.outputs.files import sorted_on_disk
+from pipelines.outputs.receipts import RangeOutput
+from pipelines.ranges import Piece
 
 TIMEOUT_S = 14_400.0
-"""Seconds that a row group may take unless a job says otherwise; it may be 256 pictures."""
+"""Seconds that a piece may take unless a job says otherwise; it may be 256 pictures."""
 
 _STAGE = "features"
+_ROWS_AT_ONCE = 256
 
 
 class EncodeOptions(StrictModel):
@@ -71,10 +62,9 @@ class EncodeFeatures:
         options: what to compute of each record.
         preparation: what the frozen parts must be; a worker on another machine may find others.
         source: folder of the shards.
-        target: the job's output folder.
         use_gpu: compute on the GPU.
         threads: of the processor, for one worker.
-        timeout_s: a row group may take; what takes longer ends the process, and in the end fails.
+        timeout_s: a piece may take; what takes longer ends the process, and in the end fails.
 
     Raises:
         InputError: the frozen parts are not those of ``preparation``.
@@ -86,7 +76,6 @@ class EncodeFeatures:
         options: EncodeOptions,
         preparation: Preparation,
         source: Store,
-        target: Store,
         use_gpu: bool,
         threads: int,
         timeout_s: float = TIMEOUT_S,
@@ -108,22 +97,20 @@ class EncodeFeatures:
         self._encoder = FrozenEncoder(frozen, edits=edits, **cutting)
         self.options = options
         self._schema = schema_of(options, preparation)
-        self._source, self._target = source, target
+        self.source = source
         self._images = ("image", "image_target") if edits else ("image",)
 
-    def __call__(self, row_groups: pa.Table) -> Iterator[pa.Table]:
-        """``ROW_GROUP`` rows in; records of ``travelling(schema_of(...))`` out, a few at a time."""
-        for row_group in row_groups.to_pylist():
-            name = f"{ENCODED}/{self._key(row_group)}.arrow"
-            if self._target.is_file(name):
-                yield from _read_back(self._target, name)
-            elif is_given_up():
-                yield self._lost(row_group)
-            else:
-                yield from limited(self._write_down(name, row_group), self._timeout_s)
+    def __call__(self, piece: Piece) -> Iterator[pa.Table]:
+        """The features of the records of a piece, with outcomes, by place in the input."""
+        if is_given_up():
+            yield self._lost(piece)
+            return
+        table = self._read(piece)
+        parts = limited(self.encode(table), self._timeout_s)
+        yield from sorted_on_disk(parts, travelling(self._schema))
 
     def encode(self, table: pa.Table) -> Iterator[pa.Table]:
-        """Features of the records of one row group, in groups of similar length."""
+        """Features of the records of one piece, in groups of similar length."""
         rows, whole = [], []
         for number, row in enumerate(table.select(self._traced(table.schema)).to_pylist()):
             rows.append(row)
@@ -186,31 +173,40 @@ class EncodeFeatures:
             f"{text}_error": relative_error(states, kept),
         }
 
-    def _write_down(self, name: str, row_group: dict[str, Any]) -> Iterator[pa.Table]:
-        with self._source.open_parquet(row_group["file"]) as parquet:
-            table = parquet.read_row_group(row_group["row_group"])
-        schema = travelling(self._schema)
-        with self._target.open_output(name) as file, pa.ipc.new_stream(file, schema) as writer:
-            for part in self.encode(table):
-                writer.write_table(part)
-                yield part
+    def _read(self, piece: Piece) -> pa.Table:
+        return pa.concat_tables(piece.batches(self.source, _ROWS_AT_ONCE))
 
-    def _lost(self, row_group: dict[str, Any]) -> pa.Table:
-        """The records of a row group that ends the process that works on it, as failed ones."""
-        with self._source.open_parquet(row_group["file"]) as parquet:
-            names = self._traced(parquet.schema_arrow)
-            table = parquet.read_row_group(row_group["row_group"], columns=names)
-        return to_table(failed(table, _STAGE, given_up()), self._schema)
-
-    def _key(self, row_group: dict[str, Any]) -> str:
-        return records.sha256_hex(
-            json.dumps([row_group, dump_config(self.options), str(self._schema.metadata)]).encode()
-        )
+    def _lost(self, piece: Piece) -> pa.Table:
+        """The records of a piece that ends the process that works on it, as failed ones."""
+        table = self._read(piece)
+        traced = table.select(self._traced(table.schema))
+        return to_table(failed(traced, _STAGE, given_up()), self._schema)
 
     def _traced(self, schema: pa.Schema) -> list[str]:
         """The columns that a record keeps: what it is, where it came from, and its texts."""
         names = ["id", "index", "source", "content_hash", "provenance", *self.options.texts]
         return [name for name in names if name in schema.names]
+
+
+class EncodeRanges:
+    """The same for whole ranges: encodes their records, and writes what comes of it.
+
+    Args:
+        output: where they go.
+        stage: what :class:`EncodeFeatures` takes.
+    """
+
+    def __init__(self, output: RangeOutput, *stage: Any) -> None:
+        self._stage = EncodeFeatures(*stage)
+        self._output = output
+
+    def __call__(self, ranges: pa.Table) -> Iterator[pa.Table]:
+        """Ranges in, receipts out."""
+        for each in ranges.to_pylist():
+            pieces = [Piece(**piece) for piece in each["pieces"]]
+            rows = sum(piece.size(self._stage.source) for piece in pieces)
+            features = chain.from_iterable(map(self._stage, pieces))
+            yield self._output.done(each["number"], rows, features)
 
 
 def schema_of(options: EncodeOptions, preparation: Preparation) -> pa.Schema:
@@ -235,9 +231,3 @@ def _finite(tensor: Tensor, name: str) -> Tensor:
     if not bool(tensor.isfinite().all()):
         raise InputError(f"its {name} are not finite numbers")
     return tensor
-
-
-def _read_back(store: Store, name: str) -> Iterator[pa.Table]:
-    with store.open_arrow(name) as (_, batches):
-        for batch in batches:
-            yield pa.Table.from_batches([batch])

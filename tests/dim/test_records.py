@@ -50,13 +50,21 @@ def test_clean_text_can_be_written() -> None:
     assert records.clean_text("a\ud83d b 🙂") == "a? b 🙂"
 
 
-def test_schema_versions() -> None:
-    assert records.version_of(records.EDIT) == records.SCHEMA_VERSION
+def test_schema_versions(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert records.version_of(records.EDIT) == records.SCHEMA_VERSIONS["edit"]
     assert records.version_of(pa.schema([])) is None
     records.check_version(records.EDIT, "here")
     records.check_version(pa.schema([]), "here")
-    newer = pa.schema([], metadata={records.VERSION_KEY: b"7"})
-    with pytest.raises(InputError, match="^there holds records of schema version 7, and this"):
+    newer = pa.schema([], metadata={records.KIND_KEY: b"t2i", records.VERSION_KEY: b"7"})
+    said = "^there holds t2i records of schema version 7, and this program knows 1 and older"
+    with pytest.raises(InputError, match=said):
+        records.check_version(newer, "there")
+    # The version of one kind says nothing of another.
+    monkeypatch.setitem(records.SCHEMA_VERSIONS, "t2i", 7)
+    records.check_version(newer, "there")
+    monkeypatch.setitem(records.SCHEMA_VERSIONS, "t2i", 1)
+    monkeypatch.setitem(records.SCHEMA_VERSIONS, "edit", 7)
+    with pytest.raises(InputError, match=said):
         records.check_version(newer, "there")
     with pytest.raises(InputError, match="'x' is no number"):
         records.version_of(pa.schema([], metadata={records.VERSION_KEY: b"x"}))

@@ -205,13 +205,17 @@ def test_copies_folders_both_ways(tmp_path: Path, s3: str) -> None:
         storage.download_folder(f"{s3}/nothing", tmp_path / "down")
 
 
+NAMING = b'{"files": [{"path": "data/part-00000.parquet"}, {"path": "rejected/x.parquet"}]}'
+
+
 def test_opens_the_shards_of_several_outputs(store: Store) -> None:
     for name, value in (("one", 1), ("two", 2)):
         buffer = pa.BufferOutputStream()
         pq.write_table(pa.table({"a": [value]}), buffer)
         store.write(f"{name}/data/part-00000.parquet", buffer.getvalue())
         store.write(f"{name}/rejected/part-00000.parquet", b"not read")
-        store.write(f"{name}/manifest.json", b"{}")
+        store.write(f"{name}/data/part-00001.parquet", b"of a run that was killed")
+        store.write(f"{name}/manifest.json", NAMING)
     both = storage.open_dataset([storage.join(store.uri, name) for name in ("one", "two")])
     assert both.to_table()["a"].to_pylist() == [1, 2]
     assert storage.open_dataset(storage.join(store.uri, "two")).count_rows() == 1
@@ -327,15 +331,15 @@ def test_writes_part_by_part(store: Store) -> None:
     assert store.read("f/a.bin") == b"onetwo"
 
 
-def test_a_passing_file_is_there_when_it_is_whole_and_can_be_mapped(store: Store) -> None:
-    with store.open_passing("f/a.bin") as file:
-        file.write(b"one")
-        assert not store.exists("f/a.bin")
-        file.write(b"two")
-    assert store.map("f/a.bin").to_pybytes() == b"onetwo"
-    with pytest.raises(KeyError), store.open_passing("b") as file:
+def test_a_file_is_named_by_what_is_in_it(store: Store) -> None:
+    with store.open_unnamed("f/a", lambda file: f"f/a-{file.sha256[:4]}") as file:
+        file.write(b"onetwo")
+        assert not [name for name, _ in store.list() if not name.endswith(".tmp")]
+    assert [name for name, _ in store.list()] == [f"f/a-{records.sha256_hex(b'onetwo')[:4]}"]
+    assert store.map(f"f/a-{file.sha256[:4]}").to_pybytes() == b"onetwo"
+    with pytest.raises(KeyError), store.open_unnamed("b", lambda file: "b") as file:
         raise KeyError
-    assert [name for name, _ in store.list()] == ["f/a.bin"]
+    assert len(store.list()) == 1
     with pytest.raises(StorageError, match="not found: .*/none"):
         store.map("none")
 
@@ -377,9 +381,10 @@ def test_records_of_a_newer_schema_are_refused(store: Store) -> None:
     buffer = pa.BufferOutputStream()
     pq.write_table(pa.table({"a": [1]}).replace_schema_metadata(newer), buffer)
     store.write("data/part-00000.parquet", buffer.getvalue())
-    store.write("manifest.json", b"{}")
-    known = records.SCHEMA_VERSION
-    with pytest.raises(InputError, match=f"schema version 12, and this program knows {known}"):
+    store.write("manifest.json", NAMING)
+    known = records.SCHEMA_VERSIONS["edit"]
+    said = f"edit records of schema version 12, and this program knows {known}"
+    with pytest.raises(InputError, match=said):
         storage.open_dataset(store.uri)
 
 

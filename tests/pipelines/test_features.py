@@ -23,12 +23,11 @@ from dim import model as models
 from dim.config import dump_config
 from dim.errors import CheckpointError, ConfigError, InputError
 from infra.samples import open_features
-from infra.storage import Store, open_store
+from infra.storage import open_store
 from pipelines import features
 from pipelines.features import FeaturesConfig
 from pipelines.outputs.manifest import MARKER, Manifest
 from pipelines.outputs.verify import verify
-from pipelines.stages.encode import ENCODED
 from tests.datasets import edit_rows, t2i_rows
 from tests.pipelines.finished import finish
 
@@ -92,9 +91,9 @@ def test_every_record_is_accounted_for(made: tuple[FeaturesConfig, Manifest]) ->
     assert records.kind_of(table.schema) == "edit_features"
     store = open_store(config.out)
     assert len(store.list("data")) > 1
-    with store.open_parquet("data/part-00000.parquet") as parquet:
+    with store.open_parquet(manifest.files[0].path) as parquet:
         assert parquet.metadata.num_row_groups == parquet.metadata.num_rows
-    assert not store.exists(ENCODED) and not store.exists("staging")
+    assert not store.exists("ranges")
 
 
 def test_the_same_whatever_the_parallelism(
@@ -137,7 +136,8 @@ def test_other_weights_do_not_pass_for_the_same_output(
 def test_a_driver_that_was_killed_goes_on(settings: dict[str, Any], tmp_path: Path) -> None:
     plain, out = str(tmp_path / "plain"), str(tmp_path / "out")
     finish(open_store(plain), edit_rows(40), rows_per_file=1)
-    config = FeaturesConfig(out=out, **{**settings, "data": plain, "texts": ("blueprint",)})
+    chosen = {"data": plain, "texts": ("blueprint",), "rows_per_file": 1}
+    config = FeaturesConfig(out=out, **(settings | chosen))
     undisturbed = features.run(config.model_copy(update={"out": str(tmp_path / "whole")}))
 
     file = tmp_path / "job.yaml"
@@ -148,7 +148,7 @@ def test_a_driver_that_was_killed_goes_on(settings: dict[str, Any], tmp_path: Pa
         command, cwd=ROOT, env={**os.environ, "RAY_ADDRESS": address}, stderr=subprocess.PIPE
     )
     store, deadline = open_store(out), time.monotonic() + 200
-    while len(store.list(ENCODED, suffix=".arrow")) < 3 and time.monotonic() < deadline:
+    while len(store.list("ranges", suffix=".json")) < 3 and time.monotonic() < deadline:
         if process.poll() is not None:
             break
         time.sleep(0.01)
@@ -156,30 +156,19 @@ def test_a_driver_that_was_killed_goes_on(settings: dict[str, Any], tmp_path: Pa
     _, errors = process.communicate()
     assert process.returncode == -signal.SIGKILL, errors.decode()
     time.sleep(2)  # until Ray has ended the job's workers
-    done = [name for name, _ in store.list(ENCODED, suffix=".arrow")]
+    receipts = [json.loads(store.read(name)) for name, _ in store.list("ranges", suffix=".json")]
+    done = [Path(out, file["path"]) for receipt in receipts for file in receipt["files"]]
     assert 3 <= len(done) < 40
     assert store.exists(MARKER) and not store.exists("manifest.json")
-    for name in done:
-        _mark(store, name)
+    before = [path.stat() for path in done]
 
-    manifest = features.run(config)
-    assert manifest.counts == undisturbed.counts
-    found, wanted = table_of(out), table_of(str(tmp_path / "whole"))
-    assert found["source"].to_pylist().count("made before the kill") == len(done)
-    assert found.drop_columns("source") == wanted.drop_columns("source")
+    assert features.run(config) == undisturbed.model_copy(update={"config": dump_config(config)})
+    after = [path.stat() for path in done]
+    assert [(one.st_ino, one.st_mtime_ns) for one in after] == [
+        (one.st_ino, one.st_mtime_ns) for one in before
+    ]
     assert verify(out).problems == []
-    assert not store.exists(ENCODED) and not store.exists(MARKER)
-
-
-def _mark(store: Store, name: str) -> None:
-    """Make the records of a row group that is done known, to see that it is not done again."""
-    with pa.ipc.open_stream(store.read(name)) as reader:
-        table = reader.read_all()
-    place = table.schema.get_field_index("source")
-    marks = pa.array(["made before the kill"] * table.num_rows)
-    table = table.set_column(place, table.schema.field(place), marks)
-    with store.open_output(name) as file, pa.ipc.new_stream(file, table.schema) as writer:
-        writer.write_table(table)
+    assert not store.exists("ranges") and not store.exists(MARKER)
 
 
 def test_images_and_captions(settings: dict[str, Any], tmp_path: Path) -> None:

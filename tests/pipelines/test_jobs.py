@@ -72,7 +72,7 @@ def check_output(uri: str | Path, manifest: Manifest) -> None:
     assert manifest.rows_in("failed") == manifest.counts.failed
     reasons = Counter(row["reason"] for row in rows_in(uri, "rejected"))
     assert reasons == manifest.counts.by_reason
-    assert not store.exists("staging") and not store.exists("unfinished.json")
+    assert not store.exists("ranges") and not store.exists("unfinished.json")
 
 
 def blueprints(request: dict[str, Any]) -> Response:
@@ -131,8 +131,9 @@ def test_ingest_accounts_for_every_line(raw: Path) -> None:
     counts = manifest.counts
     assert (counts.input, counts.kept, counts.rejected, counts.failed) == (20, 16, 2, 2)
     assert counts.by_reason == {"image.undecodable": 1, "record.repeated_id": 1}
-    assert [file.path for file in manifest.files if file.path.startswith("data")] == [
-        f"data/part-{n:05d}.parquet" for n in range(4)
+    data = [file.path for file in manifest.files if file.path.startswith("data")]
+    assert [path.rpartition("-")[0] for path in data] == [
+        f"data/part-{n:05d}-of-00004-0" for n in range(4)
     ]
     assert [row["index"] for row in rows_in(raw, "data")] == [
         n for n in range(20) if n not in (3, 9, 11, 13)
@@ -161,7 +162,7 @@ def test_edit_makes_shards_that_others_can_read(
         "triage.misaligned": 1,
     }
     assert len(chat_server.requests) == 14 + 2  # what is no answer was asked for again, twice
-    assert pq.read_schema(out / "data" / "part-00000.parquet").equals(records.EDIT)
+    assert pq.read_schema(out / manifest.files[0].path).equals(records.EDIT)
 
     import datasets
 

@@ -6,7 +6,7 @@ import dataclasses
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,17 @@ from infra.storage import open_store
 from pipelines import ingest
 from pipelines.attempts import Work
 from pipelines.ingest import IngestConfig
-from pipelines.outputs.manifest import FileEntry
+from pipelines.outputs.manifest import Counts, FileEntry, Manifest
 from pipelines.outputs.shards import Shards
-from pipelines.ranges import Range, _cancel_waiting, gather, ranges_of, scan
+from pipelines.ranges import (
+    Piece,
+    _cancel_waiting,
+    gather,
+    pieces_of,
+    ranges_of,
+    rows_per_range,
+    scan,
+)
 from tests.pipelines.finished import finish
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
@@ -74,10 +82,16 @@ def collected(shards: Shards, rows: int) -> pa.Table:
     return pa.concat_tables(ray.get(scan(shards, by_whom, rows).to_arrow_refs()))
 
 
+def make(piece: Piece, work: Callable[[], pa.Table]) -> pa.Table:
+    """Nothing is there already."""
+    return work()
+
+
 def gathered(shards: Shards, rows: int) -> pa.Table:
-    found = gather(shards, by_whom, rows)
-    assert list(found) == ranges_of(shards)
-    return pa.concat_tables(found.values())
+    pieces = pieces_of(shards)
+    found = gather(shards, pieces, by_whom, make, rows)
+    assert list(found) == pieces
+    return pa.concat_tables([table for cuts in found.values() for table in cuts.values()])
 
 
 def test_a_scan_reads_every_record_once_in_order_and_by_several_tasks(tmp_path: Path) -> None:
@@ -130,7 +144,7 @@ def test_the_cuts_of_a_range_are_the_range(tmp_path: Path, cuts: int) -> None:
     pq.write_table(table, tmp_path / "file.parquet", row_group_size=4)
     store = open_store(str(tmp_path))
     for of, wanted in ((2, [0, 1, 2, 3]), (1, list(range(10)))):
-        whole = Range("file.parquet", 0, of)
+        whole = Piece("file.parquet", 0, of)
         found = [list(each.batches(store, 3)) for each in whole.split(cuts)]
         assert all(found)
         tables = [table for batches in found for table in batches]
@@ -142,7 +156,7 @@ def test_the_last_ranges_are_cut_into_small_ones(tmp_path: Path) -> None:
     ingest.run(IngestConfig(tabletop_images=80, size=32, rows_per_file=8, out=str(tmp_path)))
     shards = Shards.open(str(tmp_path), RAW_IMAGE)
     cores = int(ray.cluster_resources()["CPU"])
-    tasks = [len(set(table["task"].to_pylist())) for table in gather(shards, by_whom).values()]
+    tasks = [len(cuts) for cuts in gather(shards, pieces_of(shards), by_whom, make).values()]
     assert len(tasks) == 10 > cores
     assert tasks == [1] * (10 - cores) + [4] * cores
 
@@ -150,7 +164,8 @@ def test_the_last_ranges_are_cut_into_small_ones(tmp_path: Path) -> None:
 def test_a_stage_that_fails_stops_what_gathers_it(tmp_path: Path) -> None:
     ingest.run(IngestConfig(tabletop_images=4, size=32, out=str(tmp_path)))
     with pytest.raises(InputError, match="no such stage"):
-        gather(Shards.open(str(tmp_path), RAW_IMAGE), broken)
+        shards = Shards.open(str(tmp_path), RAW_IMAGE)
+        gather(shards, pieces_of(shards), broken, make)
 
 
 def test_what_waits_is_cancelled_and_what_is_near_its_turn_is_not(ray_cluster: None) -> None:
@@ -185,9 +200,11 @@ class KilledOnce:
 def test_a_worker_that_is_killed_loses_nothing_that_is_gathered(tmp_path: Path) -> None:
     raw, sign = str(tmp_path / "raw"), tmp_path / "sign"
     ingest.run(IngestConfig(tabletop_images=12, size=32, rows_per_file=2, out=raw))
-    found = gather(Shards.open(raw, RAW_IMAGE), KilledOnce(sign), 1)
+    shards = Shards.open(raw, RAW_IMAGE)
+    found = gather(shards, pieces_of(shards), KilledOnce(sign), make, 1)
     assert sign.exists() and int(sign.read_text()) != os.getpid()
-    seen = pa.concat_tables(found.values())["index"].to_pylist()
+    tables = [table for cuts in found.values() for table in cuts.values()]
+    seen = pa.concat_tables(tables)["index"].to_pylist()
     assert seen == list(range(12))
 
 
@@ -203,3 +220,33 @@ def test_every_range_is_read_by_a_task_of_its_own(
     assert ingest.run(config).counts.kept == 12
     read_by = [task.read_text().split() for task in tasks.iterdir()]
     assert sorted(read_by) == sorted([str(first)] for first in range(0, 12, 2))
+
+
+def shards_of(rows: Sequence[int]) -> Shards:
+    """An input with so many records in each file, as its manifest describes it."""
+    files = tuple(
+        FileEntry(path=f"data/{number}.parquet", rows=count, bytes=1, sha256="0" * 64)
+        for number, count in enumerate(rows)
+    )
+    counts = Counts(input=sum(rows), kept=sum(rows), rejected=0, failed=0, by_reason={})
+    done = Manifest(job="x", config={}, input={}, counts=counts, files=files)
+    return Shards(open_store("nowhere"), done)
+
+
+def test_small_files_share_a_range_and_large_ones_are_cut() -> None:
+    ranges = ranges_of(shards_of([3, 3, 3, 0, 10, 600]), 8)
+    assert [[piece.file[5] for piece in each] for each in ranges[:2]] == [["0", "1"], ["2", "3"]]
+    assert [(each[0].file[5], each[0].cut, each[0].cuts) for each in ranges[2:4]] == [
+        ("4", 0, 2),
+        ("4", 1, 2),
+    ]
+    assert {piece.of for each in ranges[4:] for piece in each} == {3}
+    assert all(len(each) == 1 for each in ranges[4:]) and len(ranges) == 4 + 3 * 25
+
+
+@pytest.mark.parametrize(
+    ("rows", "most", "size"),
+    [(10, 16_384, 256), (10, 6, 6), (600_000, 16_384, 300), (14_000_000, 16_384, 4096)],
+)
+def test_the_size_of_a_range_follows_from_the_input(rows: int, most: int, size: int) -> None:
+    assert rows_per_range(rows, most) == size

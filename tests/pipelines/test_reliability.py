@@ -6,6 +6,7 @@ nothing happened to, and every record of the input is in it once.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -29,16 +30,17 @@ from pipelines.filter import FilterPairsConfig
 from pipelines.filter import run as run_filter
 from pipelines.filters import PairRules
 from pipelines.ingest import IngestConfig
-from pipelines.job import Job, JobConfig
+from pipelines.job import Job, JobConfig, Remaining
 from pipelines.outcome import Rejection, fail, reject, to_table
 from pipelines.outputs.manifest import Manifest
+from pipelines.outputs.receipts import RangeOutput, WriteRanges
 from pipelines.outputs.verify import verify
 from tests.fault_proxy import FaultProxy, running
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 ROOT = Path(__file__).resolve().parents[2]
-ROWS = 60
+ROWS, RANGE = 60, 10
 TABLE = PairRules(min_side=32, min_changed=0.0005, min_ssim=-1)
 
 
@@ -52,14 +54,15 @@ class Make:
     def __init__(self, victim: Path | None) -> None:
         self._victim = victim
 
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        numbers = batch["id"].to_pylist()
-        if self._victim and 30 in numbers and not self._victim.exists():
-            partial = self._victim.with_suffix(".new")
-            partial.write_text(str(os.getpid()))
-            partial.replace(self._victim)
-            time.sleep(300)
-        return to_table(map(self._make, numbers), records.RAW_IMAGE)
+    def __call__(self, each: dict[str, Any]) -> Iterator[pa.Table]:
+        first = RANGE * each["number"]
+        for numbers in (range(first, first + 4), range(first + 4, first + RANGE)):
+            if self._victim and 30 in numbers and not self._victim.exists():
+                partial = self._victim.with_suffix(".new")
+                partial.write_text(str(os.getpid()))
+                partial.replace(self._victim)
+                time.sleep(300)
+            yield to_table(map(self._make, numbers), records.RAW_IMAGE)
 
     def _make(self, number: int) -> dict[str, Any]:
         image = bytes([number]) * 2000
@@ -71,17 +74,26 @@ class Make:
         return row
 
 
+class MakeRanges(WriteRanges):
+    """The same for an actor."""
+
+    def __init__(self, victim: Path | None, output: RangeOutput) -> None:
+        super().__init__(Make(victim), output)
+
+
 def make(out: Path | str, victim: Path | None = None, *, actors: bool = False) -> Manifest:
     config = JobConfig(out=str(out), rows_per_file=16, target_file_mb=0.02)
-    job = Job("made", config, records.RAW_IMAGE, identity={}, rows=ROWS)
-    how = {"batch_format": "pyarrow", "batch_size": 4}
+    job = Job("made", config, records.RAW_IMAGE, identity={}, rows=ROWS, ranges=ROWS // RANGE)
+    how = {"batch_format": "pyarrow", "batch_size": 1}
 
-    def build() -> ray.data.Dataset:
-        numbers = ray.data.range(ROWS, override_num_blocks=12)
+    def build(work: Remaining) -> ray.data.Dataset:
+        rows = [{"number": number, "rows": RANGE} for number in work.todo]
+        ranges = ray.data.from_items(rows, override_num_blocks=len(rows))
         if not actors:
-            return numbers.map_batches(Make(victim), **how)
+            return ranges.map_batches(WriteRanges(Make(victim), work.output), **how)
         pool = ray.data.ActorPoolStrategy(size=2)
-        return numbers.map_batches(Make, fn_constructor_args=(victim,), compute=pool, **how)
+        given = (victim, work.output)
+        return ranges.map_batches(MakeRanges, fn_constructor_args=given, compute=pool, **how)
 
     return job.run(build)
 
@@ -92,7 +104,7 @@ def check(uri: Path | str, manifest: Manifest, wanted: Manifest | None = None) -
     assert counts.input == counts.kept + counts.rejected + counts.failed
     assert verify(str(uri)).problems == []
     store = storage.open_store(str(uri))
-    assert not store.exists("staging") and not store.exists("unfinished.json")
+    assert not store.exists("ranges") and not store.exists("unfinished.json")
     if wanted is not None:
         assert (manifest.files, manifest.counts) == (wanted.files, wanted.counts)
 
@@ -128,16 +140,16 @@ def test_a_worker_that_is_killed_loses_nothing(
     check(tmp_path / "out", manifest, undisturbed)
 
 
-# A driver that kills itself where the test says: before the file NAME is written, or half through.
+# A driver that kills itself where the test says: before the file NAME is written, or after.
 DRIVER = """
 import os, signal, sys
-from contextlib import contextmanager
 from infra.storage import Store
 from pipelines import ingest
 from pipelines.ingest import IngestConfig
+from pipelines.outputs import receipts
 
 out, name, moment = sys.argv[1:]
-write, open_output, delete = Store.write, Store.open_output, Store.delete
+write, receipts_in = Store.write, receipts.receipts_in
 
 def die():
     os.kill(os.getpid(), signal.SIGKILL)
@@ -149,16 +161,13 @@ def watched_write(self, path, data):
     if path == name and moment == "after":
         die()
 
-@contextmanager
-def watched_output(self, path):
-    if path == name and moment == "before":
-        die()
-    with open_output(self, path) as file:
-        if path == name:
-            inner, file.write = file.write, lambda data: (inner(data), die())
-        yield file
+def watched_receipts(tables):
+    for receipt in receipts_in(tables):
+        yield receipt
+        if name == "ranges":
+            die()
 
-Store.write, Store.open_output = watched_write, watched_output
+Store.write, receipts.receipts_in = watched_write, watched_receipts
 ingest.run(IngestConfig(tabletop=40, out=out, rows_per_file=16, seed=3))
 """
 
@@ -178,7 +187,7 @@ def drawn(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Manife
 @pytest.mark.parametrize(
     ("name", "moment"),
     [
-        ("data/part-00001.parquet", "halfway"),
+        ("ranges", "halfway"),
         ("manifest.json", "before"),
         ("manifest.json", "after"),
     ],
@@ -196,14 +205,24 @@ def test_a_driver_that_is_killed_and_run_again(
         timeout=300,
     )
     assert process.returncode == -signal.SIGKILL, process.stderr.decode()
-    assert (out / "unfinished.json").exists() and list((out / "staging").iterdir())
+    assert (out / "unfinished.json").exists()
     assert (out / "manifest.json").exists() == (moment == "after")
-    assert not (out / name).exists() or moment == "after"
+    done = {path: path.stat().st_mtime_ns for path in files_with_receipts(out)}
+    assert len(done) == 3 if moment != "halfway" else done
     again = ingest.run(tabletop(out))
+    assert {path: path.stat().st_mtime_ns for path in done} == done  # none was made again
     check(out, again, drawn)
     assert again.model_dump(exclude={"config"}) == drawn.model_dump(exclude={"config"})
     left = [path.name for path in out.rglob("*") if path.is_file() and path.suffix != ".parquet"]
-    assert sorted(set(left) - {"manifest.json"}) in ([], [".part-00001.parquet.tmp"])
+    assert left == ["manifest.json"]
+
+
+def files_with_receipts(out: Path) -> list[Path]:
+    return [
+        out / file["path"]
+        for receipt in out.glob("ranges/*/*.json")
+        for file in json.loads(receipt.read_text())["files"]
+    ]
 
 
 @pytest.fixture

@@ -14,12 +14,17 @@ from pipelines.filters.duplicates import (
     SIGNATURE,
     TWINS,
     DuplicateRules,
+    Find,
     MatchBands,
     MatchEmbeddings,
-    drop_duplicates,
+    explained,
+    find_duplicates,
+    known_of,
+    reject_duplicates,
 )
 from pipelines.filters.verdicts import ApplyVerdicts, GiveVerdicts
 from pipelines.outcome import Row, to_table
+from pipelines.outputs.files import by_place
 from pipelines.readers.records import pair_columns
 from tests.pipelines.models import save_clip
 from tests.pipelines.samples import edited, encoded, photo
@@ -46,6 +51,13 @@ def verdicts(*hashes: int | tuple[int, int], **columns: list[Any]) -> pa.Table:
         }
         rows.append(row | {name: values[place] for name, values in columns.items()})
     return to_table(rows, SIGNATURE)
+
+
+def drop_duplicates(table: pa.Table, rules: DuplicateRules, find: Find) -> pa.Table:
+    """The verdicts by place, with the duplicates among them rejected."""
+    ids = dict(zip(table["index"].to_pylist(), table["id"].to_pylist(), strict=True))
+    losers = explained(find_duplicates(known_of(table), rules, find), ids)
+    return reject_duplicates(by_place(table), losers)
 
 
 def dropped(table: pa.Table, rules: DuplicateRules = NEAR) -> dict[int, Row]:
@@ -235,3 +247,11 @@ def test_embeddings_are_noted_when_a_model_is_given(tmp_path: Any) -> None:
     assert np.linalg.norm(np.frombuffer(verdict["embeddings"], np.float16)) == pytest.approx(
         1, abs=0.01
     )
+
+
+def test_little_is_looked_at_of_each_record() -> None:
+    table = verdicts(*[(number, number << 30) for number in range(1000)])
+    known = known_of(table)
+    assert known.nbytes <= 64 * 1000
+    losers = find_duplicates(known, NEAR, find)
+    assert losers.num_rows < 1000 and losers.schema.names[:2] == ["index", "twin"]

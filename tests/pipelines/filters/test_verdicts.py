@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import ray.data
 from PIL import Image
 
 from dim.errors import InputError
@@ -14,12 +15,13 @@ from dim.records import RAW_IMAGE
 from pipelines import ingest
 from pipelines.filters import FilterImages, ImageRules
 from pipelines.filters.duplicates import DuplicateRules
-from pipelines.filters.verdicts import without_duplicates
+from pipelines.filters.verdicts import judge
 from pipelines.ingest import IngestConfig
-from pipelines.job import Job, JobConfig
+from pipelines.job import Job, JobConfig, Remaining
 from pipelines.outputs.manifest import Manifest
+from pipelines.outputs.receipts import WriteRanges
 from pipelines.outputs.shards import Shards
-from pipelines.ranges import scan
+from pipelines.ranges import ranges_of
 from tests.pipelines.models import save_clip
 from tests.pipelines.samples import encoded
 from tests.pipelines.test_jobs import check_output, rows_in
@@ -58,13 +60,26 @@ def raw(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Shards:
 
 def run(raw: Shards, out: Path, batch_size: int, duplicates: DuplicateRules) -> Manifest:
     config = JobConfig(out=str(out), rows_per_file=8)
-    job = Job("filter", config, RAW_IMAGE, identity=raw.identity, rows=raw.rows)
-    return job.run(
-        lambda: scan(
-            raw, without_duplicates(raw, FilterImages(RULES), duplicates, batch_size), batch_size
-        ),
-        overwrite=True,
-    )
+    ranges = ranges_of(raw, 8)
+    identity, rows = raw.identity, raw.rows
+    job = Job("filter", config, RAW_IMAGE, identity=identity, rows=rows, ranges=len(ranges))
+
+    def build(work: Remaining) -> ray.data.Dataset:
+        found, judged = judge(
+            raw,
+            ranges,
+            work.todo,
+            FilterImages(RULES),
+            duplicates,
+            batch_size,
+            store=work.output.store,
+            key=work.key,
+        )
+        return ray.data.from_items(found).map_batches(
+            WriteRanges(judged.records, work.output), batch_format="pyarrow", batch_size=1
+        )
+
+    return job.run(build, overwrite=True)
 
 
 def test_duplicates_are_found_across_the_whole_data_set(raw: Shards, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from infra.storage import open_store
 from pipelines.filters import FilterPairs, PairRules, PairThresholds
 from pipelines.outcome import fail, to_rows, to_table
 from pipelines.outputs import inspect, manifest
-from pipelines.outputs.commit import FOLDERS
+from pipelines.outputs.files import FOLDERS
 from pipelines.outputs.manifest import Counts, FileEntry, Manifest
 from pipelines.readers.records import pair_columns
 from tests.pipelines.samples import edited, encoded, photo

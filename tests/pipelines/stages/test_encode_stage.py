@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,13 @@ from dim.features.encoder import FrozenEncoder
 from dim.features.format import unpack_bf16, unpack_int8
 from infra.storage import open_store
 from pipelines import attempts
-from pipelines.stages.encode import ENCODED, EncodeFeatures, EncodeOptions
+from pipelines.ranges import Piece
+from pipelines.stages.encode import EncodeFeatures, EncodeOptions
 from tests.datasets import edit_rows, t2i_rows
-from tests.feature_shards import encoder, prepare, row_groups_in
+from tests.feature_shards import encoder, pieces_in, prepare
 from tests.pipelines.finished import finish
 
-Made = tuple[EncodeFeatures, pa.Table]
+Made = tuple[EncodeFeatures, list[Piece]]
 
 
 @pytest.fixture
@@ -31,23 +32,22 @@ def made(tmp_path: Path, tiny_model_dir: Path) -> Callable[..., Made]:
         plain = tmp_path / "plain"
         if not plain.exists():
             finish(open_store(str(plain)), rows, schema)
-        stage, _ = encoder(str(plain), str(tmp_path / "out"), tiny_model_dir, **options)
-        return stage, row_groups_in(open_store(str(plain)))
+        stage, _ = encoder(str(plain), tiny_model_dir, **options)
+        return stage, pieces_in(open_store(str(plain)))
 
     return make
 
 
-def run(stage: EncodeFeatures, row_groups: pa.Table) -> list[dict[str, Any]]:
-    rows = [row for part in stage(row_groups) for row in part.to_pylist()]
-    return sorted(rows, key=lambda row: row["index"])
+def run(stage: EncodeFeatures, pieces: Sequence[Piece]) -> list[dict[str, Any]]:
+    return [row for piece in pieces for part in stage(piece) for row in part.to_pylist()]
 
 
 def test_edits_become_what_the_frozen_parts_say(
     made: Callable[..., Made], tiny_model_dir: Path
 ) -> None:
     source = edit_rows(7)
-    stage, row_groups = made(source)
-    rows = run(stage, row_groups)
+    stage, pieces = made(source)
+    rows = run(stage, pieces)
     assert [row["id"] for row in rows] == [row["id"] for row in source]
     assert {row["outcome"] for row in rows} == {"kept"}
     model = models.load(tiny_model_dir)
@@ -84,8 +84,8 @@ def test_8_bit_states_say_how_far_they_are_off(made: Callable[..., Made]) -> Non
 
 
 def test_images_have_no_source(made: Callable[..., Made]) -> None:
-    stage, row_groups = made(t2i_rows(2), records.T2I, kind="t2i", texts=("caption",))
-    rows = run(stage, row_groups)
+    stage, pieces = made(t2i_rows(2), records.T2I, kind="t2i", texts=("caption",))
+    rows = run(stage, pieces)
     assert [row["outcome"] for row in rows] == ["kept", "kept"]
     assert "source_latent" not in rows[0] and rows[0]["caption_states"]
 
@@ -106,7 +106,7 @@ def test_a_bad_record_spoils_no_other(made: Callable[..., Made]) -> None:
 
 
 def test_numbers_that_are_none_fail_their_record(made: Callable[..., Made]) -> None:
-    stage, row_groups = made(edit_rows(2))
+    stage, pieces = made(edit_rows(2))
     states = stage._encoder.states
 
     def broken(texts: list[str], seen: Any) -> Any:
@@ -114,52 +114,19 @@ def test_numbers_that_are_none_fail_their_record(made: Callable[..., Made]) -> N
         return hidden * float("nan"), mask
 
     stage._encoder.states = broken  # type: ignore[method-assign]
-    assert [row["error"] for row in run(stage, row_groups)] == [
+    assert [row["error"] for row in run(stage, pieces)] == [
         "its hidden states are not finite numbers"
     ] * 2
-
-
-def test_a_unit_that_is_done_is_not_done_again(made: Callable[..., Made], tmp_path: Path) -> None:
-    stage, row_groups = made(edit_rows(16))
-    assert len(row_groups) == 2
-    done = run(stage, row_groups.slice(0, 1))
-    # The second is broken off in its middle, as by a kill.
-    second = stage(row_groups.slice(1, 1))
-    next(second)
-    second.close()
-    store = open_store(str(tmp_path / "out"))
-    assert len(store.list(ENCODED, suffix=".arrow")) == 1
-
-    again, _ = made([])
-    worked: list[str] = []
-    prepare = again._encoder.prepare
-
-    def watched(row: dict[str, Any]) -> Any:
-        worked.append(row["id"])
-        return prepare(row)
-
-    again._encoder.prepare = watched  # type: ignore[method-assign]
-    rows = run(again, row_groups)
-    assert sorted(worked) == sorted(row["id"] for row in rows[8:])
-    assert rows[:8] == done and len(rows) == 16
-
-
-def test_what_other_settings_made_is_not_taken(made: Callable[..., Made], tmp_path: Path) -> None:
-    run(*made(edit_rows(4)))
-    run(*made([], encoding="int8"))
-    run(*made([], texts=("instruction",)))
-    store = open_store(str(tmp_path / "out"))
-    assert len(store.list(ENCODED)) == 3
 
 
 def test_groups_are_of_similar_length(made: Callable[..., Made]) -> None:
     source = edit_rows(8)
     for number, row in enumerate(source):
         row["blueprint"] = row["instruction"] = "word " * (1 + 40 * (number % 2))
-    stage, row_groups = made(source)
+    stage, pieces = made(source)
     lengths = [
         {row["blueprint_tokens"] for row in part.to_pylist()}
-        for part in stage(row_groups.slice(0, 1))
+        for part in stage.encode(stage._read(pieces[0]))
     ]
     assert [len(group) for group in lengths] == [1, 1]
 
@@ -172,15 +139,15 @@ def test_a_model_that_is_another_one_on_the_workers_machine(
     store = open_store(str(tmp_path / "out"))
     options = EncodeOptions.model_validate(stage.options.model_dump())
     with pytest.raises(InputError, match="is not the same on every machine: the weights or the"):
-        EncodeFeatures(str(tiny_model_dir), options, needed, store, store, False, 1)
+        EncodeFeatures(str(tiny_model_dir), options, needed, store, False, 1)
 
 
 def test_a_unit_that_no_process_survives_is_failed_records(
     made: Callable[..., Made], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stage, row_groups = made(edit_rows(3))
+    stage, pieces = made(edit_rows(3))
     monkeypatch.setattr(attempts, "attempt", lambda: attempts.MOST_ATTEMPTS)
-    rows = run(stage, row_groups)
+    rows = run(stage, pieces)
     assert [row["id"] for row in rows] == [row["id"] for row in edit_rows(3)]
     assert {row["outcome"] for row in rows} == {"failed"}
     assert {row["stage"] for row in rows} == {"features"} and "ended 4 times" in rows[0]["error"]

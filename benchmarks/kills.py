@@ -1,0 +1,439 @@
+"""The kill matrix: every data job, killed at every moment, and run again.
+
+    python -m benchmarks.kills [--jobs ingest edit] [--folder DIR]
+
+A driver, and separately a worker, is ended by SIGKILL when it reaches a moment of a range in the
+middle of the input; then the same job is run again. Told for each: whether every file is the one of
+a job that nothing happened to, how many records are lost or there twice, how many answers were paid
+for again that were there, how many calls were under way and so made again, and how many ranges were
+begun again. Fails where a record is lost or doubled, an answer paid twice, or a file another one.
+Prints the table of ``docs/data/reliability.md``. Everything runs on one local cluster, in ranges of
+a few records.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+
+from dim.blueprint import Blueprint
+from dim.config import StrictModel
+from dim.designers import CallOptions
+from infra import storage
+from infra.storage import Output, Store
+from pipelines import edit, features, filter, ingest, t2i
+from pipelines.calls.answers import read_entries
+from pipelines.cluster import connect
+from pipelines.filters import ImageRules, PairRules
+from pipelines.filters.duplicates import DuplicateRules
+from pipelines.filters.verdicts import KeptVerdicts
+from pipelines.outputs import manifest as manifests
+from pipelines.outputs.manifest import Manifest
+from pipelines.outputs.receipts import RangeOutput
+from pipelines.stages.caption import CaptionRules
+
+RECORDS, RANGE = 24, 6
+STRUCK = 2
+"""The range that a kill comes in."""
+
+READING, STAGE, FILE, RECEIPT = "reading", "in a stage", "in a file", "before the receipt"
+MANIFEST, FINISHED = "before the manifest", "after the manifest"
+MOMENTS = (READING, STAGE, FILE, RECEIPT, MANIFEST, FINISHED)
+OF_DRIVER = (MANIFEST, FINISHED)
+"""Moments at which no worker does anything."""
+
+DRIVER, WORKER = "driver", "worker"
+PLAN = "DIM_KILLS_PLAN"
+HEAD = """\
+| job | killed | moment | same files | lost | doubled | paid again | calls cut off | begun again |
+| --- | --- | --- | --- | ---: | ---: | ---: | ---: | ---: |"""
+_PATIENCE_S = 180.0
+_WAIT_S = 2.0  # until the cluster has ended the workers of a driver that is gone
+_CAPTIONS = CaptionRules(min_words=5, min_dimensions=0, min_dimensions_in_prose=0)
+_DRAWN: dict[str, Any] = dict.fromkeys(("min_entropy", "min_sharpness", "max_text_area"))
+_PAIRS = PairRules(min_side=32, min_changed=None, min_ssim=None, max_shift=None, **_DRAWN)
+_IMAGES = ImageRules(min_side=32, **_DRAWN)
+_ALIKE = DuplicateRules(exact=True, max_distance=None)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What came of one kill."""
+
+    job: str
+    moment: str
+    victim: str
+    same: bool
+    lost: int
+    doubled: int
+    paid_again: int
+    cut_off: int
+    done_again: int
+
+    @property
+    def row(self) -> str:
+        """Its line in the table."""
+        same = "yes" if self.same else "NO"
+        return (
+            f"| {self.job} | {self.victim} | {self.moment} | {same} | {self.lost} | {self.doubled} "
+            f"| {self.paid_again} | {self.cut_off} | {self.done_again} |"
+        )
+
+    @property
+    def is_good(self) -> bool:
+        """Whether nothing was lost, doubled, paid twice or made otherwise."""
+        return self.same and not (self.lost or self.doubled or self.paid_again)
+
+
+def main() -> int:
+    """Run the matrix; returns the exit status."""
+    options = _options()
+    with tempfile.TemporaryDirectory(dir=options.folder) as name, _designer() as designer:
+        folder = Path(name)
+        os.environ[PLAN] = str(folder / "plan.json")
+        _connect()
+        jobs = _inputs(folder, designer, options.jobs)
+        print(HEAD, flush=True)
+        cells = []
+        for job in options.jobs:
+            for cell in run_matrix(folder / job, job, jobs[job], designer, options.moments):
+                cells.append(cell)
+                print(cell.row, flush=True)
+        ray.shutdown()
+    return 0 if all(cell.is_good for cell in cells) else 1
+
+
+def run_matrix(
+    folder: Path,
+    job: str,
+    config: Callable[[Path], StrictModel],
+    designer: Designer,
+    moments: Iterable[str] = MOMENTS,
+    victims: Iterable[str] = (DRIVER, WORKER),
+) -> Iterator[Cell]:
+    """Kill one job at each moment.
+
+    Args:
+        folder: for its outputs.
+        job: its name.
+        config: its settings, for an output folder.
+        designer: the server that it asks, if it asks one.
+        moments: at which it is killed.
+        victims: who is.
+    """
+    wanted = folder / "undisturbed"
+    whole = _run(job, config(wanted))
+    for moment in moments:
+        for victim in victims:
+            if victim == WORKER and moment in OF_DRIVER:
+                continue
+            out = folder / f"{moment} {victim}".replace(" ", "-")
+            yield _kill(job, moment, victim, config(out), out, (wanted, whole), designer)
+            shutil.rmtree(out)
+
+
+def arm() -> None:
+    """Have this process, a driver or a worker, reach the moments; the plan says what happens."""
+    written, output, store, kept = RangeOutput._write, Output.write, Store.write, KeptVerdicts._find
+    here = threading.local()
+
+    def watched_range(self: RangeOutput, number: int, rows: int, tables: Iterable[pa.Table]) -> Any:
+        note(f"range {number}")
+        here.number = number
+
+        def made() -> Iterator[pa.Table]:
+            if number == STRUCK:
+                strike(READING)
+            for table in tables:
+                if number == STRUCK:
+                    strike(STAGE)
+                yield table
+
+        try:
+            return written(self, number, rows, made())
+        finally:
+            here.number = None
+
+    def watched_output(self: Output, data: Any) -> int:
+        if getattr(here, "number", None) == STRUCK and len(data) > 1:
+            output(self, bytes(data)[: len(data) // 2])
+            strike(FILE)
+            return output(self, bytes(data)[len(data) // 2 :]) + len(data) // 2
+        return output(self, data)
+
+    def watched_store(self: Store, name: str, data: Any) -> None:
+        if name.startswith("ranges/") and name.endswith(f"{STRUCK:05d}.json"):
+            strike(RECEIPT)
+        if name == manifests.NAME:
+            strike(MANIFEST)
+        store(self, name, data)
+        if name == manifests.NAME:
+            strike(FINISHED)
+
+    def watched_verdicts(self: KeptVerdicts, piece: Any) -> Any:
+        if f"part-{STRUCK:05d}" in piece.file:
+            strike(READING)
+        return kept(self, piece)
+
+    for owner, method, watched in (
+        (RangeOutput, "_write", watched_range),
+        (Output, "write", watched_output),
+        (Store, "write", watched_store),
+        (KeptVerdicts, "_find", watched_verdicts),
+    ):
+        setattr(owner, method, watched)
+
+
+def strike(moment: str) -> None:
+    """Kill whom the plan says, the first time that its moment is reached by anybody."""
+    plan = _plan()
+    if plan.get("moment") != moment:
+        return
+    try:
+        os.close(os.open(plan["token"], os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return
+    os.kill(plan["driver"] if plan["victim"] == DRIVER else os.getpid(), signal.SIGKILL)
+    time.sleep(_PATIENCE_S)  # as somebody who is about to be ended by the cluster
+
+
+def note(line: str) -> None:
+    """Write down what was begun."""
+    log = _plan().get("log")
+    if log:
+        with open(log, "a") as file:
+            file.write(f"{line}\n")
+
+
+def drive(job: str, settings: str) -> None:
+    """The driver that is to be killed, as a process of its own."""
+    _connect()
+    arm()
+    _write_plan({**_plan(), "driver": os.getpid()})
+    kind = _JOBS[job][0]
+    _run(job, kind.model_validate_json(settings))
+
+
+def _kill(
+    job: str,
+    moment: str,
+    victim: str,
+    config: StrictModel,
+    out: Path,
+    undisturbed: tuple[Path, Manifest],
+    designer: Designer,
+) -> Cell:
+    log, token = (out.with_name(f"{out.name}.{end}") for end in ("log", "token"))
+    plan = {"moment": moment, "victim": victim, "token": str(token), "log": str(log)}
+    _write_plan(plan)
+    designer.asked = 0
+    if victim == DRIVER:
+        command = [sys.executable, "-m", "benchmarks.kills", "--drive", job]
+        address = ray.get_runtime_context().gcs_address
+        done = subprocess.run(
+            command,
+            input=config.model_dump_json(),
+            text=True,
+            env={**os.environ, "RAY_ADDRESS": address},
+            capture_output=True,
+            timeout=_PATIENCE_S,
+        )
+        if done.returncode != -signal.SIGKILL:
+            raise RuntimeError(f"{job} was not killed {moment}: {done.stderr}")
+        time.sleep(_WAIT_S)
+    _write_plan({**plan, "moment": moment if victim == WORKER else None})
+    made = _run(job, config)
+    if not token.exists():
+        raise RuntimeError(f"{job} was not killed {moment}")
+    wanted, whole = undisturbed
+    ids, ids_wanted = _ids(out, made), _ids(wanted, whole)
+    answers = Counter(entry.key for entry in read_entries(storage.open_store(str(out))))
+    return Cell(
+        job,
+        moment,
+        victim,
+        same=_files(out, made) == _files(wanted, whole) and made.counts == whole.counts,
+        lost=(ids_wanted - ids).total(),
+        doubled=(ids - ids_wanted).total(),
+        paid_again=answers.total() - len(answers),
+        cut_off=max(0, designer.asked - answers.total()),
+        done_again=sum(count - 1 for count in Counter(log.read_text().splitlines()).values()),
+    )
+
+
+def _files(out: Path, made: Manifest) -> list[tuple[str, bytes]]:
+    return [(file.path, (out / file.path).read_bytes()) for file in made.files]
+
+
+def _ids(out: Path, made: Manifest) -> Counter[str]:
+    """How often each record is in the output."""
+    return Counter(
+        record
+        for file in made.files
+        for record in pq.read_table(out / file.path, columns=["id"])["id"].to_pylist()
+    )
+
+
+@dataclass
+class Designer:
+    """A server that answers everything.
+
+    Attributes:
+        url: its address.
+        asked: how often it was asked.
+    """
+
+    url: str
+    asked: int = 0
+
+
+@contextmanager
+def _designer() -> Iterator[Designer]:
+    plan = Blueprint("Add a red box.", "A table.", "- a table", "The left.", "A table with a box.")
+    text = f"Alignment: aligned\n\n{plan.render()}"
+    answer = {
+        "choices": [{"finish_reason": "stop", "message": {"content": text}}],
+        "usage": {"prompt_tokens": 10, "completion_tokens": 10},
+    }
+
+    class Answer(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            with counting:
+                designer.asked += 1
+            body = json.dumps(answer).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            """Nothing."""
+
+    counting = threading.Lock()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Answer)
+    designer = Designer(f"http://127.0.0.1:{server.server_address[1]}/v1")
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield designer
+    finally:
+        server.shutdown()
+
+
+def _inputs(
+    folder: Path, designer: Designer, jobs: Iterable[str]
+) -> dict[str, Callable[[Path], StrictModel]]:
+    """Make what the jobs read; returns the settings of each for an output folder."""
+    pairs, images, edits = (str(folder / name) for name in ("pairs", "images", "edits"))
+    small: dict[str, Any] = {"rows_per_file": RANGE}
+    ingest.run(ingest.IngestConfig(tabletop=RECORDS, size=64, out=pairs, **small))
+    if "t2i" in jobs:
+        ingest.run(ingest.IngestConfig(tabletop_images=RECORDS, size=64, out=images, **small))
+    asking: dict[str, Any] = {**small, "batch_size": 2, "duplicates": _ALIKE}
+
+    def settings_of_edit(out: Path | str, spec: str) -> edit.EditConfig:
+        calls = CallOptions(in_flight=2)
+        return edit.EditConfig(
+            raw=pairs, out=str(out), designer=spec, filters=_PAIRS, calls=calls, **asking
+        )
+
+    if "features" in jobs:
+        edit.run(settings_of_edit(edits, "oracle"))
+    model = str(Path(__file__).resolve().parents[1] / "configs/tiny.yaml")
+    return {
+        "ingest": lambda out: ingest.IngestConfig(tabletop=RECORDS, size=64, out=str(out), **small),
+        "filter": lambda out: filter.FilterPairsConfig(
+            raw=pairs, out=str(out), filters=_PAIRS, **asking
+        ),
+        "edit": lambda out: settings_of_edit(out, f"openai:m@{designer.url}"),
+        "t2i": lambda out: t2i.T2IConfig(
+            raw=images,
+            out=str(out),
+            captioner="oracle",
+            filters=_IMAGES,
+            captions=_CAPTIONS,
+            **asking,
+        ),
+        "features": lambda out: features.FeaturesConfig(
+            data=edits, out=str(out), model=model, encode_batch=2, cpus_per_worker=0.5, **small
+        ),
+    }
+
+
+_JOBS: dict[str, tuple[type[StrictModel], Callable[[Any], Manifest]]] = {
+    "ingest": (ingest.IngestConfig, ingest.run),
+    "filter": (filter.FilterPairsConfig, filter.run),
+    "edit": (edit.EditConfig, edit.run),
+    "t2i": (t2i.T2IConfig, t2i.run),
+    "features": (features.FeaturesConfig, features.run),
+}
+
+
+def _run(job: str, config: StrictModel) -> Manifest:
+    return _JOBS[job][1](config)
+
+
+def _connect() -> None:
+    """Join the cluster that ``RAY_ADDRESS`` names or start one, with workers that are armed."""
+    if not ray.is_initialized():
+        ray.init(
+            address=os.environ.get("RAY_ADDRESS", "local"),
+            num_cpus=None if "RAY_ADDRESS" in os.environ else max(2, os.cpu_count() or 1),
+            include_dashboard=False,
+            log_to_driver=False,
+            runtime_env={
+                "worker_process_setup_hook": "benchmarks.kills.arm",
+                "env_vars": {PLAN: os.environ[PLAN]},
+            },
+        )
+    connect()
+
+
+def _plan() -> dict[str, Any]:
+    path = Path(os.environ.get(PLAN, ""))
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def _write_plan(plan: dict[str, Any]) -> None:
+    path = Path(os.environ[PLAN])
+    new = path.with_suffix(".new")
+    new.write_text(json.dumps(plan))
+    new.replace(path)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--jobs", nargs="+", choices=_JOBS, default=list(_JOBS))
+    parser.add_argument("--moments", nargs="+", choices=MOMENTS, default=list(MOMENTS))
+    parser.add_argument(
+        "--folder", help="where outputs lie meanwhile; a temporary one unless given"
+    )
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--drive"]:
+        drive(sys.argv[2], sys.stdin.read())
+    else:
+        sys.exit(main())
