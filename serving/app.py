@@ -64,7 +64,7 @@ from serving.protocol import (
 )
 from serving.replicas import Designers
 from serving.requests import Design, Edit, read_design, read_edit
-from serving.studio import Studio
+from serving.studio import Studio, Weighed
 from serving.work import Work
 
 LATER: dict[int | str, dict[str, Any]] = {
@@ -180,18 +180,18 @@ class Ingress:
         self,
         request: Request,
         wanted: Asked,
-        do: Callable[[RequestT, Tell | None], Awaitable[BaseModel]],
+        do: Callable[[RequestT, Weighed, Tell | None], Awaitable[BaseModel]],
         asked: RequestT,
         how: How,
     ) -> Response:
-        work = await self._studio.weigh(asked)
+        weighed = await self._studio.weigh(asked)
 
         async def limited(tell: Tell | None) -> BaseModel:
             async with asyncio.timeout(self._config.request_timeout_s):
-                return await do(asked, tell)
+                return await do(asked, weighed, tell)
 
         async def admitted(tell: Tell | None) -> BaseModel:
-            with await self._places(request, work):
+            with await self._places(request, weighed.work):
                 return await limited(tell)
 
         if how.later or how.key is not None:
@@ -199,7 +199,7 @@ class Ingress:
             if wanted.stream:
                 raise BadRequestError(f"stream: it does not go with {param}", param="stream")
             self._background.check(param)
-            places = await self._places(request, work)
+            places = await self._places(request, weighed.work)
             return await self._keep(wanted, places, partial(limited, None), asked, how)
         if wanted.stream:
             return await stream(admitted)

@@ -36,6 +36,7 @@ from infra.models import on_this_machine
 from serving.config import DesignerConfig, ServingConfig
 from serving.drafts import Draft
 from serving.jobs import DesignJob, ReviewJob, in_groups, unwrap
+from serving.shipping import received
 
 logger = logging.getLogger("ray.serve")
 AnswerT = TypeVar("AnswerT")
@@ -67,7 +68,7 @@ class OwnDesigner:
                 client may read.
         """
         patience_s = self._config.designers[job.designer].patience_s(self._config.request_timeout_s)
-        asked, draft = Asked(job), Draft(job.instruction)
+        asked, draft = Asked(job, await received(job.image)), Draft(job.instruction)
         answer = asyncio.ensure_future(in_time(job, self._design_batched(asked), patience_s))
         try:
             while not answer.done():
@@ -88,7 +89,7 @@ class OwnDesigner:
 
     def _design_same(self, asked: Sequence[Asked]) -> list[Reply | Exception]:
         designer = self._designers[asked[0].job.designer]
-        requests = [DesignRequest(each.job.instruction, each.job.image) for each in asked]
+        requests = [DesignRequest(each.job.instruction, each.image) for each in asked]
 
         def told(place: int, words: str) -> None:
             asked[place].words = words
@@ -101,6 +102,7 @@ class Asked:
     """A job in a batch, and what the designer has written of its answer so far."""
 
     job: DesignJob
+    image: bytes
     words: str = ""
 
 
@@ -149,16 +151,18 @@ class Asker:
 
     async def blueprint(self, job: DesignJob) -> str:
         """The blueprint for ``job``; errors as of ``OwnDesigner.write``."""
-        request = DesignRequest(job.instruction, job.image)
-        question = (digest(job.image), job.instruction)
+        image = await received(job.image)
+        request = DesignRequest(job.instruction, image)
+        question = (digest(image), job.instruction)
         asked = self._asked(question, partial(self._designer.design, [request]))
         return presented(job, await in_time(job, asked, self._patience_s))
 
     async def review(self, job: ReviewJob) -> Reply:
         """What the designer says of a painted image, or an error that a client may read."""
         reviewer = require_reviews(self._designer)
-        request = ReviewRequest(job.instruction, job.plan, job.image, job.painted)
-        question = (digest(job.image, job.painted), f"{job.instruction}\0{job.plan}")
+        image = await received(job.image)
+        request = ReviewRequest(job.instruction, job.plan, image, job.painted)
+        question = (digest(image, job.painted), f"{job.instruction}\0{job.plan}")
         asked = self._asked(question, partial(reviewer.review, [request]))
         try:
             answer = await in_time(job, asked, self._patience_s)

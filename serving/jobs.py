@@ -9,24 +9,25 @@ from typing import TypeVar
 from dim.errors import DimError
 from dim.model.config import Fit
 from serving.encoding import PNG, Output
+from serving.shipping import Shipped
 
 
 @dataclass(frozen=True)
 class DesignJob:
-    """One blueprint to write. ``image``: PNG bytes; ``designer``: a name the server knows.
+    """One blueprint to write. ``image``: a shipped PNG; ``designer``: a name the server knows.
 
     ``deadline``: seconds since the epoch after which nobody waits for it; ``None``: somebody does.
     """
 
     designer: str
-    image: bytes
+    image: Shipped
     instruction: str
     deadline: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReviewJob:
-    """A painted image to look at: encoded, as the source ``image`` is.
+    """A painted image to look at: encoded, as the source ``image`` is, which is shipped.
 
     ``designer``, ``deadline``: as of ``DesignJob``. ``plan``: what was painted from.
     """
@@ -34,7 +35,7 @@ class ReviewJob:
     designer: str
     instruction: str
     plan: str
-    image: bytes
+    image: Shipped
     painted: bytes
     deadline: float | None = None
 
@@ -62,11 +63,12 @@ class PaintJob:
 class EditJob(PaintJob):
     """One edit to paint from ``text`` (a blueprint, or the instruction).
 
-    ``image``: PNG bytes. ``fit``: all of it at its own size, or its middle square at the model's.
-    ``mask``: PNG bytes of mode L and the image's size, 255 where it may change; ``None``: anywhere.
+    ``image``: a shipped PNG. ``fit``: all of it at its own size, or its middle square at the
+    model's. ``mask``: PNG bytes of mode L and the image's size, 255 where it may change; ``None``:
+    anywhere.
     """
 
-    image: bytes
+    image: Shipped
     text: str
     fit: Fit
     mask: bytes | None = None
@@ -90,10 +92,15 @@ class Preview:
 
 @dataclass(frozen=True)
 class Painted:
-    """A painted image as its job's output, and how many images shared its forward passes."""
+    """A painted image as its job's output.
+
+    ``batch_size``: how many images shared its forward passes. ``text_tokens``: as which the
+    understanding model read what it was painted from.
+    """
 
     data: bytes
     batch_size: int
+    text_tokens: int
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,9 @@ import asyncio
 import contextlib
 import io
 import weakref
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 
 from PIL import Image
@@ -22,7 +23,8 @@ from infra.models import fingerprint, on_this_machine
 from serving.config import ServingConfig
 from serving.encoding import Output, encode
 from serving.engine import Engine, Event, Load, Partial
-from serving.jobs import Defaults, EditJob, GenerateJob, Painted, PaintJob, Preview
+from serving.jobs import Defaults, EditJob, GenerateJob, Painted, Preview
+from serving.shipping import received
 from serving.usage import image_tokens, text_tokens
 
 FILE_WORKERS = 4
@@ -66,10 +68,6 @@ class PainterDeployment:
     def warm(self) -> None:
         """Return once it has painted: at once, for it has when it answers."""
 
-    def count_tokens(self, texts: Sequence[str]) -> int:
-        """Tokens that the understanding model reads of ``texts`` together."""
-        return text_tokens(self._model, texts)
-
     def load(self) -> Load:
         """How busy this replica is."""
         return self._engine.load()
@@ -90,7 +88,10 @@ class PainterDeployment:
             NotReadyError: the painter stopped.
         """
         loop = asyncio.get_running_loop()
-        source, mask = await loop.run_in_executor(self._files, opened, job)
+        source = mask = None
+        if isinstance(job, EditJob):
+            job = replace(job, image=await received(job.image))
+            source, mask = await loop.run_in_executor(self._files, opened, job)
         events: asyncio.Queue[Event] = asyncio.Queue()
 
         def deliver(event: Event) -> None:
@@ -100,13 +101,15 @@ class PainterDeployment:
         as_file = partial(file_of, output=job.output, source=source, mask=mask)
         ticket = self._engine.submit(job, source, deliver)
         try:
+            # Beside the first steps, so that no image waits for it.
+            counted = loop.run_in_executor(self._files, text_tokens, self._model, texts_of(job))
             while True:
                 event = await events.get()
                 if isinstance(event, Exception):
                     raise event
                 data = await loop.run_in_executor(self._files, as_file, event.image)
                 if not isinstance(event, Partial):
-                    yield Painted(data, event.batch_size)
+                    yield Painted(data, event.batch_size, await counted)
                     return
                 yield Preview(event.number, data)
         finally:
@@ -125,11 +128,15 @@ def warm_up(model: DIM) -> None:
         model.generate(["warm up"], steps=1)
 
 
-def opened(job: PaintJob) -> tuple[Image.Image | None, Image.Image | None]:
-    """The decoded source and mask of a job, as far as it has them."""
-    if not isinstance(job, EditJob):
-        return None, None
+def opened(job: EditJob) -> tuple[Image.Image, Image.Image | None]:
+    """The decoded source of a job that was received, and its mask, if it has one."""
+    assert isinstance(job.image, bytes)
     return decode_image(job.image), None if job.mask is None else decode_mask(job.mask)
+
+
+def texts_of(job: EditJob | GenerateJob) -> list[str]:
+    """What the understanding model reads for an image."""
+    return [job.text if isinstance(job, EditJob) else job.prompt, job.negative_prompt or ""]
 
 
 def decode_mask(data: bytes) -> Image.Image:

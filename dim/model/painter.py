@@ -80,6 +80,8 @@ def together(conditions: Sequence[PreparedCondition]) -> PreparedCondition:
     They may be of different lengths and numbers of branches, and nothing is copied: each latent
     attends to its own tokens, as if it were alone.
     """
+    if len(conditions) == 1:
+        return conditions[0]
     blocks = zip(*(condition.blocks for condition in conditions), strict=True)
     branched = [condition.spread for condition in conditions if condition.spread is not None]
     spread = None

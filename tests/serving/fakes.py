@@ -17,6 +17,8 @@ from serving.app import Ingress
 from serving.config import ServingConfig
 from serving.encoding import encode
 from serving.jobs import Defaults, DesignJob, EditJob, GenerateJob, Painted, Preview, ReviewJob
+from serving.painter import texts_of
+from serving.shipping import received
 
 DEFAULTS = Defaults(
     resolution=64,
@@ -100,7 +102,6 @@ class FakePainter:
         self.jobs: list[EditJob | GenerateJob] = []
         self.error: Exception | None = None
         self.defaults = Method(self._defaults)
-        self.count_tokens = Method(self._count_tokens)
         self.paint = Method(self._paint)
         self.warm = Method(self._warm)
 
@@ -114,21 +115,20 @@ class FakePainter:
         if self.error is not None:
             raise self.error
 
-    async def _count_tokens(self, texts: Sequence[str]) -> int:
-        return sum(len(text.split()) for text in texts)
-
     async def _paint(self, job: EditJob | GenerateJob) -> AsyncIterator[Preview | Painted]:
         self.jobs.append(job)
+        size = await self._size(job)
         for number in range(job.previews):
-            yield Preview(number, encode(Image.new("RGB", self._size(job), "white"), job.output))
+            yield Preview(number, encode(Image.new("RGB", size, "white"), job.output))
         if self.error is not None:
             raise self.error
-        yield Painted(encode(Image.new("RGB", self._size(job), "grey"), job.output), 1)
+        words = len(" ".join(texts_of(job)).split())
+        yield Painted(encode(Image.new("RGB", size, "grey"), job.output), 1, words)
 
-    def _size(self, job: EditJob | GenerateJob) -> tuple[int, int]:
+    async def _size(self, job: EditJob | GenerateJob) -> tuple[int, int]:
         if isinstance(job, GenerateJob):
             return job.size
-        return (64, 64) if job.fit == "square" else opened(job.image).size
+        return (64, 64) if job.fit == "square" else opened(await received(job.image)).size
 
 
 class Server:
