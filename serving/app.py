@@ -62,6 +62,7 @@ from serving.protocol import (
     ImagesResponse,
     Job,
 )
+from serving.release import find_release
 from serving.replicas import Designers
 from serving.requests import Design, Edit, read_design, read_edit
 from serving.studio import Studio, Weighed
@@ -145,6 +146,10 @@ class Ingress:
         app.include_router(operation)
         app.router.routes.extend(page.routes)
         return describe(app)
+
+    async def renew(self) -> None:
+        """Ask the painter anew what it does: it has moved to another model."""
+        self._studio.renew()
 
     async def edits(
         self, request: Request, edit: Annotated[Edit, Depends(read_edit)], how: Answering
@@ -264,7 +269,7 @@ class AdmittingRoute(OpenAIErrorRoute):
 def build(args: ServingConfig | dict[str, Any]) -> Application:
     """The whole application: ``serving.app:build`` in a Serve config file, with its ``args``."""
     config = args if isinstance(args, ServingConfig) else read_args(args)
-    return application(config, serve.ingress()(Ingress))
+    return application(config, find_release(config.model), serve.ingress()(Ingress))
 
 
 def read_args(args: dict[str, Any]) -> ServingConfig:

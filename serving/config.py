@@ -11,6 +11,7 @@ from pydantic import Field, field_validator, model_validator
 from dim.config import StrictModel
 from dim.designers import calls_a_server, can_review
 from dim.redaction import redact
+from infra.registry import SCHEME, is_registered
 
 NO_DESIGNER = "none"
 NAMES_BY_THEMSELVES = ("self", "oracle", NO_DESIGNER)
@@ -116,7 +117,9 @@ class ServingConfig(StrictModel):
     """Configuration of the serving application; also the ``args`` of a Serve config file."""
 
     model: str
-    """Folder of a DIM, readable from every node that runs a replica."""
+    """Folder of a DIM, readable from every node that runs a replica, at a path or ``s3://``; or
+    ``models:/NAME@ALIAS``, ``models:/NAME/VERSION``, of the registry that ``MLFLOW_TRACKING_URI``
+    names: what it means when the server starts."""
     lora: tuple[str, ...] = ()
     """LoRA adapters to merge into the model, ``PATH[:WEIGHT]`` each; readable from there too."""
     designers: dict[str, DesignerConfig] = Field(
@@ -261,6 +264,17 @@ class ServingConfig(StrictModel):
 
     @property
     def model_name(self) -> str:
-        """What the server calls the model: the name of its folder."""
-        folder = Path(self.model)
-        return folder.parent.name if folder.name == "model" else folder.name
+        """What the server calls the model, whichever release of it is served."""
+        return model_name(self.model)
+
+
+def model_name(model: str) -> str:
+    """The name of a registered model, else that of a folder, or of its run where it is ``model``.
+
+    Args:
+        model: ``models:/NAME@ALIAS``, ``models:/NAME/VERSION`` or a folder's address.
+    """
+    if is_registered(model):
+        return re.split("[@/]", model.removeprefix(SCHEME))[0]
+    folder = Path(model)
+    return folder.parent.name if folder.name == "model" else folder.name

@@ -163,6 +163,12 @@ class Engine:
             self._changed.notify()
         self._thread.join(timeout=STEP_AT_MOST_S)
 
+    def finish(self) -> None:
+        """Paint what was submitted, then ``stop``."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._stopped or not (self._waiting or self._running))
+        self.stop()
+
     def load(self) -> Load:
         """How busy the painter is at the moment."""
         return Load(self._steps, len(self._running), len(self._waiting))
@@ -185,6 +191,8 @@ class Engine:
                 self._join()
                 self._step()
                 self._finish()
+                with self._changed:
+                    self._changed.notify_all()
         except BaseException:
             logger.exception("the painting thread has failed")
         with self._changed:

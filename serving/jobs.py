@@ -95,12 +95,14 @@ class Painted:
     """A painted image as its job's output.
 
     ``batch_size``: how many images shared its forward passes. ``text_tokens``: as which the
-    understanding model read what it was painted from.
+    understanding model read what it was painted from. ``release``: what painted it, see
+    ``serving.release``.
     """
 
     data: bytes
     batch_size: int
     text_tokens: int
+    release: str
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ class Defaults:
     ``resolution``: side of a square edit, in pixels. ``size_multiple``: what the sides of an image
     whose size is asked for must be multiples of (pixels per token of the painter).
     ``image_tokens``: as which the understanding model sees a source, whatever its size.
-    ``model_hash``: of the model's folder, see ``infra.models.fingerprint``.
+    ``edits``: whether it can edit. ``release``, ``model_hash``: see ``serving.release``.
     """
 
     resolution: int
@@ -118,6 +120,8 @@ class Defaults:
     steps: int
     guidance_scale: float
     image_tokens: int
+    edits: bool
+    release: str
     model_hash: str
 
 

@@ -363,6 +363,7 @@ class ImageData(BaseModel):
     blueprint: str | None = None
     seed: int
     batch_size: int = Field(description="How many images shared its forward passes.")
+    release: str = Field(description="The model that painted it, such as `dim/3`.")
 
 
 class Reviewed(BaseModel):
@@ -455,6 +456,7 @@ class Completed(ImageEvent):
     usage: Usage
     blueprint: str | None = None
     seed: int
+    release: str
 
 
 class ErrorResponse(BaseModel):

@@ -17,13 +17,12 @@ from typing import Any
 import typer
 
 from dim.config import load_config
-from dim.errors import CheckpointError, ConfigError, DimError
+from dim.errors import ConfigError, DimError
 from infra.models import on_this_machine
-from infra.registry import located
-from infra.storage import open_store
 from serving.config import NAMES_BY_THEMSELVES, NO_DESIGNER, DesignerConfig, ServingConfig
 from serving.exposure import check_exposure
 from serving.keys import read_source
+from serving.release import find_release
 
 QUIET = {"log_level": "WARNING", "enable_access_log": False}
 
@@ -164,12 +163,11 @@ def check(config: ServingConfig, *, with_port: bool = True) -> None:
 
 def check_model(address: str, lora: Sequence[str] = ()) -> None:
     """Say at once that there is no model, or an adapter that is none of its, before Ray starts."""
-    if not open_store(address).is_file("dim.json"):
-        raise CheckpointError(f"no model at {address} (a model folder holds a dim.json)")
+    release = find_release(address)
     if lora:
         from dim.model.lora.merge import check_folder
 
-        check_folder(on_this_machine(address), lora)
+        check_folder(on_this_machine(release.address), lora)
 
 
 def check_designers(designers: Mapping[str, DesignerConfig]) -> None:
@@ -305,8 +303,7 @@ def read_settings(settings: Sequence[str], options: Mapping[str, Any]) -> Servin
     overrides += settings[0 if path is None else 1 :]
     if path is None and not any(override.startswith("model=") for override in overrides):
         raise ConfigError("no model to serve: say --model PATH, or a file that does")
-    config = load_config(ServingConfig, path, overrides)
-    return config.model_copy(update={"model": located(config.model)})
+    return load_config(ServingConfig, path, overrides)
 
 
 def stop_ray() -> None:

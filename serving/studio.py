@@ -111,6 +111,10 @@ class Studio:
         self._decoding = asyncio.Semaphore(DECODED_AT_ONCE)
         self._images = open_image_store(config)
 
+    def renew(self) -> None:
+        """Ask the painter anew what it does unless a request says otherwise."""
+        self._painter_defaults = None
+
     async def weigh(self, asked: Edit | GenerationRequest | Design) -> Weighed:
         """What a request costs, before anything of it is decoded, designed or painted.
 
@@ -168,7 +172,7 @@ class Studio:
                 fit=weighed.fit,
                 mask=mask,
                 seed=seed,
-                output=self._signed(output, seed, settings, defaults, plan),
+                output=self._signed(output, seed, settings, plan),
                 **settings,
             )
 
@@ -191,7 +195,7 @@ class Studio:
                 prompt=wanted.prompt,
                 size=size,
                 seed=seed,
-                output=self._signed(output, seed, settings, defaults, None),
+                output=self._signed(output, seed, settings, None),
                 **settings,
             )
             for seed in seeds(wanted)
@@ -322,13 +326,11 @@ class Studio:
         output: Output,
         seed: int,
         settings: Mapping[str, Any],
-        defaults: Defaults,
         blueprint: str | None,
     ) -> Output:
         """``output`` with what the file says of itself."""
         said = {
             "model": self._config.model_name,
-            "model_hash": defaults.model_hash,
             "version": __version__,
             "seed": str(seed),
             "steps": str(settings["steps"]),
@@ -448,17 +450,21 @@ class Studio:
     ) -> ImageData:
         """A finished image as the client wants to get it."""
         seed, event = painting.jobs[index].seed, partial(image_event, wanted, painting, index)
+        if painted.release != (await self._defaults()).release:
+            self.renew()
         shown = await asyncio.to_thread(self._shown, painted.data, wanted)
         if tell is not None:
             usage = (await self._tokens(painting, painted)).of(1)
             name = f"{painting.kind}.completed"
             about: dict[str, Any] = {"usage": usage, "blueprint": painting.blueprint, "seed": seed}
+            about["release"] = painted.release
             await tell(Completed(type=name, **about, **event(), **shown))
         return ImageData(
             revised_prompt=painting.blueprint,
             blueprint=painting.blueprint,
             seed=seed,
             batch_size=painted.batch_size,
+            release=painted.release,
             **shown,
         )
 

@@ -17,16 +17,20 @@ from serving.app import Ingress
 from serving.config import ServingConfig
 from serving.encoding import encode
 from serving.jobs import Defaults, DesignJob, EditJob, GenerateJob, Painted, Preview, ReviewJob
-from serving.painter import texts_of
+from serving.painter import signed, texts_of
+from serving.release import Release
 from serving.shipping import received
 
+RELEASE = Release("runs/edit2/model", "edit2@cafe", "cafe")
 DEFAULTS = Defaults(
     resolution=64,
     size_multiple=16,
     steps=5,
     guidance_scale=2.0,
     image_tokens=16,
-    model_hash="cafe",
+    edits=True,
+    release=RELEASE.name,
+    model_hash=RELEASE.model_hash,
 )
 BLUEPRINT = "\n\n".join(
     f"{number}. {title}: {title.lower()} of it"
@@ -117,13 +121,13 @@ class FakePainter:
 
     async def _paint(self, job: EditJob | GenerateJob) -> AsyncIterator[Preview | Painted]:
         self.jobs.append(job)
-        size = await self._size(job)
+        size, output = await self._size(job), signed(job.output, RELEASE)
         for number in range(job.previews):
-            yield Preview(number, encode(Image.new("RGB", size, "white"), job.output))
+            yield Preview(number, encode(Image.new("RGB", size, "white"), output))
         if self.error is not None:
             raise self.error
         words = len(" ".join(texts_of(job)).split())
-        yield Painted(encode(Image.new("RGB", size, "grey"), job.output), 1, words)
+        yield Painted(encode(Image.new("RGB", size, "grey"), output), 1, words, RELEASE.name)
 
     async def _size(self, job: EditJob | GenerateJob) -> tuple[int, int]:
         if isinstance(job, GenerateJob):
