@@ -65,15 +65,16 @@ def find_release(model: str) -> Release:
     """
     if is_registered(model):
         version = look_up(model)
-        return Release(version.address, f"{version.name}/{version.version}", _hash(version.address))
+        model_hash = _hash(version.address, model)
+        return Release(version.address, f"{version.name}/{version.version}", model_hash)
     address = storage.local_path(model) if storage.is_local(model) else model
-    model_hash = _hash(address)
+    model_hash = _hash(address, model)
     return Release(address, f"{model_name(address)}@{model_hash[:SHOWN]}", model_hash)
 
 
-def _hash(address: str) -> str:
+def _hash(address: str, said: str) -> str:
     if not storage.open_store(address).is_file(DESCRIPTION):
-        raise CheckpointError(f"no model at {address} (a model folder holds a {DESCRIPTION})")
+        raise CheckpointError(f"no model at {said} (a model folder holds a {DESCRIPTION})")
     return fingerprint(address)
 
 
