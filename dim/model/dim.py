@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -21,6 +22,7 @@ from dim.model.conditioner import Conditioner, ImageFeatures, OnText, Patches
 from dim.model.config import Fit, ModelConfig, SamplingConfig, require_choice
 from dim.model.connector import Connector
 from dim.model.lora.merge import merge_for_good
+from dim.model.lora.rows import Adapters
 from dim.model.paint import Painting, begin, encode_sources, paint
 from dim.model.painter import Painter
 from dim.model.pixels import centre_box, upright_rgb
@@ -72,6 +74,7 @@ class DIM(nn.Module):
         self.autoencoder = autoencoder
         self.understanding_source = understanding_source
         self.provenance = provenance
+        self.adapters: Adapters | None = None
         self.eval()
 
     @property
@@ -264,28 +267,33 @@ class DIM(nn.Module):
         guidance_scale: float | None = None,
         negative_prompt: str | None = None,
         fit: Fit | None = None,
+        adapter: str | None = None,
     ) -> Painting:
         """Prepare one edit that others join and leave while it is painted.
 
         The source and ``text``, a blueprint or an instruction, are encoded here. The painting's
         ``denoising`` then goes through a ``dim.model.continuous.ContinuousBatch``, and becomes the
-        image that ``edit`` paints of the same.
+        image that ``edit`` paints of the same. ``adapter``: one of ``add_adapters``.
 
         Raises:
             InputError: as for ``edit``.
         """
         fit = fit or self.config.sampling.fit
         seeds = None if seed is None else [seed]
-        rows = self._edit_rows([image], [text], fit, None, seeds, guidance_scale, negative_prompt)
-        features = self.conditioner.see([self._shown(row, fit) for row in rows])
-        return begin(
-            self.painter,
-            self.autoencoder,
-            rows[0],
-            self._conditioning(rows, [text], features),
-            self._sampling(steps),
-            source_latent=encode_sources(self.autoencoder, rows, fit),
-        )
+        with self._adapted(adapter):
+            rows = self._edit_rows(
+                [image], [text], fit, None, seeds, guidance_scale, negative_prompt
+            )
+            features = self.conditioner.see([self._shown(row, fit) for row in rows])
+            return begin(
+                self.painter,
+                self.autoencoder,
+                rows[0],
+                self._conditioning(rows, [text], features),
+                self._sampling(steps),
+                source_latent=encode_sources(self.autoencoder, rows, fit),
+                adapter=adapter,
+            )
 
     @torch.no_grad()
     def begin_generation(
@@ -297,6 +305,7 @@ class DIM(nn.Module):
         steps: int | None = None,
         guidance_scale: float | None = None,
         negative_prompt: str | None = None,
+        adapter: str | None = None,
     ) -> Painting:
         """Prepare one image of ``generate`` as ``begin_edit`` does one of ``edit``.
 
@@ -304,14 +313,34 @@ class DIM(nn.Module):
             InputError: as for ``generate``.
         """
         seeds = None if seed is None else [seed]
-        rows = self._generation_rows([prompt], size, seeds, guidance_scale, negative_prompt)
-        return begin(
-            self.painter,
-            self.autoencoder,
-            rows[0],
-            self._conditioning(rows, [prompt]),
-            self._sampling(steps),
-        )
+        with self._adapted(adapter):
+            rows = self._generation_rows([prompt], size, seeds, guidance_scale, negative_prompt)
+            return begin(
+                self.painter,
+                self.autoencoder,
+                rows[0],
+                self._conditioning(rows, [prompt]),
+                self._sampling(steps),
+                adapter=adapter,
+            )
+
+    def add_adapters(self, specs: Mapping[str, str]) -> Adapters:
+        """Load adapters that ``begin_edit`` and ``begin_generation`` choose by name.
+
+        Args:
+            specs: name → ``PATH[:WEIGHT]`` (``dim.model.lora``). They stay beside the weights, so
+                that a batch may hold images of several; pass the result to ``ContinuousBatch``.
+
+        Raises:
+            CheckpointError, InputError: one is none of this model's.
+        """
+        self.adapters = Adapters(self, specs)
+        return self.adapters
+
+    def _adapted(self, name: str | None) -> AbstractContextManager[None]:
+        if name is not None and self.adapters is None:
+            raise InputError(f"no adapter {name!r}; there are none")
+        return nullcontext() if self.adapters is None else self.adapters.using(name)
 
     def speed_up(self, *, compile: bool = False, channels_last: bool = False) -> DIM:
         """Trade start-up time or layout for faster painting, in place; the images stay the same.

@@ -97,8 +97,12 @@ def begin(
     sampling: SamplingConfig,
     *,
     source_latent: Tensor | None = None,
+    adapter: str | None = None,
 ) -> Painting:
-    """What ``paint`` does before its first step, for one row; arguments and errors as there."""
+    """What ``paint`` does before its first step, for one row; arguments and errors as there.
+
+    ``adapter``: as of ``continuous.begin``.
+    """
     negative = None
     if conditioning.negative is not None:
         negative = sampler.Condition(conditioning.negative, conditioning.negative_mask)
@@ -112,6 +116,7 @@ def begin(
         guidance_scale=row.guidance_scale,
         shift=sampling.shift,
         solver=sampling.solver,
+        adapter=adapter,
     )
     return Painting(row, denoising, autoencoder)
 
