@@ -122,6 +122,9 @@ class ServingConfig(StrictModel):
     names: what it means when the server starts."""
     lora: tuple[str, ...] = ()
     """LoRA adapters to merge into the model, ``PATH[:WEIGHT]`` each; readable from there too."""
+    adapters: dict[str, str] = Field(default_factory=dict)
+    """LoRA adapters that requests choose by name, ``PATH[:WEIGHT]`` each, likewise. All of them are
+    loaded when a painter starts, and images of several share its batches."""
     designers: dict[str, DesignerConfig] = Field(
         default_factory=lambda: {"self": DesignerConfig(spec="self")}
     )
@@ -225,8 +228,7 @@ class ServingConfig(StrictModel):
         if not designers:
             raise ValueError("at least one designer is needed ('none' paints the instruction)")
         for name, designer in designers.items():
-            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
-                raise ValueError(f"{redact(name)!r} is no name of letters, digits, '.', '_', '-'")
+            require_name(name)
             if (name == NO_DESIGNER) != (designer.spec == NO_DESIGNER):
                 raise ValueError(
                     "'none' is the name of painting the instruction, and of that alone"
@@ -242,6 +244,13 @@ class ServingConfig(StrictModel):
                     f"{self.request_timeout_s:g}"
                 )
         return self
+
+    @field_validator("adapters")
+    @classmethod
+    def _callable(cls, adapters: dict[str, str]) -> dict[str, str]:
+        for name in adapters:
+            require_name(name)
+        return adapters
 
     @field_validator("origins")
     @classmethod
@@ -266,6 +275,16 @@ class ServingConfig(StrictModel):
     def model_name(self) -> str:
         """What the server calls the model, whichever release of it is served."""
         return model_name(self.model)
+
+
+def require_name(name: str) -> None:
+    """Refuse what clients cannot call something by.
+
+    Raises:
+        ValueError: it is empty, too long, or has other characters.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
+        raise ValueError(f"{redact(name)!r} is no name of letters, digits, '.', '_', '-'")
 
 
 def model_name(model: str) -> str:

@@ -116,7 +116,7 @@ class Engine:
         self._stopped = False
         self._submitted = 0
         # Of the painting thread alone:
-        self._batch = ContinuousBatch(model.painter)
+        self._batch = ContinuousBatch(model.painter, model.adapters)
         self._running: list[Ticket] = []
         self._steps = 0
         self._full = False  # the device's memory: nobody joins until somebody leaves
@@ -275,6 +275,7 @@ class Engine:
                 steps=job.steps,
                 guidance_scale=job.guidance_scale,
                 negative_prompt=job.negative_prompt,
+                adapter=job.adapter,
             )
         assert ticket.source is not None
         return self._model.begin_edit(
@@ -285,6 +286,7 @@ class Engine:
             guidance_scale=job.guidance_scale,
             negative_prompt=job.negative_prompt,
             fit=job.fit,
+            adapter=job.adapter,
         )
 
     def _step(self) -> None:

@@ -47,6 +47,7 @@ class PaintJob:
     ``deadline``: as of ``DesignJob``. ``negative_prompt``: what to paint away from. ``previews``:
     how many partial images, spread evenly over the steps. ``output``: the file that is made of the
     image, and of each preview. ``batch``: it stands behind those that somebody waits for.
+    ``adapter``: of the server's, by name.
     """
 
     seed: int
@@ -57,6 +58,7 @@ class PaintJob:
     previews: int = 0
     output: Output = PNG
     batch: bool = False
+    adapter: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import io
+import logging
 import weakref
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +29,8 @@ from serving.jobs import Defaults, EditJob, GenerateJob, Painted, Preview
 from serving.release import Holder, Release, Served, find_release
 from serving.shipping import received
 from serving.usage import image_tokens, text_tokens
+
+logger = logging.getLogger("ray.serve")
 
 FILE_WORKERS = 4
 STEP_SECONDS = [0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0]
@@ -85,6 +88,10 @@ class PainterDeployment:
         )
         if self._as_it_is is not None:
             require_same_use(self._as_it_is, defaults_of(model, release))
+        if self._config.adapters:
+            adapters = model.add_adapters(self._config.adapters)
+            for name, size in adapters.bytes.items():
+                logger.info("adapter %s takes %.1f MB", name, size / 1e6)
         warm_up(model)
         engine = Engine(
             model,

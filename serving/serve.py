@@ -156,6 +156,8 @@ def check(config: ServingConfig, *, with_port: bool = True) -> None:
     if config.keys is not None:
         read_source(config.keys)
     check_model(config.model, config.lora)
+    for spec in config.adapters.values():
+        check_model(config.model, [spec])
     check_designers(config.designers)
     if with_port:
         check_port(config.host, config.port)

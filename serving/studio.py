@@ -26,13 +26,13 @@ from dim.reflection import Candidate, Reflection
 from serving.checks import sections
 from serving.config import NO_DESIGNER, ServingConfig
 from serving.encoding import LONGEST_SIDE, Output
-from serving.errors import BadRequestError, NotFoundError
+from serving.errors import BadRequestError
 from serving.events import Tell
 from serving.image_store import open_image_store
 from serving.jobs import Defaults, DesignJob, EditJob, GenerateJob, Painted, ReviewJob
+from serving.names import adapter_of, chosen_adapter
 from serving.protocol import (
     MAX_SEED,
-    Asked,
     BlueprintDelta,
     BlueprintDone,
     BlueprintResponse,
@@ -52,9 +52,6 @@ from serving.requests import Design, Edit
 from serving.sources import Source, read_mask, read_source
 from serving.usage import Tokens, painted_tokens
 from serving.work import PIXELS, Work, area, check_output, painted_size, source_size, work_of
-
-ALIAS = "dim"
-"""What every served model may be called."""
 
 MOST_UNEVEN = 3
 """Longer side over shorter side of an image whose size is asked for."""
@@ -122,7 +119,7 @@ class Studio:
             DimError: a field is wrong, or it asks for more than one request may have.
         """
         if isinstance(asked, Design):
-            self._check_model(asked.fields)
+            adapter_of(self._config, asked.fields.model)
             source = source_size(asked.image, self._config.max_image_pixels)
             return Weighed(Work(images=1, megapixels=area(source) / PIXELS), source, source)
         wanted = asked.fields if isinstance(asked, Edit) else asked
@@ -222,17 +219,8 @@ class Studio:
             blueprint=text, sections=sections(Blueprint.parse(text)), designer=designer
         )
 
-    def _check_model(self, wanted: Asked) -> None:
-        known = (None, ALIAS, self._config.model_name)
-        if wanted.model not in known:
-            raise NotFoundError(
-                f"model: {wanted.model!r} is not served here; {self._config.model_name!r} is",
-                param="model",
-                code="model_not_found",
-            )
-
     def _check(self, wanted: PaintRequest) -> None:
-        self._check_model(wanted)
+        chosen_adapter(self._config, wanted.model, wanted.adapter)
         if (wanted.steps or 1) > self._config.max_steps:
             raise BadRequestError(f"steps: at most {self._config.max_steps}", param="steps")
         if wanted.response_format == "url" and self._images is None:
@@ -336,6 +324,8 @@ class Studio:
             "steps": str(settings["steps"]),
             "guidance_scale": str(settings["guidance_scale"]),
         }
+        if settings["adapter"] is not None:
+            said["adapter"] = settings["adapter"]
         if blueprint is not None:
             said["blueprint_sha256"] = hashlib.sha256(blueprint.encode()).hexdigest()
         return replace(output, metadata=tuple(said.items()))
@@ -492,6 +482,7 @@ class Studio:
             "negative_prompt": wanted.negative_prompt,
             "previews": wanted.partial_images,
             "deadline": self._deadline(),
+            "adapter": chosen_adapter(self._config, wanted.model, wanted.adapter),
         }
 
     def _steps(self, wanted: PaintRequest, defaults: Defaults) -> int:
