@@ -65,6 +65,7 @@ from serving.protocol import (
 from serving.release import find_release
 from serving.replicas import Designers
 from serving.requests import Design, Edit, read_design, read_edit
+from serving.result_cache import HEADER, ResultCache
 from serving.studio import Studio, Weighed
 from serving.work import Work
 
@@ -99,6 +100,7 @@ class Ingress:
         self._studio = Studio(config, designer, painter)
         self._admission = Admission(room(config))
         self._background = Background(config)
+        self._results = ResultCache(config.result_cache_bytes)
         self._operation = Operation(config, painter, self._admission)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -208,7 +210,15 @@ class Ingress:
             return await self._keep(wanted, places, partial(limited, None), asked, how)
         if wanted.stream:
             return await stream(admitted)
-        return await as_json(await admitted(None))
+        key = self._results.key(asked, weighed.model_hash)
+        kept = self._results.get(key)
+        if kept is not None:
+            return Response(kept, headers={HEADER: "HIT"}, media_type="application/json")
+        response = await as_json(
+            await admitted(None), headers=None if key is None else {HEADER: "MISS"}
+        )
+        self._results.put(key, bytes(response.body))
+        return response
 
     async def _places(self, request: Request, work: Work) -> contextlib.ExitStack:
         """Places for ``work``, which its client has asked for; closed, they are free again."""

@@ -190,6 +190,10 @@ class ServingConfig(StrictModel):
     max_steps: int = Field(100, ge=1)
     request_timeout_s: float = Field(300.0, gt=0)
 
+    result_cache_bytes: int = Field(0, ge=0)
+    """Of answers that each ingress keeps to give them again to the same request; only one with a
+    seed is the same. 0: none."""
+
     object_store: str | None = None
     """``s3://`` address under which lie images that are answered by URL (``response_format=url``)
     and asynchronous jobs; null: there are neither. The bucket's life cycle deletes them."""

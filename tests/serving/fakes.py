@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -144,6 +145,7 @@ class Server:
         with mock.patch("serving.app.listening_host", lambda: "127.0.0.1"):  # Serve is not there
             ingress = Ingress(config, self.designer, self.painter)  # type: ignore[arg-type]
         self.app = ingress.__serve_build_asgi_app__()
+        self.renew = lambda: asyncio.run(ingress.renew())
         self.http = TestClient(self.app, base_url="http://localhost")
 
 
