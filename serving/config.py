@@ -135,6 +135,10 @@ class ServingConfig(StrictModel):
     """Answers of a designer over HTTP that are kept, so that nobody pays for them again."""
     dtype: str | None = None
     """Floating type of the painter's replicas, such as ``bfloat16``; null is as saved."""
+    int8: bool = False
+    """Keep the weights of the painter's linear layers in 8 bits; needs ``torchao``."""
+    step_cache: float = Field(0.0, ge=0, lt=1)
+    """Threshold of the painter's step cache, such as 0.03; 0 computes every step whole."""
     host: str = "127.0.0.1"
     """Where ``dim serve`` listens; in a Serve config file that is ``http_options``' to say."""
     port: int = Field(8000, ge=1, le=65535)
@@ -255,6 +259,12 @@ class ServingConfig(StrictModel):
         for name in adapters:
             require_name(name)
         return adapters
+
+    @model_validator(mode="after")
+    def _whole_steps_with_adapters(self) -> ServingConfig:
+        if self.step_cache and self.adapters:
+            raise ValueError("step_cache does not go with adapters; those of lora it goes with")
+        return self
 
     @field_validator("origins")
     @classmethod

@@ -92,6 +92,7 @@ class PainterDeployment:
             adapters = model.add_adapters(self._config.adapters)
             for name, size in adapters.bytes.items():
                 logger.info("adapter %s takes %.1f MB", name, size / 1e6)
+        model.speed_up(int8=self._config.int8, step_cache=self._config.step_cache)
         warm_up(model)
         engine = Engine(
             model,

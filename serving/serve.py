@@ -156,6 +156,8 @@ def check(config: ServingConfig, *, with_port: bool = True) -> None:
     if config.keys is not None:
         read_source(config.keys)
     check_model(config.model, config.lora)
+    if config.int8:
+        require_torchao()
     for spec in config.adapters.values():
         check_model(config.model, [spec])
     check_designers(config.designers)
@@ -170,6 +172,13 @@ def check_model(address: str, lora: Sequence[str] = ()) -> None:
         from dim.model.lora.merge import check_folder
 
         check_folder(on_this_machine(release.address), lora)
+
+
+def require_torchao() -> None:
+    """Say at once that 8 bits are not to be had, before Ray is started."""
+    from dim.model.quantize import load_torchao
+
+    load_torchao()
 
 
 def check_designers(designers: Mapping[str, DesignerConfig]) -> None:

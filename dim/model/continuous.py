@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from dim.errors import InputError
 from dim.model.config import Solver
 from dim.model.painter import Painter, PreparedCondition, together
 from dim.model.sampler import Condition, make_scheduler, prepare_branches
+from dim.model.step_cache import StepCache
 
 if TYPE_CHECKING:
     from dim.model.lora.rows import Adapters
@@ -40,9 +42,12 @@ class Denoising:
         guidance_scale: float,
         shift: float,
         solver: Solver,
+        step_cache: float = 0.0,
         adapter: str | None = None,
     ) -> None:
         self.adapter = adapter
+        self.cache = StepCache(step_cache) if step_cache else None
+        self._step_cache = step_cache
         self.latent = noise
         self.prepared = prepared
         self.source_latent = source_latent
@@ -65,6 +70,7 @@ class Denoising:
             guidance_scale=self._guidance_scale,
             shift=self._shift,
             solver=self._solver,
+            step_cache=self._step_cache,
             adapter=self.adapter,
         )
 
@@ -106,6 +112,7 @@ def begin(
     guidance_scale: float = 7.5,
     shift: float = 3.0,
     solver: Solver = "dpm",
+    step_cache: float = 0.0,
     adapter: str | None = None,
 ) -> Denoising:
     """Prepare one sample: what no step changes is computed here, and held until it is finished.
@@ -116,12 +123,15 @@ def begin(
         condition: one row, (1, N, F).
         negative: one row, (1, M, F), to be guided away from instead of the null condition.
         source_latent: (1, C, h, w) for editing.
-        steps, guidance_scale, shift, solver: as ``sampler.sample`` takes them.
+        steps, guidance_scale, shift, solver, step_cache: as ``sampler.sample`` takes them.
         adapter: of the batch's ``Adapters``, in whose ``using`` this is called.
 
     Raises:
-        InputError: ``steps`` below 1, an unknown solver, or shapes that do not fit.
+        InputError: ``steps`` below 1, an unknown solver, shapes that do not fit, or a step cache
+            beside an adapter.
     """
+    if step_cache and adapter is not None:
+        raise InputError("a step cache does not go with adapters by name: turn one of them off")
     prepared = prepare_branches(painter, condition, negative, guided=guidance_scale != 1)
     return Denoising(
         noise,
@@ -131,6 +141,7 @@ def begin(
         guidance_scale=guidance_scale,
         shift=shift,
         solver=solver,
+        step_cache=step_cache,
         adapter=adapter,
     )
 
@@ -215,6 +226,7 @@ class ContinuousBatch:
                 torch.stack([row.timestep for row in rows]),
                 together([row.prepared for row in rows]),
                 source_latent=self._sources(rows),
+                caches=_caches(rows),
             )
         return velocity.split(branches)
 
@@ -229,6 +241,13 @@ class ContinuousBatch:
                 for row, source in zip(rows, given, strict=True)
             ]
         )
+
+
+def _caches(rows: Sequence[Denoising]) -> list[StepCache] | None:
+    """One a row; one without a step cache gets an empty one, which computes everything."""
+    if all(row.cache is None for row in rows):
+        return None
+    return [row.cache or StepCache(0.0) for row in rows]
 
 
 def _advanced(

@@ -118,3 +118,21 @@ def test_a_painter_mixes_adapters_in_one_batch(tiny_model_dir: Path, tmp_path: P
         merged = model.generate(["a star"], seeds=[5], steps=30, guidance_scale=2.0)[0]
         assert np.abs(np.asarray(merged, dtype=int) - image).max() <= 1
     assert not np.array_equal(mixed[0][0], mixed[2][0])
+
+
+def test_a_painter_with_a_step_cache_paints_as_the_model_with_one(tiny_model_dir: Path) -> None:
+    painter = PainterDeployment(ServingConfig(model=str(tiny_model_dir), step_cache=0.5))
+
+    async def paint() -> Image.Image:
+        job = GenerateJob(prompt="a", size=(64, 64), seed=5, steps=8, guidance_scale=1.0)
+        (painted,) = [piece async for piece in painter.paint(job)]
+        assert isinstance(painted, Painted)
+        return Image.open(io.BytesIO(painted.data))
+
+    image = asyncio.run(paint())
+    model = models.load(tiny_model_dir)
+    whole, short = (
+        each.generate(["a"], seeds=[5], steps=8, guidance_scale=1.0)[0]
+        for each in (model, models.load(tiny_model_dir).speed_up(step_cache=0.5))
+    )
+    assert image.tobytes() == short.tobytes() != whole.tobytes()

@@ -52,6 +52,7 @@ def test_a_port_in_use_is_one_line(
         (["--model", "MODEL", "--host", "192.0.2.1", "--insecure"], 1, "cannot listen"),
         (["--model", "MODEL", "--host", "0.0.0.0"], 2, "without API keys whoever reaches"),
         (["--model", "MODEL", "--keys", "gone.yaml"], 2, "cannot read the API keys of gone.yaml"),
+        (["--model", "MODEL", "step_cache=0.1", "adapters={a: x}"], 2, "does not go with adapters"),
         ([], 2, "--model"),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else None,
@@ -66,6 +67,15 @@ def test_bad_arguments_are_one_line_before_ray_starts(
     given = [str(tiny_model_dir) if item == "MODEL" else item for item in arguments]
     assert run(*given) == code
     assert said in error_line(capsys)
+
+
+def test_eight_bits_without_torchao_are_one_line(
+    tiny_model_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
+    assert run("--model", tiny_model_dir, "int8=true") == 1
+    assert "need torchao" in error_line(capsys)
 
 
 def test_a_file_with_settings_and_options_on_top(tmp_path: Path) -> None:
