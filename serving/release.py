@@ -137,7 +137,9 @@ class Holder(Generic[ModelT]):
             assert self._next is not None
             old, self.held, self._next = self.held, self._next, None
         logger.info("%s is served, after %s", release.name, old.release.name)
-        threading.Thread(target=self._retire, args=(old.model,), name="retiring").start()
+        retiring = threading.Thread(target=self._retire, args=(old.model,), name="retiring")
+        retiring.daemon = True
+        retiring.start()
 
     def discard(self) -> None:
         """Let go of what was prepared."""

@@ -7,6 +7,7 @@ painted beside it, nor with which adapters.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -87,7 +88,8 @@ class Adapters:
     """
 
     def __init__(self, model: DIM, specs: Mapping[str, str]) -> None:
-        self._model = model
+        # Weak, or a model with adapters would hold on to itself, and to a device's memory.
+        self._model = weakref.ref(model)
         self._named = {name: _load(model, name, spec) for name, spec in specs.items()}
         # Of the pass that is being made: the adapter of every row, before and after branches part.
         self._early: Sequence[NamedAdapter | None] = ()
@@ -113,7 +115,8 @@ class Adapters:
         if name is None:
             yield
             return
-        model, adapter = self._model, self._find(name)
+        model, adapter = self._model(), self._find(name)
+        assert model is not None
         config, table = model.config, model.painter.null_condition.data
         self._all = adapter
         if adapter.null_condition is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -151,3 +153,16 @@ def test_memory_is_what_lies_beside_the_weights(adapted: DIM) -> None:
     assert adapted.adapters is not None
     width, layers = 128, 2 * len(adapted.painter.blocks)
     assert adapted.adapters.bytes["queries"] == layers * 4 * 5 * 2 * width
+
+
+def test_a_model_that_nobody_uses_is_gone_at_once(editor: Path, specs: dict[str, str]) -> None:
+    model = models.load(editor)
+    model.add_adapters(specs)
+    latents(model, [begun(model, ASKED[0], "a")])
+    there = weakref.ref(model)
+    gc.disable()
+    try:
+        del model
+        assert there() is None
+    finally:
+        gc.enable()
