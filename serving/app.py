@@ -210,14 +210,14 @@ class Ingress:
             return await self._keep(wanted, places, partial(limited, None), asked, how)
         if wanted.stream:
             return await stream(admitted)
-        key = self._results.key(asked, weighed.model_hash)
+        key = self._results.key(asked, weighed.release)
         kept = self._results.get(key)
         if kept is not None:
             return Response(kept, headers={HEADER: "HIT"}, media_type="application/json")
-        response = await as_json(
-            await admitted(None), headers=None if key is None else {HEADER: "MISS"}
-        )
-        self._results.put(key, bytes(response.body))
+        answer = await admitted(None)
+        response = await as_json(answer, headers=None if key is None else {HEADER: "MISS"})
+        if painted_by(answer, weighed.release):
+            self._results.put(key, bytes(response.body))
         return response
 
     async def _places(self, request: Request, work: Work) -> contextlib.ExitStack:
@@ -250,6 +250,13 @@ class Ingress:
             )
         assert job.result is not None
         return await as_json(job.result)
+
+
+def painted_by(answer: BaseModel, release: str) -> bool:
+    """Whether all images of an answer are this model's, and none of one that took over since."""
+    return isinstance(answer, ImagesResponse) and all(
+        image.release == release for image in answer.data
+    )
 
 
 async def as_json(answer: BaseModel, status: int = 200, headers: Any = None) -> Response:

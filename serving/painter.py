@@ -21,7 +21,7 @@ from dim.errors import CheckpointError
 from dim.images import decode_image
 from dim.model import DIM
 from dim.model.pixels import composite
-from infra.models import on_this_machine
+from infra.models import adapter_here, on_this_machine
 from serving.config import ServingConfig
 from serving.encoding import Output, encode
 from serving.engine import Engine, Event, Load, Partial
@@ -84,12 +84,13 @@ class PainterDeployment:
             on_this_machine(release.address),
             device=best_device(),
             dtype=self._config.dtype,
-            lora=self._config.lora,
+            lora=[adapter_here(spec) for spec in self._config.lora],
         )
         if self._as_it_is is not None:
             require_same_use(self._as_it_is, defaults_of(model, release))
         if self._config.adapters:
-            adapters = model.add_adapters(self._config.adapters)
+            specs = {name: adapter_here(spec) for name, spec in self._config.adapters.items()}
+            adapters = model.add_adapters(specs)
             for name, size in adapters.bytes.items():
                 logger.info("adapter %s takes %.1f MB", name, size / 1e6)
         model.speed_up(int8=self._config.int8, step_cache=self._config.step_cache)

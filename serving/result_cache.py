@@ -23,8 +23,8 @@ class ResultCache:
         self._bytes = 0
         self._kept: OrderedDict[str, bytes] = OrderedDict()
 
-    def key(self, asked: Edit | PaintRequest | Design, model_hash: str) -> str | None:
-        """The name of a request's answer; ``None`` where it is not kept.
+    def key(self, asked: Edit | PaintRequest | Design, release: str) -> str | None:
+        """The name of a request's answer by a model; ``None`` where it is not kept.
 
         Without a seed each answer is another, a stream tells more than an answer, and a URL ends.
         """
@@ -34,7 +34,7 @@ class ResultCache:
         if wanted.seed is None or wanted.stream or wanted.response_format == "url":
             return None
         pictures = asked.pictures if isinstance(asked, Edit) else ()
-        return f"{model_hash} {type(asked).__name__} {fingerprint(wanted, *pictures)}"
+        return f"{release} {type(asked).__name__} {fingerprint(wanted, *pictures)}"
 
     def get(self, key: str | None) -> bytes | None:
         """The answer that was kept, if it still is."""

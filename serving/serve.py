@@ -18,7 +18,7 @@ import typer
 
 from dim.config import load_config
 from dim.errors import ConfigError, DimError
-from infra.models import on_this_machine
+from infra.models import adapter_here, on_this_machine
 from serving.config import NAMES_BY_THEMSELVES, NO_DESIGNER, DesignerConfig, ServingConfig
 from serving.exposure import check_exposure
 from serving.keys import read_source
@@ -171,7 +171,7 @@ def check_model(address: str, lora: Sequence[str] = ()) -> None:
     if lora:
         from dim.model.lora.merge import check_folder
 
-        check_folder(on_this_machine(release.address), lora)
+        check_folder(on_this_machine(release.address), [adapter_here(spec) for spec in lora])
 
 
 def require_torchao() -> None:

@@ -66,14 +66,14 @@ class Weighed:
     """What a request costs, and the sizes that this comes of, (width, height) in pixels.
 
     ``size``: of what is given back; of a blueprint, of the source. ``painted``: that the painter
-    works at, the same where nothing is painted. ``fit``: as of an ``EditJob``. ``model_hash``: of
+    works at, the same where nothing is painted. ``fit``: as of an ``EditJob``. ``release``: of
     the model that is served, as far as this replica knows.
     """
 
     work: Work
     size: Size
     painted: Size
-    model_hash: str
+    release: str
     fit: Fit = "source"
 
 
@@ -122,10 +122,10 @@ class Studio:
         """
         if isinstance(asked, Design):
             adapter_of(self._config, asked.fields.model)
-            model_hash = (await self._defaults()).model_hash
+            release = (await self._defaults()).release
             source = source_size(asked.image, self._config.max_image_pixels)
             work = Work(images=1, megapixels=area(source) / PIXELS)
-            return Weighed(work, source, source, model_hash)
+            return Weighed(work, source, source, release)
         wanted = asked.fields if isinstance(asked, Edit) else asked
         self._check(wanted)
         defaults = await self._defaults()
@@ -136,7 +136,7 @@ class Studio:
             size = shape or square
             check_output(wanted.n, size, self._config.max_output_pixels, "size")
             work = work_of(wanted.n, None, size, size, steps)
-            return Weighed(work, size, size, defaults.model_hash)
+            return Weighed(work, size, size, defaults.release)
         source = source_size(asked.image, self._config.max_image_pixels)
         size = shape or source
         check_output(wanted.n, size, self._config.max_output_pixels, "n")
@@ -145,7 +145,7 @@ class Studio:
         self._check_reviewer(asked.fields)
         images = wanted.n * asked.fields.rounds * asked.fields.best_of
         work = work_of(images, source, painted, size, steps)
-        return Weighed(work, size, painted, defaults.model_hash, fit)
+        return Weighed(work, size, painted, defaults.release, fit)
 
     async def edit(self, edit: Edit, weighed: Weighed, tell: Tell | None = None) -> ImagesResponse:
         """Edit one image: image → blueprint → painted image.

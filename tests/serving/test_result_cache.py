@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 
+from serving.encoding import encode
+from serving.jobs import Painted
 from serving.protocol import GenerationRequest
 from serving.result_cache import ResultCache
 from tests.serving import fakes
-from tests.serving.fakes import Method, Server, picture
+from tests.serving.fakes import Method, Server, opened, picture
 
 MUCH = 10_000_000
 
@@ -60,6 +62,22 @@ def test_another_model_paints_anew(server: Server) -> None:
     server.painter.defaults = Method(defaults)
     server.renew()
     assert edit(server).headers["x-cache"] == "MISS"
+
+
+def test_what_another_model_painted_meanwhile_is_not_kept(server: Server) -> None:
+    real = fakes.RELEASE
+
+    async def moved(job: Any) -> Any:
+        data = encode(opened(picture()), job.output)
+        yield Painted(data, 1, 1, "edit2@beef")
+
+    painter = server.painter.paint
+    server.painter.paint = Method(moved)
+    assert edit(server).headers["x-cache"] == "MISS"
+    server.painter.paint = painter
+    again = edit(server)
+    assert again.headers["x-cache"] == "MISS"
+    assert again.json()["data"][0]["release"] == real.name
 
 
 def test_what_has_no_seed_or_is_no_whole_answer_is_not_kept(server: Server) -> None:
