@@ -14,7 +14,7 @@ from dim import cli
 from dim.errors import ConfigError, DimError
 from infra.ports import free_port
 from serving.exposure import check_exposure
-from serving.serve import address_to_show, check_port, read_settings
+from serving.serve import ONE_LOOP, address_to_show, check_port, read_settings, start_ray
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
@@ -98,6 +98,19 @@ def test_the_shipped_configurations_are_valid_and_none_is_open_to_all(file: Path
     config = read_settings([str(file)], {})
     check_exposure(config, config.host)
     assert [name for name in config.designers if config.designers[name].is_own]
+
+
+def test_a_ray_of_ones_own_has_one_loop_a_replica(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    said = dict(ONE_LOOP)
+    kept, other = said
+    monkeypatch.setenv(kept, "1")
+    monkeypatch.delenv(other, raising=False)
+    seen: list[dict[str, str]] = []
+    monkeypatch.setattr("ray.init", lambda **_: seen.append(dict(os.environ)))
+    start_ray()
+    assert (seen[0][kept], seen[0][other]) == ("1", "0")
+    assert other not in os.environ and os.environ[kept] == "1"
 
 
 def test_addresses() -> None:
