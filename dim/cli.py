@@ -20,7 +20,8 @@ from dim import __version__
 from dim.failures import INTERRUPTED, Failure, explain
 from dim.redaction import redact
 
-# name -> (module:function, what it does). A name of two words is a command within a group.
+# name -> (module:function, what it does). A name of two words is a command within a group, or,
+# where the first is a command itself, another one beside it.
 COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("workflows.demo:main", "The whole loop on this machine, ending in a report page."),
     "run": ("workflows.run:main", "The steps of a workflow file that are not done."),
@@ -50,6 +51,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "Edit accuracy of a model on held-out tabletop edits.",
     ),
     "serve": ("serving.serve:main", "Edits and generations over HTTP."),
+    "serve rollout": ("serving.rollout:main", "A running server moves to another model."),
     "keys new": ("serving.keys:new", "An API key of the server, shown once, and its line to keep."),
     "edit": ("dim.commands.edit:main", "Edit one image."),
     "generate": ("dim.commands.generate:main", "Paint one image from a text."),
@@ -89,6 +91,8 @@ class LazyGroup(TyperGroup):
 
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[Any, Any, list[str]]:
         """Swap the listed stand-in for the real command."""
+        if (two := " ".join(args[:2])) in self.commands:
+            args = [two, *args[2:]]
         name, command, rest = super().resolve_command(ctx, args)
         target = getattr(command, "target", None)
         if target is not None:
@@ -123,6 +127,8 @@ def root() -> LazyGroup:
     groups = {"": group}
     for path, (target, summary) in COMMANDS.items():
         parent, _, name = path.rpartition(" ")
+        if parent in COMMANDS:
+            parent, name = "", path
         if parent not in groups:
             groups[parent] = LazyGroup(
                 name=parent, help=GROUPS[parent], no_args_is_help=True, rich_markup_mode=MARKUP

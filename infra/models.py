@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -20,6 +21,7 @@ from dim.model.checkpoint import folder
 from dim.model.checkpoint.folder import Description
 from dim.model.conditioner import Conditioner
 from dim.model.config import ModelConfig, VlmView
+from dim.model.lora.adapter import LORA_FILE
 from infra import storage
 from infra.storage import Store
 
@@ -165,11 +167,15 @@ def _load(init: str) -> DIM:
     return dim.model.build(load_config(ModelConfig, path))
 
 
-def on_this_machine(address: str) -> Path:
+def on_this_machine(address: str, holds: str = folder.DESCRIPTION) -> Path:
     """A model folder or model YAML as files of this machine.
 
     One in an object store is fetched by whichever process asks for it first, and the others wait;
     it is kept in the folder that ``DIM_CACHE`` names, else among the machine's temporary files.
+
+    Args:
+        address: of it.
+        holds: the file without which a folder in an object store is none.
 
     Raises:
         CheckpointError: there is neither at a local address, or no finished folder at another.
@@ -180,8 +186,8 @@ def on_this_machine(address: str) -> Path:
         if not path.exists():
             raise CheckpointError(f"{address} is neither a model folder nor a model YAML")
         return path
-    if not storage.open_store(address).is_file(folder.DESCRIPTION):
-        raise CheckpointError(f"{address} is no finished model folder: no {folder.DESCRIPTION}")
+    if not storage.open_store(address).is_file(holds):
+        raise CheckpointError(f"{address} is no finished folder: no {holds}")
     kept = _cache() / fingerprint(address)
     with FileLock(f"{kept}.lock"):
         if not kept.is_dir():
@@ -191,6 +197,20 @@ def on_this_machine(address: str) -> Path:
                 raise StorageError(f"{address} was written anew while it was fetched: try again")
             Path(f"{kept}.part").rename(kept)
     return kept
+
+
+def adapter_here(spec: str) -> str:
+    """An adapter ``ADDRESS[:WEIGHT]`` with its folder on this machine; a path is left as it is.
+
+    Raises:
+        CheckpointError, StorageError: as of ``on_this_machine``.
+    """
+    if "://" not in spec:
+        return spec
+    found = re.fullmatch(r"(?P<address>.+?)(?P<weight>:[-+.\deE]+)?", spec)
+    assert found is not None
+    here = on_this_machine(found["address"], LORA_FILE)
+    return f"{here}{found['weight'] or ''}"
 
 
 def _cache() -> Path:

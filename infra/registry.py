@@ -148,6 +148,14 @@ class Registry:
         """The model folder behind ``models:/NAME@ALIAS`` or ``models:/NAME/VERSION``.
 
         Raises:
+            InputError, TrackingError: as of ``look_up``.
+        """
+        return self.look_up(address).address
+
+    def look_up(self, address: str) -> Registered:
+        """The version behind ``models:/NAME@ALIAS`` or ``models:/NAME/VERSION``.
+
+        Raises:
             InputError: it is no such address.
             TrackingError: there is no such version, or its folder is not what was registered.
         """
@@ -158,7 +166,7 @@ class Registry:
         versions = self._versions(name)
         for each in versions:
             if alias in each.aliases if alias else each.version == int(version):
-                return self._checked(each, address)
+                return _registered(self._checked(each, address))
         uri = redact(self.uri)
         if not versions:
             raise TrackingError(f"{uri} has no registered model {name!r} ({address})")
@@ -166,14 +174,14 @@ class Registry:
         known = f"{', '.join(names) or 'no alias'}, and versions up to {versions[0].version}"
         raise TrackingError(f"{address}: {uri} has no such version of {name} (it has {known})")
 
-    def _checked(self, version: ModelVersion, address: str) -> str:
+    def _checked(self, version: ModelVersion, address: str) -> ModelVersion:
         folder, content = str(version.source), version.tags.get(_CONTENT)
         if content is not None and fingerprint(folder) != content:
             raise TrackingError(
                 f"{address} is version {version.version}, whose folder {folder} holds something "
                 "else by now: a later run was trained into the same out"
             )
-        return folder
+        return version
 
     def _make(self, name: str) -> None:
         from mlflow.exceptions import MlflowException
@@ -223,15 +231,18 @@ def located(address: str, uri: str | None = None) -> str:
     Raises:
         TrackingError: no store is known, or it has no such model.
     """
-    if not is_registered(address):
-        return address
+    return look_up(address, uri).address if is_registered(address) else address
+
+
+def look_up(address: str, uri: str | None = None) -> Registered:
+    """The version that ``models:/…`` means now; arguments and errors as of ``located``."""
     uri = uri or os.environ.get("MLFLOW_TRACKING_URI")
     if not uri:
         raise TrackingError(
             f"{address}: which MLflow? Set MLFLOW_TRACKING_URI (or tracking.uri) to the one in "
             "which it is registered"
         )
-    return Registry(uri).resolve(address)
+    return Registry(uri).look_up(address)
 
 
 def describe(folder: str, run_id: str, signature: ModelSignature) -> None:

@@ -62,9 +62,11 @@ from serving.protocol import (
     ImagesResponse,
     Job,
 )
+from serving.release import find_release
 from serving.replicas import Designers
 from serving.requests import Design, Edit, read_design, read_edit
-from serving.studio import Studio
+from serving.result_cache import HEADER, ResultCache
+from serving.studio import Studio, Weighed
 from serving.work import Work
 
 LATER: dict[int | str, dict[str, Any]] = {
@@ -98,6 +100,7 @@ class Ingress:
         self._studio = Studio(config, designer, painter)
         self._admission = Admission(room(config))
         self._background = Background(config)
+        self._results = ResultCache(config.result_cache_bytes)
         self._operation = Operation(config, painter, self._admission)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
@@ -146,6 +149,10 @@ class Ingress:
         app.router.routes.extend(page.routes)
         return describe(app)
 
+    async def renew(self) -> None:
+        """Ask the painter anew what it does: it has moved to another model."""
+        self._studio.renew()
+
     async def edits(
         self, request: Request, edit: Annotated[Edit, Depends(read_edit)], how: Answering
     ) -> Response:
@@ -180,18 +187,18 @@ class Ingress:
         self,
         request: Request,
         wanted: Asked,
-        do: Callable[[RequestT, Tell | None], Awaitable[BaseModel]],
+        do: Callable[[RequestT, Weighed, Tell | None], Awaitable[BaseModel]],
         asked: RequestT,
         how: How,
     ) -> Response:
-        work = await self._studio.weigh(asked)
+        weighed = await self._studio.weigh(asked)
 
         async def limited(tell: Tell | None) -> BaseModel:
             async with asyncio.timeout(self._config.request_timeout_s):
-                return await do(asked, tell)
+                return await do(asked, weighed, tell)
 
         async def admitted(tell: Tell | None) -> BaseModel:
-            with await self._places(request, work):
+            with await self._places(request, weighed.work):
                 return await limited(tell)
 
         if how.later or how.key is not None:
@@ -199,11 +206,19 @@ class Ingress:
             if wanted.stream:
                 raise BadRequestError(f"stream: it does not go with {param}", param="stream")
             self._background.check(param)
-            places = await self._places(request, work)
+            places = await self._places(request, weighed.work)
             return await self._keep(wanted, places, partial(limited, None), asked, how)
         if wanted.stream:
             return await stream(admitted)
-        return await as_json(await admitted(None))
+        key = self._results.key(asked, weighed.release)
+        kept = self._results.get(key)
+        if kept is not None:
+            return Response(kept, headers={HEADER: "HIT"}, media_type="application/json")
+        answer = await admitted(None)
+        response = await as_json(answer, headers=None if key is None else {HEADER: "MISS"})
+        if painted_by(answer, weighed.release):
+            self._results.put(key, bytes(response.body))
+        return response
 
     async def _places(self, request: Request, work: Work) -> contextlib.ExitStack:
         """Places for ``work``, which its client has asked for; closed, they are free again."""
@@ -237,6 +252,13 @@ class Ingress:
         return await as_json(job.result)
 
 
+def painted_by(answer: BaseModel, release: str) -> bool:
+    """Whether all images of an answer are this model's, and none of one that took over since."""
+    return isinstance(answer, ImagesResponse) and all(
+        image.release == release for image in answer.data
+    )
+
+
 async def as_json(answer: BaseModel, status: int = 200, headers: Any = None) -> Response:
     """``answer`` as a response. Megabytes of base64 are written off the event loop."""
     body = await asyncio.to_thread(answer.model_dump_json)
@@ -264,7 +286,7 @@ class AdmittingRoute(OpenAIErrorRoute):
 def build(args: ServingConfig | dict[str, Any]) -> Application:
     """The whole application: ``serving.app:build`` in a Serve config file, with its ``args``."""
     config = args if isinstance(args, ServingConfig) else read_args(args)
-    return application(config, serve.ingress()(Ingress))
+    return application(config, find_release(config.model), serve.ingress()(Ingress))
 
 
 def read_args(args: dict[str, Any]) -> ServingConfig:

@@ -11,6 +11,7 @@ from pydantic import Field, field_validator, model_validator
 from dim.config import StrictModel
 from dim.designers import calls_a_server, can_review
 from dim.redaction import redact
+from infra.registry import SCHEME, is_registered
 
 NO_DESIGNER = "none"
 NAMES_BY_THEMSELVES = ("self", "oracle", NO_DESIGNER)
@@ -116,9 +117,14 @@ class ServingConfig(StrictModel):
     """Configuration of the serving application; also the ``args`` of a Serve config file."""
 
     model: str
-    """Folder of a DIM, readable from every node that runs a replica."""
+    """Folder of a DIM, readable from every node that runs a replica, at a path or ``s3://``; or
+    ``models:/NAME@ALIAS``, ``models:/NAME/VERSION``, of the registry that ``MLFLOW_TRACKING_URI``
+    names: what it means when the server starts."""
     lora: tuple[str, ...] = ()
     """LoRA adapters to merge into the model, ``PATH[:WEIGHT]`` each; readable from there too."""
+    adapters: dict[str, str] = Field(default_factory=dict)
+    """LoRA adapters that requests choose by name, ``PATH[:WEIGHT]`` each, likewise. All of them are
+    loaded when a painter starts, and images of several share its batches."""
     designers: dict[str, DesignerConfig] = Field(
         default_factory=lambda: {"self": DesignerConfig(spec="self")}
     )
@@ -129,6 +135,10 @@ class ServingConfig(StrictModel):
     """Answers of a designer over HTTP that are kept, so that nobody pays for them again."""
     dtype: str | None = None
     """Floating type of the painter's replicas, such as ``bfloat16``; null is as saved."""
+    int8: bool = False
+    """Keep the weights of the painter's linear layers in 8 bits; needs ``torchao``."""
+    step_cache: float = Field(0.0, ge=0, lt=1)
+    """Threshold of the painter's step cache, such as 0.03; 0 computes every step whole."""
     host: str = "127.0.0.1"
     """Where ``dim serve`` listens; in a Serve config file that is ``http_options``' to say."""
     port: int = Field(8000, ge=1, le=65535)
@@ -184,6 +194,10 @@ class ServingConfig(StrictModel):
     max_steps: int = Field(100, ge=1)
     request_timeout_s: float = Field(300.0, gt=0)
 
+    result_cache_bytes: int = Field(0, ge=0)
+    """Of answers that each ingress keeps to give them again to the same request; only one with a
+    seed is the same. 0: none."""
+
     object_store: str | None = None
     """``s3://`` address under which lie images that are answered by URL (``response_format=url``)
     and asynchronous jobs; null: there are neither. The bucket's life cycle deletes them."""
@@ -222,8 +236,7 @@ class ServingConfig(StrictModel):
         if not designers:
             raise ValueError("at least one designer is needed ('none' paints the instruction)")
         for name, designer in designers.items():
-            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
-                raise ValueError(f"{redact(name)!r} is no name of letters, digits, '.', '_', '-'")
+            require_name(name)
             if (name == NO_DESIGNER) != (designer.spec == NO_DESIGNER):
                 raise ValueError(
                     "'none' is the name of painting the instruction, and of that alone"
@@ -238,6 +251,19 @@ class ServingConfig(StrictModel):
                     f"designers.{name}.deadline_s must be less than request_timeout_s, "
                     f"{self.request_timeout_s:g}"
                 )
+        return self
+
+    @field_validator("adapters")
+    @classmethod
+    def _callable(cls, adapters: dict[str, str]) -> dict[str, str]:
+        for name in adapters:
+            require_name(name)
+        return adapters
+
+    @model_validator(mode="after")
+    def _whole_steps_with_adapters(self) -> ServingConfig:
+        if self.step_cache and self.adapters:
+            raise ValueError("step_cache does not go with adapters; those of lora it goes with")
         return self
 
     @field_validator("origins")
@@ -261,6 +287,27 @@ class ServingConfig(StrictModel):
 
     @property
     def model_name(self) -> str:
-        """What the server calls the model: the name of its folder."""
-        folder = Path(self.model)
-        return folder.parent.name if folder.name == "model" else folder.name
+        """What the server calls the model, whichever release of it is served."""
+        return model_name(self.model)
+
+
+def require_name(name: str) -> None:
+    """Refuse what clients cannot call something by.
+
+    Raises:
+        ValueError: it is empty, too long, or has other characters.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
+        raise ValueError(f"{redact(name)!r} is no name of letters, digits, '.', '_', '-'")
+
+
+def model_name(model: str) -> str:
+    """The name of a registered model, else that of a folder, or of its run where it is ``model``.
+
+    Args:
+        model: ``models:/NAME@ALIAS``, ``models:/NAME/VERSION`` or a folder's address.
+    """
+    if is_registered(model):
+        return re.split("[@/]", model.removeprefix(SCHEME))[0]
+    folder = Path(model)
+    return folder.parent.name if folder.name == "model" else folder.name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from typing import Any
 
 from ray import serve
@@ -11,32 +12,35 @@ from serving.config import NO_DESIGNER, PoolConfig, Rates, ServingConfig
 from serving.designer import OtherDesigners, OwnDesigner
 from serving.painter import PainterDeployment
 from serving.rates import RateMeter
+from serving.release import Release
 from serving.replicas import Designers
 
 DRAINING_S = 10.0
 """What a replica that is to go has left when its longest request was given up."""
 
 
-def application(config: ServingConfig, ingress: Any) -> Application:
+def application(config: ServingConfig, release: Release, ingress: Any) -> Application:
     """The whole application.
 
     Args:
         config: of the server.
+        release: what ``config.model`` means now.
         ingress: the class with the routes, ``Ingress(config, designers, painter, meter)``.
     """
+    key = uuid.uuid4().hex
     painter = pool(config, config.painter, "painter", PainterDeployment, config.painter_replicas)
     meter = None
     if config.keys is not None or config.rates != Rates():
         meter = serve.deployment(name="rates", ray_actor_options={"num_cpus": 0})(RateMeter).bind()
     return entry(config, ingress).bind(
         config,
-        designers(config),
-        painter.bind(batching(config, config.painter)),
+        designers(config, release, key),
+        painter.bind(batching(config, config.painter), release, key),
         meter,
     )
 
 
-def designers(config: ServingConfig) -> Designers:
+def designers(config: ServingConfig, release: Release, key: str) -> Designers:
     """A pool for the models of ours, on devices, and one for all others, which take none."""
     asked = {name: each for name, each in config.designers.items() if name != NO_DESIGNER}
     own = [name for name, each in asked.items() if each.is_own]
@@ -45,7 +49,7 @@ def designers(config: ServingConfig) -> Designers:
     if own:
         replicas = config.designer_replicas
         deployment = pool(config, config.designer, "designer", OwnDesigner, replicas)
-        bound = deployment.bind(batching(config, config.designer), own)
+        bound = deployment.bind(batching(config, config.designer), own, release, key)
         pools |= dict.fromkeys(own, bound)
     if others:
         deployment = serve.deployment(

@@ -36,6 +36,8 @@ from infra.models import on_this_machine
 from serving.config import DesignerConfig, ServingConfig
 from serving.drafts import Draft
 from serving.jobs import DesignJob, ReviewJob, in_groups, unwrap
+from serving.release import Holder, Release, find_release
+from serving.shipping import received
 
 logger = logging.getLogger("ray.serve")
 AnswerT = TypeVar("AnswerT")
@@ -48,16 +50,51 @@ class OwnDesigner:
     Args:
         config: of the server; ``max_batch_size`` is this pool's.
         names: of the designers of ``config.designers`` that this pool holds.
+        release: of the served model; default is what ``config.model`` means now.
+        key: of the application, see ``serving.release``.
     """
 
-    def __init__(self, config: ServingConfig, names: Sequence[str]) -> None:
+    def __init__(
+        self,
+        config: ServingConfig,
+        names: Sequence[str],
+        release: Release | None = None,
+        key: str = "",
+    ) -> None:
         self._config = config
-        self._designers = {name: load_own(config.designers[name].spec, config) for name in names}
+        folders = {name: folder_of(config.designers[name].spec) for name in names}
+        self._others = {
+            name: load_own(folder, config) for name, folder in folders.items() if folder
+        }
+        self._holder: Holder[SelfDesigner] | None = None
+        if len(self._others) < len(names):
+            first = release or find_release(config.model)
+            self._holder = Holder(key, first, lambda each: load_own(each.address, config))
         self._worker = ThreadPoolExecutor(max_workers=1)
         batched = serve.batch(
             max_batch_size=config.max_batch_size, batch_wait_timeout_s=config.batch_wait_s
         )
         self._design_batched = batched(self._design_batch)
+
+    async def prepare(self, release: Release) -> None:
+        """Load the understanding model of ``release`` beside the one that works."""
+        if self._holder is not None:
+            await asyncio.to_thread(self._holder.prepare, release)
+
+    async def adopt(self, release: Release) -> None:
+        """Design with ``release`` from the next batch on."""
+        if self._holder is not None:
+            await asyncio.to_thread(self._holder.adopt, release)
+
+    async def discard(self) -> None:
+        """Let go of what was prepared."""
+        if self._holder is not None:
+            await asyncio.to_thread(self._holder.discard)
+
+    async def check_health(self) -> None:
+        """Move on to the release that was written down, if it was not told to."""
+        if self._holder is not None:
+            self._holder.follow_soon()
 
     async def write(self, job: DesignJob) -> AsyncIterator[str]:
         """The blueprint for ``job`` in the paper's grammar, in pieces while it is written.
@@ -67,7 +104,7 @@ class OwnDesigner:
                 client may read.
         """
         patience_s = self._config.designers[job.designer].patience_s(self._config.request_timeout_s)
-        asked, draft = Asked(job), Draft(job.instruction)
+        asked, draft = Asked(job, await received(job.image)), Draft(job.instruction)
         answer = asyncio.ensure_future(in_time(job, self._design_batched(asked), patience_s))
         try:
             while not answer.done():
@@ -87,8 +124,11 @@ class OwnDesigner:
         return in_groups(asked, lambda each: each.job.designer, self._design_same)
 
     def _design_same(self, asked: Sequence[Asked]) -> list[Reply | Exception]:
-        designer = self._designers[asked[0].job.designer]
-        requests = [DesignRequest(each.job.instruction, each.job.image) for each in asked]
+        designer = self._others.get(asked[0].job.designer)
+        if designer is None:
+            assert self._holder is not None
+            designer = self._holder.held.model
+        requests = [DesignRequest(each.job.instruction, each.image) for each in asked]
 
         def told(place: int, words: str) -> None:
             asked[place].words = words
@@ -101,6 +141,7 @@ class Asked:
     """A job in a batch, and what the designer has written of its answer so far."""
 
     job: DesignJob
+    image: bytes
     words: str = ""
 
 
@@ -149,16 +190,18 @@ class Asker:
 
     async def blueprint(self, job: DesignJob) -> str:
         """The blueprint for ``job``; errors as of ``OwnDesigner.write``."""
-        request = DesignRequest(job.instruction, job.image)
-        question = (digest(job.image), job.instruction)
+        image = await received(job.image)
+        request = DesignRequest(job.instruction, image)
+        question = (digest(image), job.instruction)
         asked = self._asked(question, partial(self._designer.design, [request]))
         return presented(job, await in_time(job, asked, self._patience_s))
 
     async def review(self, job: ReviewJob) -> Reply:
         """What the designer says of a painted image, or an error that a client may read."""
         reviewer = require_reviews(self._designer)
-        request = ReviewRequest(job.instruction, job.plan, job.image, job.painted)
-        question = (digest(job.image, job.painted), f"{job.instruction}\0{job.plan}")
+        image = await received(job.image)
+        request = ReviewRequest(job.instruction, job.plan, image, job.painted)
+        question = (digest(image, job.painted), f"{job.instruction}\0{job.plan}")
         asked = self._asked(question, partial(reviewer.review, [request]))
         try:
             answer = await in_time(job, asked, self._patience_s)
@@ -269,12 +312,16 @@ def presented_review(job: ReviewJob, answer: Reply) -> Reply:
     return DesignerError(f"designer {job.designer!r} {said}; the server's log says why")
 
 
-def load_own(spec: str, config: ServingConfig) -> SelfDesigner:
-    """The designer ``self``, the served model's own understanding, or ``self:FOLDER``."""
-    _, _, folder = spec.partition(":")
-    path = on_this_machine(folder or config.model)
+def folder_of(spec: str) -> str:
+    """The folder of ``self:FOLDER``; empty for ``self``, the served model's own understanding."""
+    return spec.partition(":")[2]
+
+
+def load_own(address: str, config: ServingConfig) -> SelfDesigner:
+    """The understanding model in the model folder at ``address`` as a designer."""
+    path = on_this_machine(address)
     dtype = floating_type(config.dtype)
-    return SelfDesigner(load_understanding(path, device=best_device(), dtype=dtype), name=spec)
+    return SelfDesigner(load_understanding(path, device=best_device(), dtype=dtype))
 
 
 def call_options(settings: DesignerConfig, patience_s: float) -> CallOptions:

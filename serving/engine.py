@@ -116,7 +116,7 @@ class Engine:
         self._stopped = False
         self._submitted = 0
         # Of the painting thread alone:
-        self._batch = ContinuousBatch(model.painter)
+        self._batch = ContinuousBatch(model.painter, model.adapters)
         self._running: list[Ticket] = []
         self._steps = 0
         self._full = False  # the device's memory: nobody joins until somebody leaves
@@ -163,6 +163,12 @@ class Engine:
             self._changed.notify()
         self._thread.join(timeout=STEP_AT_MOST_S)
 
+    def finish(self) -> None:
+        """Paint what was submitted, then ``stop``."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._stopped or not (self._waiting or self._running))
+        self.stop()
+
     def load(self) -> Load:
         """How busy the painter is at the moment."""
         return Load(self._steps, len(self._running), len(self._waiting))
@@ -185,6 +191,8 @@ class Engine:
                 self._join()
                 self._step()
                 self._finish()
+                with self._changed:
+                    self._changed.notify_all()
         except BaseException:
             logger.exception("the painting thread has failed")
         with self._changed:
@@ -267,6 +275,7 @@ class Engine:
                 steps=job.steps,
                 guidance_scale=job.guidance_scale,
                 negative_prompt=job.negative_prompt,
+                adapter=job.adapter,
             )
         assert ticket.source is not None
         return self._model.begin_edit(
@@ -277,6 +286,7 @@ class Engine:
             guidance_scale=job.guidance_scale,
             negative_prompt=job.negative_prompt,
             fit=job.fit,
+            adapter=job.adapter,
         )
 
     def _step(self) -> None:

@@ -9,24 +9,25 @@ from typing import TypeVar
 from dim.errors import DimError
 from dim.model.config import Fit
 from serving.encoding import PNG, Output
+from serving.shipping import Shipped
 
 
 @dataclass(frozen=True)
 class DesignJob:
-    """One blueprint to write. ``image``: PNG bytes; ``designer``: a name the server knows.
+    """One blueprint to write. ``image``: a shipped PNG; ``designer``: a name the server knows.
 
     ``deadline``: seconds since the epoch after which nobody waits for it; ``None``: somebody does.
     """
 
     designer: str
-    image: bytes
+    image: Shipped
     instruction: str
     deadline: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReviewJob:
-    """A painted image to look at: encoded, as the source ``image`` is.
+    """A painted image to look at: encoded, as the source ``image`` is, which is shipped.
 
     ``designer``, ``deadline``: as of ``DesignJob``. ``plan``: what was painted from.
     """
@@ -34,7 +35,7 @@ class ReviewJob:
     designer: str
     instruction: str
     plan: str
-    image: bytes
+    image: Shipped
     painted: bytes
     deadline: float | None = None
 
@@ -46,6 +47,7 @@ class PaintJob:
     ``deadline``: as of ``DesignJob``. ``negative_prompt``: what to paint away from. ``previews``:
     how many partial images, spread evenly over the steps. ``output``: the file that is made of the
     image, and of each preview. ``batch``: it stands behind those that somebody waits for.
+    ``adapter``: of the server's, by name.
     """
 
     seed: int
@@ -56,17 +58,19 @@ class PaintJob:
     previews: int = 0
     output: Output = PNG
     batch: bool = False
+    adapter: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class EditJob(PaintJob):
     """One edit to paint from ``text`` (a blueprint, or the instruction).
 
-    ``image``: PNG bytes. ``fit``: all of it at its own size, or its middle square at the model's.
-    ``mask``: PNG bytes of mode L and the image's size, 255 where it may change; ``None``: anywhere.
+    ``image``: a shipped PNG. ``fit``: all of it at its own size, or its middle square at the
+    model's. ``mask``: PNG bytes of mode L and the image's size, 255 where it may change; ``None``:
+    anywhere.
     """
 
-    image: bytes
+    image: Shipped
     text: str
     fit: Fit
     mask: bytes | None = None
@@ -90,10 +94,17 @@ class Preview:
 
 @dataclass(frozen=True)
 class Painted:
-    """A painted image as its job's output, and how many images shared its forward passes."""
+    """A painted image as its job's output.
+
+    ``batch_size``: how many images shared its forward passes. ``text_tokens``: as which the
+    understanding model read what it was painted from. ``release``: what painted it, see
+    ``serving.release``.
+    """
 
     data: bytes
     batch_size: int
+    text_tokens: int
+    release: str
 
 
 @dataclass(frozen=True)
@@ -103,7 +114,7 @@ class Defaults:
     ``resolution``: side of a square edit, in pixels. ``size_multiple``: what the sides of an image
     whose size is asked for must be multiples of (pixels per token of the painter).
     ``image_tokens``: as which the understanding model sees a source, whatever its size.
-    ``model_hash``: of the model's folder, see ``infra.models.fingerprint``.
+    ``edits``: whether it can edit. ``release``, ``model_hash``: see ``serving.release``.
     """
 
     resolution: int
@@ -111,6 +122,8 @@ class Defaults:
     steps: int
     guidance_scale: float
     image_tokens: int
+    edits: bool
+    release: str
     model_hash: str
 
 

@@ -13,10 +13,9 @@ from ray.serve.handle import DeploymentHandle
 from dim import __version__
 from serving.admission import Admission
 from serving.config import ServingConfig
-from serving.errors import NotFoundError
+from serving.names import adapter_of
 from serving.protocol import Health, Model, Models
 from serving.replicas import running_replicas
-from serving.studio import ALIAS
 
 WARM_UP_S = 2.0
 """How long a question for readiness waits for a warm-up that is on its way."""
@@ -32,28 +31,27 @@ class Operation:
         self._painter = painter
         self._admission = admission
         self._warming: asyncio.Task[None] | None = None
-        self._model = Model(
-            id=config.model_name,
-            created=int(time.time()),
+        self._started = int(time.time())
+
+    async def models(self) -> Models:
+        """What is served: one model, alone and with each of its adapters."""
+        return Models(data=[self._shown(adapter) for adapter in (None, *self._config.adapters)])
+
+    async def model(self, model: str) -> Model:
+        """The served model, by its name or as `dim`, or `NAME:ADAPTER`."""
+        return self._shown(adapter_of(self._config, model))
+
+    def _shown(self, adapter: str | None) -> Model:
+        config = self._config
+        return Model(
+            id=config.model_name if adapter is None else f"{config.model_name}:{adapter}",
+            created=self._started,
             version=__version__,
             designers=config.offered,
             max_steps=config.max_steps,
             max_side=config.max_side,
+            adapter=adapter,
         )
-
-    async def models(self) -> Models:
-        """What is served: one model."""
-        return Models(data=[self._model])
-
-    async def model(self, model: str) -> Model:
-        """The served model, by its name or as `dim`."""
-        if model not in (self._model.id, ALIAS):
-            raise NotFoundError(
-                f"model: {model!r} is not served here; {self._model.id!r} is",
-                param="model",
-                code="model_not_found",
-            )
-        return self._model
 
     async def livez(self) -> Health:
         """This process answers. Nothing else is looked at, so that nobody restarts it for that."""

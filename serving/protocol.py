@@ -137,6 +137,11 @@ class PaintRequest(Asked):
     negative_prompt: str | None = Field(
         None, max_length=MAX_TEXT, description="What to paint away from."
     )
+    adapter: str | None = Field(
+        None,
+        max_length=MAX_NAME,
+        description="A LoRA adapter of the server, by name; also as model=MODEL:ADAPTER.",
+    )
     moderation: Literal["auto", "low"] | None = Field(
         None, description="Accepted; nothing is moderated here."
     )
@@ -296,7 +301,7 @@ class CheckResponse(BaseModel):
 
 
 class Model(BaseModel):
-    """The served model. The last four fields are ours."""
+    """The served model, or one of its adapters. The last five fields are ours."""
 
     id: str
     object: Literal["model"] = "model"
@@ -306,10 +311,11 @@ class Model(BaseModel):
     designers: list[str]
     max_steps: int
     max_side: int
+    adapter: str | None = Field(description="Which of its adapters the model is shown with.")
 
 
 class Models(BaseModel):
-    """All models that are served: one."""
+    """What is served: one model, and it with each of its adapters."""
 
     object: Literal["list"] = "list"
     data: list[Model]
@@ -363,6 +369,7 @@ class ImageData(BaseModel):
     blueprint: str | None = None
     seed: int
     batch_size: int = Field(description="How many images shared its forward passes.")
+    release: str = Field(description="The model that painted it, such as `dim/3`.")
 
 
 class Reviewed(BaseModel):
@@ -455,6 +462,7 @@ class Completed(ImageEvent):
     usage: Usage
     blueprint: str | None = None
     seed: int
+    release: str
 
 
 class ErrorResponse(BaseModel):

@@ -10,20 +10,26 @@ import re
 import signal
 import socket
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import typer
 
 from dim.config import load_config
-from dim.errors import CheckpointError, ConfigError, DimError
-from infra.models import on_this_machine
-from infra.registry import located
-from infra.storage import open_store
+from dim.errors import ConfigError, DimError
+from infra.models import adapter_here, on_this_machine
 from serving.config import NAMES_BY_THEMSELVES, NO_DESIGNER, DesignerConfig, ServingConfig
 from serving.exposure import check_exposure
 from serving.keys import read_source
+from serving.release import find_release
+
+ONE_LOOP = {
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+}
+"""Serve runs a replica's own code, and what it asks of others, on event loops of their own, in case
+the code blocks. Ours does not, and each hop between threads costs a request time."""
 
 QUIET = {"log_level": "WARNING", "enable_access_log": False}
 
@@ -142,13 +148,26 @@ def start_ray() -> None:
     if os.environ.get("RAY_ADDRESS"):
         ray.init(logging_level=logging.ERROR)
         return
-    # Designer and painter reserve a CPU each; a machine with one core still gets a server.
-    ray.init(
-        address="local",
-        num_cpus=max(4, os.cpu_count() or 1),
-        include_dashboard=False,
-        logging_level=logging.ERROR,
-    )
+    with in_environment(ONE_LOOP):  # which the replicas' processes inherit from Ray's
+        # Designer and painter reserve a CPU each; a machine with one core still gets a server.
+        ray.init(
+            address="local",
+            num_cpus=max(4, os.cpu_count() or 1),
+            include_dashboard=False,
+            logging_level=logging.ERROR,
+        )
+
+
+@contextlib.contextmanager
+def in_environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set what the environment does not say, for as long as the block runs."""
+    new = {name: value for name, value in variables.items() if name not in os.environ}
+    os.environ.update(new)
+    try:
+        yield
+    finally:
+        for name in new:
+            del os.environ[name]
 
 
 def check(config: ServingConfig, *, with_port: bool = True) -> None:
@@ -157,6 +176,10 @@ def check(config: ServingConfig, *, with_port: bool = True) -> None:
     if config.keys is not None:
         read_source(config.keys)
     check_model(config.model, config.lora)
+    if config.int8:
+        require_torchao()
+    for spec in config.adapters.values():
+        check_model(config.model, [spec])
     check_designers(config.designers)
     if with_port:
         check_port(config.host, config.port)
@@ -164,12 +187,18 @@ def check(config: ServingConfig, *, with_port: bool = True) -> None:
 
 def check_model(address: str, lora: Sequence[str] = ()) -> None:
     """Say at once that there is no model, or an adapter that is none of its, before Ray starts."""
-    if not open_store(address).is_file("dim.json"):
-        raise CheckpointError(f"no model at {address} (a model folder holds a dim.json)")
+    release = find_release(address)
     if lora:
         from dim.model.lora.merge import check_folder
 
-        check_folder(on_this_machine(address), lora)
+        check_folder(on_this_machine(release.address), [adapter_here(spec) for spec in lora])
+
+
+def require_torchao() -> None:
+    """Say at once that 8 bits are not to be had, before Ray is started."""
+    from dim.model.quantize import load_torchao
+
+    load_torchao()
 
 
 def check_designers(designers: Mapping[str, DesignerConfig]) -> None:
@@ -305,8 +334,7 @@ def read_settings(settings: Sequence[str], options: Mapping[str, Any]) -> Servin
     overrides += settings[0 if path is None else 1 :]
     if path is None and not any(override.startswith("model=") for override in overrides):
         raise ConfigError("no model to serve: say --model PATH, or a file that does")
-    config = load_config(ServingConfig, path, overrides)
-    return config.model_copy(update={"model": located(config.model)})
+    return load_config(ServingConfig, path, overrides)
 
 
 def stop_ray() -> None:

@@ -14,6 +14,7 @@ from dim.images import decode_image, encode_png
 from dim.model.pixels import centre_crop
 from dim.model.sizes import Size
 from serving.errors import BadRequestError
+from serving.shipping import Shipped, ship
 
 MASK_FORMATS = ("PNG", "WEBP")
 OPAQUE = 255
@@ -22,9 +23,9 @@ KEPT_FROM = 128  # alpha from which a pixel stays as it is
 
 @dataclass(frozen=True)
 class Source:
-    """An upright sRGB picture as PNG bytes, and its size (width, height) in pixels."""
+    """An upright sRGB picture as a shipped PNG, and its size (width, height) in pixels."""
 
-    image: bytes
+    image: Shipped
     size: Size
 
 
@@ -40,7 +41,8 @@ def read_source(data: bytes, max_pixels: int, shape: Size | None = None) -> Sour
         raise BadRequestError(str(error), param="image") from None
     if shape is not None:
         image = centre_crop(image, shape)
-    return Source(encode_png(image), image.size)
+    # Once per request and read again at once: time counts, not the last bytes.
+    return Source(ship(encode_png(image, compress_level=1)), image.size)
 
 
 def read_mask(data: bytes, size: Size) -> bytes:

@@ -26,13 +26,13 @@ from dim.reflection import Candidate, Reflection
 from serving.checks import sections
 from serving.config import NO_DESIGNER, ServingConfig
 from serving.encoding import LONGEST_SIDE, Output
-from serving.errors import BadRequestError, NotFoundError
+from serving.errors import BadRequestError
 from serving.events import Tell
 from serving.image_store import open_image_store
 from serving.jobs import Defaults, DesignJob, EditJob, GenerateJob, Painted, ReviewJob
+from serving.names import adapter_of, chosen_adapter
 from serving.protocol import (
     MAX_SEED,
-    Asked,
     BlueprintDelta,
     BlueprintDone,
     BlueprintResponse,
@@ -53,9 +53,6 @@ from serving.sources import Source, read_mask, read_source
 from serving.usage import Tokens, painted_tokens
 from serving.work import PIXELS, Work, area, check_output, painted_size, source_size, work_of
 
-ALIAS = "dim"
-"""What every served model may be called."""
-
 MOST_UNEVEN = 3
 """Longer side over shorter side of an image whose size is asked for."""
 
@@ -65,16 +62,31 @@ DECODED_AT_ONCE = 2
 
 
 @dataclass(frozen=True)
+class Weighed:
+    """What a request costs, and the sizes that this comes of, (width, height) in pixels.
+
+    ``size``: of what is given back; of a blueprint, of the source. ``painted``: that the painter
+    works at, the same where nothing is painted. ``fit``: as of an ``EditJob``. ``release``: of
+    the model that is served, as far as this replica knows.
+    """
+
+    work: Work
+    size: Size
+    painted: Size
+    release: str
+    fit: Fit = "source"
+
+
+@dataclass(frozen=True)
 class Painting:
     """What a request comes to.
 
-    ``kind``: how the names of its events begin. ``texts``: what the painter is told. ``size``: of
-    the images, in pixels; ``painted``: the one that the painter works at.
+    ``kind``: how the names of its events begin. ``size``: of the images, in pixels; ``painted``:
+    the one that the painter works at.
     """
 
     kind: Literal["image_edit", "image_generation"]
     jobs: Sequence[EditJob | GenerateJob]
-    texts: Sequence[str]
     blueprint: str | None
     size: Size
     painted: Size
@@ -98,16 +110,22 @@ class Studio:
         self._decoding = asyncio.Semaphore(DECODED_AT_ONCE)
         self._images = open_image_store(config)
 
-    async def weigh(self, asked: Edit | GenerationRequest | Design) -> Work:
+    def renew(self) -> None:
+        """Ask the painter anew what it does unless a request says otherwise."""
+        self._painter_defaults = None
+
+    async def weigh(self, asked: Edit | GenerationRequest | Design) -> Weighed:
         """What a request costs, before anything of it is decoded, designed or painted.
 
         Raises:
             DimError: a field is wrong, or it asks for more than one request may have.
         """
         if isinstance(asked, Design):
-            self._check_model(asked.fields)
+            adapter_of(self._config, asked.fields.model)
+            release = (await self._defaults()).release
             source = source_size(asked.image, self._config.max_image_pixels)
-            return Work(images=1, megapixels=area(source) / PIXELS)
+            work = Work(images=1, megapixels=area(source) / PIXELS)
+            return Weighed(work, source, source, release)
         wanted = asked.fields if isinstance(asked, Edit) else asked
         self._check(wanted)
         defaults = await self._defaults()
@@ -117,20 +135,24 @@ class Studio:
         if isinstance(asked, GenerationRequest):
             size = shape or square
             check_output(wanted.n, size, self._config.max_output_pixels, "size")
-            return work_of(wanted.n, None, size, size, steps)
+            work = work_of(wanted.n, None, size, size, steps)
+            return Weighed(work, size, size, defaults.release)
         source = source_size(asked.image, self._config.max_image_pixels)
         size = shape or source
         check_output(wanted.n, size, self._config.max_output_pixels, "n")
-        painted = painted_size(size, "square" if shape == square else "source", defaults)
+        fit: Fit = "square" if shape == square else "source"
+        painted = painted_size(size, fit, defaults)
         self._check_reviewer(asked.fields)
         images = wanted.n * asked.fields.rounds * asked.fields.best_of
-        return work_of(images, source, painted, size, steps)
+        work = work_of(images, source, painted, size, steps)
+        return Weighed(work, size, painted, defaults.release, fit)
 
-    async def edit(self, edit: Edit, tell: Tell | None = None) -> ImagesResponse:
+    async def edit(self, edit: Edit, weighed: Weighed, tell: Tell | None = None) -> ImagesResponse:
         """Edit one image: image → blueprint → painted image.
 
         Args:
-            edit: what is wanted; it was weighed.
+            edit: what is wanted.
+            weighed: what ``weigh`` said of it.
             tell: is told what comes about, in events; ``None``: only the answer counts.
 
         Raises:
@@ -139,13 +161,10 @@ class Studio:
         wanted = edit.fields
         designer = self._choose_designer(wanted.designer)
         defaults = await self._defaults()
-        shape = self._size(wanted.size, defaults)
-        square = (defaults.resolution, defaults.resolution)
-        fit: Fit = "square" if shape == square else "source"
-        source = await self._source(edit.image, None if fit == "square" else shape)
+        whole = weighed.fit == "square" or wanted.size == "auto"
+        source = await self._source(edit.image, None if whole else weighed.size)
         mask = await self._mask(edit, source)
-        size = square if fit == "square" else source.size
-        output = self._output(wanted, size, mask=mask is not None)
+        output = self._output(wanted, weighed.size, mask=mask is not None)
         blueprint = await self._blueprint(wanted, designer, source, tell)
         settings = self._settings(wanted, defaults)
 
@@ -153,24 +172,25 @@ class Studio:
             return EditJob(
                 image=source.image,
                 text=plan or wanted.prompt,
-                fit=fit,
+                fit=weighed.fit,
                 mask=mask,
                 seed=seed,
-                output=self._signed(output, seed, settings, defaults, plan),
+                output=self._signed(output, seed, settings, plan),
                 **settings,
             )
 
         jobs = [job_of(blueprint, seed) for seed in seeds(wanted)]
-        painted = painted_size(source.size, fit, defaults)
-        painting = Painting("image_edit", jobs, [jobs[0].text], blueprint, size, painted)
+        painting = Painting("image_edit", jobs, blueprint, weighed.size, weighed.painted)
         if wanted.reviewed:
             return await self._paint_in_rounds(wanted, designer, painting, job_of, tell)
         return await self._paint(wanted, painting, tell)
 
-    async def generate(self, wanted: GenerationRequest, tell: Tell | None = None) -> ImagesResponse:
-        """Paint images from a text; errors as of ``edit``."""
+    async def generate(
+        self, wanted: GenerationRequest, weighed: Weighed, tell: Tell | None = None
+    ) -> ImagesResponse:
+        """Paint images from a text; arguments and errors as of ``edit``."""
         defaults = await self._defaults()
-        size = self._size(wanted.size, defaults) or (defaults.resolution, defaults.resolution)
+        size = weighed.size
         output = self._output(wanted, size)
         settings = self._settings(wanted, defaults)
         jobs = [
@@ -178,16 +198,18 @@ class Studio:
                 prompt=wanted.prompt,
                 size=size,
                 seed=seed,
-                output=self._signed(output, seed, settings, defaults, None),
+                output=self._signed(output, seed, settings, None),
                 **settings,
             )
             for seed in seeds(wanted)
         ]
-        painting = Painting("image_generation", jobs, [wanted.prompt], None, size, size)
+        painting = Painting("image_generation", jobs, None, size, weighed.painted)
         return await self._paint(wanted, painting, tell)
 
-    async def design(self, design: Design, tell: Tell | None = None) -> BlueprintResponse:
-        """Have a blueprint written; errors as of ``edit``."""
+    async def design(
+        self, design: Design, weighed: Weighed, tell: Tell | None = None
+    ) -> BlueprintResponse:
+        """Have a blueprint written; arguments and errors as of ``edit``."""
         wanted = design.fields
         designer = self._choose_designer(wanted.designer)
         if designer == NO_DESIGNER:
@@ -203,17 +225,8 @@ class Studio:
             blueprint=text, sections=sections(Blueprint.parse(text)), designer=designer
         )
 
-    def _check_model(self, wanted: Asked) -> None:
-        known = (None, ALIAS, self._config.model_name)
-        if wanted.model not in known:
-            raise NotFoundError(
-                f"model: {wanted.model!r} is not served here; {self._config.model_name!r} is",
-                param="model",
-                code="model_not_found",
-            )
-
     def _check(self, wanted: PaintRequest) -> None:
-        self._check_model(wanted)
+        chosen_adapter(self._config, wanted.model, wanted.adapter)
         if (wanted.steps or 1) > self._config.max_steps:
             raise BadRequestError(f"steps: at most {self._config.max_steps}", param="steps")
         if wanted.response_format == "url" and self._images is None:
@@ -272,8 +285,9 @@ class Studio:
         return size
 
     async def _source(self, data: bytes, shape: Size | None = None) -> Source:
+        limit = self._config.max_image_pixels
         async with self._decoding:
-            return await asyncio.to_thread(read_source, data, self._config.max_image_pixels, shape)
+            return await asyncio.to_thread(read_source, data, limit, shape)
 
     async def _mask(self, edit: Edit, source: Source) -> bytes | None:
         if edit.mask is None:
@@ -306,18 +320,18 @@ class Studio:
         output: Output,
         seed: int,
         settings: Mapping[str, Any],
-        defaults: Defaults,
         blueprint: str | None,
     ) -> Output:
         """``output`` with what the file says of itself."""
         said = {
             "model": self._config.model_name,
-            "model_hash": defaults.model_hash,
             "version": __version__,
             "seed": str(seed),
             "steps": str(settings["steps"]),
             "guidance_scale": str(settings["guidance_scale"]),
         }
+        if settings["adapter"] is not None:
+            said["adapter"] = settings["adapter"]
         if blueprint is not None:
             said["blueprint_sha256"] = hashlib.sha256(blueprint.encode()).hexdigest()
         return replace(output, metadata=tuple(said.items()))
@@ -346,13 +360,13 @@ class Studio:
     ) -> ImagesResponse:
         """Paint all jobs of a request at once, so that they share a batch; one failure is all's."""
         async with asyncio.TaskGroup() as group:
-            counted = group.create_task(self._tokens(wanted, painting))
             tasks = [
-                group.create_task(self._paint_one(wanted, painting, index, counted, tell))
+                group.create_task(self._paint_one(wanted, painting, index, tell))
                 for index in range(len(painting.jobs))
             ]
-        images = [task.result() for task in tasks]
-        return answer(wanted, painting, images, counted.result().of(len(images)))
+        done = [task.result() for task in tasks]
+        tokens = await self._tokens(painting, done[0][0])
+        return answer(wanted, painting, [image for _, image in done], tokens.of(len(done)))
 
     async def _paint_in_rounds(
         self,
@@ -399,8 +413,8 @@ class Studio:
         best = reflection.best
         job = job_of(best.wanted.plan, best.wanted.seed)
         painting = replace(painting, jobs=[job], blueprint=best.wanted.plan)
-        tokens = await self._tokens(wanted, painting)
-        image = await self._hand_over(wanted, painting, 0, best.image, tokens, tell)
+        tokens = await self._tokens(painting, best.image)
+        image = await self._hand_over(wanted, painting, 0, best.image, tell)
         return answer(wanted, painting, [image], tokens.of(len(reviews)), reviews)
 
     async def _paint_one(
@@ -408,9 +422,8 @@ class Studio:
         wanted: PaintRequest,
         painting: Painting,
         index: int,
-        counted: asyncio.Task[Tokens],
         tell: Tell | None,
-    ) -> ImageData:
+    ) -> tuple[Painted, ImageData]:
         event = partial(image_event, wanted, painting, index)
         async for piece in paint(self._painter, painting.jobs[index]):
             if isinstance(piece, Painted):
@@ -421,7 +434,7 @@ class Studio:
                 await tell(
                     PartialImage(type=name, partial_image_index=piece.number, **event(), **shown)
                 )
-        return await self._hand_over(wanted, painting, index, painted, await counted, tell)
+        return painted, await self._hand_over(wanted, painting, index, painted, tell)
 
     async def _hand_over(
         self,
@@ -429,22 +442,25 @@ class Studio:
         painting: Painting,
         index: int,
         painted: Painted,
-        tokens: Tokens,
         tell: Tell | None,
     ) -> ImageData:
         """A finished image as the client wants to get it."""
         seed, event = painting.jobs[index].seed, partial(image_event, wanted, painting, index)
+        if painted.release != (await self._defaults()).release:
+            self.renew()
         shown = await asyncio.to_thread(self._shown, painted.data, wanted)
         if tell is not None:
-            usage = tokens.of(1)
+            usage = (await self._tokens(painting, painted)).of(1)
             name = f"{painting.kind}.completed"
             about: dict[str, Any] = {"usage": usage, "blueprint": painting.blueprint, "seed": seed}
+            about["release"] = painted.release
             await tell(Completed(type=name, **about, **event(), **shown))
         return ImageData(
             revised_prompt=painting.blueprint,
             blueprint=painting.blueprint,
             seed=seed,
             batch_size=painted.batch_size,
+            release=painted.release,
             **shown,
         )
 
@@ -455,11 +471,10 @@ class Studio:
             return {"url": self._images.put(data, wanted.output_format)}
         return in_base64(data)
 
-    async def _tokens(self, wanted: PaintRequest, painting: Painting) -> Tokens:
+    async def _tokens(self, painting: Painting, painted: Painted) -> Tokens:
         defaults = await self._defaults()
-        texts = [*painting.texts, wanted.negative_prompt or ""]
         return Tokens(
-            text=await self._painter.count_tokens.remote(texts),
+            text=painted.text_tokens,
             image=defaults.image_tokens if isinstance(painting.jobs[0], EditJob) else 0,
             painted=painted_tokens(painting.painted, defaults.size_multiple),
         )
@@ -473,6 +488,7 @@ class Studio:
             "negative_prompt": wanted.negative_prompt,
             "previews": wanted.partial_images,
             "deadline": self._deadline(),
+            "adapter": chosen_adapter(self._config, wanted.model, wanted.adapter),
         }
 
     def _steps(self, wanted: PaintRequest, defaults: Defaults) -> int:

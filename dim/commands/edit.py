@@ -62,6 +62,12 @@ def main(
         max=MOST_CANDIDATES,
         help="Images a round, of which the designer takes the best.",
     ),
+    int8: bool = typer.Option(
+        False, "--int8", help="Keep the painter's weights in 8 bits (needs torchao)."
+    ),
+    step_cache: float = typer.Option(
+        0.0, min=0, max=0.99, help="Reuse later blocks between steps, such as 0.03; 0: never."
+    ),
     device: str | None = typer.Option(None, help="cpu, cuda, cuda:1, …; a GPU if there is one."),
 ) -> None:
     """Edit one image: the designer writes a blueprint, the painter paints it.
@@ -82,6 +88,7 @@ def main(
     if reviewed:
         require_reviews(asked)
     dim = models.load(model, device=device or best_device(), lora=lora)
+    dim.speed_up(int8=int8, step_cache=step_cache)
     settings: dict[str, Any] = {
         "steps": steps,
         "guidance_scale": guidance_scale,

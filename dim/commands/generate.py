@@ -21,6 +21,12 @@ def main(
     steps: int | None = typer.Option(None, min=1, max=1000, help="Sampler steps."),
     guidance_scale: float | None = typer.Option(None, min=1, help="1 turns guidance off."),
     negative_prompt: str | None = typer.Option(None, help="What to paint away from, in words."),
+    int8: bool = typer.Option(
+        False, "--int8", help="Keep the painter's weights in 8 bits (needs torchao)."
+    ),
+    step_cache: float = typer.Option(
+        0.0, min=0, max=0.99, help="Reuse later blocks between steps, such as 0.03; 0: never."
+    ),
     device: str | None = typer.Option(None, help="cpu, cuda, cuda:1, …; a GPU if there is one."),
 ) -> None:
     """Paint one image from a text, as a model of the t2i stage does.
@@ -33,6 +39,7 @@ def main(
 
     wanted = None if size is None else parse_size(size)
     dim = models.load(model, device=device or best_device(), lora=lora)
+    dim.speed_up(int8=int8, step_cache=step_cache)
     image = dim.generate(
         [prompt],
         size=wanted,

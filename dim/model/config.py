@@ -93,7 +93,8 @@ class SamplingConfig(StrictModel):
     ``resolution``: side in pixels of the square that the painter was made for. ``solver``: how a
     velocity becomes a step, see ``dim.model.sampler``. ``fit``: what of a source is edited.
     ``source``: all of it, painted in the nearest of SANA's shapes and given back at its own size.
-    ``square``: the middle square, given back at ``resolution``, as published.
+    ``square``: the middle square, given back at ``resolution``, as published. ``step_cache``: the
+    threshold of ``dim.model.step_cache``; 0 computes every step whole.
     """
 
     resolution: PositiveInt = 1024
@@ -103,6 +104,8 @@ class SamplingConfig(StrictModel):
     seed: int = Field(default=233, ge=0)
     solver: Solver = "dpm"
     fit: Fit = "source"
+    # Left out where it is off, so that a folder's description is what it was before there was this.
+    step_cache: float = Field(default=0.0, ge=0, lt=1, exclude_if=lambda threshold: not threshold)
 
 
 class ModelConfig(StrictModel):

@@ -8,20 +8,28 @@ conditions, and each becomes what ``sampler.sample`` makes of it alone.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from dim.errors import InputError
 from dim.model.config import Solver
 from dim.model.painter import Painter, PreparedCondition, together
 from dim.model.sampler import Condition, make_scheduler, prepare_branches
+from dim.model.step_cache import StepCache
+
+if TYPE_CHECKING:
+    from dim.model.lora.rows import Adapters
 
 
 class Denoising:
     """One latent on its way from noise to image; made by ``begin``.
 
     ``latent`` (1, C, h, w) is as noisy as the next step expects it, ``number`` of ``steps`` are
-    done. ``company``: how many at most passed the network together with it, itself among them.
+    done. ``adapter``: name of the one that it is painted with, if any. ``company``: how many at
+    most passed the network together with it, itself among them.
     """
 
     def __init__(
@@ -34,7 +42,12 @@ class Denoising:
         guidance_scale: float,
         shift: float,
         solver: Solver,
+        step_cache: float = 0.0,
+        adapter: str | None = None,
     ) -> None:
+        self.adapter = adapter
+        self.cache = StepCache(step_cache) if step_cache else None
+        self._step_cache = step_cache
         self.latent = noise
         self.prepared = prepared
         self.source_latent = source_latent
@@ -57,6 +70,8 @@ class Denoising:
             guidance_scale=self._guidance_scale,
             shift=self._shift,
             solver=self._solver,
+            step_cache=self._step_cache,
+            adapter=self.adapter,
         )
 
     @property
@@ -97,6 +112,8 @@ def begin(
     guidance_scale: float = 7.5,
     shift: float = 3.0,
     solver: Solver = "dpm",
+    step_cache: float = 0.0,
+    adapter: str | None = None,
 ) -> Denoising:
     """Prepare one sample: what no step changes is computed here, and held until it is finished.
 
@@ -106,11 +123,15 @@ def begin(
         condition: one row, (1, N, F).
         negative: one row, (1, M, F), to be guided away from instead of the null condition.
         source_latent: (1, C, h, w) for editing.
-        steps, guidance_scale, shift, solver: as ``sampler.sample`` takes them.
+        steps, guidance_scale, shift, solver, step_cache: as ``sampler.sample`` takes them.
+        adapter: of the batch's ``Adapters``, in whose ``using`` this is called.
 
     Raises:
-        InputError: ``steps`` below 1, an unknown solver, or shapes that do not fit.
+        InputError: ``steps`` below 1, an unknown solver, shapes that do not fit, or a step cache
+            beside an adapter.
     """
+    if step_cache and adapter is not None:
+        raise InputError("a step cache does not go with adapters by name: turn one of them off")
     prepared = prepare_branches(painter, condition, negative, guided=guidance_scale != 1)
     return Denoising(
         noise,
@@ -120,14 +141,22 @@ def begin(
         guidance_scale=guidance_scale,
         shift=shift,
         solver=solver,
+        step_cache=step_cache,
+        adapter=adapter,
     )
 
 
 class ContinuousBatch:
-    """The samples that one painter is working on. Not for several threads at once."""
+    """The samples that one painter is working on. Not for several threads at once.
 
-    def __init__(self, painter: Painter) -> None:
+    Args:
+        painter: the velocity network.
+        adapters: that samples may have.
+    """
+
+    def __init__(self, painter: Painter, adapters: Adapters | None = None) -> None:
         self._painter = painter
+        self._adapters = adapters
         self._rows: list[Denoising] = []
         # Where memory did not suffice: how many of a latent shape it may pass at once.
         self._most: dict[torch.Size, int] = {}
@@ -186,13 +215,20 @@ class ContinuousBatch:
 
     def _velocities(self, rows: Sequence[Denoising]) -> Sequence[Tensor]:
         """The velocity (branches, C, h, w) of each of ``rows``, from one pass of the network."""
-        velocity = self._painter(
-            torch.cat([row.latent for row in rows]),
-            torch.stack([row.timestep for row in rows]),
-            together([row.prepared for row in rows]),
-            source_latent=self._sources(rows),
-        )
-        return velocity.split([row.prepared.rows for row in rows])
+        branches = [row.prepared.rows for row in rows]
+        with (
+            nullcontext()
+            if self._adapters is None
+            else self._adapters.rows([row.adapter for row in rows], branches)
+        ):
+            velocity = self._painter(
+                torch.cat([row.latent for row in rows]),
+                torch.stack([row.timestep for row in rows]),
+                together([row.prepared for row in rows]),
+                source_latent=self._sources(rows),
+                caches=_caches(rows),
+            )
+        return velocity.split(branches)
 
     def _sources(self, rows: Sequence[Denoising]) -> Tensor | None:
         """Source latents (B, C, h, w), zeros where a sample has none; None where none has one."""
@@ -205,6 +241,13 @@ class ContinuousBatch:
                 for row, source in zip(rows, given, strict=True)
             ]
         )
+
+
+def _caches(rows: Sequence[Denoising]) -> list[StepCache] | None:
+    """One a row; one without a step cache gets an empty one, which computes everything."""
+    if all(row.cache is None for row in rows):
+        return None
+    return [row.cache or StepCache(0.0) for row in rows]
 
 
 def _advanced(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -21,9 +22,11 @@ from dim.model.conditioner import Conditioner, ImageFeatures, OnText, Patches
 from dim.model.config import Fit, ModelConfig, SamplingConfig, require_choice
 from dim.model.connector import Connector
 from dim.model.lora.merge import merge_for_good
+from dim.model.lora.rows import Adapters
 from dim.model.paint import Painting, begin, encode_sources, paint
 from dim.model.painter import Painter
 from dim.model.pixels import centre_box, upright_rgb
+from dim.model.quantize import quantize
 from dim.model.request import (
     Conditioning,
     OnStep,
@@ -72,6 +75,7 @@ class DIM(nn.Module):
         self.autoencoder = autoencoder
         self.understanding_source = understanding_source
         self.provenance = provenance
+        self.adapters: Adapters | None = None
         self.eval()
 
     @property
@@ -264,28 +268,33 @@ class DIM(nn.Module):
         guidance_scale: float | None = None,
         negative_prompt: str | None = None,
         fit: Fit | None = None,
+        adapter: str | None = None,
     ) -> Painting:
         """Prepare one edit that others join and leave while it is painted.
 
         The source and ``text``, a blueprint or an instruction, are encoded here. The painting's
         ``denoising`` then goes through a ``dim.model.continuous.ContinuousBatch``, and becomes the
-        image that ``edit`` paints of the same.
+        image that ``edit`` paints of the same. ``adapter``: one of ``add_adapters``.
 
         Raises:
             InputError: as for ``edit``.
         """
         fit = fit or self.config.sampling.fit
         seeds = None if seed is None else [seed]
-        rows = self._edit_rows([image], [text], fit, None, seeds, guidance_scale, negative_prompt)
-        features = self.conditioner.see([self._shown(row, fit) for row in rows])
-        return begin(
-            self.painter,
-            self.autoencoder,
-            rows[0],
-            self._conditioning(rows, [text], features),
-            self._sampling(steps),
-            source_latent=encode_sources(self.autoencoder, rows, fit),
-        )
+        with self._adapted(adapter):
+            rows = self._edit_rows(
+                [image], [text], fit, None, seeds, guidance_scale, negative_prompt
+            )
+            features = self.conditioner.see([self._shown(row, fit) for row in rows])
+            return begin(
+                self.painter,
+                self.autoencoder,
+                rows[0],
+                self._conditioning(rows, [text], features),
+                self._sampling(steps),
+                source_latent=encode_sources(self.autoencoder, rows, fit),
+                adapter=adapter,
+            )
 
     @torch.no_grad()
     def begin_generation(
@@ -297,6 +306,7 @@ class DIM(nn.Module):
         steps: int | None = None,
         guidance_scale: float | None = None,
         negative_prompt: str | None = None,
+        adapter: str | None = None,
     ) -> Painting:
         """Prepare one image of ``generate`` as ``begin_edit`` does one of ``edit``.
 
@@ -304,30 +314,71 @@ class DIM(nn.Module):
             InputError: as for ``generate``.
         """
         seeds = None if seed is None else [seed]
-        rows = self._generation_rows([prompt], size, seeds, guidance_scale, negative_prompt)
-        return begin(
-            self.painter,
-            self.autoencoder,
-            rows[0],
-            self._conditioning(rows, [prompt]),
-            self._sampling(steps),
-        )
+        with self._adapted(adapter):
+            rows = self._generation_rows([prompt], size, seeds, guidance_scale, negative_prompt)
+            return begin(
+                self.painter,
+                self.autoencoder,
+                rows[0],
+                self._conditioning(rows, [prompt]),
+                self._sampling(steps),
+                adapter=adapter,
+            )
 
-    def speed_up(self, *, compile: bool = False, channels_last: bool = False) -> DIM:
-        """Trade start-up time or layout for faster painting, in place; the images stay the same.
+    def add_adapters(self, specs: Mapping[str, str]) -> Adapters:
+        """Load adapters that ``begin_edit`` and ``begin_generation`` choose by name.
+
+        Args:
+            specs: name → ``PATH[:WEIGHT]`` (``dim.model.lora``). They stay beside the weights, so
+                that a batch may hold images of several; pass the result to ``ContinuousBatch``.
+
+        Raises:
+            CheckpointError, InputError: one is none of this model's.
+        """
+        self.adapters = Adapters(self, specs)
+        return self.adapters
+
+    def _adapted(self, name: str | None) -> AbstractContextManager[None]:
+        if name is not None and self.adapters is None:
+            raise InputError(f"no adapter {name!r}; there are none")
+        return nullcontext() if self.adapters is None else self.adapters.using(name)
+
+    def speed_up(
+        self,
+        *,
+        compile: bool = False,
+        channels_last: bool = False,
+        int8: bool = False,
+        step_cache: float = 0.0,
+    ) -> DIM:
+        """Trade start-up time, layout or exactness for faster or smaller painting, in place.
 
         Args:
             compile: compile the painter's blocks (``torch.compile``): the first pass of each shape
                 takes long.
             channels_last: keep the convolutions of painter and autoencoder channels last.
+            int8: keep the weights of the painter's linear layers in 8 bits (``torchao``). The last
+                thing to do to a model: adapters are merged or added before.
+            step_cache: a threshold such as 0.03, see ``dim.model.step_cache``.
 
         Returns:
-            This model. ``docs/model.md`` says how far the numbers move.
+            This model. ``docs/model.md`` says how far the numbers move: with the first two the
+            images stay the same, with the others nearly.
+
+        Raises:
+            InputError: ``torchao`` is not installed, or the threshold is not from 0 to 1.
         """
+        if step_cache:
+            if not 0 < step_cache < 1:
+                raise InputError(f"a step cache's threshold is from 0 to 1, not {step_cache:g}")
+            sampling = self.config.sampling.model_copy(update={"step_cache": step_cache})
+            self.config = self.config.model_copy(update={"sampling": sampling})
         if channels_last:
             for part in (self.painter, self.autoencoder):
                 # torch's annotations leave memory_format out
                 part.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if int8:
+            quantize(self.painter)
         if compile:
             self.painter.compile_blocks()
         return self

@@ -35,7 +35,7 @@ def paint(
         painter, autoencoder: on one device.
         rows: their noise is drawn from their own seeds.
         conditioning: one row each.
-        sampling: ``steps``, ``shift`` and ``solver`` of it.
+        sampling: ``steps``, ``shift``, ``solver`` and ``step_cache`` of it.
         source_latent: (B, C, h, w) for an edit.
         on_step: called after each step.
 
@@ -58,6 +58,7 @@ def paint(
         solver=sampling.solver,
         negative_condition=conditioning.negative,
         negative_mask=conditioning.negative_mask,
+        step_cache=sampling.step_cache,
         on_step=on_step and _reporter(rows, sampling.steps, decoded, on_step),
     )
     return decoded(latent)
@@ -97,8 +98,12 @@ def begin(
     sampling: SamplingConfig,
     *,
     source_latent: Tensor | None = None,
+    adapter: str | None = None,
 ) -> Painting:
-    """What ``paint`` does before its first step, for one row; arguments and errors as there."""
+    """What ``paint`` does before its first step, for one row; arguments and errors as there.
+
+    ``adapter``: as of ``continuous.begin``.
+    """
     negative = None
     if conditioning.negative is not None:
         negative = sampler.Condition(conditioning.negative, conditioning.negative_mask)
@@ -112,6 +117,8 @@ def begin(
         guidance_scale=row.guidance_scale,
         shift=sampling.shift,
         solver=sampling.solver,
+        step_cache=sampling.step_cache,
+        adapter=adapter,
     )
     return Painting(row, denoising, autoencoder)
 

@@ -11,6 +11,7 @@ from diffusers import SanaTransformer2DModel
 from torch import Tensor, nn
 
 from dim.errors import InputError
+from dim.model import step_cache
 from dim.model.attention import (
     Attended,
     CrossAttention,
@@ -18,6 +19,7 @@ from dim.model.attention import (
     keys_and_values,
 )
 from dim.model.block import sampling_block
+from dim.model.step_cache import StepCache
 
 # The published network's query and key norms; diffusers' own 1e-5 moves outputs by 5e-5.
 QK_NORM_EPS = 1e-6
@@ -80,6 +82,8 @@ def together(conditions: Sequence[PreparedCondition]) -> PreparedCondition:
     They may be of different lengths and numbers of branches, and nothing is copied: each latent
     attends to its own tokens, as if it were alone.
     """
+    if len(conditions) == 1:
+        return conditions[0]
     blocks = zip(*(condition.blocks for condition in conditions), strict=True)
     branched = [condition.spread for condition in conditions if condition.spread is not None]
     spread = None
@@ -167,6 +171,7 @@ class Painter(nn.Module):
         condition: Tensor | PreparedCondition,
         mask: Tensor | None = None,
         source_latent: Tensor | None = None,
+        caches: Sequence[StepCache] | None = None,
     ) -> Tensor:
         """Velocity (noise − image) of ``noisy_latent``.
 
@@ -177,6 +182,8 @@ class Painter(nn.Module):
                 their mask.
             mask: (B, N), true or 1 where a token counts; None counts all.
             source_latent: (B, C, h, w) for an edit painter; without it the painter sees zeros.
+            caches: one a latent, with a prepared condition (``dim.model.step_cache``); without
+                them every block is computed.
 
         Returns:
             (B, C, h, w) in the type of ``noisy_latent``; of a prepared condition (R, C, h, w), one
@@ -189,7 +196,7 @@ class Painter(nn.Module):
         latent = self._with_source(noisy_latent, source_latent).to(self._dtype)
         told = self._timestep(timestep, noisy_latent)
         if isinstance(condition, PreparedCondition):
-            return self._prepared_forward(latent, told, condition).to(noisy_latent.dtype)
+            return self._prepared_forward(latent, told, condition, caches).to(noisy_latent.dtype)
         self._check_condition(condition, mask, len(noisy_latent))
         velocity = self.network(
             hidden_states=latent,
@@ -314,7 +321,11 @@ class Painter(nn.Module):
         return self.network.patch_embed.proj.weight.dtype
 
     def _prepared_forward(
-        self, latent: Tensor, timestep: Tensor, condition: PreparedCondition
+        self,
+        latent: Tensor,
+        timestep: Tensor,
+        condition: PreparedCondition,
+        caches: Sequence[StepCache] | None,
     ) -> Tensor:
         """diffusers' forward from the patches on, with ready keys and values for the blocks."""
         if condition.latents != len(latent):
@@ -328,11 +339,25 @@ class Painter(nn.Module):
         )
         states = network.patch_embed(_enough(latent))[: len(latent)]
         modulation, embedded = modulation[: len(latent)], embedded[: len(latent)]
-        spread = condition.spread
-        for block, ready in zip(self.blocks, condition.blocks, strict=True):
-            states = self._sampling_block(block, states, modulation, ready, (height, width), spread)
-            if spread is not None:
-                modulation, embedded, spread = modulation[spread], embedded[spread], None
+        spread, size = condition.spread, (height, width)
+        first, *later = zip(self.blocks, condition.blocks, strict=True)
+        before = states
+        states = self._sampling_block(first[0], states, modulation, first[1], size, spread)
+        if spread is not None:
+            modulation, embedded, before = modulation[spread], embedded[spread], before[spread]
+
+        def through_later(states: Tensor, chosen: Tensor | None = None) -> Tensor:
+            told = modulation if chosen is None else modulation[chosen]
+            for block, ready in later:
+                ready = ready if chosen is None else step_cache.chosen_rows(ready, chosen)
+                states = self._sampling_block(block, states, told, ready, size, None)
+            return states
+
+        if caches is None:
+            states = through_later(states)
+        else:
+            rows = step_cache.rows_of(len(latent), spread, states)
+            states = step_cache.through(caches, rows, before, states, through_later)
         states = network.proj_out(network.norm_out(states, embedded, network.scale_shift_table))
         cells = states.reshape(condition.rows, height, width, patch, patch, -1)
         return cells.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)

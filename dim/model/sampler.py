@@ -14,6 +14,7 @@ from torch.nn import functional
 from dim.errors import InputError
 from dim.model.config import Solver, require_choice
 from dim.model.painter import Painter, PreparedCondition
+from dim.model.step_cache import StepCache
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ def sample(
     solver: Solver = "dpm",
     negative_condition: Tensor | None = None,
     negative_mask: Tensor | None = None,
+    step_cache: float = 0.0,
     on_step: Callable[[Step], None] | None = None,
 ) -> Tensor:
     """Denoise a batch.
@@ -61,6 +63,7 @@ def sample(
         negative_condition: (B, M, F), to be guided away from instead of the null condition.
         negative_mask: (B, M) marks what of it counts, None all; a row without a mark has no
             negative condition and keeps the null condition.
+        step_cache: the threshold of ``dim.model.step_cache``; 0 computes every step whole.
         on_step: called after each step. What it raises ends the sampling.
 
     Returns:
@@ -74,9 +77,10 @@ def sample(
     guided = bool((scale != 1).any())
     negative = None if negative_condition is None else Condition(negative_condition, negative_mask)
     prepared = prepare_branches(painter, Condition(condition, mask), negative, guided)
+    caches = [StepCache(step_cache) for _ in noise] if step_cache else None
     latent = noise
     for number, timestep in enumerate(scheduler.timesteps):
-        velocity = painter(latent, timestep, prepared, source_latent=source_latent)
+        velocity = painter(latent, timestep, prepared, source_latent=source_latent, caches=caches)
         if guided:
             null, told = velocity.chunk(2)
             velocity = null + scale * (told - null)

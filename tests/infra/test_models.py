@@ -11,15 +11,17 @@ import torch
 
 from dim import model
 from dim.errors import CheckpointError, InputError, StorageError
+from dim.model.lora.adapter import LORA_FILE
 from infra import storage
 from infra.models import (
+    adapter_here,
     check_reference,
     fingerprint,
     load_initial,
     on_this_machine,
     save_model,
 )
-from infra.storage import Store
+from infra.storage import Store, open_store
 from tests.conftest import ROOT
 
 
@@ -126,7 +128,7 @@ def test_an_export_that_is_cut_off_leaves_no_model_and_the_next_one_nothing_of_i
         with pytest.raises(StorageError, match="cut off"):
             save_model(model_, address)
     assert store.is_file("connector.safetensors") and not store.exists("painter")
-    with pytest.raises(CheckpointError, match="model is no finished model folder: no dim.json"):
+    with pytest.raises(CheckpointError, match="model is no finished folder: no dim.json"):
         on_this_machine(address)
     save_model(model_, address)
     names = [name for name, _ in storage.open_store(str(tiny_model_dir)).list()]
@@ -171,3 +173,13 @@ def test_a_place_that_is_not_ours_keeps_no_model(
     place.rename(tmp_path / f"dim-models-{uid + 1}")
     with pytest.raises(StorageError, match="belongs to somebody else; set DIM_CACHE"):
         on_this_machine(stored)
+
+
+def test_an_adapter_in_an_object_store_is_fetched_with_its_weight(s3: str) -> None:
+    open_store(f"{s3}/oil").write(LORA_FILE, b"numbers")
+    here, _, weight = adapter_here(f"{s3}/oil:0.5").rpartition(":")
+    assert weight == "0.5" and Path(here, LORA_FILE).read_bytes() == b"numbers"
+    assert adapter_here(f"{s3}/oil") == here
+    assert adapter_here("runs/oil:0.5") == "runs/oil:0.5"
+    with pytest.raises(CheckpointError, match=f"no {LORA_FILE}"):
+        adapter_here(f"{s3}/gone:1")

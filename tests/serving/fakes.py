@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -17,14 +18,20 @@ from serving.app import Ingress
 from serving.config import ServingConfig
 from serving.encoding import encode
 from serving.jobs import Defaults, DesignJob, EditJob, GenerateJob, Painted, Preview, ReviewJob
+from serving.painter import signed, texts_of
+from serving.release import Release
+from serving.shipping import received
 
+RELEASE = Release("runs/edit2/model", "edit2@cafe", "cafe")
 DEFAULTS = Defaults(
     resolution=64,
     size_multiple=16,
     steps=5,
     guidance_scale=2.0,
     image_tokens=16,
-    model_hash="cafe",
+    edits=True,
+    release=RELEASE.name,
+    model_hash=RELEASE.model_hash,
 )
 BLUEPRINT = "\n\n".join(
     f"{number}. {title}: {title.lower()} of it"
@@ -100,7 +107,6 @@ class FakePainter:
         self.jobs: list[EditJob | GenerateJob] = []
         self.error: Exception | None = None
         self.defaults = Method(self._defaults)
-        self.count_tokens = Method(self._count_tokens)
         self.paint = Method(self._paint)
         self.warm = Method(self._warm)
 
@@ -114,21 +120,20 @@ class FakePainter:
         if self.error is not None:
             raise self.error
 
-    async def _count_tokens(self, texts: Sequence[str]) -> int:
-        return sum(len(text.split()) for text in texts)
-
     async def _paint(self, job: EditJob | GenerateJob) -> AsyncIterator[Preview | Painted]:
         self.jobs.append(job)
+        size, output = await self._size(job), signed(job.output, RELEASE)
         for number in range(job.previews):
-            yield Preview(number, encode(Image.new("RGB", self._size(job), "white"), job.output))
+            yield Preview(number, encode(Image.new("RGB", size, "white"), output))
         if self.error is not None:
             raise self.error
-        yield Painted(encode(Image.new("RGB", self._size(job), "grey"), job.output), 1)
+        words = len(" ".join(texts_of(job)).split())
+        yield Painted(encode(Image.new("RGB", size, "grey"), output), 1, words, RELEASE.name)
 
-    def _size(self, job: EditJob | GenerateJob) -> tuple[int, int]:
+    async def _size(self, job: EditJob | GenerateJob) -> tuple[int, int]:
         if isinstance(job, GenerateJob):
             return job.size
-        return (64, 64) if job.fit == "square" else opened(job.image).size
+        return (64, 64) if job.fit == "square" else opened(await received(job.image)).size
 
 
 class Server:
@@ -140,6 +145,7 @@ class Server:
         with mock.patch("serving.app.listening_host", lambda: "127.0.0.1"):  # Serve is not there
             ingress = Ingress(config, self.designer, self.painter)  # type: ignore[arg-type]
         self.app = ingress.__serve_build_asgi_app__()
+        self.renew = lambda: asyncio.run(ingress.renew())
         self.http = TestClient(self.app, base_url="http://localhost")
 
 

@@ -53,7 +53,7 @@ def never_done(server: Server) -> None:
     async def paint(job: GenerateJob) -> AsyncIterator[Painted]:
         server.painter.jobs.append(job)
         await asyncio.sleep(3600)
-        yield Painted(b"", 1)
+        yield Painted(b"", 1, 1, "edit2@cafe")
 
     server.painter.paint = Method(paint)
 

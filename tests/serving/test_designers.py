@@ -28,6 +28,7 @@ from serving.jobs import DesignJob
 from serving.serve import named
 from tests.chat_server import Response, completion
 from tests.chat_server import running as chat_server
+from tests.serving.fakes import RELEASE
 
 SECRET = "s3cret"
 PNG, OTHER_PNG = (
@@ -221,7 +222,7 @@ def test_a_pool_for_models_of_ours_and_one_that_takes_no_device() -> None:
         designer_replicas=2,
         ingress_replicas=2,
     )
-    pools = designers(given).pools
+    pools = designers(given, RELEASE, "key").pools
     assert list(pools) == ["fast", "best", "right"]
     own, others = pools["fast"]._bound_deployment, pools["best"]._bound_deployment
     assert own.func_or_class is OwnDesigner and others.func_or_class is OtherDesigners
@@ -229,12 +230,12 @@ def test_a_pool_for_models_of_ours_and_one_that_takes_no_device() -> None:
     assert own.ray_actor_options == {"num_cpus": 1, "num_gpus": 1}
     assert own.num_replicas == 2 and others.num_replicas == 1
     assert others.ray_actor_options == {"num_cpus": 0, "num_gpus": 0}
-    assert list(designers(config(designers=["none"])).pools) == []
+    assert list(designers(config(designers=["none"]), RELEASE, "key").pools) == []
 
     class Ingress:
         pass
 
-    ingress = application(given, Ingress)._bound_deployment
+    ingress = application(given, RELEASE, Ingress)._bound_deployment
     assert ingress.num_replicas == 2
     painter = ingress.init_args[2]._bound_deployment
     assert painter.ray_actor_options == {"num_cpus": 2, "num_gpus": 0.5}
@@ -322,7 +323,7 @@ def test_a_blueprint_comes_while_it_is_written(monkeypatch: pytest.MonkeyPatch) 
             return [ANSWER] * len(instructions)
 
     monkeypatch.setattr(designer, "load_own", lambda *_: SelfDesigner(Writes()))
-    pool = OwnDesigner(config(designers={"best": "self"}, batch_wait_s=0.2), ["best"])
+    pool = OwnDesigner(config(designers={"best": "self"}, batch_wait_s=0.2), ["best"], RELEASE)
 
     async def alone(asked: Any) -> Any:  # Serve's own batches are for its replicas
         return (await pool._design_batch([asked]))[0]

@@ -119,9 +119,11 @@ def test_every_output_format(server: Server, name: str) -> None:
 @pytest.mark.parametrize("name", ["png", "jpeg", "webp"])
 def test_an_image_says_by_whom_it_was_painted(server: Server, name: str) -> None:
     items = edit(server, output_format=name, seed=8, n=2, steps=3).json()["data"]
+    assert [item["release"] for item in items] == ["edit2@cafe"] * 2
     said = [provenance.read(base64.b64decode(item["b64_json"])) for item in items]
     assert said[0] == {
         "model": "edit2",
+        "release": "edit2@cafe",
         "model_hash": "cafe",
         "version": __version__,
         "seed": "8",

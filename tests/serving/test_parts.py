@@ -68,6 +68,8 @@ def test_the_work_of_a_request_is_what_it_paints_and_holds() -> None:
         steps=30,
         guidance_scale=1,
         image_tokens=1,
+        edits=True,
+        release="a",
         model_hash="a",
     )
     wide = painted_size((6000, 3000), "source", defaults)

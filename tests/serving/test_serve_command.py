@@ -14,7 +14,7 @@ from dim import cli
 from dim.errors import ConfigError, DimError
 from infra.ports import free_port
 from serving.exposure import check_exposure
-from serving.serve import address_to_show, check_port, read_settings
+from serving.serve import ONE_LOOP, address_to_show, check_port, read_settings, start_ray
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
@@ -52,6 +52,7 @@ def test_a_port_in_use_is_one_line(
         (["--model", "MODEL", "--host", "192.0.2.1", "--insecure"], 1, "cannot listen"),
         (["--model", "MODEL", "--host", "0.0.0.0"], 2, "without API keys whoever reaches"),
         (["--model", "MODEL", "--keys", "gone.yaml"], 2, "cannot read the API keys of gone.yaml"),
+        (["--model", "MODEL", "step_cache=0.1", "adapters={a: x}"], 2, "does not go with adapters"),
         ([], 2, "--model"),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else None,
@@ -66,6 +67,15 @@ def test_bad_arguments_are_one_line_before_ray_starts(
     given = [str(tiny_model_dir) if item == "MODEL" else item for item in arguments]
     assert run(*given) == code
     assert said in error_line(capsys)
+
+
+def test_eight_bits_without_torchao_are_one_line(
+    tiny_model_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
+    assert run("--model", tiny_model_dir, "int8=true") == 1
+    assert "need torchao" in error_line(capsys)
 
 
 def test_a_file_with_settings_and_options_on_top(tmp_path: Path) -> None:
@@ -88,6 +98,19 @@ def test_the_shipped_configurations_are_valid_and_none_is_open_to_all(file: Path
     config = read_settings([str(file)], {})
     check_exposure(config, config.host)
     assert [name for name in config.designers if config.designers[name].is_own]
+
+
+def test_a_ray_of_ones_own_has_one_loop_a_replica(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    said = dict(ONE_LOOP)
+    kept, other = said
+    monkeypatch.setenv(kept, "1")
+    monkeypatch.delenv(other, raising=False)
+    seen: list[dict[str, str]] = []
+    monkeypatch.setattr("ray.init", lambda **_: seen.append(dict(os.environ)))
+    start_ray()
+    assert (seen[0][kept], seen[0][other]) == ("1", "0")
+    assert other not in os.environ and os.environ[kept] == "1"
 
 
 def test_addresses() -> None:

@@ -131,7 +131,7 @@ def merge_for_good(model: DIM, specs: Sequence[str]) -> None:
 
 def _replace(model: DIM, specs: Sequence[str]) -> Iterator[tuple[nn.Parameter, Tensor]]:
     """Merge a weight at a time; the parameter and what it was before."""
-    named = dict(_named_parameters(model))
+    named = dict(named_parameters(model))
     adapters = read_all(specs, {name: tuple(each.shape) for name, each in named.items()})
     model.config = _showing(model.config, adapters)
     for name, parameter in named.items():
@@ -271,7 +271,7 @@ def _copy(source: Path, target: Path) -> None:
         shutil.copy2(source, target)
 
 
-def _named_parameters(model: DIM) -> Iterator[tuple[str, nn.Parameter]]:
+def named_parameters(model: DIM) -> Iterator[tuple[str, nn.Parameter]]:
     """Every weight that an adapter may change, under the names of ``read_adapter``."""
     for name, parameter in model.painter.network.named_parameters():
         yield TRANSFORMER + name, parameter
