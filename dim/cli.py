@@ -49,6 +49,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "serve": ("serving.serve:main", "Edits and generations over HTTP."),
     "keys new": ("serving.keys:new", "An API key of the server, shown once, and its line to keep."),
+    "trace": (
+        "workflows.trace:main",
+        "From a served image to its model, training run and data.",
+    ),
     "edit": ("dim.commands.edit:main", "Edit one image."),
     "generate": ("dim.commands.generate:main", "Paint one image from a text."),
     "model import": (
