@@ -27,6 +27,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "data filter": ("pipelines.filter:main", "Raw pairs or images into fewer and better ones."),
     "data edit": ("pipelines.edit:main", "Raw pairs into DIM-Edit: filter, triage, blueprint."),
     "data t2i": ("pipelines.t2i:main", "Raw images into DIM-T2I: filter, long caption."),
+    "data collect": (
+        "serving.collect:main",
+        "Edits that clients of a server accepted, as pairs to ingest.",
+    ),
     "data inspect": (
         "pipelines.outputs.inspect:main",
         "A page to look at: samples, reasons, histograms.",

@@ -5,6 +5,8 @@ POST /v1/images/generations  JSON: prompt; OpenAI's fields
 POST /v1/blueprints          a form or JSON: image, prompt; the blueprint alone
 POST /v1/blueprints/check    JSON: blueprint; is it one, else which section is wrong
 GET  /v1/jobs/ID             what has become of a request with ?async=true; DELETE cancels it
+POST /v1/contributions/ID/accept  JSON: an edit is as wanted, and may be kept for training
+DELETE /v1/contributions/ID     it may not, or not any more
 GET  /v1/models              what is served; also /v1/models/NAME
 GET  /livez, /readyz         does the process answer; can it paint
 GET  /healthz                is every part running, and how much work is in
@@ -38,6 +40,7 @@ from serving.background import Background, How, fingerprint, read_how
 from serving.body_limit import BodyLimit
 from serving.checks import check
 from serving.config import ServingConfig
+from serving.contributions import ContributionRoutes
 from serving.deployments import application
 from serving.errors import (
     BadRequestError,
@@ -52,10 +55,12 @@ from serving.guard import Guard, Guarded
 from serving.openapi import BLUEPRINT, EDIT, ERRORS, describe
 from serving.operation import Operation
 from serving.protocol import (
+    AcceptRequest,
     Asked,
     BlueprintResponse,
     CheckRequest,
     CheckResponse,
+    ContributionAnswer,
     ErrorResponse,
     GenerationRequest,
     Health,
@@ -91,11 +96,13 @@ class Ingress:
         designer: Designers,
         painter: DeploymentHandle,
         meter: DeploymentHandle | None = None,
+        contributions: DeploymentHandle | None = None,
     ) -> None:
         check_exposure(config, listening_host())
         self.guard = Guard(config, meter)
         self._config = config
-        self._studio = Studio(config, designer, painter)
+        self._contributions = ContributionRoutes(contributions)
+        self._studio = Studio(config, designer, painter, self._contributions)
         self._admission = Admission(room(config))
         self._background = Background(config)
         self._operation = Operation(config, painter, self._admission)
@@ -136,6 +143,13 @@ class Ingress:
         jobs.delete("/{id}", response_model=Job)(self.cancel_job)
         app.include_router(jobs)
 
+        contributions = APIRouter(
+            prefix="/v1/contributions", route_class=OpenAIErrorRoute, tags=["contributions"]
+        )
+        contributions.post("/{id}/accept")(self.accept)
+        contributions.delete("/{id}")(self._contributions.forget)
+        app.include_router(contributions)
+
         operation = APIRouter(route_class=OpenAIErrorRoute, tags=["operation"])
         operation.get("/v1/models")(self._operation.models)
         operation.get("/v1/models/{model}")(self._operation.model)
@@ -175,6 +189,11 @@ class Ingress:
     async def cancel_job(self, id: str) -> Response:
         """End an asynchronous job."""
         return await as_json(await self._background.cancel(id))
+
+    async def accept(self, id: str, accepted: AcceptRequest | None = None) -> ContributionAnswer:
+        """Say that an edit is as wanted, so that it is kept; perhaps with a better blueprint."""
+        blueprint = None if accepted is None else accepted.blueprint
+        return await self._contributions.accept(id, blueprint)
 
     async def _serve(
         self,

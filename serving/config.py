@@ -112,6 +112,19 @@ class DesignerConfig(StrictModel):
         return self.deadline_s or request_timeout_s / 2
 
 
+class ContributionsConfig(StrictModel):
+    """What is held of edits whose requests consent, until their clients accept them."""
+
+    store: str
+    """Address of the folder, local or ``s3://``, in which lies what was accepted."""
+    keep_s: float = Field(3600.0, gt=0)
+    """How long an edit may be accepted; then it is forgotten."""
+    most: int = Field(256, ge=1)
+    """Edits held at once; the oldest make room."""
+    most_megabytes: float = Field(512.0, gt=0)
+    """Of their pictures and texts together."""
+
+
 class ServingConfig(StrictModel):
     """Configuration of the serving application; also the ``args`` of a Serve config file."""
 
@@ -187,6 +200,9 @@ class ServingConfig(StrictModel):
     object_store: str | None = None
     """``s3://`` address under which lie images that are answered by URL (``response_format=url``)
     and asynchronous jobs; null: there are neither. The bucket's life cycle deletes them."""
+    contributions: ContributionsConfig | None = None
+    """Keep edits for training, of requests that consent and whose results are accepted; null keeps
+    nothing."""
     url_s: int = Field(3600, ge=1, le=7 * 24 * 3600)
     """How long such a URL can be read, in seconds."""
 

@@ -205,6 +205,9 @@ class EditFields(PaintRequest):
     input_fidelity: Literal["high"] | None = Field(
         None, description="Accepted; every source is looked at in full."
     )
+    consent: Annotated[bool, Truth] = Field(
+        False, description="The edit may be kept for training, once accepted; see `contribution`."
+    )
 
     @property
     def reviewed(self) -> bool:
@@ -363,6 +366,9 @@ class ImageData(BaseModel):
     blueprint: str | None = None
     seed: int
     batch_size: int = Field(description="How many images shared its forward passes.")
+    contribution: str | None = Field(
+        None, description="With `consent`: by which name the edit can be accepted."
+    )
 
 
 class Reviewed(BaseModel):
@@ -389,6 +395,22 @@ class ImagesResponse(BaseModel):
     size: str
     usage: Usage
     reviews: list[Reviewed] | None = None
+
+
+class AcceptRequest(Body):
+    """An edit is as it was wanted."""
+
+    blueprint: str | None = Field(
+        None, max_length=MAX_TEXT, description="What describes it better than the one it has."
+    )
+
+
+class ContributionAnswer(BaseModel):
+    """What has become of an edit that may be kept for training."""
+
+    object: Literal["contribution"] = "contribution"
+    id: str
+    status: Literal["accepted", "forgotten"]
 
 
 JobStatus = Literal["running", "succeeded", "failed", "cancelled"]
@@ -455,6 +477,7 @@ class Completed(ImageEvent):
     usage: Usage
     blueprint: str | None = None
     seed: int
+    contribution: str | None = None
 
 
 class ErrorResponse(BaseModel):

@@ -156,6 +156,8 @@ def check(config: ServingConfig, *, with_port: bool = True) -> None:
     check_exposure(config, config.host)
     if config.keys is not None:
         read_source(config.keys)
+    if config.contributions is not None:
+        open_store(config.contributions.store)
     check_model(config.model, config.lora)
     check_designers(config.designers)
     if with_port:

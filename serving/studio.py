@@ -25,6 +25,7 @@ from dim.redaction import redact
 from dim.reflection import Candidate, Reflection
 from serving.checks import sections
 from serving.config import NO_DESIGNER, ServingConfig
+from serving.contributions import Contribution, ContributionRoutes
 from serving.encoding import LONGEST_SIDE, Output
 from serving.errors import BadRequestError, NotFoundError
 from serving.events import Tell
@@ -89,11 +90,16 @@ class Studio:
     """Asks designer and painter for what requests want. One an ingress replica."""
 
     def __init__(
-        self, config: ServingConfig, designer: Designers, painter: DeploymentHandle
+        self,
+        config: ServingConfig,
+        designer: Designers,
+        painter: DeploymentHandle,
+        contributions: ContributionRoutes,
     ) -> None:
         self._config = config
         self._designer = designer
         self._painter = painter
+        self._contributions = contributions
         self._painter_defaults: Defaults | None = None
         self._decoding = asyncio.Semaphore(DECODED_AT_ONCE)
         self._images = open_image_store(config)
@@ -123,6 +129,8 @@ class Studio:
         check_output(wanted.n, size, self._config.max_output_pixels, "n")
         painted = painted_size(size, "square" if shape == square else "source", defaults)
         self._check_reviewer(asked.fields)
+        if asked.fields.consent:
+            self._contributions.check()
         images = wanted.n * asked.fields.rounds * asked.fields.best_of
         return work_of(images, source, painted, size, steps)
 
@@ -435,17 +443,39 @@ class Studio:
         """A finished image as the client wants to get it."""
         seed, event = painting.jobs[index].seed, partial(image_event, wanted, painting, index)
         shown = await asyncio.to_thread(self._shown, painted.data, wanted)
+        contribution = await self._contribution(wanted, painting.jobs[index], painted)
         if tell is not None:
             usage = tokens.of(1)
             name = f"{painting.kind}.completed"
-            about: dict[str, Any] = {"usage": usage, "blueprint": painting.blueprint, "seed": seed}
+            about: dict[str, Any] = {
+                "usage": usage, "blueprint": painting.blueprint, "seed": seed,
+                "contribution": contribution,
+            }  # fmt: skip
             await tell(Completed(type=name, **about, **event(), **shown))
         return ImageData(
             revised_prompt=painting.blueprint,
             blueprint=painting.blueprint,
             seed=seed,
             batch_size=painted.batch_size,
+            contribution=contribution,
             **shown,
+        )
+
+    async def _contribution(
+        self, wanted: PaintRequest, job: EditJob | GenerateJob, painted: Painted
+    ) -> str | None:
+        """The name by which a client can accept an edit that may be kept; ``None``: it may not."""
+        if not (isinstance(wanted, EditFields) and wanted.consent and isinstance(job, EditJob)):
+            return None
+        return await self._contributions.hold(
+            Contribution(
+                instruction=wanted.prompt,
+                source=job.image,
+                edited=painted.data,
+                format=wanted.output_format,
+                text=job.text,
+                provenance=dict(job.output.metadata),
+            )
         )
 
     def _shown(self, data: bytes, wanted: PaintRequest) -> dict[str, str]:
