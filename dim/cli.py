@@ -53,6 +53,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "serve": ("serving.serve:main", "Edits and generations over HTTP."),
     "keys new": ("serving.keys:new", "An API key of the server, shown once, and its line to keep."),
+    "batch": ("serving.batch:main", "Have a server do a file of requests, in OpenAI's layout."),
     "trace": (
         "workflows.trace:main",
         "From a served image to its model, training run and data.",
