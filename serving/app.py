@@ -34,7 +34,8 @@ from starlette.exceptions import HTTPException
 from dim import __version__
 from dim.config import validate_config
 from dim.errors import ConfigError
-from serving import page
+from serving import account, page
+from serving.access import Observed, open_log
 from serving.admission import Admission, room
 from serving.background import Background, How, fingerprint, read_how
 from serving.body_limit import BodyLimit
@@ -52,6 +53,7 @@ from serving.errors import (
 from serving.events import Tell, stream
 from serving.exposure import check_exposure, listening_host
 from serving.guard import Guard, Guarded
+from serving.metrics import RequestMetrics
 from serving.openapi import BLUEPRINT, EDIT, ERRORS, describe
 from serving.operation import Operation
 from serving.protocol import (
@@ -78,6 +80,7 @@ LATER: dict[int | str, dict[str, Any]] = {
 SERVES_OWN = {
     "host": "http_options.host",
     "port": "http_options.port",
+    "tracing": "tracing_config",
     "application": "the application's name",
     "route_prefix": "the application's route_prefix",
 }
@@ -101,6 +104,7 @@ class Ingress:
         check_exposure(config, listening_host())
         self.guard = Guard(config, meter)
         self._config = config
+        self._log = open_log(config.access_log)
         self._contributions = ContributionRoutes(contributions)
         self._studio = Studio(config, designer, painter, self._contributions)
         self._admission = Admission(room(config))
@@ -113,9 +117,14 @@ class Ingress:
             title="Draw-In-Mind",
             version=__version__,
             responses=ERRORS,
+            # Serve's spans reach from HTTP to the painter; FastAPI's would begin a trace of their
+            # own, and log what clients send.
+            telemetry={"tracing": False, "metrics": False, "logs": False},
         )
         app.add_middleware(BodyLimit, max_bytes=self._config.max_request_bytes)
-        app.add_middleware(Guarded, guard=self.guard)  # the last one added is the first met
+        app.add_middleware(Guarded, guard=self.guard)
+        # The last one added is the first met.
+        app.add_middleware(Observed, log=self._log, counted=RequestMetrics())
         app.add_exception_handler(HTTPException, on_http_error)
         app.add_exception_handler(RequestValidationError, on_invalid_body)
         app.state.admission = self._admission
@@ -203,6 +212,7 @@ class Ingress:
         asked: RequestT,
         how: How,
     ) -> Response:
+        account.current().prompt = wanted.prompt
         work = await self._studio.weigh(asked)
 
         async def limited(tell: Tell | None) -> BaseModel:
@@ -229,6 +239,7 @@ class Ingress:
         with contextlib.ExitStack() as places:
             places.enter_context(self._admission.admit(work))
             await self.guard.charge(request, work)
+            account.current().admit(work)
             return places.pop_all()
 
     async def _keep(

@@ -90,10 +90,15 @@ class Preview:
 
 @dataclass(frozen=True)
 class Painted:
-    """A painted image as its job's output, and how many images shared its forward passes."""
+    """A painted image as its job's output, and how many images shared its forward passes.
+
+    ``waited_s``, ``painted_s``: how long it waited for a place, and then until it was finished.
+    """
 
     data: bytes
     batch_size: int
+    waited_s: float = 0.0
+    painted_s: float = 0.0
 
 
 @dataclass(frozen=True)

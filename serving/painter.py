@@ -23,6 +23,7 @@ from serving.config import ServingConfig
 from serving.encoding import Output, encode
 from serving.engine import Engine, Event, Load, Partial
 from serving.jobs import Defaults, EditJob, GenerateJob, Painted, PaintJob, Preview
+from serving.signing import open_signer
 from serving.usage import image_tokens, text_tokens
 
 FILE_WORKERS = 4
@@ -50,6 +51,7 @@ class PainterDeployment:
         )
         weakref.finalize(self, self._engine.stop)  # at the latest when the process ends
         self._files = ThreadPoolExecutor(FILE_WORKERS, thread_name_prefix="files")
+        self._sign = open_signer(config.signing)
 
     def defaults(self) -> Defaults:
         """What the model does unless a request says otherwise."""
@@ -106,7 +108,10 @@ class PainterDeployment:
                     raise event
                 data = await loop.run_in_executor(self._files, as_file, event.image)
                 if not isinstance(event, Partial):
-                    yield Painted(data, event.batch_size)
+                    if self._sign is not None:
+                        signing = partial(self._sign, data, job.output, source is not None)
+                        data = await loop.run_in_executor(self._files, signing)
+                    yield Painted(data, event.batch_size, event.waited_s, event.painted_s)
                     return
                 yield Preview(event.number, data)
         finally:

@@ -23,6 +23,7 @@ from dim.model.config import Fit
 from dim.model.sizes import Size
 from dim.redaction import redact
 from dim.reflection import Candidate, Reflection
+from serving import account
 from serving.checks import sections
 from serving.config import NO_DESIGNER, ServingConfig
 from serving.contributions import Contribution, ContributionRoutes
@@ -339,11 +340,12 @@ class Studio:
         return await self._write(job, "image_edit.blueprint", tell)
 
     async def _write(self, job: DesignJob, kind: str, tell: Tell | None) -> str:
-        pieces = []
+        pieces, begun = [], time.monotonic()
         async for piece in write(self._designer, job):
             pieces.append(piece)
             if tell is not None:
                 await tell(BlueprintDelta(type=f"{kind}.delta", delta=piece))
+        account.current().designed_s += time.monotonic() - begun
         blueprint = "".join(pieces)
         if tell is not None:
             await tell(BlueprintDone(type=f"{kind}.done", blueprint=blueprint))
@@ -442,6 +444,7 @@ class Studio:
     ) -> ImageData:
         """A finished image as the client wants to get it."""
         seed, event = painting.jobs[index].seed, partial(image_event, wanted, painting, index)
+        account.current().paint(painted)
         shown = await asyncio.to_thread(self._shown, painted.data, wanted)
         contribution = await self._contribution(wanted, painting.jobs[index], painted)
         if tell is not None:
