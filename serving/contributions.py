@@ -8,6 +8,7 @@ then a record that names them. ``dim data collect`` makes a source of ``dim data
 from __future__ import annotations
 
 import asyncio
+import logging
 import re
 import secrets
 import time
@@ -28,6 +29,8 @@ from serving.protocol import ContributionAnswer
 
 RECORDS, IMAGES = "records", "images"
 """Folders of the store. A record is written last and taken away first."""
+
+logger = logging.getLogger("ray.serve")
 
 _ID = re.compile(r"[0-9a-f]{32}")
 
@@ -197,9 +200,13 @@ class ContributionRoutes:
             )
 
     async def hold(self, contribution: Contribution) -> str | None:
-        """See :meth:`Contributions.hold`."""
+        """See :meth:`Contributions.hold`; ``None`` also where it cannot be held for now."""
         assert self._holder is not None
-        held: str | None = await self._holder.hold.remote(contribution)
+        try:
+            held: str | None = await self._holder.hold.remote(contribution)
+        except Exception:  # the edit is painted, and worth more than what may be learnt from it
+            logger.exception("an edit could not be held for its client to accept")
+            return None
         return held
 
     async def accept(self, id: str, blueprint: str | None) -> ContributionAnswer:

@@ -341,11 +341,13 @@ class Studio:
 
     async def _write(self, job: DesignJob, kind: str, tell: Tell | None) -> str:
         pieces, begun = [], time.monotonic()
-        async for piece in write(self._designer, job):
-            pieces.append(piece)
-            if tell is not None:
-                await tell(BlueprintDelta(type=f"{kind}.delta", delta=piece))
-        account.current().designed_s += time.monotonic() - begun
+        try:
+            async for piece in write(self._designer, job):
+                pieces.append(piece)
+                if tell is not None:
+                    await tell(BlueprintDelta(type=f"{kind}.delta", delta=piece))
+        finally:
+            account.current().designed_s += time.monotonic() - begun
         blueprint = "".join(pieces)
         if tell is not None:
             await tell(BlueprintDone(type=f"{kind}.done", blueprint=blueprint))

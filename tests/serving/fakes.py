@@ -141,7 +141,7 @@ class Server:
         holder = None
         if config.contributions is not None:
             held = self.contributions = Contributions(config.contributions)
-            holder = mock.Mock()
+            holder = self.holder = mock.Mock()
             for name in ("hold", "accept", "forget"):
                 setattr(holder, name, Method(getattr(held, name)))
         with mock.patch("serving.app.listening_host", lambda: "127.0.0.1"):  # Serve is not there

@@ -152,6 +152,17 @@ def test_a_store_that_fails_loses_nothing(
     assert accept(server, id).status_code == 200
 
 
+def test_an_edit_is_answered_where_it_cannot_be_held(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def away(_: Contribution) -> str:
+        raise ConnectionError("restarting")
+
+    monkeypatch.setattr(server.holder, "hold", Method(away))
+    answer = ask(server, consent="true")
+    assert answer.status_code == 200 and answer.json()["data"][0]["contribution"] is None
+
+
 def one(size: int = 1000) -> Contribution:
     return Contribution("x", b"s" * size, b"", "png", "x", {})
 
