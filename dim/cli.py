@@ -30,6 +30,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "data filter": ("pipelines.filter:main", "Raw pairs or images into fewer and better ones."),
     "data edit": ("pipelines.edit:main", "Raw pairs into DIM-Edit: filter, triage, blueprint."),
     "data t2i": ("pipelines.t2i:main", "Raw images into DIM-T2I: filter, long caption."),
+    "data collect": (
+        "serving.collect:main",
+        "Edits that clients of a server accepted, as pairs to ingest.",
+    ),
     "data inspect": (
         "pipelines.outputs.inspect:main",
         "A page to look at: samples, reasons, histograms.",
@@ -53,6 +57,11 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "serve": ("serving.serve:main", "Edits and generations over HTTP."),
     "serve rollout": ("serving.rollout:main", "A running server moves to another model."),
     "keys new": ("serving.keys:new", "An API key of the server, shown once, and its line to keep."),
+    "batch": ("serving.batch:main", "Have a server do a file of requests, in OpenAI's layout."),
+    "trace": (
+        "workflows.trace:main",
+        "From a served image to its model, training run and data.",
+    ),
     "edit": ("dim.commands.edit:main", "Edit one image."),
     "generate": ("dim.commands.generate:main", "Paint one image from a text."),
     "model import": (

@@ -19,6 +19,7 @@ from dim import __version__
 KEY = "dim"
 SOFTWARE = f"Draw-In-Mind {__version__}"
 FORMATS = ("PNG", "JPEG", "WEBP")
+_MOST = 1 << 16  # characters; a server writes a few hundred
 
 
 def save_options(format: str, values: Mapping[str, str]) -> dict[str, Any]:
@@ -43,14 +44,18 @@ def save_options(format: str, values: Mapping[str, str]) -> dict[str, Any]:
 def read(data: bytes) -> dict[str, str] | None:
     """What an encoded image says of itself; ``None`` if it says nothing that is ours.
 
-    It says so without proof: whoever changes the pixels can leave it as it is.
+    It says so without proof: whoever changes the pixels can leave it as it is, or write it as he
+    likes. Nothing of it is to be followed or shown as it stands.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             image = Image.open(io.BytesIO(data), formats=FORMATS)
-            said = image.info.get(KEY) or image.getexif().get(ExifTags.Base.ImageDescription)
-        values = json.loads(said) if isinstance(said, str) else None
+            if image.format == "PNG":  # whose EXIF may stand behind the pixels
+                said = image.info.get(KEY)
+            else:
+                said = image.getexif().get(ExifTags.Base.ImageDescription)
+        values = json.loads(said) if isinstance(said, str) and len(said) <= _MOST else None
     except Exception:  # Pillow raises nearly anything on damaged files
         return None
     if not isinstance(values, dict) or not all(isinstance(item, str) for item in values.values()):

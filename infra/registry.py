@@ -30,6 +30,7 @@ DESCRIPTION = "MLmodel"
 """The file in a model folder from which MLflow knows what goes in and comes out."""
 
 _ADDRESS = re.compile(r"models:/(?P<name>[^/@:]+)(?:@(?P<alias>[\w.-]+)|/(?P<version>\d+))")
+_HASH = re.compile(r"[0-9a-f]{64}")
 _METRIC = "metric."  # what begins the tags of a version that hold its metrics
 _CONTENT, _RUN = "content", "run"
 
@@ -136,6 +137,27 @@ class Registry:
     def versions(self, name: str) -> list[Registered]:
         """Every version of a model, the newest first."""
         return [_registered(each) for each in self._versions(name)]
+
+    def with_content(self, content: str) -> list[Registered]:
+        """Every version of any model whose folder has the hash ``content``, the newest first.
+
+        Raises:
+            InputError: it is no hash.
+            TrackingError: the registry cannot be read.
+        """
+        if not _HASH.fullmatch(content):
+            raise InputError(f"{content[:80]!r} is no SHA-256 in hex")
+        found = self._call(
+            "look for a model by its hash",
+            lambda: self._client.search_model_versions(f"tags.`{_CONTENT}` = '{content}'"),
+        )
+        by_name = {each.name for each in found}
+        return [
+            _registered(each)
+            for name in sorted(by_name)
+            for each in self._versions(name)
+            if each.tags.get(_CONTENT) == content
+        ]
 
     def names(self) -> list[str]:
         """The registered models."""

@@ -5,6 +5,8 @@ POST /v1/images/generations  JSON: prompt; OpenAI's fields
 POST /v1/blueprints          a form or JSON: image, prompt; the blueprint alone
 POST /v1/blueprints/check    JSON: blueprint; is it one, else which section is wrong
 GET  /v1/jobs/ID             what has become of a request with ?async=true; DELETE cancels it
+POST /v1/contributions/ID/accept  JSON: an edit is as wanted, and may be kept for training
+DELETE /v1/contributions/ID     it may not, or not any more
 GET  /v1/models              what is served; also /v1/models/NAME
 GET  /livez, /readyz         does the process answer; can it paint
 GET  /healthz                is every part running, and how much work is in
@@ -32,12 +34,14 @@ from starlette.exceptions import HTTPException
 from dim import __version__
 from dim.config import validate_config
 from dim.errors import ConfigError
-from serving import page
+from serving import account, page
+from serving.access import Observed, open_log
 from serving.admission import Admission, room
 from serving.background import Background, How, fingerprint, read_how
 from serving.body_limit import BodyLimit
 from serving.checks import check
 from serving.config import ServingConfig
+from serving.contributions import ContributionRoutes
 from serving.deployments import application
 from serving.errors import (
     BadRequestError,
@@ -49,13 +53,16 @@ from serving.errors import (
 from serving.events import Tell, stream
 from serving.exposure import check_exposure, listening_host
 from serving.guard import Guard, Guarded
+from serving.metrics import RequestMetrics
 from serving.openapi import BLUEPRINT, EDIT, ERRORS, describe
 from serving.operation import Operation
 from serving.protocol import (
+    AcceptRequest,
     Asked,
     BlueprintResponse,
     CheckRequest,
     CheckResponse,
+    ContributionAnswer,
     ErrorResponse,
     GenerationRequest,
     Health,
@@ -75,6 +82,7 @@ LATER: dict[int | str, dict[str, Any]] = {
 SERVES_OWN = {
     "host": "http_options.host",
     "port": "http_options.port",
+    "tracing": "tracing_config",
     "application": "the application's name",
     "route_prefix": "the application's route_prefix",
 }
@@ -93,11 +101,14 @@ class Ingress:
         designer: Designers,
         painter: DeploymentHandle,
         meter: DeploymentHandle | None = None,
+        contributions: DeploymentHandle | None = None,
     ) -> None:
         check_exposure(config, listening_host())
         self.guard = Guard(config, meter)
         self._config = config
-        self._studio = Studio(config, designer, painter)
+        self._log = open_log(config.access_log)
+        self._contributions = ContributionRoutes(contributions)
+        self._studio = Studio(config, designer, painter, self._contributions)
         self._admission = Admission(room(config))
         self._background = Background(config)
         self._results = ResultCache(config.result_cache_bytes)
@@ -109,9 +120,14 @@ class Ingress:
             title="Draw-In-Mind",
             version=__version__,
             responses=ERRORS,
+            # Serve's spans reach from HTTP to the painter; FastAPI's would begin a trace of their
+            # own, and log what clients send.
+            telemetry={"tracing": False, "metrics": False, "logs": False},
         )
         app.add_middleware(BodyLimit, max_bytes=self._config.max_request_bytes)
-        app.add_middleware(Guarded, guard=self.guard)  # the last one added is the first met
+        app.add_middleware(Guarded, guard=self.guard)
+        # The last one added is the first met.
+        app.add_middleware(Observed, log=self._log, counted=RequestMetrics())
         app.add_exception_handler(HTTPException, on_http_error)
         app.add_exception_handler(RequestValidationError, on_invalid_body)
         app.state.admission = self._admission
@@ -138,6 +154,13 @@ class Ingress:
         jobs.get("/{id}", response_model=Job)(self.job)
         jobs.delete("/{id}", response_model=Job)(self.cancel_job)
         app.include_router(jobs)
+
+        contributions = APIRouter(
+            prefix="/v1/contributions", route_class=OpenAIErrorRoute, tags=["contributions"]
+        )
+        contributions.post("/{id}/accept")(self.accept)
+        contributions.delete("/{id}")(self._contributions.forget)
+        app.include_router(contributions)
 
         operation = APIRouter(route_class=OpenAIErrorRoute, tags=["operation"])
         operation.get("/v1/models")(self._operation.models)
@@ -183,6 +206,11 @@ class Ingress:
         """End an asynchronous job."""
         return await as_json(await self._background.cancel(id))
 
+    async def accept(self, id: str, accepted: AcceptRequest | None = None) -> ContributionAnswer:
+        """Say that an edit is as wanted, so that it is kept; perhaps with a better blueprint."""
+        blueprint = None if accepted is None else accepted.blueprint
+        return await self._contributions.accept(id, blueprint)
+
     async def _serve(
         self,
         request: Request,
@@ -191,6 +219,7 @@ class Ingress:
         asked: RequestT,
         how: How,
     ) -> Response:
+        account.current().prompt = wanted.prompt
         weighed = await self._studio.weigh(asked)
 
         async def limited(tell: Tell | None) -> BaseModel:
@@ -225,6 +254,7 @@ class Ingress:
         with contextlib.ExitStack() as places:
             places.enter_context(self._admission.admit(work))
             await self.guard.charge(request, work)
+            account.current().admit(work)
             return places.pop_all()
 
     async def _keep(

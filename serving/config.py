@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -113,6 +113,54 @@ class DesignerConfig(StrictModel):
         return self.deadline_s or request_timeout_s / 2
 
 
+class AccessLogConfig(StrictModel):
+    """A line of JSON for each request."""
+
+    to: str = "stdout"
+    """``stdout``, of the ingress's replicas; or a folder of their machine: a file for each."""
+    prompts: bool = False
+    """Log what is asked for, too: the first 2,000 characters. Pictures never are."""
+    max_megabytes: float = Field(64.0, gt=0)
+    """Of a file, which is then put aside."""
+    keep: int = Field(8, ge=1)
+    """Files put aside, of each replica."""
+
+
+class TracingConfig(StrictModel):
+    """OpenTelemetry traces, from HTTP to the painter's steps."""
+
+    exporter: str = Field("", pattern=r"^([A-Za-z_][\w.]*[:.][A-Za-z_]\w*)?$")
+    """A function that gives the span processors, as ``package.module:function``; empty: spans are
+    written to files among Serve's logs."""
+    sampling_ratio: float = Field(1.0, ge=0, le=1)
+    """Of the traces that begin here; one that a client began is followed as the client has it."""
+
+
+class SigningConfig(StrictModel):
+    """A certificate to sign images with, by C2PA; files that every painter's replica can read."""
+
+    certificate: str
+    """PEM: the chain, the signer's certificate first."""
+    key: str
+    """PEM: its private key."""
+    algorithm: Literal["es256", "es384", "es512", "ps256", "ps384", "ps512", "ed25519"] = "es256"
+    timestamp_url: str | None = Field(None, pattern=r"^https?://\S+$")
+    """A time stamp authority (RFC 3161), asked for each image; null: no time is attested."""
+
+
+class ContributionsConfig(StrictModel):
+    """What is held of edits whose requests consent, until their clients accept them."""
+
+    store: str
+    """Address of the folder, local or ``s3://``, in which lies what was accepted."""
+    keep_s: float = Field(3600.0, gt=0)
+    """How long an edit may be accepted; then it is forgotten."""
+    most: int = Field(256, ge=1)
+    """Edits held at once; the oldest make room."""
+    most_megabytes: float = Field(512.0, gt=0)
+    """Of their pictures and texts together."""
+
+
 class ServingConfig(StrictModel):
     """Configuration of the serving application; also the ``args`` of a Serve config file."""
 
@@ -201,6 +249,15 @@ class ServingConfig(StrictModel):
     object_store: str | None = None
     """``s3://`` address under which lie images that are answered by URL (``response_format=url``)
     and asynchronous jobs; null: there are neither. The bucket's life cycle deletes them."""
+    contributions: ContributionsConfig | None = None
+    """Keep edits for training, of requests that consent and whose results are accepted; null keeps
+    nothing."""
+    access_log: AccessLogConfig | None = None
+    """A line for each request; a text is where to. Null: there is none."""
+    tracing: TracingConfig | None = None
+    """Null: no traces. In a Serve config file that is ``tracing_config``'s to say."""
+    signing: SigningConfig | None = None
+    """Sign images; null: they say how they were painted, without proof."""
     url_s: int = Field(3600, ge=1, le=7 * 24 * 3600)
     """How long such a URL can be read, in seconds."""
 
@@ -210,6 +267,11 @@ class ServingConfig(StrictModel):
         if address is not None and not address.startswith("s3://"):
             raise ValueError("no URL leads to a local folder: it must be an s3:// address")
         return address
+
+    @field_validator("access_log", mode="before")
+    @classmethod
+    def _by_place(cls, given: Any) -> Any:
+        return {"to": given} if isinstance(given, str) else given
 
     @field_validator("designers", mode="before")
     @classmethod

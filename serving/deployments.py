@@ -9,6 +9,7 @@ from ray import serve
 from ray.serve import Application
 
 from serving.config import NO_DESIGNER, PoolConfig, Rates, ServingConfig
+from serving.contributions import Contributions
 from serving.designer import OtherDesigners, OwnDesigner
 from serving.painter import PainterDeployment
 from serving.rates import RateMeter
@@ -25,18 +26,28 @@ def application(config: ServingConfig, release: Release, ingress: Any) -> Applic
     Args:
         config: of the server.
         release: what ``config.model`` means now.
-        ingress: the class with the routes, ``Ingress(config, designers, painter, meter)``.
+        ingress: the class with the routes,
+            ``Ingress(config, designers, painter, meter, contributions)``.
     """
     key = uuid.uuid4().hex
     painter = pool(config, config.painter, "painter", PainterDeployment, config.painter_replicas)
     meter = None
     if config.keys is not None or config.rates != Rates():
         meter = serve.deployment(name="rates", ray_actor_options={"num_cpus": 0})(RateMeter).bind()
+    contributions = None
+    if config.contributions is not None:
+        contributions = serve.deployment(
+            name="contributions",
+            num_replicas=1,  # what is held is held in it
+            ray_actor_options={"num_cpus": 0},
+            max_ongoing_requests=4 * config.max_pending,
+        )(Contributions).bind(config.contributions)
     return entry(config, ingress).bind(
         config,
         designers(config, release, key),
         painter.bind(batching(config, config.painter), release, key),
         meter,
+        contributions,
     )
 
 

@@ -11,6 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from contextvars import Context, copy_context
 from dataclasses import dataclass, field
 
 import torch
@@ -23,6 +24,7 @@ from dim.model.paint import Painting
 from serving.encoding import Output
 from serving.errors import NotReadyError, TooLargeError
 from serving.jobs import EditJob, GenerateJob
+from serving.tracing import is_traced, record_step
 
 logger = logging.getLogger("ray.serve")
 
@@ -40,10 +42,15 @@ class Partial:
 
 @dataclass(frozen=True)
 class Finished:
-    """A painted image, and how many images at most shared one of its passes."""
+    """A painted image, and how many images at most shared one of its passes.
+
+    ``waited_s``, ``painted_s``: as of ``Painted``.
+    """
 
     image: Image.Image
     batch_size: int
+    waited_s: float
+    painted_s: float
 
 
 @dataclass(frozen=True)
@@ -74,6 +81,11 @@ class Ticket:
     megapixels: float
     painting: Painting | None = None
     cancelled: bool = False
+    submitted: float = field(default_factory=time.monotonic)
+    begun: float | None = None
+    context: Context = field(default_factory=copy_context)
+    """Of the request: its id stands in what is logged within, and its trace has the steps."""
+    traced: bool = field(default_factory=is_traced)
     previews: list[int] = field(default_factory=list)
     """After which steps previews are due."""
 
@@ -222,6 +234,7 @@ class Engine:
     def _join(self) -> None:
         while (ticket := self._next()) is not None:
             try:
+                ticket.begun = ticket.begun or time.monotonic()
                 ticket.painting = ticket.painting or self._begin(ticket)
             except Exception as error:
                 if isinstance(error, torch.OutOfMemoryError) and self._running:
@@ -292,9 +305,13 @@ class Engine:
     def _step(self) -> None:
         if not self._running:
             return
-        started = time.perf_counter()
+        started, began_ns = time.perf_counter(), time.time_ns()
         failed = self._batch.step()
         self._steps += 1
+        for ticket in self._running:
+            if ticket.traced:
+                number = _painting(ticket).denoising.number
+                record_step(ticket.context, began_ns, number, len(self._running))
         if self._on_step is not None:
             self._on_step(self.load(), time.perf_counter() - started)
         for ticket in list(self._running):
@@ -322,7 +339,7 @@ class Engine:
             except Exception as error:
                 self._fail(ticket, error)
             else:
-                ticket.deliver(Finished(image, _painting(ticket).denoising.company))
+                ticket.deliver(finished(ticket, image))
 
     def _leave(self, ticket: Ticket) -> None:
         self._running.remove(ticket)
@@ -340,7 +357,7 @@ class Engine:
                 "memory; ask for a smaller one"
             )
         elif not isinstance(error, DimError):
-            logger.error("an image could not be painted", exc_info=error)
+            ticket.context.run(logger.error, "an image could not be painted", exc_info=error)
             error = RuntimeError(f"{type(error).__name__}: {error}")
         ticket.deliver(error)
 
@@ -355,6 +372,13 @@ def preview_steps(steps: int, previews: int) -> list[int]:
     """After which steps ``previews`` previews are due, spread evenly, the last step left out."""
     due = {round(steps * number / (previews + 1)) for number in range(1, previews + 1)}
     return sorted(due - {0, steps})
+
+
+def finished(ticket: Ticket, image: Image.Image) -> Finished:
+    """What comes of a job that was painted."""
+    begun = ticket.begun or ticket.submitted
+    waited, painted = begun - ticket.submitted, time.monotonic() - begun
+    return Finished(image, _painting(ticket).denoising.company, waited, painted)
 
 
 def _painting(ticket: Ticket) -> Painting:

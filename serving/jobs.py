@@ -98,13 +98,16 @@ class Painted:
 
     ``batch_size``: how many images shared its forward passes. ``text_tokens``: as which the
     understanding model read what it was painted from. ``release``: what painted it, see
-    ``serving.release``.
+    ``serving.release``. ``waited_s``, ``painted_s``: how long it waited for a place, and then until
+    it was finished.
     """
 
     data: bytes
     batch_size: int
     text_tokens: int
     release: str
+    waited_s: float = 0.0
+    painted_s: float = 0.0
 
 
 @dataclass(frozen=True)

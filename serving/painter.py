@@ -28,6 +28,7 @@ from serving.engine import Engine, Event, Load, Partial
 from serving.jobs import Defaults, EditJob, GenerateJob, Painted, Preview
 from serving.release import Holder, Release, Served, find_release
 from serving.shipping import received
+from serving.signing import open_signer
 from serving.usage import image_tokens, text_tokens
 
 logger = logging.getLogger("ray.serve")
@@ -46,6 +47,7 @@ class PainterDeployment:
         self._config, self._key = config, key
         self._files = ThreadPoolExecutor(FILE_WORKERS, thread_name_prefix="files")
         self._on_step = StepMetrics()
+        self._sign = open_signer(config.signing)
         self._as_it_is: Defaults | None = None
         first = release or find_release(config.model)
         self._engines: list[Engine] = []
@@ -158,7 +160,17 @@ class PainterDeployment:
                     raise event
                 data = await loop.run_in_executor(self._files, as_file, event.image)
                 if not isinstance(event, Partial):
-                    yield Painted(data, event.batch_size, await counted, held.release.name)
+                    if self._sign is not None:
+                        signing = partial(self._sign, data, output, source is not None)
+                        data = await loop.run_in_executor(self._files, signing)
+                    yield Painted(
+                        data,
+                        event.batch_size,
+                        await counted,
+                        held.release.name,
+                        waited_s=event.waited_s,
+                        painted_s=event.painted_s,
+                    )
                     return
                 yield Preview(event.number, data)
         finally:

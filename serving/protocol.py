@@ -210,6 +210,9 @@ class EditFields(PaintRequest):
     input_fidelity: Literal["high"] | None = Field(
         None, description="Accepted; every source is looked at in full."
     )
+    consent: Annotated[bool, Truth] = Field(
+        False, description="The edit may be kept for training, once accepted; see `contribution`."
+    )
 
     @property
     def reviewed(self) -> bool:
@@ -370,6 +373,9 @@ class ImageData(BaseModel):
     seed: int
     batch_size: int = Field(description="How many images shared its forward passes.")
     release: str = Field(description="The model that painted it, such as `dim/3`.")
+    contribution: str | None = Field(
+        None, description="With `consent`: by which name the edit can be accepted."
+    )
 
 
 class Reviewed(BaseModel):
@@ -396,6 +402,22 @@ class ImagesResponse(BaseModel):
     size: str
     usage: Usage
     reviews: list[Reviewed] | None = None
+
+
+class AcceptRequest(Body):
+    """An edit is as it was wanted."""
+
+    blueprint: str | None = Field(
+        None, max_length=MAX_TEXT, description="What describes it better than the one it has."
+    )
+
+
+class ContributionAnswer(BaseModel):
+    """What has become of an edit that may be kept for training."""
+
+    object: Literal["contribution"] = "contribution"
+    id: str
+    status: Literal["accepted", "forgotten"]
 
 
 JobStatus = Literal["running", "succeeded", "failed", "cancelled"]
@@ -463,6 +485,7 @@ class Completed(ImageEvent):
     blueprint: str | None = None
     seed: int
     release: str
+    contribution: str | None = None
 
 
 class ErrorResponse(BaseModel):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 
 from serving.background import fingerprint
-from serving.protocol import PaintRequest
+from serving.protocol import EditFields, PaintRequest
 from serving.requests import Design, Edit
 
 HEADER = "X-Cache"
@@ -26,12 +26,15 @@ class ResultCache:
     def key(self, asked: Edit | PaintRequest | Design, release: str) -> str | None:
         """The name of a request's answer by a model; ``None`` where it is not kept.
 
-        Without a seed each answer is another, a stream tells more than an answer, and a URL ends.
+        Without a seed each answer is another, a stream tells more than an answer, a URL ends, and
+        what may be kept for training has a name of its own.
         """
         if isinstance(asked, Design) or not self._most_bytes:
             return None
         wanted = asked.fields if isinstance(asked, Edit) else asked
         if wanted.seed is None or wanted.stream or wanted.response_format == "url":
+            return None
+        if isinstance(wanted, EditFields) and wanted.consent:
             return None
         pictures = asked.pictures if isinstance(asked, Edit) else ()
         return f"{release} {type(asked).__name__} {fingerprint(wanted, *pictures)}"

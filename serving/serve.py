@@ -19,10 +19,12 @@ import typer
 from dim.config import load_config
 from dim.errors import ConfigError, DimError
 from infra.models import adapter_here, on_this_machine
+from infra.storage import open_store
 from serving.config import NAMES_BY_THEMSELVES, NO_DESIGNER, DesignerConfig, ServingConfig
 from serving.exposure import check_exposure
 from serving.keys import read_source
 from serving.release import find_release
+from serving.signing import open_signer
 
 ONE_LOOP = {
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
@@ -88,10 +90,19 @@ def start(config: ServingConfig) -> Server:
             f"Serve listens on port {listening} in this cluster, for all its applications: "
             f"set port={listening}"
         )
+    if listening is not None and config.tracing is not None:
+        raise DimError(
+            "Serve runs in this cluster already, and traces what it was started to trace: leave "
+            "tracing out, and start Serve with its tracing_config"
+        )
     url = f"http://{address_to_show(config.host)}:{config.port}{config.route_prefix.rstrip('/')}"
     server = Server(url, config.application, owns_serve=listening is None, owns_ray=owns_ray)
     try:
-        serve.start(http_options={"host": config.host, "port": config.port}, logging_config=QUIET)
+        serve.start(
+            http_options={"host": config.host, "port": config.port},
+            logging_config=QUIET,
+            tracing_config=tracing(config),
+        )
         refuse_taken(config)
     except BaseException:
         if owns_ray:
@@ -112,6 +123,18 @@ def start(config: ServingConfig) -> Server:
             raise DimError(f"the server did not start: {said}") from error
         raise
     return server
+
+
+def tracing(config: ServingConfig) -> dict[str, Any] | None:
+    """Serve's ``tracing_config``; ``None``: it traces nothing, unless the environment says so."""
+    wanted = config.tracing
+    if wanted is None:
+        return None
+    return {
+        "enabled": True,
+        "exporter_import_path": wanted.exporter,
+        "sampling_ratio": wanted.sampling_ratio,
+    }
 
 
 def listening_port() -> int | None:
@@ -175,6 +198,9 @@ def check(config: ServingConfig, *, with_port: bool = True) -> None:
     check_exposure(config, config.host)
     if config.keys is not None:
         read_source(config.keys)
+    if config.contributions is not None:
+        open_store(config.contributions.store)
+    open_signer(config.signing)
     check_model(config.model, config.lora)
     if config.int8:
         require_torchao()

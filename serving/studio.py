@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from ray.serve.handle import DeploymentHandle
 
-from dim import __version__
+from dim import __version__, provenance
 from dim.blueprint import Blueprint
 from dim.design import Reply
 from dim.errors import InputError
@@ -23,8 +23,10 @@ from dim.model.config import Fit
 from dim.model.sizes import Size
 from dim.redaction import redact
 from dim.reflection import Candidate, Reflection
+from serving import account
 from serving.checks import sections
 from serving.config import NO_DESIGNER, ServingConfig
+from serving.contributions import Contribution, ContributionRoutes
 from serving.encoding import LONGEST_SIDE, Output
 from serving.errors import BadRequestError
 from serving.events import Tell
@@ -49,6 +51,7 @@ from serving.protocol import (
 )
 from serving.replicas import Designers, paint, review, write
 from serving.requests import Design, Edit
+from serving.shipping import received
 from serving.sources import Source, read_mask, read_source
 from serving.usage import Tokens, painted_tokens
 from serving.work import PIXELS, Work, area, check_output, painted_size, source_size, work_of
@@ -101,11 +104,16 @@ class Studio:
     """Asks designer and painter for what requests want. One an ingress replica."""
 
     def __init__(
-        self, config: ServingConfig, designer: Designers, painter: DeploymentHandle
+        self,
+        config: ServingConfig,
+        designer: Designers,
+        painter: DeploymentHandle,
+        contributions: ContributionRoutes,
     ) -> None:
         self._config = config
         self._designer = designer
         self._painter = painter
+        self._contributions = contributions
         self._painter_defaults: Defaults | None = None
         self._decoding = asyncio.Semaphore(DECODED_AT_ONCE)
         self._images = open_image_store(config)
@@ -143,6 +151,8 @@ class Studio:
         fit: Fit = "square" if shape == square else "source"
         painted = painted_size(size, fit, defaults)
         self._check_reviewer(asked.fields)
+        if asked.fields.consent:
+            self._contributions.check()
         images = wanted.n * asked.fields.rounds * asked.fields.best_of
         work = work_of(images, source, painted, size, steps)
         return Weighed(work, size, painted, defaults.release, fit)
@@ -345,11 +355,14 @@ class Studio:
         return await self._write(job, "image_edit.blueprint", tell)
 
     async def _write(self, job: DesignJob, kind: str, tell: Tell | None) -> str:
-        pieces = []
-        async for piece in write(self._designer, job):
-            pieces.append(piece)
-            if tell is not None:
-                await tell(BlueprintDelta(type=f"{kind}.delta", delta=piece))
+        pieces, begun = [], time.monotonic()
+        try:
+            async for piece in write(self._designer, job):
+                pieces.append(piece)
+                if tell is not None:
+                    await tell(BlueprintDelta(type=f"{kind}.delta", delta=piece))
+        finally:
+            account.current().designed_s += time.monotonic() - begun
         blueprint = "".join(pieces)
         if tell is not None:
             await tell(BlueprintDone(type=f"{kind}.done", blueprint=blueprint))
@@ -448,12 +461,16 @@ class Studio:
         seed, event = painting.jobs[index].seed, partial(image_event, wanted, painting, index)
         if painted.release != (await self._defaults()).release:
             self.renew()
+        account.current().paint(painted)
         shown = await asyncio.to_thread(self._shown, painted.data, wanted)
+        contribution = await self._contribution(wanted, painting.jobs[index], painted)
         if tell is not None:
             usage = (await self._tokens(painting, painted)).of(1)
             name = f"{painting.kind}.completed"
-            about: dict[str, Any] = {"usage": usage, "blueprint": painting.blueprint, "seed": seed}
-            about["release"] = painted.release
+            about: dict[str, Any] = {
+                "usage": usage, "blueprint": painting.blueprint, "seed": seed,
+                "release": painted.release, "contribution": contribution,
+            }  # fmt: skip
             await tell(Completed(type=name, **about, **event(), **shown))
         return ImageData(
             revised_prompt=painting.blueprint,
@@ -461,7 +478,25 @@ class Studio:
             seed=seed,
             batch_size=painted.batch_size,
             release=painted.release,
+            contribution=contribution,
             **shown,
+        )
+
+    async def _contribution(
+        self, wanted: PaintRequest, job: EditJob | GenerateJob, painted: Painted
+    ) -> str | None:
+        """The name by which a client can accept an edit that may be kept; ``None``: it may not."""
+        if not (isinstance(wanted, EditFields) and wanted.consent and isinstance(job, EditJob)):
+            return None
+        return await self._contributions.hold(
+            Contribution(
+                instruction=wanted.prompt,
+                source=await received(job.image),
+                edited=painted.data,
+                format=wanted.output_format,
+                text=job.text,
+                provenance=provenance.read(painted.data) or {},
+            )
         )
 
     def _shown(self, data: bytes, wanted: PaintRequest) -> dict[str, str]:

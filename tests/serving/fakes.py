@@ -16,6 +16,7 @@ from dim.design import Reply
 from dim.images import encode_png
 from serving.app import Ingress
 from serving.config import ServingConfig
+from serving.contributions import Contributions
 from serving.encoding import encode
 from serving.jobs import Defaults, DesignJob, EditJob, GenerateJob, Painted, Preview, ReviewJob
 from serving.painter import signed, texts_of
@@ -142,8 +143,19 @@ class Server:
     def __init__(self, **settings: Any) -> None:
         self.designer, self.painter = FakeDesigner(), FakePainter()
         config = ServingConfig(model="runs/edit2/model", **settings)
+        holder = None
+        if config.contributions is not None:
+            held = self.contributions = Contributions(config.contributions)
+            holder = self.holder = mock.Mock()
+            for name in ("hold", "accept", "forget"):
+                setattr(holder, name, Method(getattr(held, name)))
         with mock.patch("serving.app.listening_host", lambda: "127.0.0.1"):  # Serve is not there
-            ingress = Ingress(config, self.designer, self.painter)  # type: ignore[arg-type]
+            ingress = Ingress(
+                config,
+                self.designer,
+                self.painter,
+                contributions=holder,  # type: ignore[arg-type]
+            )
         self.app = ingress.__serve_build_asgi_app__()
         self.renew = lambda: asyncio.run(ingress.renew())
         self.http = TestClient(self.app, base_url="http://localhost")

@@ -40,12 +40,15 @@ def keys_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def config(tiny_model_dir: Path, keys_file: Path) -> ServingConfig:
+def config(
+    tiny_model_dir: Path, keys_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> ServingConfig:
     return ServingConfig(
         model=str(tiny_model_dir),
         designers=("none",),
         port=free_port(),
         keys=str(keys_file),
+        contributions={"store": str(tmp_path_factory.mktemp("kept"))},
         max_pending=10,
         max_output_pixels=1_000_000,
         max_pending_megapixel_steps=2.0,
@@ -197,3 +200,25 @@ def test_two_applications_share_a_cluster_and_one_leaves_the_other(
     second.stop()
     assert httpx.get(f"{second.url}/healthz", headers={}).status_code == 401
     assert http.post(PAINT, json=body).status_code == 200
+
+
+def test_an_edit_is_kept_once_its_client_accepts_it(
+    http: httpx.Client, config: ServingConfig
+) -> None:
+    answer = http.post(
+        "/v1/images/edits",
+        files={"image": encode_png(Image.new("RGB", (64, 64), "red"))},
+        data={"prompt": "blue", "consent": "true", "steps": "1"},
+    )
+    assert answer.status_code == 200, answer.text
+    id = answer.json()["data"][0]["contribution"]
+    assert config.contributions is not None
+    kept = Path(config.contributions.store)
+    assert not list(kept.iterdir())
+    stranger = httpx.post(f"{http.base_url}/v1/contributions/{id}/accept")
+    assert stranger.status_code == 401
+    accepted = http.post(f"/v1/contributions/{id}/accept")
+    assert (accepted.status_code, accepted.json()["status"]) == (200, "accepted")
+    assert [file.stem for file in kept.glob("records/*")] == [id]
+    unknown = http.post(f"/v1/contributions/{'0' * 32}/accept")
+    assert unknown.status_code == 404, unknown.text
