@@ -16,12 +16,14 @@ class DesignJob:
     """One blueprint to write. ``image``: PNG bytes; ``designer``: a name the server knows.
 
     ``deadline``: seconds since the epoch after which nobody waits for it; ``None``: somebody does.
+    ``streamed``: somebody reads along.
     """
 
     designer: str
     image: bytes
     instruction: str
     deadline: float | None = None
+    streamed: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

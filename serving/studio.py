@@ -197,7 +197,9 @@ class Studio:
                 param="designer",
             )
         source = await self._source(design.image)
-        job = DesignJob(designer, source.image, wanted.prompt, self._deadline())
+        job = DesignJob(
+            designer, source.image, wanted.prompt, self._deadline(), streamed=tell is not None
+        )
         text = await self._write(job, "blueprint", tell)
         return BlueprintResponse(
             blueprint=text, sections=sections(Blueprint.parse(text)), designer=designer
@@ -327,7 +329,9 @@ class Studio:
     ) -> str | None:
         if wanted.blueprint is not None or designer == NO_DESIGNER:
             return wanted.blueprint
-        job = DesignJob(designer, source.image, wanted.prompt, self._deadline())
+        job = DesignJob(
+            designer, source.image, wanted.prompt, self._deadline(), streamed=tell is not None
+        )
         return await self._write(job, "image_edit.blueprint", tell)
 
     async def _write(self, job: DesignJob, kind: str, tell: Tell | None) -> str:
