@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import base64
 import concurrent.futures
+import contextlib
 import io
+import json
 import re
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -159,6 +162,25 @@ def events_of(text: str) -> dict[str, str]:
     return dict(re.findall(r"^event: (\S+)\r?\ndata: (.+?)\r?$", text, re.MULTILINE))
 
 
+def test_no_pixel_outside_of_a_mask_changes(http: httpx.Client) -> None:
+    """``test_masks.py`` tries a thousand without painting; these are painted."""
+    rng = np.random.default_rng(0)
+    for number in range(6):
+        size = (int(rng.integers(20, 100)), int(rng.integers(20, 100)))
+        alpha = Image.fromarray(rng.integers(0, 256, (3, 4), dtype=np.uint8)).resize(size)
+        mask = Image.new("RGBA", size)
+        mask.putalpha(alpha)
+        files = {"image": photo(*size), "mask": ("mask.png", encode_png(mask))}
+        kind = ("png", "webp")[number % 2]
+        form = {"prompt": "x", "designer": "none", "steps": 1, "output_format": kind}
+        (edited,) = images(http.post(EDIT, data=form, files=files))
+        kept = np.asarray(alpha) >= 128
+        source = np.asarray(Image.open(io.BytesIO(files["image"][1])))
+        changed = (np.asarray(opened(edited)) != source).any(axis=-1)
+        assert np.count_nonzero(changed[kept]) == 0
+        assert changed[~kept].any()
+
+
 def test_after_aborts_every_later_request_is_answered(http: httpx.Client) -> None:
     before = images(generate(http, seed=3, n=2))
 
@@ -178,6 +200,22 @@ def test_after_aborts_every_later_request_is_answered(http: httpx.Client) -> Non
     until(lambda: http.get("/healthz").json()["pending_images"] == 0)
     for _ in range(4):
         assert images(generate(http, seed=3, n=2)) == before
+
+
+def test_clients_that_read_nothing_hold_up_nobody(server: Server, http: httpx.Client) -> None:
+    host, port = server.url.removeprefix("http://").split(":")
+    fields = {"prompt": "a", "stream": True, "partial_images": 3, "size": "128x128", "steps": 4}
+    body = json.dumps(fields).encode()
+    head = f"POST {GENERATE} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+    with contextlib.ExitStack() as stack:
+        for _ in range(PLACES // 2):
+            deaf = stack.enter_context(socket.socket())
+            deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+            deaf.connect((host, int(port)))
+            deaf.sendall(head.encode() + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        for seed in range(3):
+            assert len(images(generate(http, seed=seed, n=2))) == 2
+    until(lambda: http.get("/healthz").json()["pending_images"] == 0)
 
 
 def test_more_clients_than_places_are_answered_or_told_when_to_come_back(server: Server) -> None:
