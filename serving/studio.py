@@ -399,7 +399,10 @@ class Studio:
             for each in reflection.candidates[len(reviews) :]:
                 reviews.append(reviewed(each, time.monotonic() - begun))
                 if tell is not None:
-                    await tell(ReviewEvent(type="image_edit.review", review=reviews[-1]))
+                    shown = await asyncio.to_thread(self._shown, each.image.data, wanted)
+                    about: dict[str, Any] = {"review": reviews[-1], "size": painting.size_text}
+                    about["output_format"] = wanted.output_format
+                    await tell(ReviewEvent(type="image_edit.review", **about, **shown))
         best = reflection.best
         job = job_of(best.wanted.plan, best.wanted.seed)
         painting = replace(painting, jobs=[job], blueprint=best.wanted.plan)
