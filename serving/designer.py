@@ -179,14 +179,16 @@ class Asker:
         # What was answered, and what is being asked: a client that asks again joins it.
         self._known: OrderedDict[tuple[str, str], Question] = OrderedDict()
 
-    def write(self, job: DesignJob) -> AsyncGenerator[str, None]:
+    async def write(self, job: DesignJob) -> AsyncGenerator[str, None]:
         """As of ``OwnDesigner.write``."""
         request = DesignRequest(job.instruction, job.image)
         key = (digest(job.image), job.instruction)
         question = self._asked(key, partial(self._design, request, job.streamed))
         # Shielded: who stops waiting leaves an answer that is paid for to whoever asks again.
         answer = in_time(job, asyncio.shield(question.answer), self._patience_s)
-        return as_written(job, question, answer)
+        async with aclosing(as_written(job, question, answer)) as pieces:
+            async for piece in pieces:
+                yield piece
 
     def _design(
         self, request: DesignRequest, streamed: bool, question: Question

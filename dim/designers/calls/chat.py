@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import threading
 import time
 import weakref
@@ -317,7 +318,9 @@ class _Calls:
         await asyncio.wait([first], timeout=slow_s)
         if first.done():
             return first.result()
-        second = asyncio.create_task(self._send(call, body))
+        # What is told is the first one's: two at a time would be a muddle.
+        silent = replace(call, on_text=call.on_text and (lambda _: None))
+        second = asyncio.create_task(self._send(silent, body))
         running = {first, second}
         try:
             while running:
@@ -451,7 +454,7 @@ def _culprits(refused: Refused, call: _Call, without: Set[str]) -> set[str]:
         return {MAX_TOKENS}
     if "temperature" in said:
         return {TEMPERATURE}
-    if call.on_text is not None and STREAM in said:
+    if call.on_text is not None and re.search(rf"\b{STREAM}", said):
         return {STREAM_USAGE if STREAM_USAGE in said else STREAM}
     if call.question.schema is not None and SCHEMA not in without:
         return {SCHEMA}

@@ -476,7 +476,7 @@ function bestOf(looked, answer) {
 
 /** What the designer thought of an image, in a few words. */
 function verdictOf(review) {
-  const score = review.score === null || review.score === undefined ? "no review" : `${review.score} of 10`;
+  const score = typeof review.score === "number" ? `${Number(review.score.toFixed(1))} of 10` : "no review";
   return `Round ${review.round}: ${score}${review.accepted ? ", accepted" : ""}`;
 }
 

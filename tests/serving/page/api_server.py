@@ -222,7 +222,7 @@ def looked_at(source: Image.Image, text: str, call: Call) -> list[tuple[str, dic
         plan = text.replace("in the same light", "in the evening") if round_ == 2 else text
         review = {
             "round": round_, "seed": first + number, "blueprint": plan,
-            "score": 9 if best else 3 + number, "accepted": best, "error": None, "seconds": 0.1,
+            "score": 9.04 if best else 3 + number, "accepted": best, "error": None, "seconds": 0.1,
             "missing": "" if best else f"the circle is still red, <b>{number}</b>",
         }  # fmt: skip
         painted.append((inverted(source, None, 0.2 * (1 + number)), review))
