@@ -18,7 +18,6 @@ from typing import Any
 import httpx
 import numpy as np
 import openai
-import psutil
 import pytest
 import ray
 from openai.types import (
@@ -30,6 +29,7 @@ from openai.types import (
 )
 from PIL import Image
 
+from benchmarks.serving_soak import replicas_bytes
 from dim import tabletop
 from dim.images import encode_png
 from infra.ports import free_port
@@ -257,7 +257,7 @@ def test_the_metric_says_which_batches_there_were(http: httpx.Client) -> None:
 
 
 def test_memory_stays_flat_over_odd_sizes(http: httpx.Client) -> None:
-    """``python -m benchmarks.serving`` goes on for longer; this is to see it in every change."""
+    """``python -m benchmarks.serving_soak`` goes on for longer; this is for every change."""
 
     def paint(first: int) -> None:
         for number in range(first, first + 25):
@@ -270,21 +270,9 @@ def test_memory_stays_flat_over_odd_sizes(http: httpx.Client) -> None:
     before = replicas_bytes()
     paint(50)
     paint(75)
-    assert set(before) == {"ingress", "painter"}
+    assert set(before) == {"designers", "ingress", "painter"}
     for name, now in replicas_bytes().items():
         assert now - before[name] < 30 * 2**20, (name, before[name], now)
-
-
-def replicas_bytes() -> dict[str, int]:
-    """Bytes of memory of the processes of this test's own server, by deployment."""
-    found: dict[str, int] = {}
-    for process in psutil.Process().children(recursive=True):
-        named = re.match(r"ray::ServeReplica:dim:(ingress|painter)\b", process.name())
-        title = " ".join(process.cmdline()) if named is None else process.name()
-        named = named or re.match(r"ray::ServeReplica:dim:(ingress|painter)\b", title)
-        if named is not None:
-            found[named[1]] = found.get(named[1], 0) + process.memory_info().rss
-    return found
 
 
 def until(condition: Any, seconds: float = 20) -> None:
