@@ -191,7 +191,7 @@ def test_after_aborts_every_later_request_is_answered(http: httpx.Client) -> Non
             with httpx.stream("POST", f"{http.base_url}{GENERATE}", json=body, timeout=30) as told:
                 next(told.iter_lines())
         else:
-            soon = httpx.Timeout(10, read=0.2)
+            soon = httpx.Timeout(10, read=0.05)
             with pytest.raises(httpx.ReadTimeout):
                 httpx.post(f"{http.base_url}{GENERATE}", json=body, timeout=soon)
 
