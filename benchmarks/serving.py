@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,36 +56,50 @@ class Asked:
         return {"prompt": "a red circle", "size": size, "steps": self.steps, "seed": self.seed}
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, report, and say what missed its target."""
-    options = _options()
+    options = _options(arguments)
     alike = [Asked(seed) for seed in range(options.requests)]
     mixed = [
         Asked(seed, SIZES[seed % len(SIZES)], STEPS // 2 + seed % STEPS)
         for seed in range(options.requests)
     ]
     with tempfile.TemporaryDirectory() as folder:
-        path = f"{folder}/model"
-        random = [f"{part}.weights=null" for part in PARTS]
-        model.build(load_config(ModelConfig, CONFIG, random), seed=0).save(path)
-        server = start(
-            ServingConfig(
-                model=path,
-                designers=("none",),
-                port=free_port(),
-                max_batch_size=CLIENTS,
-                max_pending=2 * CLIENTS,
-            )
-        )
-        try:
+        path = save_model(folder)
+        with served(path) as server:
             failures = _alone(server, path, options.requests)
             for name, asked in (("alike", alike), ("mixed", mixed)):
                 failures += _together(server, name, asked, options)
-        finally:
-            server.stop()
     for said in failures:
         print(f"FAILED: {said}", file=sys.stderr)
     return 1 if failures else 0
+
+
+def save_model(folder: str) -> str:
+    """The address of a model of the tiny configuration, with random weights, in ``folder``."""
+    path = f"{folder}/model"
+    random = [f"{part}.weights=null" for part in PARTS]
+    model.build(load_config(ModelConfig, CONFIG, random), seed=0).save(path)
+    return path
+
+
+@contextlib.contextmanager
+def served(path: str) -> Iterator[Server]:
+    """A server of the model at ``path`` that takes as many as there are clients at a time."""
+    server = start(
+        ServingConfig(
+            model=path,
+            designers=("none",),
+            port=free_port(),
+            max_batch_size=CLIENTS,
+            max_pending=64 * CLIENTS,
+            max_pending_megapixel_steps=1e6,
+        )
+    )
+    try:
+        yield server
+    finally:
+        server.stop()
 
 
 def _alone(server: Server, path: str, count: int) -> list[str]:
@@ -148,12 +163,12 @@ def _seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def _options() -> argparse.Namespace:
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--requests", type=int, default=64, help="of each measurement")
     parser.add_argument("--rounds", type=int, default=3, help="timed; the best counts")
     parser.add_argument("--target", type=float, default=1.5, help="ratio to one client wanted")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

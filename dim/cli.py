@@ -81,6 +81,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "workflows.ablation:main",
         "Instruction, blueprint or noisy blueprint: what a painter makes of each.",
     ),
+    "experiment rounds": (
+        "workflows.rounds:main",
+        "Rounds and the best of several: exact edits against the time that they take.",
+    ),
     "submit": ("infra.submit:main", "Run a sub-command as a job on a Ray cluster."),
     "tiny build": ("workflows.tiny:main", "Pretrain the tiny models that ship with the package."),
     "tiny report": ("dim.tiny.report:main", "Measure the tiny models that ship with the package."),

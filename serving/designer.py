@@ -12,8 +12,9 @@ import hashlib
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
@@ -25,6 +26,7 @@ from dim.design import ReviewRequest
 from dim.designers import CallOptions, DesignRequest, Reply, create
 from dim.designers.base import SOMEBODY_WAITS
 from dim.designers.calls.usage import Unusable
+from dim.designers.openai import OpenAIModel
 from dim.designers.self_play import SelfDesigner
 from dim.devices import best_device
 from dim.errors import BlueprintError, CallsStopped, DesignerError
@@ -104,16 +106,14 @@ class OwnDesigner:
                 client may read.
         """
         patience_s = self._config.designers[job.designer].patience_s(self._config.request_timeout_s)
-        asked, draft = Asked(job, await received(job.image)), Draft(job.instruction)
-        answer = asyncio.ensure_future(in_time(job, self._design_batched(asked), patience_s))
-        try:
-            while not answer.done():
-                await asyncio.wait([answer], timeout=TOLD_EVERY_S)
-                if piece := draft.more(asked.words):
-                    yield piece
-            yield draft.rest(presented(job, unwrap(answer.result())))
-        finally:
-            answer.cancel()
+        asked = Asked(job, await received(job.image))
+        answer = in_time(job, self._answer(asked), patience_s)
+        async with aclosing(as_written(job, asked, answer)) as pieces:
+            async for piece in pieces:
+                yield piece
+
+    async def _answer(self, asked: Asked) -> Reply:
+        return unwrap(await self._design_batched(asked))
 
     async def _design_batch(self, asked: list[Asked]) -> list[Reply | Exception]:
         # Off the event loop, which goes on filling the next batch meanwhile.
@@ -145,6 +145,36 @@ class Asked:
     words: str = ""
 
 
+class Question:
+    """What is asked of a designer somewhere else: its answer, and what is written of it so far.
+
+    Args:
+        ask: asks it, on one of ``threads``; is given this question, to say what is written.
+        threads: of the designer.
+    """
+
+    def __init__(
+        self, ask: Callable[[Question], Sequence[Reply]], threads: ThreadPoolExecutor
+    ) -> None:
+        self.words = ""
+        loop = asyncio.get_running_loop()
+        self.answer = loop.run_in_executor(threads, the_only, partial(ask, self))
+
+
+async def as_written(
+    job: DesignJob, written: Asked | Question, answer: Awaitable[Reply]
+) -> AsyncGenerator[str, None]:
+    """The blueprint of ``answer``, in pieces while it is written; errors as of ``presented``."""
+    draft, coming = Draft(job.instruction), asyncio.ensure_future(answer)
+    try:
+        while not (await asyncio.wait([coming], timeout=TOLD_EVERY_S))[0]:
+            if piece := draft.more(written.words):
+                yield piece
+        yield draft.rest(presented(job, coming.result()))
+    finally:
+        coming.cancel()
+
+
 class OtherDesigners:
     """Asks designers that are no models of ours: over HTTP, from a file, by rule.
 
@@ -163,8 +193,10 @@ class OtherDesigners:
         }
 
     async def write(self, job: DesignJob) -> AsyncIterator[str]:
-        """As of ``OwnDesigner.write``, in one piece at the end."""
-        yield await self._askers[job.designer].blueprint(job)
+        """As of ``OwnDesigner.write``; in one piece where the designer does not stream."""
+        async with aclosing(self._askers[job.designer].write(job)) as pieces:
+            async for piece in pieces:
+                yield piece
 
     async def review(self, job: ReviewJob) -> Reply:
         """What the designer says of a painted image, or why it says nothing that can be read."""
@@ -186,57 +218,64 @@ class Asker:
         self._threads = ThreadPoolExecutor(settings.concurrency)
         self._kept = kept if self._designer.costly else 0
         # What was answered, and what is being asked: a client that asks again joins it.
-        self._answers: OrderedDict[tuple[str, str], asyncio.Future[Reply]] = OrderedDict()
+        self._known: OrderedDict[tuple[str, str], Question] = OrderedDict()
 
-    async def blueprint(self, job: DesignJob) -> str:
-        """The blueprint for ``job``; errors as of ``OwnDesigner.write``."""
+    async def write(self, job: DesignJob) -> AsyncGenerator[str, None]:
+        """As of ``OwnDesigner.write``."""
         image = await received(job.image)
         request = DesignRequest(job.instruction, image)
-        question = (digest(image), job.instruction)
-        asked = self._asked(question, partial(self._designer.design, [request]))
-        return presented(job, await in_time(job, asked, self._patience_s))
+        key = (digest(image), job.instruction)
+        question = self._asked(key, partial(self._design, request, job.streamed))
+        # Shielded: who stops waiting leaves an answer that is paid for to whoever asks again.
+        answer = in_time(job, asyncio.shield(question.answer), self._patience_s)
+        async with aclosing(as_written(job, question, answer)) as pieces:
+            async for piece in pieces:
+                yield piece
+
+    def _design(
+        self, request: DesignRequest, streamed: bool, question: Question
+    ) -> Sequence[Reply]:
+        if not (streamed and isinstance(self._designer, OpenAIModel)):
+            return self._designer.design([request])
+
+        def told(_place: int, words: str) -> None:
+            question.words = words
+
+        return self._designer.design([request], on_text=told)
 
     async def review(self, job: ReviewJob) -> Reply:
         """What the designer says of a painted image, or an error that a client may read."""
         reviewer = require_reviews(self._designer)
         image = await received(job.image)
         request = ReviewRequest(job.instruction, job.plan, image, job.painted)
-        question = (digest(image, job.painted), f"{job.instruction}\0{job.plan}")
-        asked = self._asked(question, partial(reviewer.review, [request]))
+        key = (digest(image, job.painted), f"{job.instruction}\0{job.plan}")
+        question = self._asked(key, lambda _: reviewer.review([request]))
         try:
-            answer = await in_time(job, asked, self._patience_s)
+            answer = await in_time(job, asyncio.shield(question.answer), self._patience_s)
         except DesignerError as error:
             return error
         return presented_review(job, answer)
 
-    def _asked(
-        self, question: tuple[str, str], ask: Callable[[], Sequence[Reply]]
-    ) -> asyncio.Future[Reply]:
-        """The answer to ``question``, which ``ask`` asks unless somebody has."""
-        # Shielded: who stops waiting leaves an answer that is paid for to whoever asks again.
-        return asyncio.shield(self._known(question, ask))
-
-    def _known(
-        self, question: tuple[str, str], ask: Callable[[], Sequence[Reply]]
-    ) -> asyncio.Future[Reply]:
-        if question in self._answers:
-            self._answers.move_to_end(question)
-            return self._answers[question]
-        loop = asyncio.get_running_loop()
-        asked = loop.run_in_executor(self._threads, the_only, ask)
+    def _asked(self, key: tuple[str, str], ask: Callable[[Question], Sequence[Reply]]) -> Question:
+        """The question of ``key``, which ``ask`` asks unless somebody has."""
+        if key in self._known:
+            self._known.move_to_end(key)
+            return self._known[key]
+        question = Question(ask, self._threads)
         if self._kept:
-            self._answers[question] = asked
-            asked.add_done_callback(lambda done: self._settle(question, done))
-        return asked
+            self._known[key] = question
+            question.answer.add_done_callback(lambda _: self._settle(key, question))
+        return question
 
-    def _settle(self, question: tuple[str, str], done: asyncio.Future[Reply]) -> None:
+    def _settle(self, key: tuple[str, str], question: Question) -> None:
         """Keep what was paid for, such as an answer that is no blueprint; not what may yet come."""
+        done = question.answer
         answered = not done.cancelled() and done.exception() is None
         if not answered or not is_paid(done.result()):
-            self._answers.pop(question, None)
-        settled = [key for key, answer in self._answers.items() if answer.done()]
-        for key in settled[: max(0, len(settled) - self._kept)]:
-            del self._answers[key]
+            self._known.pop(key, None)
+        settled = [each for each, question in self._known.items() if question.answer.done()]
+        for each in settled[: max(0, len(settled) - self._kept)]:
+            del self._known[each]
 
 
 def the_only(ask: Callable[[], Sequence[Reply]]) -> Reply:

@@ -17,12 +17,14 @@ class DesignJob:
     """One blueprint to write. ``image``: a shipped PNG; ``designer``: a name the server knows.
 
     ``deadline``: seconds since the epoch after which nobody waits for it; ``None``: somebody does.
+    ``streamed``: somebody reads along.
     """
 
     designer: str
     image: Shipped
     instruction: str
     deadline: float | None = None
+    streamed: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

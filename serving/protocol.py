@@ -454,9 +454,13 @@ class BlueprintDone(Event):
 
 
 class ReviewEvent(Event):
-    """What the designer said of an image that was painted."""
+    """What the designer said of an image that was painted, and that image."""
 
     review: Reviewed
+    b64_json: str | None = None
+    url: str | None = None
+    size: str
+    output_format: OutputFormat
 
 
 class ImageEvent(Event):

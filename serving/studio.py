@@ -229,7 +229,9 @@ class Studio:
                 param="designer",
             )
         source = await self._source(design.image)
-        job = DesignJob(designer, source.image, wanted.prompt, self._deadline())
+        job = DesignJob(
+            designer, source.image, wanted.prompt, self._deadline(), streamed=tell is not None
+        )
         text = await self._write(job, "blueprint", tell)
         return BlueprintResponse(
             blueprint=text, sections=sections(Blueprint.parse(text)), designer=designer
@@ -351,7 +353,9 @@ class Studio:
     ) -> str | None:
         if wanted.blueprint is not None or designer == NO_DESIGNER:
             return wanted.blueprint
-        job = DesignJob(designer, source.image, wanted.prompt, self._deadline())
+        job = DesignJob(
+            designer, source.image, wanted.prompt, self._deadline(), streamed=tell is not None
+        )
         return await self._write(job, "image_edit.blueprint", tell)
 
     async def _write(self, job: DesignJob, kind: str, tell: Tell | None) -> str:
@@ -422,7 +426,10 @@ class Studio:
             for each in reflection.candidates[len(reviews) :]:
                 reviews.append(reviewed(each, time.monotonic() - begun))
                 if tell is not None:
-                    await tell(ReviewEvent(type="image_edit.review", review=reviews[-1]))
+                    shown = await asyncio.to_thread(self._shown, each.image.data, wanted)
+                    about: dict[str, Any] = {"review": reviews[-1], "size": painting.size_text}
+                    about["output_format"] = wanted.output_format
+                    await tell(ReviewEvent(type="image_edit.review", **about, **shown))
         best = reflection.best
         job = job_of(best.wanted.plan, best.wanted.seed)
         painting = replace(painting, jobs=[job], blueprint=best.wanted.plan)

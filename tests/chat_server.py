@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -21,6 +21,8 @@ class Response:
     status: int = 200
     content_type: str = JSON
     headers: dict[str, str] = field(default_factory=dict)
+    pieces: Iterable[bytes] = ()
+    """Sent one after the other instead of ``body``, as they come; then the connection ends."""
 
 
 def completion(
@@ -52,6 +54,34 @@ def completion(
             }
         ).encode()
     )
+
+
+def streamed(
+    texts: Iterable[str],
+    finish_reason: str | None = "stop",
+    tokens: tuple[int, int] | None = (1, 1),
+    name: str = "content",
+) -> Response:
+    """A stream of ``texts``, as they come, and then of why it ended and what it took."""
+
+    def pieces() -> Iterator[bytes]:
+        yield event({"choices": [{"index": 0, "delta": {"role": "assistant", name: ""}}]})
+        for text in texts:
+            yield event({"choices": [{"index": 0, "delta": {name: text}, "finish_reason": None}]})
+        if finish_reason is not None:
+            end = {"index": 0, "delta": {}, "finish_reason": finish_reason}
+            yield event({"choices": [end], "usage": None})
+            if tokens is not None:
+                usage = {"prompt_tokens": tokens[0], "completion_tokens": tokens[1]}
+                yield event({"choices": [], "usage": usage})
+            yield b"data: [DONE]\n\n"
+
+    return Response(b"", content_type="text/event-stream; charset=utf-8", pieces=pieces())
+
+
+def event(data: dict[str, Any]) -> bytes:
+    """One of OpenAI's events."""
+    return b"data: " + json.dumps(data).encode() + b"\n\n"
 
 
 @dataclass
@@ -96,12 +126,17 @@ def running(respond: Callable[[dict[str, Any]], Response]) -> Iterator[ChatServe
             response = server.respond(request)
             self.send_response(response.status)
             self.send_header("Content-Type", response.content_type)
-            self.send_header("Content-Length", str(len(response.body)))
+            if response.pieces:
+                self.send_header("Connection", "close")
+            else:
+                self.send_header("Content-Length", str(len(response.body)))
             for name, value in response.headers.items():
                 self.send_header(name, value)
             with suppress(ConnectionError):  # who asked may have given up
                 self.end_headers()
                 self.wfile.write(response.body)
+                for piece in response.pieces:
+                    self.wfile.write(piece)
 
         def log_message(self, format: str, *args: object) -> None:
             """Keep the test's output clean."""

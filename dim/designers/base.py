@@ -20,6 +20,11 @@ OnAnswer = Callable[[int, str | Unusable], None]
 An answer that was paid for and cannot be used is one too; see
 :class:`dim.designers.calls.usage.Unusable`.
 """
+OnText = Callable[[int, str], None]
+"""Called with (place of the request, its answer so far) while answers are written, from any thread.
+
+Where an answer is asked for again, what is told begins again too.
+"""
 
 
 @dataclass(frozen=True)

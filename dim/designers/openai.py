@@ -11,6 +11,7 @@ from dim.designers.base import (
     CallOptions,
     DesignRequest,
     OnAnswer,
+    OnText,
     Question,
     Reply,
 )
@@ -44,10 +45,19 @@ class OpenAIModel:
         self._endpoint = ChatEndpoint(model, url, options, exchange)
 
     def design(
-        self, requests: Sequence[DesignRequest], *, on_answer: OnAnswer | None = None
+        self,
+        requests: Sequence[DesignRequest],
+        *,
+        on_answer: OnAnswer | None = None,
+        on_text: OnText | None = None,
     ) -> list[Reply]:
-        """See :meth:`dim.designers.Designer.design`. All requests are in flight together."""
-        return self.ask([questions.for_blueprint(each) for each in requests], on_answer=on_answer)
+        """See :meth:`dim.designers.Designer.design`. All requests are in flight together.
+
+        With ``on_text`` answers are asked for as streams. A server that does not stream answers as
+        ever, and nothing is told before the end.
+        """
+        asked = [questions.for_blueprint(each) for each in requests]
+        return self._endpoint.ask(asked, on_answer, on_text)
 
     def caption(self, images: Sequence[bytes], *, on_answer: OnAnswer | None = None) -> list[Reply]:
         """See :meth:`dim.designers.Captioner.caption`."""

@@ -88,6 +88,11 @@ def test_a_stream_tells_each_review() -> None:
     names = [name for name, _ in found if "blueprint" not in name]
     assert names == ["image_edit.review", "image_edit.review", "image_edit.completed"]
     assert found[-1][1]["seed"] == 8 and found[-2][1]["review"]["accepted"]
+    for name, data in found:
+        if name == "image_edit.review":
+            assert opened(data["b64_json"]).size == (48, 32)
+            assert (data["size"], data["output_format"]) == ("48x32", "png")
+    assert found[-2][1]["b64_json"] == found[-1][1]["b64_json"]
 
 
 def test_without_a_review_the_image_is_handed_over() -> None:

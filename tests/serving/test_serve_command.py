@@ -5,6 +5,9 @@ import signal
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -122,7 +125,22 @@ def test_addresses() -> None:
         check_port("not-a-host.invalid", 8000)
 
 
-def test_the_command_serves_until_it_is_stopped(tiny_model_dir: Path) -> None:
+def ask_for_much(url: str) -> httpx.Response:
+    """A request that is still being painted when the server is told to stop."""
+    body = {"prompt": "a red circle", "n": 10, "steps": 100}
+    return httpx.post(f"{url}/v1/images/generations", json=body, timeout=60)
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline, "did not happen in time"
+        time.sleep(0.01)
+
+
+def test_the_command_serves_until_it_is_stopped_and_answers_what_it_took_on(
+    tiny_model_dir: Path,
+) -> None:
     port = free_port()
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     command = [sys.executable, "-m", "serving.serve", "--model", str(tiny_model_dir)]
@@ -145,12 +163,19 @@ def test_the_command_serves_until_it_is_stopped(tiny_model_dir: Path) -> None:
         body = {"prompt": "a red circle", "steps": 1}
         painted = httpx.post(f"{url}/v1/images/generations", json=body, timeout=60)
         assert painted.status_code == 200
-        process.send_signal(signal.SIGTERM)
+        with ThreadPoolExecutor(1) as pool:
+            taken = pool.submit(ask_for_much, url)
+            until(lambda: httpx.get(f"{url}/healthz", timeout=10).json()["pending_images"] == 10)
+            assert not taken.done()
+            process.send_signal(signal.SIGTERM)
+            answered = taken.result()
         _, err = process.communicate(timeout=60)
     finally:
         if process.poll() is None:
             process.kill()
     assert process.returncode == 0, err
+    assert answered.status_code == 200, answered.text
+    assert len(answered.json()["data"]) == 10
     assert f"serving on {url} " in announced
     assert page.strip() == f"open this page: {url}/"
     assert f"curl -s {url}/v1/images/edits" in example

@@ -5,17 +5,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Coroutine, Sequence, Set
+from collections.abc import Callable, Coroutine, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, TypeVar
 
-from dim.designers.base import CallOptions, OnAnswer, Question, Reply
+from dim.designers.base import CallOptions, OnAnswer, OnText, Question, Reply
 from dim.designers.calls.breaker import LONGEST_PAUSE_S, CircuitBreaker, CoolDown, backoff_s
 from dim.designers.calls.gate import Exchange, Gate, LocalExchange
 from dim.designers.calls.meter import Limits
@@ -25,6 +26,8 @@ from dim.designers.calls.wire import (
     EMPTY,
     MAX_TOKENS,
     SCHEMA,
+    STREAM,
+    STREAM_USAGE,
     TEMPERATURE,
     Completion,
     expected_input_tokens,
@@ -80,16 +83,22 @@ class ChatEndpoint:
         self._calls = _Calls(model, url, key, options, exchange)
         weakref.finalize(self, _close, self._loop, self._calls)
 
-    def ask(self, questions: Sequence[Question], on_answer: OnAnswer | None = None) -> list[Reply]:
+    def ask(
+        self,
+        questions: Sequence[Question],
+        on_answer: OnAnswer | None = None,
+        on_text: OnText | None = None,
+    ) -> list[Reply]:
         """One answer or error per question; answers are :class:`dim.designers.calls.usage.Answer`.
 
-        At most ``in_flight`` are open at once, over all threads that ask.
+        At most ``in_flight`` are open at once, over all threads that ask. With ``on_text`` the
+        server is asked to stream.
 
         Raises:
             CallsStopped: the server is down, nobody is let in, or the budget is spent. Every answer
                 that had come or was still to come has been reported by then.
         """
-        return self._loop.run(self._calls.ask(questions, on_answer))
+        return self._loop.run(self._calls.ask(questions, on_answer, on_text))
 
 
 @dataclass
@@ -98,6 +107,7 @@ class _Call:
 
     question: Question
     max_pixels: int | None
+    on_text: Callable[[str], None] | None = None
     body: bytes | None = None
     without: frozenset[str] = frozenset()
 
@@ -158,13 +168,20 @@ class _Calls:
         self._slow = _Slow(options.hedge_after)
         self._served = self._turned_away = False
 
-    async def ask(self, questions: Sequence[Question], on_answer: OnAnswer | None) -> list[Reply]:
+    async def ask(
+        self,
+        questions: Sequence[Question],
+        on_answer: OnAnswer | None,
+        on_text: OnText | None = None,
+    ) -> list[Reply]:
         stopped: list[BaseException] = []
 
         async def ask_one(place: int, question: Question) -> Reply | None:
+            told = None if on_text is None else partial(on_text, place)
+            call = _Call(question, self._options.max_pixels, told)
             async with self._near:
                 try:
-                    return await self._ask_one(place, question, on_answer, stopped)
+                    return await self._ask_one(place, call, on_answer, stopped)
                 except Exception as error:
                     stopped.append(error)
                     return None
@@ -182,7 +199,7 @@ class _Calls:
     async def _ask_one(
         self,
         place: int,
-        question: Question,
+        call: _Call,
         on_answer: OnAnswer | None,
         stopped: Sequence[BaseException],
     ) -> Reply | None:
@@ -191,7 +208,6 @@ class _Calls:
         ``stopped``: why nothing more is asked, as soon as there is a reason.
         """
         try:
-            call = _Call(question, self._options.max_pixels)
             await self._encode(call, self._refused)
             async with self._open:
                 if stopped:
@@ -263,7 +279,7 @@ class _Calls:
                 answered = await self._call_once(call, without)
             except Refused as refused:
                 first = first or refused
-                culprits = _culprits(refused, call.question) - without
+                culprits = _culprits(refused, call, without) - without
                 if not culprits:
                     raise first from None  # it was the request itself
                 without |= culprits
@@ -282,11 +298,15 @@ class _Calls:
     async def _encode(self, call: _Call, without: Set[str]) -> bytes:
         if call.body is None or call.without != without:
             call.without = frozenset(without)
-            arguments = (self._model, call.question, self._options, call.without)
+            encode = partial(
+                request_body,
+                *(self._model, call.question, self._options, call.without),
+                stream=call.on_text is not None,
+            )
             if sum(map(len, call.question.images)) <= _INLINE_BYTES:
-                call.body = request_body(*arguments)
+                call.body = encode()
             else:  # in a thread: encoding megabytes must not hold up the other requests
-                call.body = await asyncio.to_thread(request_body, *arguments)
+                call.body = await asyncio.to_thread(encode)
         return call.body
 
     async def _hedged(self, call: _Call, body: bytes) -> _Answered:
@@ -298,7 +318,9 @@ class _Calls:
         await asyncio.wait([first], timeout=slow_s)
         if first.done():
             return first.result()
-        second = asyncio.create_task(self._send(call, body))
+        # What is told is the first one's: two at a time would be a muddle.
+        silent = replace(call, on_text=call.on_text and (lambda _: None))
+        second = asyncio.create_task(self._send(silent, body))
         running = {first, second}
         try:
             while running:
@@ -315,7 +337,7 @@ class _Calls:
         lease = await self._enter(call)
         sent_at = time.monotonic()
         try:
-            completion = await self._connect().send(body)
+            completion = await self._connect().send(body, call.on_text)
         except BaseException as error:
             self._leave(lease, None)
             if isinstance(error, Busy):
@@ -423,7 +445,7 @@ def limits_of(options: CallOptions) -> Limits:
     return Limits(options.requests_per_minute, options.tokens_per_minute, options.budget)
 
 
-def _culprits(refused: Refused, question: Question) -> set[str]:
+def _culprits(refused: Refused, call: _Call, without: Set[str]) -> set[str]:
     """What a server may have refused a request for, besides the request itself."""
     said = str(refused).lower()
     if refused.status not in (400, 422):
@@ -432,7 +454,11 @@ def _culprits(refused: Refused, question: Question) -> set[str]:
         return {MAX_TOKENS}
     if "temperature" in said:
         return {TEMPERATURE}
-    return {SCHEMA} if question.schema is not None else set()
+    if call.on_text is not None and re.search(rf"\b{STREAM}", said):
+        return {STREAM_USAGE if STREAM_USAGE in said else STREAM}
+    if call.question.schema is not None and SCHEMA not in without:
+        return {SCHEMA}
+    return set() if call.on_text is None else {STREAM}
 
 
 def _close(loop: _LoopThread, calls: _Calls) -> None:

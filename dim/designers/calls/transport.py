@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from urllib.parse import urlsplit
 
 import aiohttp
 
 from dim.designers.calls.breaker import Down
+from dim.designers.calls.stream import EVENT_STREAM, StreamedCompletion
 from dim.designers.calls.wire import (
     Completion,
     NotACompletion,
@@ -19,6 +20,7 @@ from dim.designers.calls.wire import (
 from dim.retry_after import retry_after_s
 
 _CONNECT_TIMEOUT_S = 10.0
+_STREAMED = {"Accept": f"{EVENT_STREAM}, application/json"}
 _OPENAI_URL = "https://api.openai.com/v1"
 _PROXIES = ("http_proxy", "https_proxy", "all_proxy")
 _NO_MONEY = ("insufficient_quota", "billing_hard_limit", "insufficient balance")
@@ -84,16 +86,29 @@ class Transport:
         """Hang up."""
         await self._session.close()
 
-    async def send(self, body: bytes) -> Completion:
+    async def send(self, body: bytes, on_text: Callable[[str], None] | None = None) -> Completion:
         """What the server answers to a request.
+
+        Args:
+            body: the request.
+            on_text: is told the answer's text so far, as often as more of it comes, if the server
+                streams it.
 
         Raises:
             Failure: one of the kinds above.
         """
+        accepted = None if on_text is None else _STREAMED
+        headers: Mapping[str, str] = {}
         try:
-            async with self._session.post(self._url, data=body) as response:
-                said = await response.read()
+            async with self._session.post(self._url, data=body, headers=accepted) as response:
                 status, headers = response.status, response.headers
+                if on_text and status == 200 and response.content_type == EVENT_STREAM:
+                    return await _follow(response, on_text)
+                said = await response.read()
+        except NotACompletion as error:
+            raise Broken(str(error)) from None
+        except ServerSays as error:
+            raise failure_of(error.status or 500, str(error).encode(), headers) from None
         except aiohttp.ConnectionTimeoutError as error:
             raise Broken(f"cannot be reached ({shorten(error)})") from None
         except TimeoutError:
@@ -111,6 +126,17 @@ class Transport:
             raise Broken(str(error)) from None
         except ServerSays as error:
             raise failure_of(error.status or 500, str(error).encode(), headers) from None
+
+
+async def _follow(response: aiohttp.ClientResponse, on_text: Callable[[str], None]) -> Completion:
+    """A streamed answer, told while it comes."""
+    streamed = StreamedCompletion()
+    async for data in response.content.iter_any():
+        before = streamed.text
+        streamed.feed(data)
+        if streamed.text != before:
+            on_text(streamed.text)
+    return streamed.end()
 
 
 def failure_of(status: int, said: bytes, headers: Mapping[str, str]) -> Failure:

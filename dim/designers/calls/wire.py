@@ -17,6 +17,7 @@ from dim.images import Header, decode_image, encode_jpeg, encode_png, read_heade
 from dim.reading import REASONING_FIELDS, as_reasoning, says_something
 
 SCHEMA, MAX_TOKENS, TEMPERATURE = "response_format", "max_tokens", "temperature"
+STREAM, STREAM_USAGE = "stream", "stream_options"
 """What some servers refuse to be sent."""
 
 EMPTY = "answered nothing"
@@ -71,7 +72,12 @@ class Completion:
 
 
 def request_body(
-    model: str, question: Question, options: CallOptions, without: Collection[str] = ()
+    model: str,
+    question: Question,
+    options: CallOptions,
+    without: Collection[str] = (),
+    *,
+    stream: bool = False,
 ) -> bytes:
     """The JSON of a request.
 
@@ -80,6 +86,7 @@ def request_body(
         question: what to ask.
         options: its sampling.
         without: what this server is known to refuse.
+        stream: ask for the answer while it is written.
 
     Raises:
         InputError: an image cannot be read.
@@ -92,6 +99,10 @@ def request_body(
     if question.schema is not None and SCHEMA not in without:
         form = {"name": "answer", "schema": question.schema, "strict": True}
         request[SCHEMA] = {"type": "json_schema", "json_schema": form}
+    if stream and STREAM not in without:
+        request[STREAM] = True
+        if STREAM_USAGE not in without:
+            request[STREAM_USAGE] = {"include_usage": True}
     # Put together by hand: looking for characters to escape in megabytes of base64 takes as long
     # as all the rest of a request.
     parts = [_IMAGE % data_url(image, options.max_pixels) for image in question.images]
@@ -169,6 +180,11 @@ def read_completion(body: bytes) -> Completion:
     if not isinstance(answer, dict):
         said = shorten(answer) or "nothing"
         raise NotACompletion(f"did not answer with a chat completion but with {said}")
+    return completion_of(answer)
+
+
+def completion_of(answer: dict[str, Any]) -> Completion:
+    """What the object of a completion says; errors as of ``read_completion``."""
     choices = answer.get("choices")
     if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
         if answer.get("error"):
@@ -179,6 +195,11 @@ def read_completion(body: bytes) -> Completion:
     usage = usage if isinstance(usage, dict) else {}
     counts = (_count(usage.get(name)) for name in ("prompt_tokens", "completion_tokens"))
     return Completion(text, fault, *counts)
+
+
+def says_now(message: dict[str, Any]) -> str:
+    """The text of a message that is still being written."""
+    return _text(message.get("content"))
 
 
 def shorten(value: object) -> str:

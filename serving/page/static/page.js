@@ -257,8 +257,10 @@ const checkSoon = later(() => {
 /** What the form says beside prompt, image and blueprint; blank fields say nothing. */
 function settings() {
   const given = {};
-  for (const name of ["n", "seed", "steps", "guidance_scale"]) {
+  const edits = state.mode === "edit" ? ["rounds", "best_of"] : [];
+  for (const name of ["n", ...edits, "seed", "steps", "guidance_scale"]) {
     const field = $(name);
+    if (field.disabled) continue;
     if (!field.checkValidity()) {
       $("more").open = true;
       field.focus();
@@ -266,13 +268,17 @@ function settings() {
     }
     if (field.value !== "") given[name] = Number(field.value);
   }
-  if (given.n === 1) delete given.n;
+  for (const name of ["n", ...edits]) if (given[name] === 1) delete given[name];
   for (const name of ["size", "negative_prompt"]) {
     const text = $(name).value.trim();
     if (text) given[name] = text;
   }
   return given;
 }
+
+/** Whether the designer is to look at what is painted: then one image is the answer, the best. */
+const reviewed = () =>
+  state.mode === "edit" && (Number($("rounds").value) > 1 || Number($("best_of").value) > 1);
 
 const labelOf = (field) => field.labels[0].firstChild.textContent.trim();
 
@@ -383,10 +389,9 @@ async function edit(prompt, signal) {
   const step = {
     kind: "edited", from: state.at, fromImage: source(), prompt, fields, mask: keptMask(), images: [],
   };
-  const form = formOf(
-    { ...fields, stream: true, partial_images: PARTIAL_IMAGES },
-    { image: source().blob, mask },
-  );
+  // Where the designer looks at images, those are what is seen on the way.
+  const previews = reviewed() ? {} : { partial_images: PARTIAL_IMAGES };
+  const form = formOf({ ...fields, stream: true, ...previews }, { image: source().blob, mask });
   if (!given) {
     if ($("designer").value !== "none") say("Writing the blueprint…");
     setBlueprint("", null);
@@ -414,6 +419,7 @@ async function create(prompt, signal) {
 async function follow(response, step, prompt, signal) {
   const wanted = step.fields.n ?? 1;
   const images = [];
+  const looked = []; // the images that the designer looked at, in its order
   let text = "";
   let blueprint = null;
   try {
@@ -428,6 +434,11 @@ async function follow(response, step, prompt, signal) {
       } else if (name.endsWith("partial_image")) {
         say(`Painting, preview ${(data.partial_image_index ?? 0) + 1}…`);
         showPreview(await imageOf(data));
+      } else if (name.endsWith(".review")) {
+        const image = Object.assign(await imageOf(data), { seed: data.review.seed, review: data.review });
+        looked.push(image);
+        showPreview(await imageOf(data)); // of its own: a preview is thrown away
+        say(`${verdictOf(data.review)}. ${data.review.accepted ? "" : "Painting again…"}`.trim());
       } else if (name.endsWith("completed")) {
         blueprint ??= data.blueprint ?? null;
         const place = Number.isInteger(data.image_index) ? data.image_index : images.length;
@@ -437,12 +448,17 @@ async function follow(response, step, prompt, signal) {
     }
   } catch (error) {
     // What was painted before a failure is kept, unless it was cancelled.
-    if (signal.aborted || !images.length) throw error;
+    if (signal.aborted || !(images.length || looked.length)) throw error;
     step.failure = error;
   } finally {
     showPreview(null);
   }
-  step.images = images.flat(); // without the places of those that did not come
+  const painted = images.flat(); // without the places of those that did not come
+  step.images = looked.length ? looked : painted;
+  if (looked.length) step.chosen = bestOf(looked, painted[0]);
+  if (looked.length && !painted.length) {
+    step.failure ??= new Failure("The connection ended before the best image was chosen.");
+  }
   if (!step.images.length) throw new Failure("The connection ended before the image was finished.");
   if (step.images.length < wanted) {
     step.failure ??= new Failure(`Only ${step.images.length} of ${wanted} images came before the connection ended.`);
@@ -450,15 +466,34 @@ async function follow(response, step, prompt, signal) {
   return blueprint ?? "";
 }
 
+/** Which of the images that the designer looked at is the answer; without one, that of most points. */
+function bestOf(looked, answer) {
+  const place = looked.findIndex((image) => image.seed === answer?.seed);
+  if (place >= 0) return place;
+  const points = looked.map((image) => image.review.score ?? -1);
+  return points.indexOf(Math.max(...points));
+}
+
+/** What the designer thought of an image, in a few words. */
+function verdictOf(review) {
+  const score = typeof review.score === "number" ? `${Number(review.score.toFixed(1))} of 10` : "no review";
+  return `Round ${review.round}: ${score}${review.accepted ? ", accepted" : ""}`;
+}
+
+/** The text that the image which is shown was painted from. */
+const blueprintOf = (step) => step.images[step.chosen].review?.blueprint ?? step.blueprint;
+
 function finish(step) {
-  step.chosen = 0;
+  step.chosen ??= 0;
   state.steps.push(step);
-  if (step.kind === "edited") setBlueprint(step.blueprint, step.prompt);
+  if (step.kind === "edited") setBlueprint(blueprintOf(step), step.prompt);
   select(step);
   // Whoever writes the next instruction meanwhile keeps it.
   if (step.kind === "edited" && $("prompt").value.trim() === step.prompt) $("prompt").value = "";
   renderBlueprint();
-  const many = step.images.length > 1 ? `${step.images.length} images are painted` : "Painted";
+  const rounds = step.images.at(-1).review?.round;
+  let many = step.images.length > 1 ? `${step.images.length} images are painted` : "Painted";
+  if (rounds) many = `Painted in ${rounds === 1 ? "1 round" : `${rounds} rounds`}`;
   if (step.failure) tell(step.failure);
   say(step.kind === "edited" ? `${many}. The next edit starts from this result.` : `${many}.`);
 }
@@ -522,7 +557,7 @@ function goTo(step) {
   tell(null);
   setMode(step.kind === "created" ? "create" : "edit");
   select(step);
-  setBlueprint(step.blueprint ?? "", step.prompt);
+  setBlueprint(blueprintOf(step) ?? "", step.prompt);
   say(`${nameOf(step)}. The next edit starts from this image.`);
 }
 
@@ -572,18 +607,23 @@ function renderHistory() {
 
 function renderGallery() {
   const images = shownStep()?.images ?? [];
-  $("gallery").hidden = images.length < 2;
+  $("gallery").hidden = images.length < 2 && !images[0]?.review;
   const choices = images.map((image, index) => {
-    const label = element("label", { className: "thumb" });
+    const label = element("label", { className: image.review ? "thumb looked-at" : "thumb" });
     const radio = element("input", { type: "radio", name: "result", checked: index === state.at.chosen });
     radio.addEventListener("change", () => {
       state.at.chosen = index;
+      if (image.review) setBlueprint(blueprintOf(state.at), state.at.prompt);
       clearMask();
       renderStage();
       renderHistory();
     });
     const seed = image.seed === undefined ? "" : `, seed ${image.seed}`;
-    label.append(radio, element("img", { src: image.url, alt: "" }), element("span", {}, `${index + 1}${seed}`));
+    const said = image.review ? verdictOf(image.review) : `${index + 1}${seed}`;
+    const missing = sentence(image.review?.missing || image.review?.error);
+    label.append(radio, element("img", { src: image.url, alt: "" }));
+    label.append(element("span", {}, missing ? `${said}. ` : said));
+    if (missing) label.append(element("span", { className: "missing" }, missing));
     return label;
   });
   $("gallery").querySelector(".strip").replaceChildren(...choices);
@@ -650,6 +690,7 @@ function render() {
   $("sections").setAttribute("aria-busy", String(working));
   for (const [name] of SECTIONS) sectionField(name).readOnly = working;
   $("plan").hidden = $("designer").value === "none";
+  $("n").disabled = reviewed();
   const create = state.mode === "create";
   $("prompt").placeholder = create ? "A cup on a wooden table" : "Remove the cup from the table";
   $("prompt-label").textContent = create ? "What should the image show?" : "What should change?";
@@ -1051,7 +1092,7 @@ function wireForm() {
   $("plan").addEventListener("click", writeBlueprint);
   $("cancel").addEventListener("click", () => state.work?.abort());
   $("prompt").addEventListener("input", renderBlueprint);
-  $("designer").addEventListener("change", render);
+  for (const id of ["designer", "rounds", "best_of"]) $(id).addEventListener("input", render);
   $("keep").addEventListener("click", () => {
     state.plannedFor = $("prompt").value.trim();
     renderBlueprint();

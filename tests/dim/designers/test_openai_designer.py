@@ -28,7 +28,15 @@ from dim.errors import CallsStopped, DesignerError, InputError
 from dim.review import Review
 from dim.review import parse as parse_review
 from dim.review import request_prompt as review_prompt
-from tests.chat_server import ChatServer, Response, completion, images_of, running, text_of
+from tests.chat_server import (
+    ChatServer,
+    Response,
+    completion,
+    images_of,
+    running,
+    streamed,
+    text_of,
+)
 
 QUICK = CallOptions(retries=0, timeout_s=5, busy_s=0)
 
@@ -450,6 +458,30 @@ def test_a_slow_answer_is_asked_for_twice_if_told_so(server: ChatServer) -> None
     release.set()
     assert replies == ["ok"] * 36 and len(slow) == 2
     assert replies[35].usage.input_tokens == 2  # both are reckoned to be billed
+
+
+def test_of_two_streams_one_is_told(server: ChatServer) -> None:
+    release, told = threading.Event(), []
+    slow: list[int] = []
+
+    def words() -> Iterator[str]:
+        yield "this one"
+        release.wait(10)
+
+    def respond(request: dict[str, Any]) -> Response:
+        if "do 35" not in text_of(request):
+            return completion("ok")
+        slow.append(1)
+        return streamed(words()) if len(slow) == 1 else streamed(["the other"])
+
+    server.respond = respond
+    options = CallOptions(retries=0, timeout_s=20, in_flight=4, hedge_after=0.9)
+    designer = create(f"openai:test@{server.url}", calls=options)
+    for number in range(36):
+        requests = [DesignRequest(f"do {number}", encoded())]
+        (reply,) = designer.design(requests, on_text=lambda _, text: told.append(text))
+    release.set()
+    assert reply == "the other" and told == ["this one"] and len(slow) == 2
 
 
 def test_a_hanging_server_is_given_up(server: ChatServer) -> None:

@@ -161,6 +161,8 @@ def make_app(api: Api) -> FastAPI:
             written.append(("image_edit.blueprint.done", {"blueprint": text}))
         source = Image.open(io.BytesIO(call.files["image"])).convert("RGB")
         mask = Image.open(io.BytesIO(call.files["mask"])) if "mask" in call.files else None
+        if {"rounds", "best_of"} & call.fields.keys():
+            return stream(*written, *looked_at(source, text, call))
         return stream(
             *written,
             *partials("image_edit", [inverted(source, mask, part) for part in (0.3, 0.6)]),
@@ -209,6 +211,28 @@ def partials(name: str, images: list[Image.Image]) -> list[tuple[str, dict[str, 
         )
         for number, image in enumerate(images)
     ]
+
+
+def looked_at(source: Image.Image, text: str, call: Call) -> list[tuple[str, dict[str, Any]]]:
+    """Two rounds, of which the second is accepted; the best of it is its first image."""
+    best_of, first = int(call.fields.get("best_of", 1)), int(call.fields.get("seed", 100))
+    told, painted = [], []
+    for number in range(2 * best_of):
+        round_, best = 1 + number // best_of, number == best_of
+        plan = text.replace("in the same light", "in the evening") if round_ == 2 else text
+        review = {
+            "round": round_, "seed": first + number, "blueprint": plan,
+            "score": 9.04 if best else 3 + number, "accepted": best, "error": None, "seconds": 0.1,
+            "missing": "" if best else f"the circle is still red, <b>{number}</b>",
+        }  # fmt: skip
+        painted.append((inverted(source, None, 0.2 * (1 + number)), review))
+    for image, review in painted:
+        data = {"review": review, "b64_json": encoded(image), "output_format": "png"}
+        told.append(("image_edit.review", data))
+    image, review = painted[best_of]
+    data = {"b64_json": encoded(image), "output_format": "png", "image_index": 0}
+    data |= {"seed": review["seed"], "blueprint": review["blueprint"]}
+    return [*told, ("image_edit.completed", data)]
 
 
 def completed(

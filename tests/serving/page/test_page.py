@@ -315,6 +315,74 @@ def test_several_results_are_a_gallery_to_choose_from(page: Any, api: Api) -> No
     expect(page.get_by_role("group", name="Results")).to_contain_text("2, seed 8")
 
 
+def test_rounds_are_shown_with_what_the_designer_said(page: Any, api: Api) -> None:
+    open_image(page)
+    page.get_by_text("More", exact=True).click()
+    page.get_by_label("Images").fill("3")
+    page.get_by_label("Rounds").fill("2")
+    page.get_by_label("Best of").fill("2")
+    expect(page.get_by_label("Images")).to_be_disabled()
+    paint(page)
+    said(page, "Painted in 2 rounds.")
+    fields = api.last("/v1/images/edits").fields
+    assert fields == {
+        "prompt": PROMPT, "rounds": "2", "best_of": "2", "designer": "fast", "stream": "true",
+    }  # fmt: skip
+
+    looked = page.get_by_role("group", name="Results").locator("label")
+    expect(looked).to_have_text([
+        "Round 1: 3 of 10. The circle is still red, <b>0</b>.",
+        "Round 1: 4 of 10. The circle is still red, <b>1</b>.",
+        "Round 2: 9 of 10, accepted",
+        "Round 2: 6 of 10. The circle is still red, <b>3</b>.",
+    ])  # fmt: skip
+    expect(looked.nth(2).get_by_role("radio")).to_be_checked()  # the answer, not the last
+    assert (shown(page, "#after") == np.asarray(inverted(picture(), None, 0.6))).all()
+    imagination = page.locator("#section-imagination")
+    expect(imagination).to_have_value(re.compile("in the evening"))
+    looked.nth(0).get_by_role("radio").check()
+    assert (shown(page, "#after") == np.asarray(inverted(picture(), None, 0.2))).all()
+    expect(imagination).to_have_value(re.compile("in the same light"))
+
+    # The next edit begins from the image that is chosen, and the rounds stay in the history.
+    page.get_by_label("Rounds").fill("1")
+    page.get_by_label("Best of").fill("1")
+    page.get_by_label("Images").fill("1")
+    paint(page, "and then")
+    assert "rounds" not in api.last("/v1/images/edits").fields
+    sent = decoded(api.last("/v1/images/edits").files["image"])
+    assert (sent == np.asarray(inverted(picture(), None, 0.2))).all()
+    expect(page.get_by_role("group", name="Results")).to_be_hidden()
+    page.get_by_role("region", name="History").get_by_role("button").nth(1).click()
+    expect(looked).to_have_count(4)
+
+
+def test_rounds_that_break_off_leave_what_was_looked_at(page: Any, api: Api) -> None:
+    api.breaks = "cut"
+    open_image(page)
+    page.get_by_text("More", exact=True).click()
+    page.get_by_label("Rounds").fill("2")
+    page.get_by_label("What should change?").fill(PROMPT)
+    page.get_by_role("button", name="Paint").click()
+    wrong(page, "The connection ended before the best image was chosen.")
+    looked = page.get_by_role("group", name="Results").get_by_role("radio")
+    expect(looked).to_have_count(2)
+    expect(looked.nth(1)).to_be_checked()
+
+
+def test_nothing_is_created_in_rounds(page: Any, api: Api) -> None:
+    page.get_by_text("More", exact=True).click()
+    page.get_by_label("Rounds").fill("3")
+    page.get_by_label("Create").check()
+    expect(page.get_by_label("Rounds")).to_be_hidden()
+    page.get_by_label("Images").fill("2")
+    page.get_by_label("What should the image show?").fill("a grey ramp")
+    page.get_by_role("button", name="Paint").click()
+    said(page, "2 images are painted")
+    fields = api.last("/v1/images/generations").fields
+    assert fields["n"] == 2 and "rounds" not in fields
+
+
 @pytest.mark.parametrize(
     ("way", "sentence"),
     [
@@ -571,6 +639,10 @@ def test_axe_finds_nothing_at_any_stage(
     look()
     page.get_by_role("button", name="Use this key").click()
     said(page, "2 images are painted")
+    look()
+    page.get_by_label("Rounds").fill("2")
+    paint(page)
+    said(page, "Painted in 2 rounds.")
     look()
     page.get_by_label("Create").check()
     look()
