@@ -69,12 +69,17 @@ def check(document: Document) -> None:
         jsonschema.ValidationError: the first mistake.
     """
     if not document["apiVersion"].startswith("ray.io/"):
-        kubernetes_validate.validate(document, KUBERNETES, strict=True)
+        _check_kubernetes_own(json.dumps(document))
         return
     schema = _kuberay(document["kind"])
     jsonschema.Draft202012Validator(schema).validate(document)
     for where in _unknown(document, schema, document["kind"]):
         raise jsonschema.ValidationError(f"unknown field {where}")
+
+
+@cache  # overlays share most of their documents, and each reads all of Kubernetes' definitions
+def _check_kubernetes_own(document: str) -> None:
+    kubernetes_validate.validate(json.loads(document), KUBERNETES, strict=True)
 
 
 @cache

@@ -20,6 +20,7 @@ from dim.config import load_config
 from serving.config import ServingConfig
 from serving.deployments import DRAINING_S
 from serving.exposure import check_exposure
+from tests.infra.autoscaler import of_features, of_stage, wanted_nodes
 from tests.infra.manifests import (
     CLUSTER,
     KUSTOMIZATIONS,
@@ -309,20 +310,24 @@ def test_the_workers_hold_what_the_server_asks_for(name: str) -> None:
         assert gpus == node["GPU"] * group["max_workers"]
 
 
-def node_types(spec: Mapping[str, Any]) -> dict[str, Any]:
+def autoscaling(spec: Mapping[str, Any]) -> dict[str, Any]:
     """The autoscaler's view of a cluster."""
     from ray.autoscaler._private.kuberay.autoscaling_config import (
         _derive_autoscaling_config_from_ray_cr,
     )
 
     resource = {"metadata": {"name": "dim", "namespace": "dim"}, "spec": spec}
-    return _derive_autoscaling_config_from_ray_cr(resource)["available_node_types"]
+    return _derive_autoscaling_config_from_ray_cr(resource)
+
+
+def node_types(spec: Mapping[str, Any]) -> dict[str, Any]:
+    return autoscaling(spec)["available_node_types"]
 
 
 @pytest.mark.parametrize(
     ("name", "gpus"),
     [
-        ("autoscaling", {"cpu": 0, "encoder-gpu": 1, "training-gpu": 8}),
+        ("autoscaling", {"cpu": 0, "encoder-gpu": 8, "training-gpu": 8}),
         ("one-gpu", {"cpu": 0, "gpu": 1}),
         ("tiny", {"cpu": 0}),
     ],
@@ -340,18 +345,11 @@ def test_groups_start_from_zero_with_their_gpus(name: str, gpus: dict[str, int])
 
 def test_the_published_stages_and_features_find_their_nodes() -> None:
     (spec,) = [spec for kind, spec in clusters(build("autoscaling")) if kind == "RayCluster"]
-    types = node_types(spec)
-    for stage in ("t2i", "edit1", "edit2"):
-        config = load_config(StageConfig, ROOT / "configs" / f"dim-4.6b-{stage}.yaml")
-        node = types["training-gpu"]["resources"]
-        each = min(node["GPU"], node["CPU"] // config.cpus_per_worker)
-        assert config.workers <= each * types["training-gpu"]["max_workers"]
-    features = yaml.safe_load((ROOT / "configs" / "data-features-gpu.yaml").read_text())
-    node = types["encoder-gpu"]["resources"]
-    each = min(
-        node["GPU"] // features["gpus_per_worker"], node["CPU"] // features["cpus_per_worker"]
-    )
-    assert features["workers"] <= each * types["encoder-gpu"]["max_workers"]
+    cluster = autoscaling(spec)
+    assert wanted_nodes(cluster, of_features()) == {"encoder-gpu": 1}
+    assert wanted_nodes(cluster, [{"CPU": 1.0}] * 32) == {"cpu": 2}
+    for stage, nodes in (("t2i", 4), ("edit1", 1), ("edit2", 1)):
+        assert wanted_nodes(cluster, of_stage(stage)) == {"training-gpu": nodes}, stage
 
 
 def test_there_is_a_job_for_each_pipeline_and_stage() -> None:
