@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
 from dim import __version__
+from dim.config import shipped
 from dim.errors import InputError
 from dim.redaction import redact
 from infra import storage
@@ -214,7 +215,7 @@ def is_registered(address: str) -> bool:
 
 
 def located(address: str, uri: str | None = None) -> str:
-    """An address of a model with ``models:/…`` looked up, any other one as it is.
+    """An address of a model with ``models:/…`` looked up, and what comes with the package found.
 
     Args:
         address: of a model.
@@ -224,7 +225,7 @@ def located(address: str, uri: str | None = None) -> str:
         TrackingError: no store is known, or it has no such model.
     """
     if not is_registered(address):
-        return address
+        return shipped(address)
     uri = uri or os.environ.get("MLFLOW_TRACKING_URI")
     if not uri:
         raise TrackingError(

@@ -27,7 +27,7 @@ import typer
 from pydantic import Field, PositiveInt
 from rich.console import Console
 
-from dim.config import load_config
+from dim.config import CONFIGS, load_config
 from dim.errors import DimError
 from dim.model.config import ModelConfig
 from infra.ports import free_port
@@ -46,7 +46,6 @@ from training.stage import StageConfig
 from workflows import tabletop
 from workflows.report import Report
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 _TITLE = "Draw-In-Mind on a laptop"
 _SERVER_STARTS_WITHIN = 180.0
 
