@@ -6,7 +6,12 @@ import importlib
 import os
 import re
 import shlex
+import socket
+import subprocess
+import sysconfig
+import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +22,8 @@ import yaml
 from dim import __version__
 from dim.cli import COMMANDS, command_of, load
 from dim.config import load_config
+from infra.diagnosis.bucket import examine_store
+from infra.ports import free_port
 from serving.config import ServingConfig
 from serving.deployments import DRAINING_S
 from serving.exposure import check_exposure
@@ -409,3 +416,77 @@ def test_the_images_are_this_version_s() -> None:
 def pinned() -> dict[str, str]:
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     return dict(line.split("==") for line in lines if "==" in line and not line.startswith("#"))
+
+
+def container_of(name: str, owner: str) -> dict[str, Any]:
+    """The one container of a pod of an overlay."""
+    (pod,) = [pod for pod in pods(build(name)) if pod.owner == owner]
+    (container,) = pod.spec["containers"]
+    return container
+
+
+def expanded(container: Mapping[str, Any], given: Mapping[str, str]) -> dict[str, str]:
+    """A container's variables as Kubernetes sets them: ``$(NAME)`` is one that came before."""
+    values = dict(given)
+    for variable in container["env"]:
+        if "value" in variable:
+            values[variable["name"]] = re.sub(
+                r"\$\((\w+)\)", lambda found: values[found[1]], variable["value"]
+            )
+    return values
+
+
+def test_mlflow_is_started_with_options_that_it_has_and_answers_to_its_names() -> None:
+    from mlflow.cli import server
+    from mlflow.server.security_utils import is_allowed_host_header
+
+    container = container_of("one-gpu", "Deployment/mlflow")
+    assert container["command"] == ["mlflow", "server"]
+    options = server.make_context("server", list(container["args"])).params
+    assert options["artifacts_destination"] == "$(DIM_STORE)/mlflow"
+    assert options["serve_artifacts"] and options["host"] == "0.0.0.0"
+    names = options["allowed_hosts"].split(",")
+    for host in ("mlflow:5000", "mlflow.dim.svc.cluster.local:5000", "localhost:15000"):
+        assert is_allowed_host_header(names, host)
+    assert not is_allowed_host_header(names, "rebound.example:5000")
+    values = expanded(container, {"MLFLOW_DB_PASSWORD": "secret"})
+    assert values["MLFLOW_BACKEND_STORE_URI"] == "postgresql://mlflow:secret@mlflow-db:5432/mlflow"
+
+
+def test_the_store_takes_the_keys_of_its_secret(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    container = container_of("one-gpu", "StatefulSet/store")
+    keys = {"AWS_ACCESS_KEY_ID": "KEYOFTHECLUSTER00001", "AWS_SECRET_ACCESS_KEY": "a-secret"}
+    port = free_port()
+    (tmp_path / "data" / "dim").mkdir(parents=True)  # as the pod's first container does
+    command = [*container["command"], *container["args"]]
+    changed = {"/data": str(tmp_path / "data"), ":9000": f"127.0.0.1:{port}"}
+    program = Path(sysconfig.get_path("scripts")) / "rclone"
+    with (tmp_path / "log").open("wb") as log:
+        server = subprocess.Popen(
+            [program, *(changed.get(word, word) for word in command[1:])],
+            env={**os.environ, **expanded(container, keys)}, stdout=log, stderr=log,
+        )  # fmt: skip
+    try:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+        monkeypatch.setenv("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
+        monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        for name, value in keys.items():
+            monkeypatch.setenv(name, value)
+        wait_for_port(server, port)
+        assert {found.status.value for found in examine_store("s3://dim/any")} == {"ok"}
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "another")
+        assert "failed" in {found.status.value for found in examine_store("s3://dim/any")}
+    finally:
+        server.kill()
+        server.wait()
+
+
+def wait_for_port(server: subprocess.Popen[bytes], port: int) -> None:
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline and server.poll() is None:
+        with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+            return
+        time.sleep(0.05)
+    pytest.fail("the store does not listen")
