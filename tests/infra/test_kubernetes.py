@@ -191,9 +191,11 @@ def test_who_needs_a_port_is_let_in() -> None:
         assert let_in == set(clients), policy
     for policy in ("ray-jobs", "ray-serving"):
         operator = policies[policy]["ingress"][1]
-        assert operator["from"][0]["podSelector"]["matchLabels"] == {
-            "app.kubernetes.io/name": "kuberay-operator"
+        (peer,) = operator["from"]  # a label alone could be anybody's
+        assert peer["namespaceSelector"]["matchLabels"] == {
+            "kubernetes.io/metadata.name": "kuberay-system"
         }
+        assert peer["podSelector"]["matchLabels"] == {"app.kubernetes.io/name": "kuberay-operator"}
         assert [entry["port"] for entry in operator["ports"]] == [CONTROL_PLANE["dashboard"]]
 
 

@@ -74,12 +74,10 @@ def test_no_cluster_is_one_sentence() -> None:
 
 
 def test_a_job_runs_on_a_cluster_and_its_failure_is_ours(tmp_path: Path) -> None:
-    done = submit_from_outside(
-        tmp_path, "edit", "missing.png", "remove the cup", "--model", "nowhere"
-    )
-    assert done.returncode == 1
+    done = submit_from_outside(tmp_path, "doctor", "--nonsense")
+    assert done.returncode == 2  # of the job's program: wrong usage
     assert "submitted raysubmit_" in done.stderr
-    assert "error: image not found: missing.png" in done.stdout
+    assert "error: No such option: --nonsense" in done.stdout
     assert done.stderr.splitlines()[-1].startswith("error: job raysubmit_")
     assert "Traceback" not in done.stderr
 
