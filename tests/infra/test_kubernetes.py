@@ -285,6 +285,8 @@ def test_the_server_asks_for_keys_of_a_secret(name: str) -> None:
 
 @pytest.mark.parametrize("name", SERVERS)
 def test_pods_wait_for_the_longest_request(name: str) -> None:
+    from ray.scripts.scripts import drain_node
+
     config, spec = application_of(name)
     longest = config.request_timeout_s + DRAINING_S
     assert spec["rayClusterDeletionDelaySeconds"] > longest
@@ -293,8 +295,10 @@ def test_pods_wait_for_the_longest_request(name: str) -> None:
         assert pod["terminationGracePeriodSeconds"] > longest
         (container,) = pod["containers"]
         script = container["lifecycle"]["preStop"]["exec"]["command"][-1]
-        deadline = int(re.search(r"--deadline-remaining-seconds (\d+)", script)[1])
-        assert longest < deadline < pod["terminationGracePeriodSeconds"]
+        drain = shlex.split(script.partition(";")[0])
+        assert drain[:2] == ["ray", "drain-node"]
+        given = drain_node.make_context("drain-node", drain[2:]).params
+        assert longest < given["deadline_remaining_seconds"] < pod["terminationGracePeriodSeconds"]
 
 
 @pytest.mark.parametrize("name", SERVERS)
