@@ -85,6 +85,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "workflows.rounds:main",
         "Rounds and the best of several: exact edits against the time that they take.",
     ),
+    "doctor": ("infra.doctor:main", "Whether what a job needs is there, and what to do."),
     "submit": ("infra.submit:main", "Run a sub-command as a job on a Ray cluster."),
     "tiny build": ("workflows.tiny:main", "Pretrain the tiny models that ship with the package."),
     "tiny report": ("dim.tiny.report:main", "Measure the tiny models that ship with the package."),

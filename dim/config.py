@@ -26,7 +26,16 @@ class HowOnly:
 
 ConfigT = TypeVar("ConfigT", bound=StrictModel)
 
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+"""The configurations that come with the package, installed or not."""
+
 _NEARLY = 0.8  # of its letters: text_mixx is text_mix, steps is not stage
+
+
+def shipped(address: str) -> str:
+    """``address``; a ``configs/FILE`` that is not here is the one that comes with the package."""
+    ours = address.startswith(f"{CONFIGS.name}/") and not Path(address).exists()
+    return str(CONFIGS.parent / address) if ours else address
 
 
 def load_config(
@@ -34,7 +43,8 @@ def load_config(
 ) -> ConfigT:
     """Read ``path`` (YAML; ``None`` = start from nothing), apply ``key.sub=value`` and validate.
 
-    Override values are read as YAML, so ``steps=20`` is an integer and ``data=[a,b]`` a list.
+    Override values are read as YAML, so ``steps=20`` is an integer and ``data=[a,b]`` a list;
+    for ``path`` see :func:`shipped`.
 
     Raises:
         ConfigError: the file is missing or no YAML mapping, an override has no ``=``, or a key is
@@ -120,7 +130,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ConfigError: there is no such file, or it holds something else.
     """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.safe_load(Path(shipped(str(path))).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"configuration file not found: {path}") from None
     except (OSError, UnicodeDecodeError) as error:

@@ -54,6 +54,12 @@ def explain(error: BaseException) -> Failure:
             return Failure(_explain_os_error(candidate), 1)
         if isinstance(candidate, MemoryError):
             return Failure("out of memory", 1)
+        if isinstance(candidate, ModuleNotFoundError) and candidate.name:
+            return Failure(
+                f"{candidate.name.partition('.')[0]} is not installed: install this package with "
+                "its extra `all`, or the one of data, train and serve that the command is of",
+                1,
+            )
     root = _root(error)
     said = _one_line(str(root)) or "no message"
     return Failure(f"unexpected {type(root).__name__}: {said} (--debug shows where)", 1)

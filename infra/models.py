@@ -13,7 +13,7 @@ from typing import NamedTuple
 from filelock import FileLock
 
 import dim.model
-from dim.config import load_config
+from dim.config import load_config, shipped
 from dim.errors import CheckpointError, InputError, StorageError
 from dim.model import DIM, parts
 from dim.model.autoencoder import Autoencoder
@@ -126,7 +126,7 @@ def read_config(address: str) -> ModelConfig:
         CheckpointError: there is neither.
         StorageError: it cannot be read.
     """
-    store = storage.open_store(address)
+    store = storage.open_store(shipped(address))
     if not store.exists():
         raise CheckpointError(f"{address} is neither a model folder nor a model YAML")
     if store.is_local:

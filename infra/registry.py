@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
 from dim import __version__
+from dim.config import shipped
 from dim.errors import InputError
 from dim.redaction import redact
 from infra import storage
@@ -244,7 +245,7 @@ def is_registered(address: str) -> bool:
 
 
 def located(address: str, uri: str | None = None) -> str:
-    """An address of a model with ``models:/…`` looked up, any other one as it is.
+    """An address of a model with ``models:/…`` looked up, and what comes with the package found.
 
     Args:
         address: of a model.
@@ -253,7 +254,7 @@ def located(address: str, uri: str | None = None) -> str:
     Raises:
         TrackingError: no store is known, or it has no such model.
     """
-    return look_up(address, uri).address if is_registered(address) else address
+    return look_up(address, uri).address if is_registered(address) else shipped(address)
 
 
 def look_up(address: str, uri: str | None = None) -> Registered:

@@ -35,12 +35,15 @@ def main(
     working_dir: Path = typer.Option(
         Path("."), help="Uploaded to the cluster: this project with its configuration files."
     ),
-    wait: bool = typer.Option(True, help="Follow the job's log and end as it ends."),
+    wait: bool = typer.Option(
+        True, help="Follow the job's log and end as it ends, with its exit code."
+    ),
 ) -> None:
     """Run a sub-command as a job on a Ray cluster.
 
     The cluster runs `python -m …` in a copy of the working directory, so a job is the same program
     as on this machine. Paths of data and models must mean something there: URIs, not local files.
+    Ctrl-C leaves the job running.
     """
     entrypoint = entrypoint_of(command)
     client = connect(address or "http://127.0.0.1:8265")
@@ -95,6 +98,14 @@ def connect(address: str) -> JobSubmissionClient:
         f"the cluster at {address} has another token than the one in {token.source}: take that of "
         "its head, which `ray get-auth-token` shows there"
     )
+
+
+class JobFailed(DimError):
+    """A job did not end well. ``exit_code`` is that of its program, where it came to have one."""
+
+    def __init__(self, message: str, exit_code: int | None) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code or DimError.exit_code
 
 
 class _Token(NamedTuple):
@@ -167,7 +178,7 @@ def follow(client: JobSubmissionClient, job: str) -> None:
     """Print the log of ``job`` until it ends.
 
     Raises:
-        DimError: the job failed or was stopped.
+        JobFailed: the job failed or was stopped.
     """
     try:
         asyncio.run(_print_log(client, job))
@@ -177,7 +188,7 @@ def follow(client: JobSubmissionClient, job: str) -> None:
     info = client.get_job_info(job)
     if info.status != "SUCCEEDED":
         said = " ".join((info.message or "no message").split())
-        raise DimError(f"job {job} {info.status.lower()}: {said}")
+        raise JobFailed(f"job {job} {info.status.lower()}: {said}", info.driver_exit_code)
 
 
 async def _print_log(client: JobSubmissionClient, job: str) -> None:

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from scipy.stats import binomtest
 
-from dim.config import load_config
+from dim.config import CONFIGS, load_config
 from dim.records import TextName
 from infra.tracking import Tracking, open_client
 from pipelines import evaluate
@@ -38,7 +38,6 @@ from training.stage import StageConfig
 from training.train import StageResult
 from workflows import tabletop
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 _CURVES = ("loss", "validation_exact")
 
 

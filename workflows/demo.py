@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 import typer
 from rich.console import Console
 
-from dim.config import load_config
+from dim.config import CONFIGS, load_config
 from dim.model.config import ModelConfig
 from infra.storage import open_store
 from pipelines import evaluate
@@ -30,7 +30,6 @@ from workflows.report import Report
 from workflows.run import run as run_workflow
 from workflows.workflow import Workflow, load_workflow, place
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 _TITLE = "Draw-In-Mind on a laptop"
 _JOBS = {
     "raw-pairs": "ingest pairs",

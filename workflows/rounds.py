@@ -24,7 +24,7 @@ from rich.progress import track
 from rich.table import Table
 
 from dim import model, tabletop
-from dim.config import load_config
+from dim.config import CONFIGS, load_config
 from dim.designers.tabletop import TabletopOracle
 from dim.reflection import Candidate, Reflection, Wanted, reflect
 from infra.models import on_this_machine
@@ -33,7 +33,6 @@ from pipelines.evaluate import Share
 from pipelines.readers.tabletop import TabletopConfig
 from workflows.ablation import interval
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 _SEEDS_AN_EDIT = 1000
 Paint = Callable[[tabletop.Edit, Sequence[Wanted]], Sequence[Image.Image]]
 """One image of an edit for each that is wanted."""

@@ -20,7 +20,7 @@ import yaml
 from rich.console import Console
 
 from dim import model as dim_model
-from dim.config import dump_config, load_config
+from dim.config import CONFIGS, dump_config, load_config
 from dim.errors import InputError
 from dim.model.config import ModelConfig
 from dim.tiny import build as own
@@ -38,7 +38,6 @@ from training.stage import StageConfig
 from training.train import StageResult
 from workflows import tabletop
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 _PACKAGES = ("torch", "transformers", "diffusers", "numpy", "ray")
 _LINES = 100  # of the painter's log and of what is said of its training
 

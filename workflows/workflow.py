@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import Field, PositiveInt, field_validator
 
-from dim.config import StrictModel, load_config, read_yaml, suggestion, validate_config
+from dim.config import StrictModel, load_config, read_yaml, shipped, suggestion, validate_config
 from dim.errors import ConfigError
 from infra.storage import is_local, join, local_path
 from infra.tracking import default_uri
@@ -121,7 +121,7 @@ def load_workflow(path: str | Path, overrides: Sequence[str] = ()) -> Workflow:
     Raises:
         ConfigError: what is wrong, in which step and at which key.
     """
-    path = Path(path)
+    path = Path(shipped(str(path)))
     known = set(WorkflowConfig.model_fields)
     given = [
         each if each.partition("=")[0].partition(".")[0] in known else f"values.{each}"

@@ -201,6 +201,14 @@ def test_the_root_of_a_wrapped_bug_is_named() -> None:
     assert failure.sentence.startswith("unexpected KeyError: 'width'")
 
 
+def test_a_part_that_is_not_installed_is_said_with_what_installs_it() -> None:
+    with pytest.raises(ModuleNotFoundError) as raised:
+        import no_such_library.part  # noqa: F401
+    said = explain(raised.value)
+    assert said.exit_code == 1
+    assert said.sentence.startswith("no_such_library is not installed: install this package with")
+
+
 def test_a_cycle_of_causes_ends() -> None:
     first, second = ValueError("a"), ValueError("b")
     first.__cause__, second.__cause__ = second, first

@@ -1,120 +1,166 @@
-"""The cluster files as Ray itself reads them; no cluster is needed for that."""
+"""The image, its packages and the cluster files agree; the wheel runs where nothing else is."""
 
 from __future__ import annotations
 
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tomllib
+import zipfile
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 
-from serving.config import ServingConfig
-from serving.exposure import check_exposure
+from dim import __version__
 
 ROOT = Path(__file__).resolve().parents[2]
+CLUSTER = ROOT / "infra" / "cluster"
+PACKAGES = ("dim", "pipelines", "training", "serving", "workflows", "infra", "configs")
+PINNED = re.compile(r"^([A-Za-z0-9._-]+)(?:\[[a-z0-9,-]+\])?==([^\s\\]+)", re.MULTILINE)
 
 
-def read(name: str) -> dict[str, Any]:
-    return yaml.safe_load((ROOT / name).read_text())
+def canonical(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def kuberay_node_types(cluster_spec: dict[str, Any]) -> dict[str, Any]:
-    """The autoscaler's view of a KubeRay cluster."""
-    from ray.autoscaler._private.kuberay.autoscaling_config import (
-        _derive_autoscaling_config_from_ray_cr,
-    )
+def pins(*names: str) -> dict[str, str]:
+    """What requirement files pin."""
+    text = "\n".join((ROOT / name).read_text() for name in names)
+    return {canonical(name): version for name, version in PINNED.findall(text)}
 
-    resource = {
-        "metadata": {"name": "dim", "namespace": "default"},
-        "spec": cluster_spec,
+
+def project() -> dict[str, list[str]]:
+    """The direct dependencies of the project, by extra; "" are those of all."""
+    found = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    parts = {"": found["dependencies"], **found["optional-dependencies"]}
+    return {
+        part: [
+            canonical(re.match(r"[A-Za-z0-9._-]+", line)[0])
+            for line in lines
+            if not line.startswith("dim[")
+        ]
+        for part, lines in parts.items()
     }
-    return _derive_autoscaling_config_from_ray_cr(resource)["available_node_types"]
-
-
-def test_ray_up_accepts_the_file() -> None:
-    from ray.autoscaler._private.util import prepare_config, validate_config
-
-    prepared = prepare_config(read("ray_cluster.yaml"))
-    validate_config(prepared)
-    types = prepared["available_node_types"]
-    assert types["cpu"]["min_workers"] == types["gpu"]["min_workers"] == 0
-    assert types["gpu"]["resources"]["GPU"] > 0
-    assert types["head"]["resources"]["CPU"] == 0
-
-
-@pytest.mark.parametrize(
-    ("name", "where", "groups"),
-    [
-        ("infra/cluster/raycluster.yaml", [], {"cpu": 0, "gpu": 8}),
-        ("infra/cluster/rayservice.yaml", ["rayClusterConfig"], {"gpu": 1}),
-    ],
-)
-def test_kuberay_groups_start_from_zero_with_their_gpus(
-    name: str, where: list[str], groups: dict[str, int]
-) -> None:
-    spec = read(name)["spec"]
-    for key in where:
-        spec = spec[key]
-    types = kuberay_node_types(spec)
-    for group, gpus in groups.items():
-        assert types[group]["min_workers"] == 0 < types[group]["max_workers"]
-        assert types[group]["resources"].get("GPU", 0) == gpus
-        assert types[group]["resources"]["CPU"] > 0
-    head = next(kind for name, kind in types.items() if name not in groups)
-    assert head["resources"]["CPU"] == 0
-
-
-def test_the_service_passes_a_valid_configuration_to_the_application() -> None:
-    from ray.serve.schema import ServeDeploySchema
-
-    text = read("infra/cluster/rayservice.yaml")["spec"]["serveConfigV2"]
-    schema = ServeDeploySchema.model_validate(yaml.safe_load(text))
-    application = schema.applications[0]
-    config = ServingConfig.model_validate(application.args)
-    assert config.model_name == "dim-4.6b"
-    assert schema.http_options.host == "0.0.0.0"
-    check_exposure(config, schema.http_options.host)
-    assert config.keys is not None
-    head = read("infra/cluster/rayservice.yaml")["spec"]["rayClusterConfig"]["headGroupSpec"]
-    (container,) = head["template"]["spec"]["containers"]
-    mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
-    assert str(Path(config.keys).parent) == mounts["api-keys"]
-    assert application.import_path == "serving.app:build"
-
-
-def test_files_agree_on_the_versions_and_the_image() -> None:
-    from dim import __version__
-
-    pinned = dict(
-        line.split("==")
-        for line in (ROOT / "constraints.txt").read_text().splitlines()
-        if "==" in line and not line.startswith("#")
-    )
-    texts = [
-        (ROOT / name).read_text()
-        for name in (
-            "infra/cluster/raycluster.yaml",
-            "infra/cluster/rayservice.yaml",
-            "ray_cluster.yaml",
-        )
-    ]
-    dockerfile = (ROOT / "infra/cluster/Dockerfile").read_text()
-    assert all(f"image: dim:{__version__}" in text for text in texts)
-    assert all(f'rayVersion: "{pinned["ray"]}"' in text for text in texts[:2])
-    assert f"FROM rayproject/ray:{pinned['ray']}-" in dockerfile
-    assert f"ARG TORCH=torch=={pinned['torch']}" in dockerfile
 
 
 def test_constraints_pin_every_direct_dependency() -> None:
-    import re
-    import tomllib
+    pinned = pins("constraints.txt")
+    assert {name for names in project().values() for name in names} <= set(pinned)
 
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = project["dependencies"] + project["optional-dependencies"]["test"]
-    names = {re.match(r"[A-Za-z0-9._-]+", requirement)[0].lower() for requirement in wanted}
-    pinned = {
-        line.split("==")[0].lower()
-        for line in (ROOT / "constraints.txt").read_text().splitlines()
-        if "==" in line and not line.startswith("#")
+
+def test_the_image_holds_the_tested_set_by_hashes_and_no_test_tools() -> None:
+    common, cuda = (f"infra/cluster/requirements{part}.txt" for part in ("", "-cuda"))
+    image, tested = pins(common, cuda), pins("constraints.txt")
+    runtime = {name for part, names in project().items() if part != "test" for name in names}
+    assert runtime <= set(image)
+    assert {name: version for name, version in image.items() if name in tested} == {
+        name: version for name, version in tested.items() if name in image
     }
-    assert names <= pinned
+    needed = {name for name in image if name not in tested}
+    assert all(re.match("torch|triton|nvidia-|cuda-|setuptools", name) for name in needed), needed
+    tools = set(project()["test"]) - runtime
+    assert {"pytest", "moto", "mypy"} <= tools and not tools & set(image)
+    for name in (common, cuda):
+        for block in re.split(r"\n(?=[a-z])", (ROOT / name).read_text())[1:]:
+            assert "--hash=sha256:" in block
+    assert not [name for name in pins(common) if re.match("torch$|triton|nvidia-|cuda-", name)]
+
+
+def test_files_agree_on_the_versions_and_the_image() -> None:
+    pinned = pins("constraints.txt")
+    docker = yaml.safe_load((ROOT / "ray_cluster.yaml").read_text())["docker"]
+    assert docker["worker_image"].endswith(f"/dim:{__version__}")
+    assert docker["head_image"].endswith(f"/dim:{__version__}-cpu")
+    dockerfile = (CLUSTER / "Dockerfile").read_text()
+    targets = dict(re.findall(r"^FROM (\S+) AS (\w+)$", dockerfile, re.MULTILINE))
+    assert targets == {
+        f"rayproject/ray:{pinned['ray']}-py311": "tested",
+        "tested": "cuda",
+    }  # the last of several that begin there
+    assert f"torch=={pinned['torch']}+cpu" in dockerfile
+    for stage in re.split(r"^FROM ", dockerfile, flags=re.MULTILINE)[3:]:
+        commands = [line for line in stage.splitlines() if line and not line.startswith("#")]
+        assert commands[-3:] == ["USER ray", "WORKDIR /home/ray/dim", "RUN dim --version"]
+    installs = re.findall(r"pip install .*?(?:\n(?! )|$)", dockerfile, re.DOTALL)
+    assert all("--no-deps" in line for line in installs)
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, built of a copy that holds what the image's build is given of the packages."""
+    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    skipped = shutil.ignore_patterns("__pycache__")
+    for name in PACKAGES:
+        shutil.copytree(ROOT / name, source / name, ignore=skipped)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    build = f"from setuptools import build_meta; build_meta.build_wheel({str(out)!r})"
+    subprocess.run(
+        [sys.executable, "-c", build], cwd=source, check=True, capture_output=True, timeout=120
+    )
+    (made,) = out.glob("*.whl")
+    return made
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The programs of an environment with the wheel in it; other packages are this one's."""
+    home = tmp_path_factory.mktemp("environment")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", home], check=True, timeout=60)
+    python = home / "bin" / "python"
+    subprocess.run(
+        [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-index",
+         "--no-deps", "--disable-pip-version-check", wheel],
+        check=True, timeout=120,
+    )  # fmt: skip
+    (site,) = home.glob("lib/python*/site-packages")
+    (site / "others.pth").write_text(sysconfig.get_path("purelib"))
+    return home / "bin"
+
+
+def run(installed: Path, folder: Path, *command: str) -> str:
+    """What a command prints that is started in ``folder``."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [installed / command[0], *command[1:]],
+        cwd=folder, env=environment, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_wheel_holds_every_file_that_the_code_reads(wheel: Path) -> None:
+    inside = set(zipfile.ZipFile(wheel).namelist())
+    ours = {
+        str(path.relative_to(ROOT))
+        for name in PACKAGES
+        for path in (ROOT / name).rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    # What is for whoever builds a cluster is in the repository.
+    left_out = {name for name in ours if name.startswith("infra/cluster/")} | {"infra/venv.sh"}
+    assert ours - inside == left_out
+    assert {name for name in inside - ours if ".dist-info/" not in name} == set()
+
+
+def test_the_wheel_runs_from_an_empty_folder(installed: Path, tmp_path: Path) -> None:
+    where = run(installed, tmp_path, "python", "-c", "import dim, configs; print(dim.__file__)")
+    assert Path(where.strip()).is_relative_to(installed.parent)
+    assert run(installed, tmp_path, "dim", "--version") == f"dim {__version__}\n"
+    plan = run(
+        installed, tmp_path, "dim", "train", "configs/dim-4.6b-edit2.yaml", "workers=[8,16]",
+        "--plan", "--model", "configs/dim-4.6b.yaml", "--samples", "233000", "--gpu", "h100",
+    )  # fmt: skip
+    assert "364,050 of 32 samples" in plan
+    # The tiny model, from its weights in the wheel.
+    script = (
+        "from infra.models import load_initial; from infra.registry import located; "
+        "m = load_initial(located('configs/tiny.yaml'), edits=True); m.save('tiny')"
+    )
+    run(installed, tmp_path, "python", "-c", script)
+    assert "painter" in run(installed, tmp_path, "dim", "model", "info", "tiny")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["tiny"]

@@ -7,16 +7,18 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.error import HTTPError
 from urllib.request import urlopen
 
 import pytest
 
+from dim import cli
 from dim.errors import DimError, InputError
 from infra.ports import free_port
-from infra.submit import connect, entrypoint_of, submit
+from infra.submit import connect, entrypoint_of, follow, submit
 
 # A cluster of its own in its own process: the test session's Ray has no job server. Both run an
 # agent, whose port Ray fixes unless told, and without an agent a cluster takes no job.
@@ -72,12 +74,10 @@ def test_no_cluster_is_one_sentence() -> None:
 
 
 def test_a_job_runs_on_a_cluster_and_its_failure_is_ours(tmp_path: Path) -> None:
-    done = submit_from_outside(
-        tmp_path, "edit", "missing.png", "remove the cup", "--model", "nowhere"
-    )
-    assert done.returncode == 1
+    done = submit_from_outside(tmp_path, "doctor", "--nonsense")
+    assert done.returncode == 2  # of the job's program: wrong usage
     assert "submitted raysubmit_" in done.stderr
-    assert "error: image not found: missing.png" in done.stdout
+    assert "error: No such option: --nonsense" in done.stdout
     assert done.stderr.splitlines()[-1].startswith("error: job raysubmit_")
     assert "Traceback" not in done.stderr
 
@@ -100,6 +100,59 @@ def test_a_cluster_that_just_came_up_is_waited_for(tmp_path: Path) -> None:
     refusing = ClusterThatJustCameUp(["status code 400:\n no such thing"])
     with pytest.raises(DimError, match="not taken: status code 400: no such thing"):
         submit(refusing, "python -m training.train", tmp_path)
+
+
+class JobThatEnds:
+    """A job's log and what became of it; ``stopped`` is whether anybody asked to end it."""
+
+    def __init__(self, status: str, exit_code: int | None, interrupted: bool = False) -> None:
+        self.info = SimpleNamespace(
+            status=status, driver_exit_code=exit_code, message="Job entrypoint\nfailed"
+        )
+        self.interrupted, self.stopped = interrupted, False
+
+    async def tail_job_logs(self, job: str) -> AsyncIterator[str]:
+        yield f"{job} says so\n"
+        if self.interrupted:
+            raise KeyboardInterrupt
+
+    def get_job_info(self, job: str) -> SimpleNamespace:
+        return self.info
+
+    def stop_job(self, job: str) -> None:
+        self.stopped = True
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "wanted"),
+    [("FAILED", 2, 2), ("FAILED", 130, 130), ("FAILED", None, 1), ("STOPPED", None, 1)],
+)
+def test_a_job_s_exit_code_is_ours(
+    status: str, code: int | None, wanted: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def command() -> None:
+        follow(JobThatEnds(status, code), "raysubmit_1")
+
+    assert cli.execute(cli.command_of(command), [], prog_name="dim submit") == wanted
+    told = capsys.readouterr()
+    assert told.out == "raysubmit_1 says so\n"
+    assert told.err == f"error: job raysubmit_1 {status.lower()}: Job entrypoint failed\n"
+
+
+def test_a_job_that_succeeds_is_followed_to_its_end(capsys: pytest.CaptureFixture[str]) -> None:
+    follow(JobThatEnds("SUCCEEDED", 0), "raysubmit_1")
+    assert capsys.readouterr() == ("raysubmit_1 says so\n", "")
+
+
+def test_ctrl_c_leaves_the_job(capsys: pytest.CaptureFixture[str]) -> None:
+    job = JobThatEnds("RUNNING", None, interrupted=True)
+
+    def command() -> None:
+        follow(job, "raysubmit_1")
+
+    assert cli.execute(cli.command_of(command), [], prog_name="dim submit") == 130
+    assert not job.stopped
+    assert "raysubmit_1 goes on; `ray job stop raysubmit_1` ends it" in capsys.readouterr().err
 
 
 TOKEN = "0123456789abcdef" * 4

@@ -1,0 +1,1 @@
+"""What `dim doctor` looks at: store, tracker, machine, nodes. Each gives findings."""
