@@ -120,7 +120,7 @@ class Ingress:
             title="Draw-In-Mind",
             version=__version__,
             responses=ERRORS,
-            # Serve's spans reach from HTTP to the painter; FastAPI's would begin a trace of their
+            # Serve's spans reach from here to the painter; FastAPI's would begin a trace of their
             # own, and log what clients send.
             telemetry={"tracing": False, "metrics": False, "logs": False},
         )

@@ -127,13 +127,13 @@ class AccessLogConfig(StrictModel):
 
 
 class TracingConfig(StrictModel):
-    """OpenTelemetry traces, from HTTP to the painter's steps."""
+    """OpenTelemetry traces, from the ingress to the painter's steps."""
 
     exporter: str = Field("", pattern=r"^([A-Za-z_][\w.]*[:.][A-Za-z_]\w*)?$")
     """A function that gives the span processors, as ``package.module:function``; empty: spans are
     written to files among Serve's logs."""
     sampling_ratio: float = Field(1.0, ge=0, le=1)
-    """Of the traces that begin here; one that a client began is followed as the client has it."""
+    """Share of the requests that are traced."""
 
 
 class SigningConfig(StrictModel):

@@ -1,6 +1,6 @@
 """OpenTelemetry: what Serve does not see of a request, the painter's steps, as spans of its trace.
 
-Serve makes the spans from HTTP to the painter's replica, and sends them where its
+Serve makes the spans from the ingress to the painter's replica, and sends them where its
 ``tracing_config`` says. Without one nothing here costs more than a look.
 """
 
