@@ -654,8 +654,11 @@ def open_finished(uri: str) -> Store:
 
 def _open_shards(uri: str) -> ds.Dataset:
     store = open_finished(uri)
-    files = json.loads(store.read("manifest.json"))["files"]
-    names = [file["path"] for file in files if re.fullmatch(_KEPT_FILE, file["path"])]
+    try:
+        named = [file["path"] for file in json.loads(store.read("manifest.json"))["files"]]
+        names = [name for name in named if re.fullmatch(_KEPT_FILE, name)]
+    except (ValueError, KeyError, TypeError):
+        raise StorageError(f"{store.address('manifest.json')} is no manifest") from None
     if not names:
         raise StorageError(f"the dataset {uri} has no data/*.parquet")
     dataset = store.open_dataset(names)

@@ -199,6 +199,9 @@ class Job:
                 tables = dataset.iter_batches(batch_size=None, batch_format="pyarrow")
                 there |= {one.number: one for one in receipts.receipts_in(tables)}
             manifest = self._publish(work.output, there.values(), before)
+            if before is not None:  # what went with the output that was there
+                for name in (card.NAME, REPORT):
+                    self.store.delete(name)
             seconds = time.monotonic() - started
             self._go_with(manifest, lambda: tracked(manifest, seconds))
         return manifest

@@ -57,7 +57,7 @@ def chain(bucket: str, tiny: str, scratch: str) -> None:
     trained = train.run(config)
     assert train.run(config) == trained  # which it knows from what lies in the store
     export.run(ExportConfig(data=edits, out=f"{bucket}/public"))
-    # What was begun again starts with deleting.
+    # Replacing an output ends with deleting.
     ingest.run(drawn, overwrite=True)
 
 

@@ -227,6 +227,13 @@ def test_unfinished_data_sets_are_not_opened(store: Store) -> None:
     store.write("data/part-00000.parquet", b"half")
     with pytest.raises(StorageError, match="is not finished"):
         storage.open_dataset(store.uri)
+    for text in (b"{}", b"half", b'{"files": [3]}'):
+        store.write("manifest.json", text)
+        with pytest.raises(StorageError, match="manifest.json is no manifest"):
+            storage.open_dataset(store.uri)
+    store.write("manifest.json", b'{"files": [{"path": "data/../../x.parquet"}]}')
+    with pytest.raises(StorageError, match="has no data/"):
+        storage.open_dataset(store.uri)
 
 
 @pytest.fixture

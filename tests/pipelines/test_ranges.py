@@ -235,13 +235,14 @@ def shards_of(rows: Sequence[int]) -> Shards:
 
 def test_small_files_share_a_range_and_large_ones_are_cut() -> None:
     ranges = ranges_of(shards_of([3, 3, 3, 0, 10, 600]), 8)
-    assert [[piece.file[5] for piece in each] for each in ranges[:2]] == [["0", "1"], ["2", "3"]]
-    assert [(each[0].file[5], each[0].cut, each[0].cuts) for each in ranges[2:4]] == [
-        ("4", 0, 2),
-        ("4", 1, 2),
+    found = [[(piece.file[5], piece.cut, piece.cuts) for piece in each] for each in ranges]
+    assert found[:3] == [
+        [("0", 0, 1), ("1", 0, 1)],
+        [("2", 0, 1), ("3", 0, 1), ("4", 0, 2)],
+        [("4", 1, 2)],
     ]
-    assert {piece.of for each in ranges[4:] for piece in each} == {3}
-    assert all(len(each) == 1 for each in ranges[4:]) and len(ranges) == 4 + 3 * 25
+    # Three row groups of 200, in 25 each.
+    assert found[3:] == [[("5", cut, 25)] for _ in range(3) for cut in range(25)]
 
 
 @pytest.mark.parametrize(
