@@ -18,7 +18,7 @@ from pipelines.command import ConfigFile, Out, Overrides, Overwrite, RetryFailed
 from pipelines.filters import FilterPairs, PairRules
 from pipelines.filters.duplicates import DuplicateRules
 from pipelines.filters.verdicts import judge
-from pipelines.job import AskingConfig, Job, Remaining
+from pipelines.job import AskingConfig, Job, OnProgress, Remaining
 from pipelines.outputs.manifest import Manifest
 from pipelines.outputs.shards import Shards
 from pipelines.outputs.summary import summary
@@ -45,7 +45,13 @@ class EditConfig(AskingConfig):
     duplicates: DuplicateRules = DuplicateRules()
 
 
-def run(config: EditConfig, *, overwrite: bool = False, retry_failed: bool = False) -> Manifest:
+def run(
+    config: EditConfig,
+    *,
+    overwrite: bool = False,
+    retry_failed: bool = False,
+    on_progress: OnProgress | None = None,
+) -> Manifest:
     """Make DIM-Edit. See :meth:`pipelines.job.Job.run` for reruns and errors."""
     designers.check(config.designer)
     raw = Shards.open(config.raw, RAW_PAIR)
@@ -63,6 +69,7 @@ def run(config: EditConfig, *, overwrite: bool = False, retry_failed: bool = Fal
         lambda work: edit(raw, ranges, config, work),
         overwrite=overwrite,
         retry_failed=retry_failed,
+        on_progress=on_progress,
     )
 
 

@@ -23,7 +23,7 @@ from infra.models import load_frozen
 from infra.registry import located
 from infra.storage import everywhere, open_store
 from pipelines.command import ConfigFile, Out, Overrides, Overwrite, RetryFailed, settings
-from pipelines.job import Job, JobConfig, Remaining
+from pipelines.job import Job, JobConfig, OnProgress, Remaining
 from pipelines.outputs.manifest import Manifest
 from pipelines.outputs.shards import Shards
 from pipelines.outputs.summary import summary
@@ -65,7 +65,13 @@ class FeaturesConfig(JobConfig):
     """A share lets one process read and decode while another computes on the same GPU."""
 
 
-def run(config: FeaturesConfig, *, overwrite: bool = False, retry_failed: bool = False) -> Manifest:
+def run(
+    config: FeaturesConfig,
+    *,
+    overwrite: bool = False,
+    retry_failed: bool = False,
+    on_progress: OnProgress | None = None,
+) -> Manifest:
     """Make feature shards. See :meth:`pipelines.job.Job.run` for reruns and errors.
 
     Raises:
@@ -90,6 +96,7 @@ def run(config: FeaturesConfig, *, overwrite: bool = False, retry_failed: bool =
         lambda work: encode(shards, ranges, config, options, preparation, work),
         overwrite=overwrite,
         retry_failed=retry_failed,
+        on_progress=on_progress,
     )
 
 

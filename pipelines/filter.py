@@ -15,7 +15,7 @@ from pipelines.command import ConfigFile, Out, Overrides, Overwrite, RetryFailed
 from pipelines.filters import FilterImages, FilterPairs, ImageRules, PairRules
 from pipelines.filters.duplicates import DuplicateRules
 from pipelines.filters.verdicts import judge
-from pipelines.job import Job, JobConfig, Remaining
+from pipelines.job import Job, JobConfig, OnProgress, Remaining
 from pipelines.outputs.manifest import Manifest
 from pipelines.outputs.receipts import WriteRanges
 from pipelines.outputs.shards import Shards
@@ -60,6 +60,7 @@ def run(
     *,
     overwrite: bool = False,
     retry_failed: bool = False,
+    on_progress: OnProgress | None = None,
 ) -> Manifest:
     """Filter raw records. See :meth:`pipelines.job.Job.run` for reruns and errors."""
     raw = Shards.open(config.raw, config.kept)
@@ -70,6 +71,7 @@ def run(
         lambda work: keep(raw, ranges, config, work),
         overwrite=overwrite,
         retry_failed=retry_failed,
+        on_progress=on_progress,
     )
 
 

@@ -14,7 +14,7 @@ from dim.config import load_config
 from infra import storage
 from pipelines.attempts import Attempts, TimeLimits
 from pipelines.command import ConfigFile, Out, Overrides, Overwrite, RetryFailed, settings
-from pipelines.job import Job, JobConfig, Remaining
+from pipelines.job import Job, JobConfig, OnProgress, Remaining
 from pipelines.outputs.manifest import Manifest
 from pipelines.outputs.receipts import WriteRanges
 from pipelines.outputs.summary import summary
@@ -68,7 +68,13 @@ class IngestConfig(TabletopConfig, JobConfig):
         return self
 
 
-def run(config: IngestConfig, *, overwrite: bool = False, retry_failed: bool = False) -> Manifest:
+def run(
+    config: IngestConfig,
+    *,
+    overwrite: bool = False,
+    retry_failed: bool = False,
+    on_progress: OnProgress | None = None,
+) -> Manifest:
     """Read the source into raw shards. See :meth:`pipelines.job.Job.run` for reruns and errors."""
     source = open_source(config)
     ranges = len(source.ranges)
@@ -81,7 +87,10 @@ def run(config: IngestConfig, *, overwrite: bool = False, retry_failed: bool = F
         ranges=ranges,
     )
     return job.run(
-        lambda work: read(source, config, work), overwrite=overwrite, retry_failed=retry_failed
+        lambda work: read(source, config, work),
+        overwrite=overwrite,
+        retry_failed=retry_failed,
+        on_progress=on_progress,
     )
 
 

@@ -37,6 +37,9 @@ from pipelines.outputs.receipts import RangeOutput, Receipt
 from pipelines.outputs.shards import Shards
 from pipelines.ranges import TIMEOUT_S
 
+OnProgress = Callable[[int, int], None]
+"""Is told how many ranges are done, of how many."""
+
 REPORT = "report.html"
 """A page that a job may leave in its output, for MLflow to keep."""
 
@@ -157,6 +160,7 @@ class Job:
         *,
         overwrite: bool = False,
         retry_failed: bool = False,
+        on_progress: OnProgress | None = None,
     ) -> Manifest:
         """Bring the output folder to hold all records, and say what is in it.
 
@@ -171,6 +175,7 @@ class Job:
             overwrite: replace a finished output, whatever made it, when the new one is whole.
             retry_failed: do the ranges of a finished output again in which records failed, and ask
                 again what was answered with nothing.
+            on_progress: is told of every range that is done.
 
         Raises:
             InputError: the folder holds something else, and ``overwrite`` is not set; or somebody
@@ -197,7 +202,10 @@ class Job:
             if work.todo:
                 dataset = build(work)
                 tables = dataset.iter_batches(batch_size=None, batch_format="pyarrow")
-                there |= {one.number: one for one in receipts.receipts_in(tables)}
+                for one in receipts.receipts_in(tables):
+                    there[one.number] = one
+                    if on_progress is not None:
+                        on_progress(len(there), work.output.of)
             manifest = self._publish(work.output, there.values(), before)
             if before is not None:  # what went with the output that was there
                 for name in (card.NAME, REPORT):

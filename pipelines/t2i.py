@@ -17,7 +17,7 @@ from pipelines.command import ConfigFile, Out, Overrides, Overwrite, RetryFailed
 from pipelines.filters import FilterImages, ImageRules
 from pipelines.filters.duplicates import DuplicateRules
 from pipelines.filters.verdicts import judge
-from pipelines.job import AskingConfig, Job, Remaining
+from pipelines.job import AskingConfig, Job, OnProgress, Remaining
 from pipelines.outputs.manifest import Manifest
 from pipelines.outputs.shards import Shards
 from pipelines.outputs.summary import summary
@@ -37,7 +37,13 @@ class T2IConfig(AskingConfig):
     captions: CaptionRules = CaptionRules()
 
 
-def run(config: T2IConfig, *, overwrite: bool = False, retry_failed: bool = False) -> Manifest:
+def run(
+    config: T2IConfig,
+    *,
+    overwrite: bool = False,
+    retry_failed: bool = False,
+    on_progress: OnProgress | None = None,
+) -> Manifest:
     """Make DIM-T2I. See :meth:`pipelines.job.Job.run` for reruns and errors."""
     designers.check(config.captioner, captioner=True)
     raw = Shards.open(config.raw, RAW_IMAGE)
@@ -55,6 +61,7 @@ def run(config: T2IConfig, *, overwrite: bool = False, retry_failed: bool = Fals
         lambda work: caption(raw, ranges, config, work),
         overwrite=overwrite,
         retry_failed=retry_failed,
+        on_progress=on_progress,
     )
 
 

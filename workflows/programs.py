@@ -100,7 +100,10 @@ class EvaluateStepConfig(evaluate.EvaluateConfig):
 
 def _job(module: Any) -> Callable[[Any, str, bool, Tell], Done]:
     def run(config: Any, out: str, anew: bool, tell: Tell) -> Done:
-        manifest: Manifest = module.run(config, overwrite=anew)
+        def on_progress(done: int, ranges: int) -> None:
+            tell(done / ranges, f"{done} of {ranges} ranges")
+
+        manifest: Manifest = module.run(config, overwrite=anew, on_progress=on_progress)
         usd = (manifest.cost or {}).get("usd", 0.0)
         return Done(manifest.counts.in_words(), manifest.counts.model_dump(), usd)
 
