@@ -17,7 +17,7 @@ from dim.features.format import Preparation, pack_bf16, preparation_of, unpack_b
 from infra import storage
 from infra.models import load_frozen
 from infra.storage import Store
-from pipelines.outcome import to_table
+from pipelines.outcome import travelling
 from pipelines.outputs import manifest
 from pipelines.outputs.files import Limits
 from pipelines.outputs.manifest import Counts, Manifest
@@ -78,8 +78,8 @@ def write_features(
     store = storage.open_store(str(out))
     schema = schema_of(stage.options, preparation)
     limits = Limits(8, group_bytes=group_bytes)
-    made = pa.concat_tables([to_table([], schema), *tables], promote_options="default")
-    files = write_output(store, schema, made, limits)
+    table = pa.concat_tables([travelling(schema).empty_table(), *tables])
+    files = write_output(store, schema, table, limits)
     rows = Counter(row["outcome"] for table in tables for row in table.to_pylist())
     counts = Counts(
         input=rows.total(),
