@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -54,15 +55,21 @@ def explain(error: BaseException) -> Failure:
             return Failure(_explain_os_error(candidate), 1)
         if isinstance(candidate, MemoryError):
             return Failure("out of memory", 1)
-        if isinstance(candidate, ModuleNotFoundError) and candidate.name:
+        if isinstance(candidate, ModuleNotFoundError) and _is_of_others(candidate.name):
+            package = str(candidate.name).partition(".")[0]
             return Failure(
-                f"{candidate.name.partition('.')[0]} is not installed: install this package with "
+                f"{package} is not installed: install this package with "
                 "its extra `all`, or the one of data, train and serve that the command is of",
                 1,
             )
     root = _root(error)
     said = _one_line(str(root)) or "no message"
     return Failure(f"unexpected {type(root).__name__}: {said} (--debug shows where)", 1)
+
+
+def _is_of_others(module: str | None) -> bool:
+    """Whether a module is one of a package that could be installed, and not of one that is."""
+    return module is not None and module.partition(".")[0] not in sys.modules
 
 
 def _from_traceback(error: BaseException) -> DimError | None:

@@ -33,6 +33,10 @@ def pins(*names: str) -> dict[str, str]:
     return {canonical(name): version for name, version in PINNED.findall(text)}
 
 
+# Extras that no image needs: tools of the tests, and what only some servers are asked to do.
+ASIDE = ("test", "int8", "c2pa")
+
+
 def project() -> dict[str, list[str]]:
     """The direct dependencies of the project, by extra; "" are those of all."""
     found = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -55,7 +59,7 @@ def test_constraints_pin_every_direct_dependency() -> None:
 def test_the_image_holds_the_tested_set_by_hashes_and_no_test_tools() -> None:
     common, cuda = (f"infra/cluster/requirements{part}.txt" for part in ("", "-cuda"))
     image, tested = pins(common, cuda), pins("constraints.txt")
-    runtime = {name for part, names in project().items() if part != "test" for name in names}
+    runtime = {name for part, names in project().items() if part not in ASIDE for name in names}
     assert runtime <= set(image)
     assert {name: version for name, version in image.items() if name in tested} == {
         name: version for name, version in tested.items() if name in image

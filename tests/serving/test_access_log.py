@@ -51,7 +51,7 @@ def edit(log: Log, headers: Any = None, **fields: Any) -> Any:
 
 def test_a_request_is_a_line(log: Log) -> None:
     async def paint(job: EditJob) -> AsyncIterator[Painted]:
-        yield Painted(picture(), 2, waited_s=0.5 + job.seed, painted_s=1.25)
+        yield Painted(picture(), 2, 1, "dim/1", waited_s=0.5 + job.seed, painted_s=1.25)
 
     log.server.painter.paint = Method(paint)
     answer = edit(log, n="2", seed="1")

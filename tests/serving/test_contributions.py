@@ -223,7 +223,7 @@ def test_what_was_accepted_becomes_dim_edit(
 
     async def paint(job: EditJob) -> Any:
         wanted = next(text for text in targets if text in job.text)
-        yield Painted(encode_png(targets[wanted]), 1)
+        yield Painted(encode_png(targets[wanted]), 1, 1, "dim/1")
 
     server.painter.paint = Method(paint)
     plans = []
