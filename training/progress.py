@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -19,7 +20,7 @@ OnProgress = Callable[[Sequence[str], Mapping[str, float]], None]
 Teller = Callable[[Sequence[str], Mapping[str, float]], None]
 """Takes lines and metrics to the driver, where it still listens."""
 
-_LISTEN_SECONDS = 0.5
+_LISTEN_SECONDS, _ARRIVES_SECONDS = 0.5, 0.2
 
 
 class _Board:
@@ -59,10 +60,12 @@ def watch(run_id: str, on_progress: OnProgress | None) -> Iterator[None]:
     board: Any = ray.remote(_Board).options(**options).remote()
     stopped = threading.Event()
 
-    def show() -> None:
+    def show() -> bool:
         with suppress(RayError):
             if (told := ray.get(board.take.remote())) is not None:
                 on_progress(*told)
+                return True
+        return False
 
     def look() -> None:
         while not stopped.wait(_LISTEN_SECONDS):
@@ -75,7 +78,9 @@ def watch(run_id: str, on_progress: OnProgress | None) -> Iterator[None]:
     finally:
         stopped.set()
         thread.join()
-        show()
+        time.sleep(_ARRIVES_SECONDS)  # what a worker said last, which it did not wait for
+        while show():
+            time.sleep(_ARRIVES_SECONDS)
         ray.kill(board)
 
 

@@ -46,6 +46,7 @@ from pipelines.outputs.shards import Shards
 from pipelines.ranges import TIMEOUT_S, Piece, gather
 
 _MATCHED_PER_TASK = 20_000  # signatures
+_SMALL_BYTES = 100_000  # what travels with a worker's other settings
 
 
 @dataclass(frozen=True)
@@ -56,14 +57,15 @@ class Judged:
         raw: the folder that they lie in.
         schema: what they are.
         verdicts: the folder that the verdicts lie in.
-        losers: where the table of duplicates is.
+        losers: the table of duplicates, or where it is if it is large: what an actor is made of
+            should not lie in the object store, where a restarted one might not find it.
         rows: a batch has at most.
     """
 
     raw: Store
     schema: pa.Schema
     verdicts: KeptVerdicts
-    losers: ray.ObjectRef
+    losers: pa.Table | ray.ObjectRef
     rows: int
 
     def records(self, each: dict[str, Any]) -> Iterator[pa.Table]:
@@ -81,7 +83,7 @@ class Judged:
 
     def surely(self, each: dict[str, Any]) -> Iterator[pa.Table]:
         """The same for who can say of a record that it failed, however often it was begun."""
-        losers = ray.get(self.losers)
+        losers = self.losers if isinstance(self.losers, pa.Table) else ray.get(self.losers)
         for given, cuts in zip(each["pieces"], each["cuts"], strict=True):
             piece = Piece(**given)
             tables = [self.verdicts.read(Piece(**cut)) for cut in cuts]
@@ -217,7 +219,8 @@ def judge(
         }
         for number in todo
     ]
-    return wanted, Judged(raw.store, stage.schema, kept, ray.put(losers), rows)
+    shared = losers if losers.nbytes <= _SMALL_BYTES else ray.put(losers)
+    return wanted, Judged(raw.store, stage.schema, kept, shared, rows)
 
 
 def _losers(known: Mapping[Piece, pa.Table], kept: KeptVerdicts, rules: DuplicateRules) -> pa.Table:

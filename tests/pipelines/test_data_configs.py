@@ -11,7 +11,7 @@ from pipelines.features import FeaturesConfig
 from pipelines.ingest import IngestConfig
 from pipelines.job import JobConfig
 from pipelines.t2i import T2IConfig
-from workflows.demo import DemoConfig
+from workflows.workflow import load_workflow
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 EDIT = ["raw=in", "designer=oracle", "out=o"]
@@ -64,9 +64,9 @@ def test_wrong_settings_are_named(given: list[str], complaint: str) -> None:
         load_config(IngestConfig, None, ["out=o", *given])
 
 
-def test_the_demo_draws_from_a_world_checked_like_any_other() -> None:
+def test_the_demo_draws_from_a_world_checked_like_any_other(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"between 2 and 6, not \[4, 3\]"):
-        load_config(DemoConfig, CONFIGS / "demo.yaml", ["objects=[4,3]"])
+        load_workflow(CONFIGS / "demo.yaml", [f"out={tmp_path}", "objects=[4,3]"])
 
 
 @pytest.mark.parametrize(("rows", "workers"), [(0, 1), (63, 1), (128, 2), (10_000, 3)])

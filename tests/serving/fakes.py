@@ -109,6 +109,7 @@ class FakePainter:
         self.error: Exception | None = None
         self.defaults = Method(self._defaults)
         self.paint = Method(self._paint)
+        self.release = RELEASE  # what its images say that painted them
         self.warm = Method(self._warm)
 
     def options(self, **_: object) -> FakePainter:
@@ -123,7 +124,7 @@ class FakePainter:
 
     async def _paint(self, job: EditJob | GenerateJob) -> AsyncIterator[Preview | Painted]:
         self.jobs.append(job)
-        size, output = await self._size(job), signed(job.output, RELEASE)
+        size, output = await self._size(job), signed(job.output, self.release)
         for number in range(job.previews):
             yield Preview(number, encode(Image.new("RGB", size, "white"), output))
         if self.error is not None:

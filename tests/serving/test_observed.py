@@ -85,8 +85,13 @@ def test_an_id_goes_with_a_request_through_all_of_it(server: Server, config: Ser
     assert given.headers.get_list("x-request-id") == ["shop-17"]
     made = edit(server)
     (id,) = made.headers.get_list("x-request-id")
-    logged = {line["request_id"]: line for line in lines(config)}
-    assert logged.keys() >= {"shop-17", id}
+    deadline = time.monotonic() + 30  # a line is written when its answer has gone
+    while not (logged := {line["request_id"]: line for line in lines(config)}).keys() >= {
+        "shop-17",
+        id,
+    }:
+        assert time.monotonic() < deadline, logged.keys()
+        time.sleep(0.1)
     line = logged["shop-17"]
     assert (line["status"], line["route"], line["images"]) == (200, "/v1/images/edits", 1)
     assert 0 < line["painted_ms"] < line["ms"] and line["waited_ms"] >= 0

@@ -29,11 +29,7 @@ from training.stage import StageConfig
 def painted(model_hash: str, **fields: Any) -> bytes:
     """An image out of the server's own route and encoder."""
     server = Server()
-
-    async def defaults() -> Any:
-        return replace(fakes.DEFAULTS, model_hash=model_hash)
-
-    server.painter.defaults = fakes.Method(defaults)
+    server.painter.release = replace(fakes.RELEASE, model_hash=model_hash)
     answer = server.http.post(
         "/v1/images/edits", files={"image": ("a.png", picture())},
         data={"prompt": "make it blue", "seed": "7", **fields},
