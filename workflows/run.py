@@ -18,12 +18,13 @@ from rich.console import Console
 
 from dim.config import suggestion
 from dim.errors import ConfigError, DimError
+from dim.failures import Failure
 from infra.storage import is_local, join, local_path
 from infra.tracking import PARENT_RUN, Tracking
 from pipelines.cluster import connect
 from workflows.programs import Done
 from workflows.receipts import BEAT_S, FOLDER, Receipt, Receipts, maker
-from workflows.step_process import Failed, StepProcess
+from workflows.step_process import StepProcess
 from workflows.view import View, plan_table, status_table
 from workflows.workflow import Step, Workflow, load_workflow
 
@@ -164,7 +165,7 @@ class _Run:
             said = process.take()
             if isinstance(said, Done):
                 self._finish(process, said)
-            elif isinstance(said, Failed):
+            elif isinstance(said, Failure):
                 self._fail(process, said)
             elif said is not None:
                 self._view.tell(process.step.name, *said)
@@ -192,7 +193,7 @@ class _Run:
         if all(self._workflow.steps[each].program.stays for each in self._open()):
             self._leave_ray()  # what is left has its own
 
-    def _fail(self, process: StepProcess, failed: Failed) -> None:
+    def _fail(self, process: StepProcess, failed: Failure) -> None:
         name = process.step.name
         del self._at_work[name]
         process.stop()

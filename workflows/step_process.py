@@ -14,19 +14,11 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
-from dim.failures import explain
+from dim.failures import Failure, explain
 from workflows.programs import PROGRAMS, Done
 from workflows.workflow import Step
 
 _ENDS_WITHIN_S = 60.0
-
-
-@dataclass(frozen=True)
-class Failed:
-    """Why a step could not be done, and the exit code that goes with it."""
-
-    sentence: str
-    exit_code: int
 
 
 @dataclass(frozen=True)
@@ -69,13 +61,13 @@ class StepProcess:
         self._process.start()
         theirs.close()
 
-    def take(self) -> tuple[float | None, str] | Done | Failed | None:
+    def take(self) -> tuple[float | None, str] | Done | Failure | None:
         """What it says next, if it has said something; how it ended is the last."""
         try:
-            said: tuple[float | None, str] | Done | Failed = self.connection.recv()
+            said: tuple[float | None, str] | Done | Failure = self.connection.recv()
         except EOFError:
             self._process.join()
-            return Failed(f"its process was killed (exit status {self._process.exitcode})", 1)
+            return Failure(f"its process was killed (exit status {self._process.exitcode})", 1)
         return said
 
     def stop(self) -> None:
@@ -104,7 +96,7 @@ def _run(task: Task, connection: Connection) -> None:
     except BaseException as error:
         failure = explain(error)
         print(failure.sentence, file=sys.stderr, flush=True)
-        connection.send(Failed(failure.sentence, failure.exit_code))
+        connection.send(failure)
         if not isinstance(error, Exception):
             raise SystemExit(failure.exit_code) from None
         if failure.sentence.startswith("unexpected"):

@@ -49,8 +49,7 @@ def written(folder: Path, **changes: Any) -> Path:
 
 
 def said_by(loaded: Workflow, **options: Any) -> str:
-    console = Console(width=200, record=True, force_terminal=False, quiet=True)
-    console.quiet = False
+    console = Console(width=200, force_terminal=False)
     with console.capture() as captured:
         run(loaded, console, **options)
     return captured.get()
@@ -140,7 +139,7 @@ def test_an_output_that_is_gone_is_made_again(done: tuple[Path, str]) -> None:
 def test_a_step_that_fails_says_why_and_where(tmp_path: Path, ray_cluster: None) -> None:
     bad = {"run": "edit", "with": {"raw": str(tmp_path / "nowhere"), "designer": "oracle"}}
     after = {"run": "ingest", "with": {"tabletop": 3, **TABLETOP}, "after": ["bad"]}
-    loaded = load_workflow(written(tmp_path, raw=bad | {}, edit=after | {"after": ["raw"]}))
+    loaded = load_workflow(written(tmp_path, raw=bad, edit=after | {"after": ["raw"]}))
     with pytest.raises(StepError) as error:
         run(loaded, Console(quiet=True))
     assert f"step 'raw': the raw pairs {tmp_path / 'nowhere'}" in str(error.value) or (
