@@ -20,6 +20,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 BUCKET_NUMBERS = itertools.count()
+RAY_IS_UP = pytest.StashKey[bool]()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -140,7 +141,7 @@ def rclone_s3(rclone_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 @pytest.fixture(scope="session")
-def ray_cluster(s3_endpoint: str) -> Iterator[None]:
+def ray_cluster(s3_endpoint: str, request: pytest.FixtureRequest) -> Iterator[None]:
     """A Ray of this test session's own; its workers see the S3 server."""
     import ray
 
@@ -153,8 +154,20 @@ def ray_cluster(s3_endpoint: str) -> Iterator[None]:
         _system_config={"health_check_period_ms": 1000},  # a node that is killed is soon missed
         logging_level="warning",
     )
+    request.session.stash[RAY_IS_UP] = True
     yield
+    request.session.stash[RAY_IS_UP] = False
     ray.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def ray_stays(request: pytest.FixtureRequest) -> Iterator[None]:
+    """No test, nor what it calls, shuts down the Ray that those after it use too."""
+    yield
+    if request.session.stash.get(RAY_IS_UP, False):
+        import ray
+
+        assert ray.is_initialized(), "the Ray of all tests was shut down here"
 
 
 @pytest.fixture(scope="session")

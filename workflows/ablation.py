@@ -119,14 +119,15 @@ def run(config: AblationConfig, console: Console) -> list[Result]:
     """
     out = config.out.resolve()
     uri = f"sqlite:///{out / 'mlflow.db'}"
-    connect()
+    owns_ray = connect()
     try:
         results = [
             _measure(config, arm, _make_data(config, out, uri, arm.designer), uri, console)
             for arm in arms(config.noise)
         ]
     finally:
-        ray.shutdown()
+        if owns_ray:
+            ray.shutdown()
     (out / "table.md").write_text(as_markdown(results), encoding="utf-8")
     (out / "table.json").write_text(json.dumps(as_numbers(results), indent=2), encoding="utf-8")
     draw_curves(results, out / "curves.png")

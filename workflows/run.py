@@ -70,7 +70,8 @@ class _Run:
         self._at_work: dict[str, StepProcess] = {}
         self._begun: dict[str, float] = {}  # by time.monotonic
         self._beat = 0.0
-        self._ray: str | None = None
+        self._ray: str | None = None  # address of the Ray that the steps run on
+        self._owns_ray = False
         self._parent: str | None = None
 
     def to_the_end(self) -> None:
@@ -154,7 +155,7 @@ class _Run:
         if step.program.stays:
             return {}
         if self._ray is None:
-            self._ray = os.environ.get("RAY_ADDRESS") or _start_ray()
+            self._ray = os.environ.get("RAY_ADDRESS") or self._find_ray()
         return {"RAY_ADDRESS": self._ray, PARENT_RUN: str(self._parent)}
 
     def _wait(self) -> None:
@@ -213,12 +214,20 @@ class _Run:
         receipt = self._receipts.read(name)
         self._receipts.write(name, receipt.model_copy(update=changes))
 
-    def _leave_ray(self) -> None:
+    def _find_ray(self) -> str:
+        """Address of this process's Ray; one that is started here is for all steps."""
         import ray
 
-        if self._ray is not None and ray.is_initialized():
+        self._owns_ray = connect()
+        logging.getLogger("ray").setLevel(logging.ERROR)
+        return str(ray.get_runtime_context().gcs_address)
+
+    def _leave_ray(self) -> None:
+        if self._owns_ray:
+            import ray
+
             ray.shutdown()
-        self._ray = None
+        self._owns_ray, self._ray = False, None
 
 
 def log_of(workflow: Workflow, name: str) -> Path:
@@ -226,15 +235,6 @@ def log_of(workflow: Workflow, name: str) -> Path:
     out = workflow.config.out
     folder = Path(local_path(out)) if is_local(out) else Path("runs") / Path(out).name
     return folder / FOLDER / f"{name}.log"
-
-
-def _start_ray() -> str:
-    """A Ray on this machine for all steps, which ends with this process; its address."""
-    import ray
-
-    connect()
-    logging.getLogger("ray").setLevel(logging.ERROR)
-    return str(ray.get_runtime_context().gcs_address)
 
 
 def _refuse_company(workflow: Workflow, receipts: Receipts) -> None:
