@@ -11,6 +11,10 @@ from operator import attrgetter
 
 import ray
 from ray.data import DataContext
+from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_random
+
+from dim.errors import DimError
+from infra.ray_token import show_token
 
 
 def connect() -> bool:
@@ -19,24 +23,41 @@ def connect() -> bool:
     Uses what the process is connected to already; else the cluster that ``RAY_ADDRESS`` names (set
     by ``ray job submit``); else starts a local one, which ends with the process, or before it by
     ``ray.shutdown`` where this call has started it.
+
+    Raises:
+        DimError: the cluster does not answer.
     """
     connects = not ray.is_initialized()
     if connects:
-        address = os.environ.get("RAY_ADDRESS", "local")
-        # A single core must still run a designer beside the reading and writing.
-        ray.init(
-            address=address,
-            num_cpus=max(2, os.cpu_count() or 1) if address == "local" else None,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
+        _init(os.environ.get("RAY_ADDRESS", "local"))
     _pass_by_value()
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = DataContext.get_current()
     context.enable_progress_bars = sys.stderr.isatty()
     context.execution_options.preserve_order = True
     return connects
+
+
+def _init(address: str) -> None:
+    if address != "local":
+        show_token()
+    try:
+        # A head that starts so many processes at once that it does not answer in time does later.
+        for attempt in Retrying(
+            retry=retry_if_exception_type(ConnectionError), stop=stop_after_delay(60),
+            wait=wait_random(1, 3), reraise=True,
+        ):  # fmt: skip
+            with attempt:
+                # A single core must still run a designer beside the reading and writing.
+                ray.init(
+                    address=address,
+                    num_cpus=max(2, os.cpu_count() or 1) if address == "local" else None,
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                )
+    except ConnectionError as error:
+        raise DimError(f"Ray at {address} does not answer: {error.__cause__ or error}") from error
 
 
 @cache

@@ -29,6 +29,7 @@ from dim.errors import DimError, InputError
 from dim.failures import explain, find_dim_error
 from dim.gpus import GPUS
 from infra import storage
+from infra.ray_token import show_token
 from infra.registry import located
 from infra.samples import extent, fingerprint
 from infra.tracking import Run, Tracking, default_uri
@@ -335,6 +336,7 @@ def _start_ray(config: StageConfig) -> None:
             # What the workers say comes through on_progress; Ray's own lines stay in its log files.
             ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False)
         else:
+            show_token()
             ray.init()
     except Exception as error:  # Ray raises bare exceptions and its many own ones here
         raise TrainingError(f"Ray at {address} did not start: {explain(error).sentence}") from error

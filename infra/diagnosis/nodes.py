@@ -11,6 +11,7 @@ from infra.diagnosis.bucket import examine_store
 from infra.diagnosis.finding import Finding, Status
 from infra.diagnosis.machine import examine_machine, versions
 from infra.diagnosis.tracker import examine_tracker
+from infra.ray_token import show_token
 
 PATIENCE_S = 120.0
 """Until a node has answered, which may have to start a worker and import torch first."""
@@ -43,6 +44,7 @@ def examine_cluster(address: str, wanted: Wanted) -> Iterator[Finding]:
     """The same of every node of the cluster at ``address``, asked there; and their versions."""
     import ray
 
+    show_token()
     try:
         ray.init(address, log_to_driver=False, configure_logging=False)
     except Exception as error:  # of many kinds, none of which is ours
