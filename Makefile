@@ -1,11 +1,14 @@
 # Two commands on a fresh machine: `make demo` and `make test`. Each makes .venv when it is not current.
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check format clean
+.PHONY: help venv demo test test-all check format clean
 
 PY := .venv/bin/python
+PYTEST := $(PY) -m pytest -n 2 --dist loadscope --no-loadscope-reorder --durations 30
+# What failed beside another process's tests has to pass by itself: see docs/decisions.md.
+ONCE_MORE := { echo "once more, one by one:" && $(PY) -m pytest --last-failed --last-failed-no-failures none -x -v; }
 
 help:  ## show this list
-	@awk -F':.*## ' '/^[a-z]+:.*## /{printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 venv:  ## make .venv with the tested set (nothing happens when it is current)
 	@bash infra/venv.sh
@@ -13,8 +16,11 @@ venv:  ## make .venv with the tested set (nothing happens when it is current)
 demo: venv  ## the whole loop on this machine: data, training, serving, a report page
 	@.venv/bin/dim demo
 
-test: check  ## lint, types, layout and every test
-	$(PY) -m pytest -n 2 --dist loadscope --no-loadscope-reorder
+test: check  ## lint, types, layout and the tests, without those of minutes
+	$(PYTEST) -m "not slow" || $(ONCE_MORE)
+
+test-all: check  ## the same with every test
+	$(PYTEST) || $(ONCE_MORE)
 
 check: venv  ## lint, format, types and layout only
 	$(PY) -m ruff check .
