@@ -12,6 +12,7 @@ import socket
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -19,6 +20,7 @@ import typer
 from dim.config import load_config
 from dim.errors import ConfigError, DimError
 from infra.models import adapter_here, on_this_machine
+from infra.ray_token import show_token
 from infra.storage import open_store
 from serving.config import NAMES_BY_THEMSELVES, NO_DESIGNER, DesignerConfig, ServingConfig
 from serving.exposure import check_exposure
@@ -169,6 +171,7 @@ def start_ray() -> None:
     import ray
 
     if os.environ.get("RAY_ADDRESS"):
+        show_token()
         ray.init(logging_level=logging.ERROR)
         return
     with in_environment(ONE_LOOP):  # which the replicas' processes inherit from Ray's
@@ -321,6 +324,11 @@ def main(
     insecure: bool = typer.Option(
         False, "--insecure", help="Listen beyond this machine without API keys."
     ),
+    ready: Path | None = typer.Option(
+        None,
+        metavar="FILE",
+        help="Where to say, as JSON, the URL and Ray's address once it serves.",
+    ),
 ) -> None:
     """Serve edits and generations over HTTP, with OpenAI's routes, until stopped."""
     said = {
@@ -341,6 +349,8 @@ def main(
     try:
         server = start(config)
         announce(server, config.offered[0])
+        if ready is not None:
+            write_ready(server, ready)
         with contextlib.suppress(KeyboardInterrupt):
             threading.Event().wait()
         server.stop()
@@ -379,6 +389,17 @@ def announce(server: Server, designer: str) -> None:
         '| python3 -c \'import base64,json,sys; open("edited.png","wb").write('
         'base64.b64decode(json.load(sys.stdin)["data"][0]["b64_json"]))\''
     )
+
+
+def write_ready(server: Server, file: Path) -> None:
+    """Say where the server is to who started it: ``url``, ``pid``, and ``ray``, to roll out."""
+    import ray
+
+    address = ray.get_runtime_context().gcs_address
+    said = {"url": server.url, "pid": os.getpid(), "ray": address}
+    part = file.with_name(f"{file.name}.part")
+    part.write_text(json.dumps(said), encoding="utf-8")
+    part.replace(file)
 
 
 if __name__ == "__main__":

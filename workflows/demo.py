@@ -115,7 +115,7 @@ def example_request(out: Path, url: str, example: Mapping[str, Any]) -> str:
 def list_places(workflow: Workflow, receipts: Receipts) -> list[tuple[str, str]]:
     """Names and places, for the terminal and the report."""
     mlflow = Path(sys.executable).with_name("mlflow")
-    last, server = receipts.read(_STAGES[-1]).result, receipts.read("serve").result
+    last, server = receipts.read(_STAGES[-1]).result, receipts.read("page").result
     return [
         ("shards", place(workflow.config, "pairs")),
         ("MLflow UI", f"{mlflow} ui --backend-store-uri {workflow.tracking.uri}"),

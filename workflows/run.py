@@ -22,9 +22,9 @@ from dim.failures import Failure
 from infra.storage import is_local, join, local_path
 from infra.tracking import PARENT_RUN, Tracking
 from pipelines.cluster import connect
-from workflows.programs import Done
+from workflows.programs.program import Done
 from workflows.receipts import BEAT_S, FOLDER, Receipt, Receipts, maker
-from workflows.step_process import StepProcess
+from workflows.step_process import StepProcess, prepare
 from workflows.view import View, plan_table, status_table
 from workflows.workflow import Step, Workflow, load_workflow
 
@@ -78,6 +78,7 @@ class _Run:
         self._find_done()
         if len(self._digests) == len(self._workflow.steps):
             return
+        prepare(self._workflow.config.steps[name].run for name in self._open())
         tracking = self._workflow.tracking
         tracked = Tracking(str(tracking.uri), tracking.experiment)
         name = f"workflow {Path(self._workflow.config.out).name}"

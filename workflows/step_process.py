@@ -7,18 +7,21 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
 from dim.failures import Failure, explain
-from workflows.programs import PROGRAMS, Done
+from workflows import programs
+from workflows.programs.program import Done
 from workflows.workflow import Step
 
 _ENDS_WITHIN_S = 60.0
+_CONTEXT = multiprocessing.get_context("forkserver")
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,16 @@ class Task:
     anew: bool
     log: Path
     variables: Mapping[str, str]
+
+
+def prepare(names: Iterable[str]) -> None:
+    """Start the process that the steps' are forked from, and let it import what they run.
+
+    Args:
+        names: of the programs.
+    """
+    _CONTEXT.set_forkserver_preload(sorted({programs.module_of(name) for name in names}))
+    forkserver.ensure_running()
 
 
 class StepProcess:
@@ -47,15 +60,12 @@ class StepProcess:
     def __init__(
         self, step: Step, program: str, *, anew: bool, log: Path, variables: Mapping[str, str]
     ) -> None:
-        context = multiprocessing.get_context("forkserver")
-        # A process that has imported all this already is what the others are forked from.
-        context.set_forkserver_preload(["workflows.programs"])
         log.parent.mkdir(parents=True, exist_ok=True)
         config = step.config.model_dump(mode="json", by_alias=True, exclude_unset=True)
         task = Task(program, config, step.out, anew, log, variables)
         self.step, self.log = step, log
-        self.connection, theirs = context.Pipe(duplex=False)
-        self._process: ForkServerProcess = context.Process(
+        self.connection, theirs = _CONTEXT.Pipe(duplex=False)
+        self._process: ForkServerProcess = _CONTEXT.Process(
             target=_run, args=(task, theirs), name=f"step {step.name}"
         )
         self._process.start()
@@ -88,7 +98,7 @@ def _run(task: Task, connection: Connection) -> None:
         for stream in (sys.stdout, sys.stderr):
             os.dup2(log.fileno(), stream.fileno())
     try:
-        program = PROGRAMS[task.program]
+        program = programs.program(task.program)
         config = program.config.model_validate(task.config)
         connection.send(
             program.run(config, task.out, task.anew, lambda *said: connection.send(said))

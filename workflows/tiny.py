@@ -34,6 +34,7 @@ from pipelines.job import TrackingConfig
 from pipelines.readers.tabletop import TabletopConfig
 from training import train
 from training.progress import OnProgress
+from training.record import read_record
 from training.stage import StageConfig
 from training.train import StageResult
 from workflows import tabletop
@@ -63,11 +64,28 @@ def build_painter(
     return accuracy
 
 
+def build_editor(
+    config: TinyBuildConfig, model: ModelConfig, out: Path, progress: Progress
+) -> dict[str, float]:
+    """Keep painter and connector of a demo's last stage; returns the accuracies it was measured at.
+
+    Raises:
+        InputError: no demo has finished there.
+    """
+    found = config.editor.model
+    record = read_record(str(found.parent))
+    if record is None or not record.finished:
+        raise InputError(f"{found} was trained by no finished stage: run `dim demo` first")
+    save_painter(dim_model.load(found), out / "editor")
+    return {name: record.metrics[f"validation_{name}"] for name in ("exact", "strict")}
+
+
 PARTS: dict[str, Builder] = {
     "autoencoder": own.build_autoencoder,
     "understanding": own.build_understanding,
     "binding": own.build_binding,
     "painter": build_painter,
+    "editor": build_editor,
 }
 
 
@@ -179,7 +197,11 @@ def main(
     ] = None,
     out: Annotated[Path, typer.Option(help="folder of the weights")] = Path("dim/tiny/weights"),
     part: Annotated[
-        list[str] | None, typer.Option(help="build this part only; may be repeated")
+        list[str] | None,
+        typer.Option(
+            help=f"build this part only, of {', '.join(PARTS)}; may be repeated. The editor is "
+            "what `dim demo` has trained, and is built by name only."
+        ),
     ] = None,
     config: Annotated[Path, typer.Option(help="build configuration")] = CONFIGS / "tiny-build.yaml",
     model: Annotated[Path, typer.Option(help="model file")] = CONFIGS / "tiny.yaml",
@@ -194,7 +216,7 @@ def main(
         load_config(TinyBuildConfig, config, overrides or []),
         load_config(ModelConfig, model),
         out,
-        part or list(PARTS),
+        part or [name for name in PARTS if name != "editor"],
         show,
     )
     for name, report in reports.items():

@@ -16,7 +16,8 @@ from dim.config import StrictModel, load_config, read_yaml, shipped, suggestion,
 from dim.errors import ConfigError
 from infra.storage import is_local, join, local_path
 from infra.tracking import default_uri
-from workflows.programs import PROGRAMS, Program
+from workflows.programs import MODULES, program
+from workflows.programs.program import Program
 
 _REFERENCE = re.compile(r"\$\{([^${}]*)\}")
 _NAME = re.compile(r"[a-z][a-z0-9_-]*")
@@ -37,9 +38,9 @@ class StepConfig(StrictModel):
     @field_validator("run")
     @classmethod
     def _known(cls, run: str) -> str:
-        if run not in PROGRAMS:
-            hint = suggestion(run, PROGRAMS)
-            raise ValueError(f"no program {run!r}{hint}; there are {', '.join(PROGRAMS)}")
+        if run not in MODULES:
+            hint = suggestion(run, MODULES)
+            raise ValueError(f"no program {run!r}{hint}; there are {', '.join(MODULES)}")
         return run
 
 
@@ -141,7 +142,7 @@ def load_workflow(path: str | Path, overrides: Sequence[str] = ()) -> Workflow:
 
 def place(config: WorkflowConfig, name: str) -> str:
     """The folder of the step ``name``."""
-    return join(config.out, PROGRAMS[config.steps[name].run].folder, name)
+    return join(config.out, program(config.steps[name].run).folder, name)
 
 
 def _check_values(config: WorkflowConfig, overrides: Sequence[str], path: Path) -> None:
@@ -186,17 +187,17 @@ def _references(value: Any) -> Iterator[str]:
 
 def _resolved(name: str, config: WorkflowConfig, tracking: WorkflowTracking, path: Path) -> Step:
     step = config.steps[name]
-    program, out, where = PROGRAMS[step.run], place(config, name), f"{path}, step {name!r}"
+    runs, out, where = program(step.run), place(config, name), f"{path}, step {name!r}"
     file = None if step.file is None else path.parent / step.file
     values = {} if file is None else read_yaml(file)
     values = _merged(values, _filled(step.settings, config, path, where))
-    fields = program.config.model_fields
+    fields = runs.config.model_fields
     if "out" in fields:
         values["out"] = out
     if "tracking" in fields and not values.get("tracking"):
         values["tracking"] = tracking.model_dump()
-    checked = validate_config(program.config, values, where=where)
-    return Step(name, program, checked, tuple(_inputs(name, config, path)), out)
+    checked = validate_config(runs.config, values, where=where)
+    return Step(name, runs, checked, tuple(_inputs(name, config, path)), out)
 
 
 def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
@@ -230,7 +231,7 @@ def _looked_up(reference: str, config: WorkflowConfig, path: Path, where: str) -
         if part not in config.values:
             raise ConfigError(f"{where}: no value {part!r}{suggestion(part, config.values)}")
         return config.values[part]
-    folder, parts = place(config, name), PROGRAMS[config.steps[name].run].parts
+    folder, parts = place(config, name), program(config.steps[name].run).parts
     if part and part not in parts:
         has = ", ".join(parts) or "no parts"
         raise ConfigError(f"{where}: ${{{reference}}}: {name!r} has {has}{suggestion(part, parts)}")

@@ -77,6 +77,12 @@ class PainterPartConfig(StrictModel):
     """Folder of data, checkpoints and the run's record."""
 
 
+class EditorPartConfig(StrictModel):
+    """Painter and connector of a trained editor: what the demo leaves."""
+
+    model: Path = Path("runs/demo/training/edit2/model")
+
+
 class TinyBuildConfig(StrictModel):
     """Everything ``dim tiny build`` needs besides the architectures of the model file."""
 
@@ -89,4 +95,5 @@ class TinyBuildConfig(StrictModel):
     understanding: UnderstandingPartConfig
     binding: UnderstandingPartConfig
     painter: PainterPartConfig
+    editor: EditorPartConfig = EditorPartConfig()
     evaluate: PositiveInt = 200

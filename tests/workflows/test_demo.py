@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -69,6 +70,23 @@ def test_it_says_where_everything_is(demo: tuple[Path, str]) -> None:
     assert [process.pid for process in servers_of(out)] == [int(stop.group(1))]
 
 
+def test_its_page_is_there_from_the_beginning_and_moves_to_what_was_trained(
+    demo: tuple[Path, str],
+) -> None:
+    out, printed = demo
+    url = json.loads((out / "serving" / "page" / "server.json").read_text())["url"]
+    assert f"page: open {url}/ in a browser" in printed
+    assert printed.index("page: begins") < printed.index("raw-pairs: begins")
+    assert served_by(printed).startswith("edit2@") and f"serve: {url}/: dim serves" in printed
+
+
+def served_by(printed: str) -> str:
+    """The model that the demo's server was moved to."""
+    moved = re.search(r"^serve: \S+/: dim serves (\S+)", printed, re.MULTILINE)
+    assert moved is not None
+    return moved[1]
+
+
 def test_it_ends_with_a_page_to_open(demo: tuple[Path, str]) -> None:
     opened = re.fullmatch(r"Or open this page: (http://\S+/)", demo[1].rstrip().splitlines()[-1])
     assert opened is not None
@@ -92,7 +110,9 @@ def test_the_printed_curl_edits_an_image(demo: tuple[Path, str]) -> None:
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("1. Edit Instruction:")
-    assert Image.open(out / "example-edited.png").size == (64, 64)
+    edited = Image.open(out / "example-edited.png")
+    assert edited.size == (64, 64)
+    assert served_by(printed) in str(edited.info)  # it says what it was painted by
 
 
 def test_the_example_is_an_edit_that_came_out_right() -> None:

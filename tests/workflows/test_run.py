@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -10,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -202,22 +202,24 @@ def wait_for(happened: Callable[[], bool]) -> None:
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_killed_anywhere_it_goes_on(
-    tmp_path: Path, command: Callable[[Path], subprocess.Popen[str]], how: signal.Signals
+    tmp_path: Path, command: Callable[[Path], subprocess.Popen[str]]
 ) -> None:
-    file = written(tmp_path)
-    receipt = tmp_path / "out" / "steps" / "edit.json"
-    first = command(file)
-    wait_for(lambda: receipt.exists() or first.poll() is not None)
-    wait_for((tmp_path / "out" / "steps" / "edit.log").exists)
-    steps = psutil.Process(first.pid).children(recursive=True)
-    first.send_signal(how)
-    assert first.wait(90) == (130 if how == signal.SIGTERM else -signal.SIGKILL)
-    # Nothing of it stays behind.
-    assert not psutil.wait_procs(steps, timeout=60)[1]
-    if how == signal.SIGTERM:
-        assert json.loads(receipt.read_text())["state"] in ("open", "done")
+    file, receipts = written(tmp_path), Receipts(load_workflow(written(tmp_path)))
+
+    def makes_edit(process: subprocess.Popen[str]) -> bool:
+        maker = receipts.read("edit").maker
+        return process.poll() is not None or (maker is not None and maker.pid == process.pid)
+
+    for how, code in ((signal.SIGTERM, 130), (signal.SIGKILL, -signal.SIGKILL)):
+        process = command(file)
+        wait_for(partial(makes_edit, process))
+        steps = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(how)
+        assert process.wait(90) == code, process.stdout and process.stdout.read()
+        # Nothing of it stays behind.
+        assert not psutil.wait_procs(steps, timeout=60)[1]
+        assert receipts.read("edit").state == ("open" if how == signal.SIGTERM else "running")
     again = command(file)
     said, _ = again.communicate(timeout=180)
     assert again.returncode == 0, said

@@ -6,11 +6,13 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 import dim
+from dim import tabletop
 from dim.config import load_config
 from dim.errors import InputError
 from dim.model import build as build_model
@@ -19,12 +21,14 @@ from dim.tiny.config import TinyBuildConfig
 from workflows.tiny import CONFIGS, PARTS, build
 
 MODEL = CONFIGS / "tiny.yaml"
+DEMO_KINDS = ("add", "remove", "replace", "adjust", "background", "extract")
 
 
 def settings(work: Path) -> TinyBuildConfig:
     stage = ["steps=3", "batch_size=4", "warmup_steps=1", "log_every=1"]
     small = ["painter.scenes=8", "evaluate=2", f"painter.work={json.dumps(str(work))}"]
     small.append(f"painter.stage_overrides={json.dumps(stage)}")
+    small.append(f"editor.model={json.dumps(str(work / 'edit2' / 'model'))}")
     return load_config(TinyBuildConfig, CONFIGS / "tiny-build.yaml", small)
 
 
@@ -76,4 +80,33 @@ def test_an_unknown_part_is_named_with_those_that_there_are(tmp_path: Path) -> N
     model = load_config(ModelConfig, MODEL)
     with pytest.raises(InputError, match="unknown part brush; there are autoencoder, .*, painter"):
         build(settings(tmp_path), model, tmp_path, ["brush"], lambda *told: None)
-    assert list(PARTS) == ["autoencoder", "understanding", "binding", "painter"]
+    assert list(PARTS) == ["autoencoder", "understanding", "binding", "painter", "editor"]
+
+
+def test_the_shipped_editor_edits(tmp_path: Path) -> None:
+    at = {
+        "painter": "package:tiny/editor",
+        "connector": "package:tiny/editor/connector.safetensors",
+    }
+    weights = [f"{part}.weights={where}" for part, where in at.items()]
+    editor = build_model(load_config(ModelConfig, MODEL, weights))
+    edits = [
+        tabletop.sample_edit(
+            np.random.default_rng(seed), kinds=DEMO_KINDS, objects=(2, 3), referential=0, outlines=0
+        )
+        for seed in range(100, 116)
+    ]
+    made = editor.edit(
+        [tabletop.render(edit.source, (64, 64)) for edit in edits],
+        [edit.instruction for edit in edits],
+        blueprints=[edit.blueprint.render() for edit in edits],
+        seeds=range(16),
+    )
+    exact = [tabletop.exact(m.image, edit.target) for m, edit in zip(made, edits, strict=True)]
+    assert sum(exact) >= 6  # the demo measures 53 %; chance is nothing
+
+
+def test_an_editor_is_what_a_finished_demo_leaves(tmp_path: Path) -> None:
+    config = settings(tmp_path)
+    with pytest.raises(InputError, match="trained by no finished stage: run `dim demo` first"):
+        build(config, load_config(ModelConfig, MODEL), tmp_path, ["editor"], lambda *told: None)

@@ -122,7 +122,7 @@ def test_the_demo_is_a_workflow(tmp_path: Path) -> None:
     assert pairs.filters.min_side == 32 and pairs.filters.min_entropy is None  # type: ignore[attr-defined]
     seeds = [demo.steps[f"raw-{name}"].config.seed for name in ("pairs", "held-out", "images")]  # type: ignore[attr-defined]
     assert len(set(seeds)) == 3  # no held-out scene is one of those trained on
-    assert demo.steps["serve"].inputs == ("edit2", "evaluate")
+    assert demo.steps["serve"].inputs == ("page", "edit2", "evaluate")
 
 
 def test_the_documented_example_could_be_run(tmp_path: Path) -> None:
