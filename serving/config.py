@@ -17,6 +17,11 @@ NO_DESIGNER = "none"
 NAMES_BY_THEMSELVES = ("self", "oracle", NO_DESIGNER)
 
 
+Consent = Literal["never", "ask", "always"]
+"""Whether a client's edits may be kept for training, where the server keeps any: not even if a
+request consents; those whose request does; all whose request does not say otherwise."""
+
+
 class Rates(StrictModel):
     """What one client may ask for in a minute; ``None``: as much as there is room for."""
 
@@ -199,6 +204,8 @@ class ServingConfig(StrictModel):
     null asks nobody for one, and is for loopback alone unless ``insecure``."""
     insecure: bool = False
     """Listen beyond loopback without keys: whoever reaches the port may spend what this costs."""
+    open_metrics: bool = False
+    """Answer ``/metrics`` without a key, for a Prometheus that has none."""
     rates: Rates = Rates()
     """Of each client that says none of its own in the keys file."""
     origins: tuple[str, ...] = ()

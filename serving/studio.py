@@ -151,8 +151,6 @@ class Studio:
         fit: Fit = "square" if shape == square else "source"
         painted = painted_size(size, fit, defaults)
         self._check_reviewer(asked.fields)
-        if asked.fields.consent:
-            self._contributions.check()
         images = wanted.n * asked.fields.rounds * asked.fields.best_of
         work = work_of(images, source, painted, size, steps)
         return Weighed(work, size, painted, defaults.release, fit)
