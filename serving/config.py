@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from dim.config import StrictModel
 from dim.designers import calls_a_server, can_review
+from dim.model.checkpoint.content import name_of
 from dim.redaction import redact
 from infra.registry import SCHEME, is_registered
 
@@ -371,12 +372,11 @@ def require_name(name: str) -> None:
 
 
 def model_name(model: str) -> str:
-    """The name of a registered model, else that of a folder, or of its run where it is ``model``.
+    """The name of a registered model, else that of a folder.
 
     Args:
         model: ``models:/NAME@ALIAS``, ``models:/NAME/VERSION`` or a folder's address.
     """
     if is_registered(model):
         return re.split("[@/]", model.removeprefix(SCHEME))[0]
-    folder = Path(model)
-    return folder.parent.name if folder.name == "model" else folder.name
+    return name_of(Path(model))

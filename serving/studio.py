@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import hashlib
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +13,7 @@ from typing import Any, Literal
 
 from ray.serve.handle import DeploymentHandle
 
-from dim import __version__, provenance
+from dim import provenance
 from dim.blueprint import Blueprint
 from dim.design import Reply
 from dim.errors import InputError
@@ -333,17 +332,14 @@ class Studio:
         blueprint: str | None,
     ) -> Output:
         """``output`` with what the file says of itself."""
-        said = {
-            "model": self._config.model_name,
-            "version": __version__,
-            "seed": str(seed),
-            "steps": str(settings["steps"]),
-            "guidance_scale": str(settings["guidance_scale"]),
-        }
-        if settings["adapter"] is not None:
-            said["adapter"] = settings["adapter"]
-        if blueprint is not None:
-            said["blueprint_sha256"] = hashlib.sha256(blueprint.encode()).hexdigest()
+        said = provenance.words(
+            model=self._config.model_name,
+            seed=seed,
+            steps=settings["steps"],
+            guidance_scale=settings["guidance_scale"],
+            blueprint=blueprint,
+            adapter=settings["adapter"],
+        )
         return replace(output, metadata=tuple(said.items()))
 
     async def _blueprint(
