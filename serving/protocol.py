@@ -143,6 +143,9 @@ class PaintRequest(Asked):
         max_length=MAX_NAME,
         description="A LoRA adapter of the server, by name; also as model=MODEL:ADAPTER.",
     )
+    service_tier: Literal["auto", "default", "flex"] = Field(
+        "auto", description="`flex`: behind all others, as `dim batch` asks."
+    )
     moderation: Literal["auto", "low"] | None = Field(
         None, description="Accepted; nothing is moderated here."
     )

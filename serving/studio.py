@@ -524,6 +524,7 @@ class Studio:
             "negative_prompt": wanted.negative_prompt,
             "previews": wanted.partial_images,
             "deadline": self._deadline(),
+            "batch": wanted.service_tier == "flex",
             "adapter": chosen_adapter(self._config, wanted.model, wanted.adapter),
         }
 
