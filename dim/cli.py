@@ -60,7 +60,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "batch": ("serving.batch:main", "Have a server do a file of requests, in OpenAI's layout."),
     "trace": (
         "workflows.trace:main",
-        "From a served image to its model, training run and data.",
+        "From a painted image to its model, training run and data.",
     ),
     "edit": ("dim.commands.edit:main", "Edit one image."),
     "generate": ("dim.commands.generate:main", "Paint one image from a text."),

@@ -9,13 +9,14 @@ from __future__ import annotations
 import io
 import re
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
-from dim import image_metadata
+from dim import image_metadata, provenance
 from dim.colour import PROFILED_MODES, to_srgb, transform_of
 from dim.errors import InputError
 
@@ -162,14 +163,18 @@ def suffix(data: bytes) -> str:
         return "bin"
 
 
-def encode_png(image: Image.Image, *, compress_level: int = 6) -> bytes:
+def encode_png(
+    image: Image.Image, *, compress_level: int = 6, said: Mapping[str, str] | None = None
+) -> bytes:
     """``image`` as PNG bytes.
 
     Args:
         compress_level: zlib's, from 0 (large and fast) to 9; the pixels are the same.
+        said: what the file says of itself, see :mod:`dim.provenance`.
     """
     buffer = io.BytesIO()
-    image.save(buffer, format="PNG", compress_level=compress_level)
+    options = provenance.save_options("png", said or {})
+    image.save(buffer, format="PNG", compress_level=compress_level, **options)
     return buffer.getvalue()
 
 
@@ -180,10 +185,10 @@ def encode_jpeg(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def save_png(image: Image.Image, path: Path) -> None:
-    """Write ``image`` to ``path`` as PNG; folders on the way are made."""
+def save_png(image: Image.Image, path: Path, said: Mapping[str, str] | None = None) -> None:
+    """Write ``image`` to ``path`` as PNG that says ``said``; folders on the way are made."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(encode_png(image))
+    path.write_bytes(encode_png(image, said=said))
 
 
 def parse_size(text: str) -> tuple[int, int]:

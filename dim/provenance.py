@@ -6,6 +6,7 @@ hold one JSON object of texts. Programs that show such things show it.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import warnings
@@ -20,6 +21,31 @@ KEY = "dim"
 SOFTWARE = f"Draw-In-Mind {__version__}"
 FORMATS = ("PNG", "JPEG", "WEBP")
 _MOST = 1 << 16  # characters; a server writes a few hundred
+
+
+def words(
+    *,
+    model: str,
+    seed: int,
+    steps: int,
+    guidance_scale: float,
+    blueprint: str | None = None,
+    **more: str | None,
+) -> dict[str, str]:
+    """What an image says of itself; of its blueprint the SHA-256, for the text may be private.
+
+    ``more``: what else there is to say, such as ``release`` and ``model_hash``; ``None`` is not.
+    """
+    said = {
+        "model": model,
+        "version": __version__,
+        "seed": str(seed),
+        "steps": str(steps),
+        "guidance_scale": str(guidance_scale),
+    }
+    if blueprint is not None:
+        said["blueprint_sha256"] = hashlib.sha256(blueprint.encode()).hexdigest()
+    return said | {name: value for name, value in more.items() if value}
 
 
 def save_options(format: str, values: Mapping[str, str]) -> dict[str, Any]:

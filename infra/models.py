@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import shutil
@@ -17,15 +16,13 @@ from dim.config import load_config, shipped
 from dim.errors import CheckpointError, InputError, StorageError
 from dim.model import DIM, parts
 from dim.model.autoencoder import Autoencoder
-from dim.model.checkpoint import folder
+from dim.model.checkpoint import content, folder
 from dim.model.checkpoint.folder import Description
 from dim.model.conditioner import Conditioner
 from dim.model.config import ModelConfig, VlmView
 from dim.model.lora.adapter import LORA_FILE
 from infra import storage
 from infra.storage import Store
-
-_EDGE = 1 << 20  # bytes hashed at each end of a weights file
 
 
 def load_initial(init: str, *, edits: bool, vlm_view: VlmView | None = None) -> DIM:
@@ -149,15 +146,7 @@ def _description(store: Store) -> Description:
 def fingerprint(address: str) -> str:
     """A hash of a model folder or model YAML. Of large files only both ends are read."""
     store = storage.open_store(address)
-    digest = hashlib.sha256()
-    for name, size in [("", 0)] if store.is_file() else store.list():
-        digest.update(f"{name} {size}\n".encode())
-        with store.open_input(name) as stream:
-            digest.update(stream.read(_EDGE))
-            if size > 2 * _EDGE:
-                stream.seek(size - _EDGE)
-            digest.update(stream.read(_EDGE))
-    return digest.hexdigest()
+    return content.digest([("", 0)] if store.is_file() else store.list(), store.open_input)
 
 
 def _load(init: str) -> DIM:

@@ -21,8 +21,10 @@ from typing import Any, Protocol
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
 from ray import serve
+from ray.exceptions import TaskCancelledError
 from ray.serve.exceptions import RayServeException
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving import account
@@ -68,39 +70,57 @@ class Observed:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        seen = Seen(send, scope)
+        seen = Seen(receive, send, scope)
         noted, started = account.begin(), time.perf_counter()
         app = self._app if seen.id is not None else error_response(_bad_id())
         try:
-            await app(scope, receive, seen.send)
+            await app(scope, seen.receive, seen.send)
+        except ClientDisconnect:  # in the middle of its body: there is nobody to answer
+            pass
         except Exception:
             seen.status = seen.status or 500
             raise
         finally:
             seconds, route = time.perf_counter() - started, route_of(scope)
-            status = seen.status or CLIENT_GONE
-            self._counted.request(route, status, seconds, noted)
+            self._counted.request(route, seen.outcome, seconds, noted)
             if self._log is not None:
                 self._log.write(line(scope, route, seen, seconds, noted, self._log.prompts))
 
 
 class Seen:
-    """What a request's answer was, as it goes by.
+    """What became of a request, as it goes by.
 
     Attributes:
         id: of the request; ``None`` if the client's cannot be taken.
         status: of the answer; 0 until it begins.
+        gone: whether the client went before that.
         complete: whether the answer was sent to its end.
     """
 
-    def __init__(self, send: Send, scope: Scope) -> None:
-        self._send = send
+    def __init__(self, receive: Receive, send: Send, scope: Scope) -> None:
+        self._receive, self._send = receive, send
         given = Headers(scope=scope).get(REQUEST_ID)
         self._is_new = given is None  # Serve's proxy gives one to all, and answers with it
         given = uuid.uuid4().hex if given is None else given
         self.id = given if _ID.fullmatch(given) else None
         self.status = 0
+        self.gone = False
         self.complete = False
+
+    @property
+    def outcome(self) -> int:
+        """The status that is logged and counted."""
+        return CLIENT_GONE if self.gone else self.status or CLIENT_GONE
+
+    async def receive(self) -> Message:
+        """As of ASGI. Serve raises where its proxy waits no more for a client that has gone."""
+        try:
+            message = await self._receive()
+        except TaskCancelledError:
+            message = {"type": "http.disconnect"}
+        if message["type"] == "http.disconnect" and not self.status:
+            self.gone = True
+        return message
 
     async def send(self, message: Message) -> None:
         """As of ASGI."""
@@ -110,7 +130,7 @@ class Seen:
                 MutableHeaders(scope=message)[REQUEST_ID] = str(self.id)
         await self._send(message)
         if message["type"] == "http.response.body" and not message.get("more_body"):
-            self.complete = True
+            self.complete = not self.gone
 
 
 class AccessLog:
@@ -141,7 +161,7 @@ def line(
         "client": scope.get("state", {}).get("client"),
         "method": scope["method"][:16],
         "route": route,
-        "status": seen.status or CLIENT_GONE,
+        "status": seen.outcome,
         "complete": seen.complete,
         "ms": round(1000 * seconds, 1),
         "designed_ms": round(1000 * noted.designed_s, 1),

@@ -10,6 +10,7 @@ DELETE /v1/contributions/ID     it may not, or not any more
 GET  /v1/models              what is served; also /v1/models/NAME
 GET  /livez, /readyz         does the process answer; can it paint
 GET  /healthz                is every part running, and how much work is in
+GET  /metrics                Prometheus' text, of all replicas
 GET  /docs, /openapi.json    the same for people and for generators of clients
 GET  /                       the page (serving/page)
 """
@@ -19,12 +20,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import replace
 from functools import partial
 from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 from pydantic import BaseModel
 from ray import serve
 from ray.serve import Application
@@ -52,7 +54,7 @@ from serving.errors import (
 )
 from serving.events import Tell, stream
 from serving.exposure import check_exposure, listening_host
-from serving.guard import Guard, Guarded
+from serving.guard import Guard, Guarded, asking_of
 from serving.metrics import RequestMetrics
 from serving.openapi import BLUEPRINT, EDIT, ERRORS, describe
 from serving.operation import Operation
@@ -73,6 +75,7 @@ from serving.release import find_release
 from serving.replicas import Designers
 from serving.requests import Design, Edit, read_design, read_edit
 from serving.result_cache import HEADER, ResultCache
+from serving.scrape import Scrape
 from serving.studio import Studio, Weighed
 from serving.work import Work
 
@@ -112,7 +115,10 @@ class Ingress:
         self._admission = Admission(room(config))
         self._background = Background(config)
         self._results = ResultCache(config.result_cache_bytes)
-        self._operation = Operation(config, painter, self._admission)
+        self._counted = RequestMetrics()
+        self._operation = Operation(
+            config, painter, self._admission, Scrape(self._counted.own), self._contributions
+        )
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """The routes. Serve asks for them in the replica, where the configuration is known."""
@@ -127,7 +133,7 @@ class Ingress:
         app.add_middleware(BodyLimit, max_bytes=self._config.max_request_bytes)
         app.add_middleware(Guarded, guard=self.guard)
         # The last one added is the first met.
-        app.add_middleware(Observed, log=self._log, counted=RequestMetrics())
+        app.add_middleware(Observed, log=self._log, counted=self._counted)
         app.add_exception_handler(HTTPException, on_http_error)
         app.add_exception_handler(RequestValidationError, on_invalid_body)
         app.state.admission = self._admission
@@ -168,6 +174,7 @@ class Ingress:
         operation.get("/livez")(self._operation.livez)
         operation.get("/readyz", responses={503: {"model": Health}})(self._operation.readyz)
         operation.get("/healthz", response_class=JSONResponse)(self._operation.healthz)
+        operation.get("/metrics", response_class=PlainTextResponse)(self._operation.metrics)
         app.include_router(operation)
         app.router.routes.extend(page.routes)
         return describe(app)
@@ -180,7 +187,10 @@ class Ingress:
         self, request: Request, edit: Annotated[Edit, Depends(read_edit)], how: Answering
     ) -> Response:
         """Edit one image: image → blueprint → painted image."""
-        return await self._serve(request, edit.fields, self._studio.edit, edit, how)
+        fields = self._contributions.settled(edit.fields, asking_of(request).client)
+        return await self._serve(
+            request, fields, self._studio.edit, replace(edit, fields=fields), how
+        )
 
     async def generations(
         self, request: Request, wanted: GenerationRequest, how: Answering

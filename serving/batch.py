@@ -21,7 +21,7 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type
 from dim.errors import DimError, InputError
 from dim.records import sha256_hex
 from dim.retry_after import retry_after_s
-from serving.batch_files import Batch, Line, State, read_input
+from serving.batch_files import PAINTING, Batch, Line, State, read_input
 
 LONGEST_PAUSE_S = 60.0
 TELL_S = 15.0
@@ -137,7 +137,7 @@ class Asker:
             headers["Authorization"] = f"Bearer {self._server.key}"
         try:
             async with self._session.post(
-                f"{self._server.url}{line.url}", json=line.body, headers=headers,
+                f"{self._server.url}{line.url}", json=behind_others(line), headers=headers,
                 allow_redirects=False,
             ) as response:  # fmt: skip
                 answer = Answer(response.status, response.headers, _json(await response.read()))
@@ -159,6 +159,11 @@ class Asker:
 
     def _has_lost_patience(self, state: RetryCallState) -> bool:
         return (state.seconds_since_start or 0.0) >= self._server.patience_s
+
+
+def behind_others(line: Line) -> dict[str, Any]:
+    """The body of a request; what is painted waits for others, unless it says which tier it has."""
+    return {"service_tier": "flex", **line.body} if line.url in PAINTING else line.body
 
 
 def kept(answer: Answer) -> dict[str, Any]:

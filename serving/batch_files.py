@@ -27,6 +27,7 @@ _MOST_LINE = 64 << 20  # bytes: an edit with its pictures in base64
 _AT_ONCE = 16  # files read at a time
 
 Route = Literal["/v1/images/edits", "/v1/images/generations", "/v1/blueprints"]
+PAINTING = ("/v1/images/edits", "/v1/images/generations")
 
 
 class Line(BaseModel):

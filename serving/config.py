@@ -10,11 +10,17 @@ from pydantic import Field, field_validator, model_validator
 
 from dim.config import StrictModel
 from dim.designers import calls_a_server, can_review
+from dim.model.checkpoint.content import name_of
 from dim.redaction import redact
 from infra.registry import SCHEME, is_registered
 
 NO_DESIGNER = "none"
 NAMES_BY_THEMSELVES = ("self", "oracle", NO_DESIGNER)
+
+
+Consent = Literal["never", "ask", "always"]
+"""Whether a client's edits may be kept for training, where the server keeps any: not even if a
+request consents; those whose request does; all whose request does not say otherwise."""
 
 
 class Rates(StrictModel):
@@ -199,6 +205,8 @@ class ServingConfig(StrictModel):
     null asks nobody for one, and is for loopback alone unless ``insecure``."""
     insecure: bool = False
     """Listen beyond loopback without keys: whoever reaches the port may spend what this costs."""
+    open_metrics: bool = False
+    """Answer ``/metrics`` without a key, for a Prometheus that has none."""
     rates: Rates = Rates()
     """Of each client that says none of its own in the keys file."""
     origins: tuple[str, ...] = ()
@@ -364,12 +372,11 @@ def require_name(name: str) -> None:
 
 
 def model_name(model: str) -> str:
-    """The name of a registered model, else that of a folder, or of its run where it is ``model``.
+    """The name of a registered model, else that of a folder.
 
     Args:
         model: ``models:/NAME@ALIAS``, ``models:/NAME/VERSION`` or a folder's address.
     """
     if is_registered(model):
         return re.split("[@/]", model.removeprefix(SCHEME))[0]
-    folder = Path(model)
-    return folder.parent.name if folder.name == "model" else folder.name
+    return name_of(Path(model))

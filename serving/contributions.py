@@ -22,10 +22,11 @@ from dim.blueprint import Blueprint
 from dim.errors import BlueprintError
 from dim.records import sha256_hex
 from infra.storage import Store, open_store
-from serving.config import ContributionsConfig
+from serving.config import Consent, ContributionsConfig
 from serving.encoding import OutputFormat
 from serving.errors import BadRequestError, NotFoundError
-from serving.protocol import ContributionAnswer
+from serving.keys import Client
+from serving.protocol import ContributionAnswer, EditFields
 
 RECORDS, IMAGES = "records", "images"
 """Folders of the store. A record is written last and taken away first."""
@@ -188,16 +189,25 @@ class ContributionRoutes:
     def __init__(self, holder: DeploymentHandle | None) -> None:
         self._holder = holder
 
-    def check(self) -> None:
-        """Refuse consent that would mean nothing.
+    def offered(self, client: Client) -> Consent:
+        """Whether edits of a client may be kept here."""
+        return "never" if self._holder is None else client.contributions
+
+    def settled(self, wanted: EditFields, client: Client) -> EditFields:
+        """``wanted``, with the consent of its client's key where it says nothing itself.
 
         Raises:
-            BadRequestError: the server keeps no contributions.
+            BadRequestError: it consents to what is not done.
         """
-        if self._holder is None:
+        offered = self.offered(client)
+        if wanted.consent and offered == "never":
+            whose = "no edits" if self._holder is None else f"none of {client.name!r}"
             raise BadRequestError(
-                "consent: this server keeps no edits for training; leave it out", param="consent"
+                f"consent: this server keeps {whose} for training; leave it out", param="consent"
             )
+        if offered != "always" or "consent" in wanted.model_fields_set:
+            return wanted
+        return wanted.model_copy(update={"consent": True})
 
     async def hold(self, contribution: Contribution) -> str | None:
         """See :meth:`Contributions.hold`; ``None`` also where it cannot be held for now."""

@@ -20,6 +20,7 @@ from ray.serve.exceptions import (
     ReplicaUnavailableError,
 )
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from dim.errors import BlueprintError, DesignerError, DimError, InputError, StorageError
 from dim.failures import find_dim_error
@@ -227,6 +228,8 @@ class OpenAIErrorRoute(APIRoute):
                 return await handle(request)
             except (HTTPException, RequestValidationError):
                 raise  # which the application answers, wherever they come from
+            except ClientDisconnect:
+                raise  # which nobody answers
             except Exception as error:
                 return error_response(error)
 

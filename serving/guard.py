@@ -38,6 +38,7 @@ OPEN = frozenset((*HEALTH, "/", "/favicon.ico", "/docs", "/redoc", "/openapi.jso
 OPEN_BELOW = ("/page/", "/docs/")
 """What is read without a key: probes, the page's files, the description of the API."""
 
+METRICS = "/metrics"
 ANONYMOUS = "anonymous"
 
 
@@ -90,10 +91,10 @@ class Guard:
             BadRequestError: it is more than it may ever ask for at once.
         """
         wants = {"images": work.images, "megapixel_steps": work.megapixel_steps}
-        await self._take(request.scope["state"]["asking"], wants)
+        await self._take(asking_of(request), wants)
 
     async def _with_key(self, app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
-        if is_open(scope):
+        if is_open(scope) or (self._config.open_metrics and is_read(scope, METRICS)):
             await app(scope, receive, send)
             return
         try:
@@ -196,6 +197,12 @@ class Guarded:
         await app(scope, receive, send)
 
 
+def asking_of(request: Request) -> Asking:
+    """Who asks, of a request that was let in."""
+    asking: Asking = request.scope["state"]["asking"]
+    return asking
+
+
 def is_address(name: str) -> bool:
     """Whether ``name`` is an IP address, which no name server can point elsewhere."""
     try:
@@ -235,4 +242,9 @@ def route_path(scope: Scope) -> str:
 def is_open(scope: Scope) -> bool:
     """Whether a request is answered without a key."""
     path = route_path(scope)
-    return scope["method"] in ("GET", "HEAD") and (path in OPEN or path.startswith(OPEN_BELOW))
+    return is_read(scope, path) and (path in OPEN or path.startswith(OPEN_BELOW))
+
+
+def is_read(scope: Scope, path: str) -> bool:
+    """Whether a request only reads what is at ``path``."""
+    return scope["method"] in ("GET", "HEAD") and route_path(scope) == path

@@ -3,7 +3,7 @@
 A keys file is YAML, one entry a line, as ``dim keys new NAME`` prints it::
 
     - {name: "web-shop", sha256: "5e88…"}
-    - {name: "nightly", sha256: "2bd8…", images_per_minute: 120}
+    - {name: "nightly", sha256: "2bd8…", images_per_minute: 120, contributions: never}
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import yaml
 from pydantic import Field, TypeAdapter, ValidationError
 
 from dim.errors import ConfigError
-from serving.config import Rates
+from serving.config import Consent, Rates
 
 PREFIX = "dim-"
 """What every key begins with, so that scanners for leaked secrets can know one."""
@@ -43,11 +43,12 @@ logger = logging.getLogger("ray.serve")
 class ClientKey(Rates):
     """One line of a keys file: a client, the hash of its key, and rates that are its own.
 
-    A rate that is not said is the server's.
+    A rate that is not said is the server's. ``contributions``: see ``Consent``.
     """
 
     name: str = Field(pattern=NAME)
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    contributions: Consent = "ask"
 
 
 _LINES = TypeAdapter(list[ClientKey])
@@ -55,10 +56,11 @@ _LINES = TypeAdapter(list[ClientKey])
 
 @dataclass(frozen=True)
 class Client:
-    """Who asks. ``rates``: what it may ask for in a minute."""
+    """Who asks. ``rates``: what it may ask for in a minute. ``contributions``: see ``Consent``."""
 
     name: str
     rates: Rates
+    contributions: Consent = "ask"
 
 
 def make_key() -> str:
@@ -149,7 +151,9 @@ class Keys:
         for known in self._keys:
             if hmac.compare_digest(known.sha256, given):
                 found = known
-        return None if found is None else Client(found.name, found.over(self._rates))
+        if found is None:
+            return None
+        return Client(found.name, found.over(self._rates), found.contributions)
 
     def _read_again_if_changed(self) -> None:
         stamp = self._look()

@@ -6,16 +6,19 @@ import asyncio
 import time
 from typing import Any
 
-from fastapi import Response
+from fastapi import Request, Response
 from fastapi.responses import JSONResponse
 from ray.serve.handle import DeploymentHandle
 
 from dim import __version__
 from serving.admission import Admission
 from serving.config import ServingConfig
+from serving.contributions import ContributionRoutes
+from serving.guard import asking_of
 from serving.names import adapter_of
 from serving.protocol import Health, Model, Models
 from serving.replicas import running_replicas
+from serving.scrape import CONTENT_TYPE, Scrape
 
 WARM_UP_S = 2.0
 """How long a question for readiness waits for a warm-up that is on its way."""
@@ -25,23 +28,31 @@ class Operation:
     """The routes of operation. One an ingress replica."""
 
     def __init__(
-        self, config: ServingConfig, painter: DeploymentHandle, admission: Admission
+        self,
+        config: ServingConfig,
+        painter: DeploymentHandle,
+        admission: Admission,
+        scrape: Scrape,
+        contributions: ContributionRoutes,
     ) -> None:
         self._config = config
         self._painter = painter
         self._admission = admission
+        self._scrape = scrape
+        self._contributions = contributions
         self._warming: asyncio.Task[None] | None = None
         self._started = int(time.time())
 
-    async def models(self) -> Models:
+    async def models(self, request: Request) -> Models:
         """What is served: one model, alone and with each of its adapters."""
-        return Models(data=[self._shown(adapter) for adapter in (None, *self._config.adapters)])
+        adapters = (None, *self._config.adapters)
+        return Models(data=[self._shown(request, adapter) for adapter in adapters])
 
-    async def model(self, model: str) -> Model:
+    async def model(self, request: Request, model: str) -> Model:
         """The served model, by its name or as `dim`, or `NAME:ADAPTER`."""
-        return self._shown(adapter_of(self._config, model))
+        return self._shown(request, adapter_of(self._config, model))
 
-    def _shown(self, adapter: str | None) -> Model:
+    def _shown(self, request: Request, adapter: str | None) -> Model:
         config = self._config
         return Model(
             id=config.model_name if adapter is None else f"{config.model_name}:{adapter}",
@@ -51,6 +62,7 @@ class Operation:
             max_steps=config.max_steps,
             max_side=config.max_side,
             adapter=adapter,
+            contributions=self._contributions.offered(asking_of(request).client),
         )
 
     async def livez(self) -> Health:
@@ -79,6 +91,10 @@ class Operation:
             "max_pending_images": int(self._admission.limit.images),
         }
         return JSONResponse(body, status_code=200 if ready else 503)
+
+    async def metrics(self) -> Response:
+        """The metrics of all replicas, and Serve's, in Prometheus' text format."""
+        return Response(await self._scrape.text(), media_type=CONTENT_TYPE)
 
     async def _why_not_ready(self) -> str | None:
         parts = await asyncio.to_thread(running_replicas)

@@ -20,6 +20,7 @@ from dim.devices import best_device
 from dim.errors import CheckpointError
 from dim.images import decode_image
 from dim.model import DIM
+from dim.model.lora.merge import hashes
 from dim.model.pixels import composite
 from infra.models import adapter_here, on_this_machine
 from serving.config import ServingConfig
@@ -82,11 +83,12 @@ class PainterDeployment:
 
     def _ready(self, release: Release) -> Easel:
         """The model of ``release``, which has painted."""
+        lora = [adapter_here(spec) for spec in self._config.lora]
         model = models.load(
             on_this_machine(release.address),
             device=best_device(),
             dtype=self._config.dtype,
-            lora=[adapter_here(spec) for spec in self._config.lora],
+            lora=lora,
         )
         if self._as_it_is is not None:
             require_same_use(self._as_it_is, defaults_of(model, release))
@@ -104,7 +106,7 @@ class PainterDeployment:
             on_step=self._on_step,
         )
         self._engines.append(engine)
-        return Easel(model, engine)
+        return Easel(model, engine, hashes(lora))
 
     def _retire(self, easel: Easel) -> None:
         easel.engine.finish()
@@ -147,7 +149,7 @@ class PainterDeployment:
         # Now and not before: what is painted last while another model takes over is submitted.
         held = self._holder.held
         engine = held.model.engine
-        output = signed(job.output, held.release)
+        output = signed(job.output, held.release, held.model.lora)
         as_file = partial(file_of, output=output, source=source, mask=mask)
         ticket = engine.submit(job, source, deliver)
         try:
@@ -179,10 +181,11 @@ class PainterDeployment:
 
 @dataclass(frozen=True)
 class Easel:
-    """A model, and the engine that paints with it."""
+    """A model, and the engine that paints with it. ``lora``: the adapters merged into it."""
 
     model: DIM
     engine: Engine
+    lora: str
 
 
 def stop_all(engines: Sequence[Engine]) -> None:
@@ -226,9 +229,10 @@ def require_same_use(served: Defaults, other: Defaults) -> None:
             )
 
 
-def signed(output: Output, release: Release) -> Output:
-    """``output``, whose file says what painted it."""
+def signed(output: Output, release: Release, lora: str = "") -> Output:
+    """``output``, whose file says what painted it: the model, and the adapters merged into it."""
     said = dict(output.metadata) | {"release": release.name, "model_hash": release.model_hash}
+    said |= {"lora": lora} if lora else {}
     return replace(output, metadata=tuple(said.items()))
 
 

@@ -25,6 +25,7 @@ from pydantic_core import PydanticCustomError
 from starlette.datastructures import UploadFile as File
 
 from dim.reflection import MOST_CANDIDATES, MOST_ROUNDS
+from serving.config import Consent
 from serving.encoding import LOSSLESS, OutputFormat
 from serving.errors import wrong_field
 
@@ -141,6 +142,9 @@ class PaintRequest(Asked):
         None,
         max_length=MAX_NAME,
         description="A LoRA adapter of the server, by name; also as model=MODEL:ADAPTER.",
+    )
+    service_tier: Literal["auto", "default", "flex"] = Field(
+        "auto", description="`flex`: behind all others, as `dim batch` asks."
     )
     moderation: Literal["auto", "low"] | None = Field(
         None, description="Accepted; nothing is moderated here."
@@ -304,7 +308,7 @@ class CheckResponse(BaseModel):
 
 
 class Model(BaseModel):
-    """The served model, or one of its adapters. The last five fields are ours."""
+    """The served model, or one of its adapters. The last six fields are ours."""
 
     id: str
     object: Literal["model"] = "model"
@@ -315,6 +319,10 @@ class Model(BaseModel):
     max_steps: int
     max_side: int
     adapter: str | None = Field(description="Which of its adapters the model is shown with.")
+    contributions: Consent = Field(
+        description="Whether your edits may be kept for training: never, if `consent` says so, or "
+        "unless it says not."
+    )
 
 
 class Models(BaseModel):

@@ -17,6 +17,7 @@ from typing import Any, Generic, TypeVar
 from ray.experimental import internal_kv
 
 from dim.errors import CheckpointError
+from dim.model.checkpoint.content import release_of
 from dim.model.checkpoint.folder import DESCRIPTION
 from infra import storage
 from infra.models import fingerprint
@@ -27,7 +28,6 @@ logger = logging.getLogger("ray.serve")
 ModelT = TypeVar("ModelT")
 
 NAMESPACE = b"dim-serve"
-SHOWN = 8  # digits of a hash
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def find_release(model: str) -> Release:
         return Release(version.address, f"{version.name}/{version.version}", model_hash)
     address = storage.local_path(model) if storage.is_local(model) else model
     model_hash = _hash(address, model)
-    return Release(address, f"{model_name(address)}@{model_hash[:SHOWN]}", model_hash)
+    return Release(address, release_of(model_name(address), model_hash), model_hash)
 
 
 def _hash(address: str, said: str) -> str:

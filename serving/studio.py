@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import hashlib
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +13,7 @@ from typing import Any, Literal
 
 from ray.serve.handle import DeploymentHandle
 
-from dim import __version__, provenance
+from dim import provenance
 from dim.blueprint import Blueprint
 from dim.design import Reply
 from dim.errors import InputError
@@ -151,8 +150,6 @@ class Studio:
         fit: Fit = "square" if shape == square else "source"
         painted = painted_size(size, fit, defaults)
         self._check_reviewer(asked.fields)
-        if asked.fields.consent:
-            self._contributions.check()
         images = wanted.n * asked.fields.rounds * asked.fields.best_of
         work = work_of(images, source, painted, size, steps)
         return Weighed(work, size, painted, defaults.release, fit)
@@ -335,17 +332,14 @@ class Studio:
         blueprint: str | None,
     ) -> Output:
         """``output`` with what the file says of itself."""
-        said = {
-            "model": self._config.model_name,
-            "version": __version__,
-            "seed": str(seed),
-            "steps": str(settings["steps"]),
-            "guidance_scale": str(settings["guidance_scale"]),
-        }
-        if settings["adapter"] is not None:
-            said["adapter"] = settings["adapter"]
-        if blueprint is not None:
-            said["blueprint_sha256"] = hashlib.sha256(blueprint.encode()).hexdigest()
+        said = provenance.words(
+            model=self._config.model_name,
+            seed=seed,
+            steps=settings["steps"],
+            guidance_scale=settings["guidance_scale"],
+            blueprint=blueprint,
+            adapter=settings["adapter"],
+        )
         return replace(output, metadata=tuple(said.items()))
 
     async def _blueprint(
@@ -530,6 +524,7 @@ class Studio:
             "negative_prompt": wanted.negative_prompt,
             "previews": wanted.partial_images,
             "deadline": self._deadline(),
+            "batch": wanted.service_tier == "flex",
             "adapter": chosen_adapter(self._config, wanted.model, wanted.adapter),
         }
 

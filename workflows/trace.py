@@ -1,4 +1,4 @@
-"""``dim trace IMAGE``: from a served image to the model, the training and the data behind it.
+"""``dim trace IMAGE``: from a painted image to the model, the training and the data behind it.
 
 What the image says is a claim of whoever wrote the file. So no address is taken from it: its model
 is found by its hash, in a registry or folder that the user names, and from there on the addresses
@@ -236,7 +236,7 @@ def read_file(path: Path) -> bytes:
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from None
     if len(data) > _MOST_BYTES:
-        raise InputError(f"{path} is over {_MOST_BYTES:,} bytes: it is no image of a server")
+        raise InputError(f"{path} is over {_MOST_BYTES:,} bytes: it is no image of ours")
     return data
 
 
@@ -256,7 +256,9 @@ def in_words(link: Link) -> str:
 
 
 def main(
-    image: Annotated[Path, typer.Argument(help="An image that a server has painted.")],
+    image: Annotated[
+        Path, typer.Argument(help="An image that `dim serve`, `edit` or `generate` painted.")
+    ],
     model: Annotated[
         str | None,
         typer.Option(
@@ -269,14 +271,14 @@ def main(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON, for programs.")] = False,
 ) -> None:
-    """Follow an image of `dim serve` to its model, the training run and the data.
+    """Follow a painted image to its model, the training run and the data.
 
     The image's own word is no proof: whoever has the file can write it as he likes.
     """
     said = provenance.read(read_file(image))
     if said is None:
         raise InputError(
-            f"{image} does not say how it was painted: no server of this project wrote it, or "
+            f"{image} does not say how it was painted: nothing of this project wrote it, or "
             "another program has saved it anew since"
         )
     links = [Link("image", str(image), said), *trace(said, model, uri or None)]

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import typer
 
+from dim.commands.said import said_of
 from dim.design import DesignRequest, Designs
 from dim.designers import create
 from dim.errors import InputError
@@ -95,19 +96,28 @@ def main(
         "negative_prompt": negative_prompt,
         "fit": "square" if square else None,
     }
+    painted_with = dim.config.sampling.seed if seed is None else seed
     written: str | None
     if reviewed:
-        first = dim.config.sampling.seed if seed is None else seed
-        edited, written = edit_and_review(
-            dim, source, instruction, asked, first, rounds, best_of, **settings
+        edited, best = edit_and_review(
+            dim, source, instruction, asked, painted_with, rounds, best_of, **settings
         )
+        written, painted_with = best.plan, best.seed
     else:
-        seeds = None if seed is None else [seed]
         (result,) = dim.edit(
-            [source], [instruction], blueprints=[text], designer=asked, seeds=seeds, **settings
+            [source],
+            [instruction],
+            blueprints=[text],
+            designer=asked,
+            seeds=[painted_with],
+            **settings,
         )
         edited, written = result.image, result.blueprint
-    save_png(edited, out)
+    said = said_of(
+        dim, model, lora,
+        seed=painted_with, steps=steps, guidance_scale=guidance_scale, blueprint=written,
+    )  # fmt: skip
+    save_png(edited, out, said)
     if written and text is None:
         typer.echo(written)
     typer.echo(f"edited image: {out}", err=True)
@@ -122,8 +132,8 @@ def edit_and_review(
     rounds: int,
     candidates: int,
     **settings: Any,
-) -> tuple[Image.Image, str]:
-    """The best of what is painted until ``designer`` is content, and its plan.
+) -> tuple[Image.Image, Wanted]:
+    """The best of what is painted until ``designer`` is content, and what was wanted of it.
 
     What the designer thinks of each is written to the terminal.
 
@@ -153,7 +163,7 @@ def edit_and_review(
     for each in reflection.candidates:
         chosen = " (taken)" if each is best else ""
         typer.echo(f"round {each.round}, seed {each.wanted.seed}{chosen}: {each}", err=True)
-    return best.image, best.wanted.plan
+    return best.image, best.wanted
 
 
 def designer_of(spec: str | None) -> Designs | Literal["self"] | None:

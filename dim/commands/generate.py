@@ -6,6 +6,8 @@ from pathlib import Path
 
 import typer
 
+from dim.commands.said import said_of
+
 
 def main(
     prompt: str = typer.Argument(..., help="What the image shows, in words."),
@@ -40,15 +42,17 @@ def main(
     wanted = None if size is None else parse_size(size)
     dim = models.load(model, device=device or best_device(), lora=lora)
     dim.speed_up(int8=int8, step_cache=step_cache)
+    painted_with = dim.config.sampling.seed if seed is None else seed
     image = dim.generate(
         [prompt],
         size=wanted,
-        seeds=None if seed is None else [seed],
+        seeds=[painted_with],
         steps=steps,
         guidance_scale=guidance_scale,
         negative_prompt=negative_prompt,
     )[0]
-    save_png(image, out)
+    said = said_of(dim, model, lora, seed=painted_with, steps=steps, guidance_scale=guidance_scale)
+    save_png(image, out, said)
     typer.echo(f"image: {out}", err=True)
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -7,10 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dim import cli, tabletop
+from dim import __version__, cli, provenance, tabletop
 from dim import model as models
 from dim.blueprint import Blueprint
 from dim.images import save_png
+from dim.model.checkpoint import content
 
 EDIT = tabletop.sample_edit(np.random.default_rng([7, 0]))
 
@@ -49,6 +51,17 @@ def test_edit_paints_from_the_designers_blueprint_and_shows_it(
         steps=2,
     )[0]
     assert same(out, expected.image)
+    said = provenance.read(out.read_bytes())
+    assert said == {
+        "model": tiny_model_dir.parent.name,
+        "release": f"{tiny_model_dir.parent.name}@{content.of_path(tiny_model_dir)[:8]}",
+        "model_hash": content.of_path(tiny_model_dir),
+        "version": __version__,
+        "seed": "5",
+        "steps": "2",
+        "guidance_scale": str(models.load(tiny_model_dir).config.sampling.guidance_scale),
+        "blueprint_sha256": hashlib.sha256(blueprint.render().encode()).hexdigest(),
+    }
 
 
 def test_edit_with_a_blueprint_file_or_without_designer(
@@ -67,6 +80,9 @@ def test_edit_with_a_blueprint_file_or_without_designer(
     assert run("edit", photo, "make it blue", "--designer", "none", *common) == 0
     plain = model.edit([Image.open(photo)], ["make it blue"], steps=2)
     assert same(out, plain[0].image)
+    said = provenance.read(out.read_bytes())
+    assert said is not None and "blueprint_sha256" not in said
+    assert said["seed"] == str(model.config.sampling.seed)
 
 
 def test_edit_passes_a_negative_prompt_and_the_square_on(
@@ -103,6 +119,10 @@ def test_edit_paints_until_the_designer_is_content_or_the_rounds_are_over(
         steps=2,
     )[0]  # fmt: skip
     assert same(out, expected.image)
+    said = provenance.read(out.read_bytes())
+    assert said is not None and said["seed"] == str(seed)  # of the one that was taken
+    plan = shown.out.strip()
+    assert said["blueprint_sha256"] == hashlib.sha256(plan.encode()).hexdigest()
 
 
 def test_generate_paints_the_size_asked_for(tiny_model_dir: Path, tmp_path: Path) -> None:
@@ -111,6 +131,11 @@ def test_generate_paints_the_size_asked_for(tiny_model_dir: Path, tmp_path: Path
     assert run("generate", "a red circle", *arguments) == 0
     expected = models.load(tiny_model_dir).generate(["a red circle"], size=(64, 32), steps=2)[0]
     assert same(out, expected)
+    said = provenance.read(out.read_bytes())
+    assert said is not None and (said["steps"], said["guidance_scale"]) == (
+        "2", str(models.load(tiny_model_dir).config.sampling.guidance_scale),
+    )  # fmt: skip
+    assert said["model_hash"] == content.of_path(tiny_model_dir) and "lora" not in said
 
 
 @pytest.mark.parametrize(

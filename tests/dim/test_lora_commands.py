@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dim import cli, tabletop
+from dim import cli, provenance, tabletop
 from dim import model as models
 from dim.images import save_png
+from dim.model.checkpoint import content
 from tests.dim.model.lora.adapters import EVERYTHING, make_adapter
 
 
@@ -47,6 +48,8 @@ def test_edit_and_generate_paint_with_adapters(
     plain = models.load(editor).edit([Image.open(photo)], ["make it blue"], steps=2)[0]
     assert not np.array_equal(np.asarray(plain.image), np.asarray(edited))
     assert run("generate", "a blue star", *common) == 0
+    said = provenance.read(out.read_bytes()) or {}
+    assert said["lora"] == f"{content.of_path(one)[:8]}:1, {content.of_path(two)[:8]}:0.5"
     painted = model.generate(["a blue star"], steps=2)[0]
     assert np.array_equal(np.asarray(Image.open(out)), np.asarray(painted))
 

@@ -11,6 +11,7 @@ import torch
 
 from dim import model
 from dim.errors import CheckpointError, InputError, StorageError
+from dim.model.checkpoint import content
 from dim.model.lora.adapter import LORA_FILE
 from infra import storage
 from infra.models import (
@@ -23,6 +24,23 @@ from infra.models import (
 )
 from infra.storage import Store, open_store
 from tests.conftest import ROOT
+
+
+def test_a_folder_has_one_hash_however_it_is_read(tiny_model_dir: Path, tmp_path: Path) -> None:
+    assert fingerprint(str(tiny_model_dir)) == content.of_path(tiny_model_dir)
+    odd = tmp_path / "odd"
+    (odd / "part").mkdir(parents=True)
+    (odd / "part" / "large").write_bytes(os.urandom(100) * 30_000)
+    (odd / "part-of").write_bytes(b"sorts between")
+    (odd / ".hidden").write_bytes(b"")
+    (odd / "linked").symlink_to(tiny_model_dir, target_is_directory=True)
+    (odd / "link.json").symlink_to(tiny_model_dir / "dim.json")
+    assert fingerprint(str(odd)) == content.of_path(odd)
+    file = odd / "part-of"
+    assert fingerprint(str(file)) == content.of_path(file)
+    before = content.of_path(odd)
+    (odd / "part" / "large").write_bytes(b"x" * 3_000_000)  # of the same size
+    assert content.of_path(odd) != before
 
 
 def test_a_model_comes_back_from_an_object_store(tiny_model_dir: Path, s3: str) -> None:

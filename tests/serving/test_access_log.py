@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
+from ray.exceptions import TaskCancelledError
 
 from serving.access import Observed, open_log
 from serving.account import Account
@@ -161,6 +163,64 @@ def test_gone_clients_have_a_number() -> None:
         with pytest.raises(error):
             asyncio.run(Observed(app, None, Counted())(dict(scope), None, send))  # type: ignore[arg-type]
     assert counted == [("other", 499), ("other", 500), ("other", 200)]
+
+
+def body_of(request: httpx.Request) -> tuple[dict[str, Any], bytes]:
+    """A request as ASGI has it: its scope and its body."""
+    scope = {
+        "type": "http", "asgi": {"spec_version": "2.3"}, "http_version": "1.1", "scheme": "http",
+        "method": request.method, "path": request.url.path, "query_string": b"", "root_path": "",
+        "headers": [(name.lower(), value) for name, value in request.headers.raw],
+    }  # fmt: skip
+    return scope, request.read()
+
+
+FORM = httpx.Request(
+    "POST", "http://localhost/v1/images/edits",
+    files={"image": picture()}, data={"prompt": PROMPT, "stream": "true"},
+)  # fmt: skip
+JSON = httpx.Request("POST", "http://localhost/v1/images/generations", json={"prompt": PROMPT})
+
+
+def by_serve() -> dict[str, str]:
+    """How Serve's replica says it where its proxy has given the request up."""
+    raise TaskCancelledError
+
+
+def by_asgi() -> dict[str, str]:
+    return {"type": "http.disconnect"}
+
+
+@pytest.mark.parametrize("how", [by_serve, by_asgi])
+@pytest.mark.parametrize(
+    ("request_", "share", "status"), [(FORM, 0.5, 499), (JSON, 0.5, 499), (FORM, 1, 200)]
+)
+def test_a_client_that_goes_early_is_a_line_and_nothing_else(
+    how: Callable[[], dict[str, str]], request_: httpx.Request, share: float, status: int,
+    log: Log, caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    scope, body = body_of(request_)
+    part = body[: int(share * len(body))]
+    begun = asyncio.Event()
+    given = [{"type": "http.request", "body": part, "more_body": share < 1}]
+
+    async def receive() -> dict[str, Any]:
+        if given:
+            return given.pop()
+        if share == 1:
+            await begun.wait()  # it reads the first event of its stream
+        return how()
+
+    async def send(message: Any) -> None:
+        if share == 1 and message["type"] == "http.response.body":
+            begun.set()
+            await asyncio.sleep(3600)  # nobody reads on
+
+    asyncio.run(asyncio.wait_for(log.server.app(scope, receive, send), 20))
+    (line,) = log.lines()
+    assert (line["status"], line["complete"]) == (status, False)
+    assert not caplog.records
+    assert log.server.app.state.admission.pending.images == 0
 
 
 def test_files_are_put_aside(tmp_path: Path) -> None:

@@ -72,17 +72,18 @@ def test_answers_and_errors_are_files_of_openai_s_layout(s3: str, tmp_path: Path
         line("one", seed=1),
         line("edit", EDITS, images=[data_url(picture())], designer="none", n=2),
         line("wrong", size="9x9"),
-        line("two", seed=2),
+        line("two", seed=2, service_tier="default"),
+        line("plan", "/v1/blueprints", images=[data_url(picture())]),
     )
     out = f"{s3}/batch"
     with listening(server.app) as url:
         state = run(source, out, Asked(url), 3)
         assert (state.status, state.request_counts.model_dump()) == (
-            "completed", {"total": 4, "completed": 3, "failed": 1},
+            "completed", {"total": 5, "completed": 4, "failed": 1},
         )  # fmt: skip
         assert state.endpoint is None and state.error_file_id == f"{out}/errors.jsonl"
         answers = read(out, "output.jsonl")
-        assert [each["custom_id"] for each in answers] == ["one", "edit", "two"]
+        assert [each["custom_id"] for each in answers] == ["one", "edit", "two", "plan"]
         assert all(each["error"] is None and each["id"] for each in answers)
         first = answers[0]["response"]
         assert (first["status_code"], first["body"]["data"][0]["seed"]) == (200, 1)
@@ -95,6 +96,9 @@ def test_answers_and_errors_are_files_of_openai_s_layout(s3: str, tmp_path: Path
         assert names == {"batch.json", "output.jsonl", "errors.jsonl"}
         before = painted(server)
         assert before == {"one": 1, "two": 1, "edit": 2}
+        # Behind those that somebody waits for, but for what says otherwise.
+        jobs = {getattr(job, "prompt", "edit"): job.batch for job in server.painter.jobs}
+        assert jobs == {"one": True, "edit": True, "two": False}
         assert run(source, out, Asked(url), 3) == state  # it is done
         assert painted(server) == before
 

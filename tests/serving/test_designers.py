@@ -149,8 +149,10 @@ def test_a_budget_is_kept_and_its_end_is_said() -> None:
 
 
 def test_a_slow_designer_holds_up_no_other() -> None:
+    may_answer = threading.Semaphore(0)
+
     def slowly(_: dict[str, Any]) -> Response:
-        time.sleep(1.0)
+        may_answer.acquire(timeout=20)
         return completion(ANSWER)
 
     with chat_server(slowly) as slow, chat_server(lambda _: completion(ANSWER)) as fast:
@@ -165,13 +167,15 @@ def test_a_slow_designer_holds_up_no_other() -> None:
             asked = OtherDesigners(settings, ["slow", "best"])
             jobs = [DesignJob("slow", PNG, f"remove cup {number}") for number in range(3)]
             waiting = [asyncio.create_task(written(asked, each)) for each in jobs]
-            await asyncio.sleep(0.1)
             assert await written(asked, job())
             assert not any(each.done() for each in waiting)
-            await asyncio.sleep(1.2)
-            assert sum(each.done() for each in waiting) == 1  # one at a time
+            may_answer.release()
+            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            assert sum(each.done() for each in waiting) == 1
+            assert len(slow.requests) <= 2  # one at a time
             for each in waiting:
                 each.cancel()
+            may_answer.release(3)  # for who is still there
 
         asyncio.run(work())
 

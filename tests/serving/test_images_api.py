@@ -136,6 +136,17 @@ def test_an_image_says_by_whom_it_was_painted(server: Server, name: str) -> None
     assert "blueprint_sha256" not in (provenance.read(base64.b64decode(generated)) or {})
 
 
+@pytest.mark.parametrize(
+    ("fields", "behind"),
+    [({}, False), ({"service_tier": "default"}, False), ({"service_tier": "flex"}, True)],
+)
+def test_flex_stands_behind_others(server: Server, fields: dict, behind: bool) -> None:
+    assert edit(server, **fields).status_code == generate(server, **fields).status_code == 200
+    assert [job.batch for job in server.painter.jobs] == [behind, behind]
+    answer = generate(server, service_tier="priority")
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == "service_tier"
+
+
 def test_compression_reaches_the_file(server: Server) -> None:
     generate(server, output_format="jpeg", output_compression=30)
     assert server.painter.jobs[-1].output.compression == 30

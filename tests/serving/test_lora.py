@@ -11,7 +11,10 @@ import pytest
 from PIL import Image
 
 from dim import model as models
+from dim import provenance
+from dim.model.lora.merge import hashes
 from serving.config import ServingConfig
+from serving.encoding import Output
 from serving.jobs import GenerateJob, Painted, Preview
 from serving.painter import PainterDeployment
 from tests.dim.model.lora.adapters import make_adapter
@@ -28,9 +31,15 @@ def test_the_painter_merges_the_adapters_it_is_given(
     folder = tmp_path / "adapter"
     adapter = f"{make_adapter(tiny_model_dir, folder, rank=2, train=['patch_embed'])}{weight}"
     painter = PainterDeployment(ServingConfig(model=str(tiny_model_dir), lora=(adapter,)))
-    job = GenerateJob(prompt="a blue star", size=(64, 64), seed=5, steps=2, guidance_scale=1.0)
+    job = GenerateJob(
+        prompt="a blue star", size=(64, 64), seed=5, steps=2, guidance_scale=1.0,
+        output=Output(metadata=(("model", "x"),)),
+    )  # fmt: skip
     (painted,) = asyncio.run(pieces(painter, job))
     assert isinstance(painted, Painted)
+    said = provenance.read(painted.data) or {}
+    assert said.get("lora", "") == hashes([adapter])
+    assert bool(said.get("lora")) != bool(weight)  # at weight 0 it has no part in the image
     made = np.asarray(Image.open(io.BytesIO(painted.data)))
     images = [
         models.load(tiny_model_dir, lora=lora).generate(["a blue star"], seeds=[5], steps=2)[0]

@@ -113,11 +113,9 @@ def test_the_designer_s_log_has_the_id(server: Server, config: ServingConfig) ->
     assert lines(config)[-1]["designed_ms"] > 0
 
 
-def exported() -> dict[str, str]:
-    """Every metric of this node, and of which kind it is."""
-    node = ray.nodes()[0]
-    address = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
-    text = httpx.get(address, timeout=20).text
+def exported(server: Server) -> dict[str, str]:
+    """Every metric that the server tells of, and of which kind it is."""
+    text = httpx.get(f"{server.url}/metrics", timeout=20).text
     return dict(re.findall(r"^# TYPE (\w+) (\w+)$", text, re.MULTILINE))
 
 
@@ -126,16 +124,24 @@ def documented() -> dict[str, str]:
     return dict(re.findall(r"^\| `(ray_dim_\w+)` \| (\w+) \|", text, re.MULTILINE))
 
 
-def test_the_metrics_are_those_that_are_documented(server: Server) -> None:
+def test_the_metrics_are_those_that_are_documented(server: Server, config: ServingConfig) -> None:
     assert edit(server).status_code == 200
     wanted = documented()
     assert len(wanted) > 5
 
-    def ours() -> dict[str, str]:
-        return {name: kind for name, kind in exported().items() if name.startswith("ray_dim_")}
+    def others() -> dict[str, str]:
+        """All but Serve's."""
+        return {
+            name: kind
+            for name, kind in exported(server).items()
+            if not name.startswith("ray_serve_")
+        }
 
-    wait_for(lambda: ours().keys() >= wanted.keys())
-    assert ours() == wanted
+    wait_for(lambda: others().keys() >= wanted.keys())
+    assert others() == {**wanted, "dim_metrics_nodes": "gauge"}
+    text = httpx.get(f"{server.url}/metrics").text
+    assert 'dim_metrics_nodes{answered="yes"} 1\n' in text
+    assert "paint it" not in text and str(config.model) not in text
 
 
 def test_the_dashboard_shows_what_there_is(server: Server) -> None:
@@ -148,7 +154,7 @@ def test_the_dashboard_shows_what_there_is(server: Server) -> None:
 
     def there() -> set[str]:
         found = set()
-        for name, kind in exported().items():
+        for name, kind in exported(server).items():
             found |= (
                 {f"{name}_{part}" for part in ("bucket", "sum", "count")}
                 if (kind == "histogram")

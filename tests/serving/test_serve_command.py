@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import socket
@@ -12,10 +13,14 @@ from pathlib import Path
 
 import httpx
 import pytest
+import yaml
+from ray.serve.schema import ServeDeploySchema
 
 from dim import cli
 from dim.errors import ConfigError, DimError
 from infra.ports import free_port
+from serving.app import read_args
+from serving.config import ServingConfig
 from serving.exposure import check_exposure
 from serving.serve import ONE_LOOP, address_to_show, check_port, read_settings, start_ray
 
@@ -96,10 +101,25 @@ def test_a_file_with_settings_and_options_on_top(tmp_path: Path) -> None:
         read_settings([str(file), "max_batchsize=3"], {})
 
 
+def of_ours(file: Path) -> tuple[ServingConfig, str]:
+    """What a file of `dim serve` says, and where it listens."""
+    config = read_settings([str(file)], {})
+    return config, config.host
+
+
+def of_serve(file: Path) -> tuple[ServingConfig, str]:
+    """What a file of `serve deploy` says."""
+    schema = ServeDeploySchema.model_validate(yaml.safe_load(file.read_text()))
+    (application,) = schema.applications
+    module, _, build = application.import_path.partition(":")
+    assert callable(getattr(importlib.import_module(module), build))
+    return read_args(application.args), schema.http_options.host
+
+
 @pytest.mark.parametrize("file", sorted(CONFIGS.glob("serve-*.yaml")), ids=lambda file: file.name)
 def test_the_shipped_configurations_are_valid_and_none_is_open_to_all(file: Path) -> None:
-    config = read_settings([str(file)], {})
-    check_exposure(config, config.host)
+    config, host = of_serve(file) if file.name == "serve-deploy.yaml" else of_ours(file)
+    check_exposure(config, host)
     assert [name for name in config.designers if config.designers[name].is_own]
 
 

@@ -100,9 +100,21 @@ def test_a_stream_in_which_nothing_happens_is_kept_open(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(events, "PING_S", 0.02)
+    pings, second, wait_for = [], asyncio.Event(), asyncio.wait_for
+
+    async def counted(*arguments: Any) -> Any:
+        try:
+            return await wait_for(*arguments)
+        except TimeoutError:
+            pings.append("one")
+            if len(pings) == 2:
+                second.set()
+            raise
+
+    monkeypatch.setattr(events.asyncio, "wait_for", counted)
 
     async def slow(job: EditJob) -> AsyncIterator[Preview]:
-        await asyncio.sleep(0.1)
+        await second.wait()
         raise ValueError("late")
         yield
 

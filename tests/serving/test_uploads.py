@@ -14,6 +14,7 @@ from serving.config import UploadLimits
 from serving.uploads import Uploads
 
 LIMITS = UploadLimits(places=2, timeout_s=0.9, least_bytes_per_s=1000, grace_s=0.3)
+PATIENT = LIMITS.model_copy(update={"grace_s": 60, "timeout_s": 60})
 
 
 async def reads(scope: Scope, receive: Receive, send: Send) -> None:
@@ -26,13 +27,18 @@ async def reads(scope: Scope, receive: Receive, send: Send) -> None:
     await JSONResponse(size)(scope, receive, send)
 
 
-async def ask(uploads: Uploads, chunks: Sequence[bytes], every_s: float) -> tuple[int, bytes]:
-    """Send ``chunks``, and then what ends a body or, after ``b""``, nothing."""
+async def ask(
+    uploads: Uploads, chunks: Sequence[bytes | asyncio.Event], every_s: float
+) -> tuple[int, bytes]:
+    """Send ``chunks``, and then what ends a body or, after ``b""``, nothing; wait for events."""
     coming = iter(chunks)
     sent: list[Message] = []
 
     async def receive() -> Message:
         chunk = next(coming, None)
+        if isinstance(chunk, asyncio.Event):
+            await chunk.wait()
+            return await receive()
         if chunk == b"":
             await asyncio.Event().wait()
         await asyncio.sleep(every_s)
@@ -47,7 +53,7 @@ async def ask(uploads: Uploads, chunks: Sequence[bytes], every_s: float) -> tupl
 
 
 def test_a_body_that_comes_in_time_is_read_whole() -> None:
-    assert asyncio.run(ask(Uploads(LIMITS), [b"x" * 100] * 5, 0.05)) == (200, b"500")
+    assert asyncio.run(ask(Uploads(PATIENT), [b"x" * 100] * 5, 0.05)) == (200, b"500")
 
 
 @pytest.mark.parametrize(
@@ -62,7 +68,7 @@ def test_a_body_that_does_not_is_given_up(chunks: list[bytes], every_s: float) -
 
 def test_a_slow_upload_loses_its_place_to_one_that_comes() -> None:
     async def work() -> list[tuple[int, bytes]]:
-        uploads = Uploads(LIMITS.model_copy(update={"grace_s": 60, "timeout_s": 60}))
+        uploads = Uploads(PATIENT)
         slow = [asyncio.create_task(ask(uploads, [b"x" * size, b""], 0)) for size in (20, 10)]
         await asyncio.sleep(0.4)
         answers = [await ask(uploads, [b"x"], 0)]
@@ -78,12 +84,20 @@ def test_a_slow_upload_loses_its_place_to_one_that_comes() -> None:
 
 def test_fast_uploads_keep_their_places_and_leave_them_when_they_are_there() -> None:
     async def work() -> None:
-        uploads = Uploads(LIMITS)
-        fast = [asyncio.create_task(ask(uploads, [b"x" * 1000] * 4, 0.1)) for _ in range(2)]
-        await asyncio.sleep(0.35)
+        uploads = Uploads(PATIENT)
+        begun, rest = b"x" * 1_000_000, asyncio.Event()
+        chunks = [begun, rest, b"x" * 1000]
+        fast = [asyncio.create_task(ask(uploads, chunks, 0)) for _ in range(2)]
+
+        def received() -> int:
+            return sum(each._received for each in uploads._running)
+
+        while received() < 2 * len(begun):  # noqa: ASYNC110, nothing is set when it comes
+            await asyncio.sleep(0)
         status, body = await ask(uploads, [b"x"], 0)
         assert status == 429 and b"busy with 2 uploads" in body
-        assert [await each for each in fast] == [(200, b"4000")] * 2
+        rest.set()
+        assert [await each for each in fast] == [(200, b"1001000")] * 2
         assert (await ask(uploads, [b"x"], 0))[0] == 200
         assert not uploads._running
 

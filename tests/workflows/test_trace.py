@@ -149,6 +149,27 @@ def test_a_model_is_compared(
     assert "models:/dim/1" in out  # what the image says is followed all the same
 
 
+def test_an_image_of_the_command_line_is_followed_too(
+    tiny_model_dir: Path, house: House, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "painted.png"
+    words = [
+        "generate",
+        "a cup",
+        "--model",
+        str(tiny_model_dir),
+        "--steps",
+        "1",
+        "--out",
+        str(file),
+    ]
+    assert cli.execute(cli.root(), words, prog_name="dim") == 0
+    image, model, *_ = links(capsys, file, "--model", tiny_model_dir)
+    assert image["said"]["steps"] == "1" and model["why"] == ""
+    code, _, err = run(capsys, file, "--model", house.model)
+    assert code == 1 and "was painted by another model" in err
+
+
 def test_what_cannot_be_followed_says_why(
     house: House, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

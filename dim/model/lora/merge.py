@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from dim.config import dump_config
 from dim.errors import CheckpointError, InputError
 from dim.model import parts
-from dim.model.checkpoint import folder, tensorfile
+from dim.model.checkpoint import content, folder, tensorfile
 from dim.model.checkpoint.finite import is_finite
 from dim.model.checkpoint.tensorfile import MAX_SHARD_BYTES, Produce, Shape, TensorFiles
 from dim.model.config import ModelConfig
@@ -82,6 +82,19 @@ def parse(spec: str) -> tuple[Path, float]:
     if not math.isfinite(weight):
         raise InputError(f"LoRA adapter {spec!r}: the weight must be finite")
     return Path(path), weight
+
+
+def hashes(specs: Iterable[str]) -> str:
+    """``HASH:WEIGHT`` of each adapter, as an image says what it was painted with.
+
+    Raises:
+        InputError: as for ``parse``.
+    """
+    return ", ".join(
+        f"{content.of_path(path)[: content.SHOWN]}:{weight:g}"
+        for path, weight in map(parse, specs)
+        if weight  # else it changes nothing
+    )
 
 
 def read_all(specs: Iterable[str], shapes: Mapping[str, Shape]) -> list[Weighted]:

@@ -25,6 +25,7 @@ const state = {
   marking: false,
   work: null, // the AbortController of what is being done
   checks: 0,
+  contributions: "never", // whether edits may be kept for training: never, ask or always
   key: remembered(),
 };
 
@@ -40,10 +41,10 @@ class Failure extends Error {
 }
 
 /** The response of the server to a form (a Blob of `formOf`) or to JSON (anything else). */
-async function ask(path, body, signal) {
+async function ask(path, body, signal, method = "GET") {
   const headers = state.key ? { Authorization: `Bearer ${state.key}` } : {};
   const options = {
-    signal, headers, cache: "no-store", redirect: "error",
+    method, signal, headers, cache: "no-store", redirect: "error",
     referrerPolicy: "same-origin", // else some browsers send "Origin: null", which servers refuse
   };
   if (body instanceof Blob) Object.assign(options, { method: "POST", body });
@@ -282,6 +283,13 @@ const reviewed = () =>
 
 const labelOf = (field) => field.labels[0].firstChild.textContent.trim();
 
+/** What the form says of consent, where that is not what the server takes as said. */
+function consent() {
+  const given = $("consent").checked;
+  const asked = state.contributions !== "never" && given !== (state.contributions === "always");
+  return asked ? { consent: given } : {};
+}
+
 function designer() {
   return $("designer-field").hidden ? {} : { designer: $("designer").value };
 }
@@ -384,7 +392,7 @@ async function edit(prompt, signal) {
     document.querySelector('#sections [aria-invalid="true"]')?.focus();
     throw new Failure("The blueprint cannot be painted as it is.");
   }
-  const fields = { prompt, ...own, ...designer(), ...(given && { blueprint: given }) };
+  const fields = { prompt, ...own, ...designer(), ...consent(), ...(given && { blueprint: given }) };
   const mask = await maskFile();
   const step = {
     kind: "edited", from: state.at, fromImage: source(), prompt, fields, mask: keptMask(), images: [],
@@ -455,7 +463,10 @@ async function follow(response, step, prompt, signal) {
   }
   const painted = images.flat(); // without the places of those that did not come
   step.images = looked.length ? looked : painted;
-  if (looked.length) step.chosen = bestOf(looked, painted[0]);
+  if (looked.length) {
+    step.chosen = bestOf(looked, painted[0]);
+    looked[step.chosen].contribution = painted[0]?.contribution;
+  }
   if (looked.length && !painted.length) {
     step.failure ??= new Failure("The connection ended before the best image was chosen.");
   }
@@ -502,7 +513,29 @@ async function imageOf(data) {
   const bytes = Uint8Array.from(atob(data.b64_json ?? ""), (letter) => letter.charCodeAt(0));
   const type = `image/${data.output_format ?? "png"}`;
   const image = await opened(new Blob([bytes], { type }), "The server's answer holds no image.");
-  return Object.assign(image, { seed: data.seed });
+  return Object.assign(image, { seed: data.seed, contribution: data.contribution });
+}
+
+/** Say that the edit which is shown may be trained on; once that is said, take it back. */
+async function acceptOrTakeBack() {
+  const image = source();
+  const path = `v1/contributions/${encodeURIComponent(image.contribution)}`;
+  const accepted = image.accepted;
+  await busy(accepted ? "Taking it back…" : "Accepting…", async (signal) => {
+    try {
+      if (accepted) await ask(path, undefined, signal, "DELETE");
+      else await ask(`${path}/accept`, {}, signal);
+    } catch (error) {
+      if (error.status !== 404) throw error;
+      image.contribution = null;
+      throw new Failure(accepted ? "It is not kept any more." : "It is too late to accept this edit: the server has forgotten it.");
+    }
+    image.accepted = !accepted;
+    if (accepted) image.contribution = null; // what was taken back is gone
+    say(accepted ? "Taken back: nothing of this edit is kept." : "Accepted: this edit is kept for training.");
+  });
+  // Meanwhile it was hidden, and what is hidden has no focus.
+  if (document.activeElement === document.body) $($("accept").hidden ? "redo" : "accept").focus();
 }
 
 // ---------------------------------------------------------------------------------- images, history
@@ -660,6 +693,8 @@ function renderStage() {
   const result = state.at && state.at.kind !== "opened";
   $("stage-tools").hidden = !shown || Boolean(state.work);
   document.querySelector(".for-result").hidden = !result;
+  $("accept").hidden = !shown?.contribution;
+  $("accept").textContent = shown?.accepted ? "Take back from training" : "Accept for training";
   $("download").href = shown?.url ?? "";
   $("download").download = shown ? fileName(`draw-in-mind-${state.steps.indexOf(state.at) + 1}`, shown.blob) : "";
 }
@@ -884,7 +919,7 @@ const server = () => new URL(".", location.href).href.replace(/\/$/, "");
 
 /** The request that made the image that is shown, its seed the one that was used. */
 function requestOf(step) {
-  const { prompt, ...fields } = step.fields;
+  const { prompt, consent, ...fields } = step.fields; // who runs the copy has not consented
   const seed = fields.seed ?? step.images[0].seed;
   return { prompt, ...(step.blueprint && { blueprint: step.blueprint }), ...fields, ...(seed !== undefined && { seed }) };
 }
@@ -1035,6 +1070,7 @@ async function learn() {
     const models = await (await ask("v1/models")).json();
     const model = models.data?.[0] ?? {};
     $("model").textContent = model.id ?? "";
+    offerToLearn(model.contributions ?? "never");
     if (Array.isArray(model.designers)) offer(model.designers);
   } catch (error) {
     if (error.status === 401) return tell(error, learn);
@@ -1043,6 +1079,13 @@ async function learn() {
   const health = await fetch("healthz").then((answer) => answer.json()).catch(() => ({}));
   $("model").textContent ||= health.model ?? "";
   if (Array.isArray(health.designers)) offer(health.designers);
+}
+
+/** Ask whether edits may be kept for training, where the server keeps any. */
+function offerToLearn(contributions) {
+  state.contributions = contributions;
+  $("consent-field").hidden = contributions === "never";
+  $("consent").checked = contributions === "always";
 }
 
 function offer(designers) {
@@ -1128,6 +1171,7 @@ function wireStage() {
     $("prompt").focus();
   });
   $("copy-curl").addEventListener("click", () => copy(asCurl(state.at)));
+  $("accept").addEventListener("click", acceptOrTakeBack);
   $("copy-python").addEventListener("click", () => copy(asPython(state.at)));
   $("code-close").addEventListener("click", () => $("code").close());
   for (const radio of document.querySelectorAll('#modes input')) {

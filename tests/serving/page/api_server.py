@@ -47,6 +47,8 @@ class Api:
 
     url: str = ""
     designers: tuple[str, ...] = ("fast", "best", "none")
+    contributions: str = "never"
+    """As ``/v1/models`` says it; of an edit with consent a name is told."""
     key: str | None = None
     """The API key that is asked for."""
     failures: list[Response] = field(default_factory=list)
@@ -61,6 +63,7 @@ class Api:
 
     def reset(self) -> None:
         self.designers, self.key, self.breaks = ("fast", "best", "none"), None, None
+        self.contributions = "never"
         self.failures.clear()
         self.calls.clear()
         self.gone.clear()
@@ -128,7 +131,8 @@ def make_app(api: Api) -> FastAPI:
     async def models(request: Request) -> Response:
         if api.key is not None and request.headers.get("authorization") != f"Bearer {api.key}":
             return answer(401, "an API key is needed", "invalid_request_error")
-        return JSONResponse({"object": "list", "data": [{"id": "tiny-edit2", "object": "model"}]})
+        model = {"id": "tiny-edit2", "object": "model", "contributions": api.contributions}
+        return JSONResponse({"object": "list", "data": [model]})
 
     @app.get("/healthz")
     async def healthz() -> Response:
@@ -161,13 +165,22 @@ def make_app(api: Api) -> FastAPI:
             written.append(("image_edit.blueprint.done", {"blueprint": text}))
         source = Image.open(io.BytesIO(call.files["image"])).convert("RGB")
         mask = Image.open(io.BytesIO(call.files["mask"])) if "mask" in call.files else None
+        consent = call.fields.get("consent", str(api.contributions == "always").lower())
+        more = {"contribution": "name/1" if consent == "true" else None}
         if {"rounds", "best_of"} & call.fields.keys():
-            return stream(*written, *looked_at(source, text, call))
+            return stream(*written, *looked_at(source, text, call, **more))
         return stream(
             *written,
             *partials("image_edit", [inverted(source, mask, part) for part in (0.3, 0.6)]),
-            *completed("image_edit", inverted(source, mask), call, blueprint=text),
+            *completed("image_edit", inverted(source, mask), call, blueprint=text, **more),
         )
+
+    @app.post("/v1/contributions/{id:path}/accept")
+    @app.delete("/v1/contributions/{id:path}")
+    async def contributions(request: Request, id: str) -> Response:
+        path = f"{request.method} {request.scope['raw_path'].decode()}"
+        api.calls.append(Call(path, {}, {}, dict(request.headers)))
+        return api.failures.pop(0) if api.failures else JSONResponse({"id": id})
 
     @app.post("/v1/images/generations")
     async def generations(request: Request) -> Response:
@@ -213,7 +226,9 @@ def partials(name: str, images: list[Image.Image]) -> list[tuple[str, dict[str, 
     ]
 
 
-def looked_at(source: Image.Image, text: str, call: Call) -> list[tuple[str, dict[str, Any]]]:
+def looked_at(
+    source: Image.Image, text: str, call: Call, **more: Any
+) -> list[tuple[str, dict[str, Any]]]:
     """Two rounds, of which the second is accepted; the best of it is its first image."""
     best_of, first = int(call.fields.get("best_of", 1)), int(call.fields.get("seed", 100))
     told, painted = [], []
@@ -230,7 +245,7 @@ def looked_at(source: Image.Image, text: str, call: Call) -> list[tuple[str, dic
         data = {"review": review, "b64_json": encoded(image), "output_format": "png"}
         told.append(("image_edit.review", data))
     image, review = painted[best_of]
-    data = {"b64_json": encoded(image), "output_format": "png", "image_index": 0}
+    data = {"b64_json": encoded(image), "output_format": "png", "image_index": 0, **more}
     data |= {"seed": review["seed"], "blueprint": review["blueprint"]}
     return [*told, ("image_edit.completed", data)]
 

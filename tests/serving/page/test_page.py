@@ -563,10 +563,98 @@ def test_a_server_with_keys_asks_at_the_start(open_page: Callable[..., Any], api
     wrong(page, "")
 
 
+def accepting(page: Any) -> Any:
+    return page.get_by_role("button", name="Accept for training")
+
+
+def test_where_nothing_is_kept_nobody_is_asked(page: Any, api: Api) -> None:
+    open_image(page)
+    paint(page)
+    expect(page.locator("#consent-field")).to_be_hidden()
+    expect(page.locator("#accept")).to_be_hidden()
+    assert "consent" not in api.last("/v1/images/edits").fields
+
+
+def test_an_edit_is_accepted_for_training_and_taken_back(
+    open_page: Callable[..., Any], api: Api
+) -> None:
+    api.contributions = "ask"
+    page = open_page()
+    open_image(page)
+    consent = page.get_by_label("Let this model learn from edits that I accept")
+    expect(consent).not_to_be_checked()
+    paint(page)
+    assert "consent" not in api.last("/v1/images/edits").fields
+    expect(page.locator("#accept")).to_be_hidden()  # nobody has consented
+
+    consent.check()
+    paint(page)
+    assert api.last("/v1/images/edits").fields["consent"] == "true"
+    accepting(page).click()
+    said(page, "Accepted: this edit is kept for training.")
+    expect(page.locator("#accept")).to_be_focused()
+    expect(page.locator("#accept")).to_have_text("Take back from training")
+    page.keyboard.press("Enter")
+    said(page, "Taken back: nothing of this edit is kept.")
+    expect(page.get_by_role("button", name="Redo this turn")).to_be_focused()
+    expect(page.locator("#accept")).to_be_hidden()
+    paths = [call.path for call in api.calls if "contributions" in call.path]
+    assert paths == [
+        "POST /v1/contributions/name%2F1/accept", "DELETE /v1/contributions/name%2F1",
+    ]  # fmt: skip
+    turns = page.get_by_role("region", name="History").get_by_role("button")
+    turns.nth(1).click()
+    expect(page.locator("#accept")).to_be_hidden()
+    page.get_by_label("Create").check()
+    expect(consent).to_be_hidden()
+
+
+def test_the_image_that_the_designer_chose_is_accepted(
+    open_page: Callable[..., Any], api: Api
+) -> None:
+    api.contributions = "always"
+    page = open_page()
+    open_image(page)
+    consent = page.get_by_label("Let this model learn from edits that I accept")
+    expect(consent).to_be_checked()
+    page.get_by_text("More", exact=True).click()
+    page.get_by_label("Rounds").fill("2")
+    paint(page)
+    assert "consent" not in api.last("/v1/images/edits").fields  # the key has said it
+    expect(accepting(page)).to_be_visible()
+    looked = page.get_by_role("group", name="Results").get_by_role("radio")
+    looked.nth(0).check()
+    expect(page.locator("#accept")).to_be_hidden()  # it is not the one that the server holds
+    looked.nth(1).check()
+    expect(accepting(page)).to_be_visible()
+    consent.uncheck()
+    paint(page)
+    assert api.last("/v1/images/edits").fields["consent"] == "false"
+    expect(page.locator("#accept")).to_be_hidden()
+
+
+def test_an_edit_that_is_forgotten_cannot_be_accepted(
+    open_page: Callable[..., Any], api: Api
+) -> None:
+    api.contributions = "always"
+    page = open_page()
+    open_image(page)
+    paint(page)
+    api.failures.append(answer(503, "the object store does not answer", "x"))
+    accepting(page).click()
+    wrong(page, "The object store does not answer.")
+    api.failures.append(answer(404, "there is no contribution", "x"))
+    accepting(page).click()  # it is there still
+    wrong(page, "It is too late to accept this edit: the server has forgotten it.")
+    expect(page.locator("#accept")).to_be_hidden()
+
+
 def test_the_request_can_be_copied_as_curl_and_as_python(
     open_page: Callable[..., Any], api: Api
 ) -> None:
+    api.contributions = "always"
     page = open_page(permissions=["clipboard-read", "clipboard-write"])
+    page.get_by_label("Let this model learn").uncheck()  # is not for whoever runs the copy to say
     prompt = 'It\'s @home, "so" \\ to say'
     open_image(page)
     page.get_by_text("More", exact=True).click()
@@ -606,11 +694,13 @@ def test_without_a_clipboard_the_code_is_shown(page: Any, api: Api) -> None:
     expect(page.get_by_role("dialog")).to_be_hidden()
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("viewport", [DESKTOP, PHONE], ids=["desktop", "phone"])
+@pytest.mark.parametrize(
+    ("viewport", "scheme"), [(DESKTOP, "light"), (PHONE, "dark")], ids=["desktop", "phone"]
+)
 def test_axe_finds_nothing_at_any_stage(
-    open_page: Callable[..., Any], api: Api, scheme: str, viewport: dict[str, int]
+    open_page: Callable[..., Any], api: Api, viewport: dict[str, int], scheme: str
 ) -> None:
+    api.contributions = "ask"
     page = open_page(color_scheme=scheme, viewport=viewport, reduced_motion="reduce")
 
     def look() -> None:
@@ -637,8 +727,10 @@ def test_axe_finds_nothing_at_any_stage(
     page.get_by_role("button", name="Paint").click()
     expect(page.locator("#key-form")).to_be_visible()
     look()
+    page.get_by_label("Let this model learn").check()
     page.get_by_role("button", name="Use this key").click()
     said(page, "2 images are painted")
+    expect(accepting(page)).to_be_visible()
     look()
     page.get_by_label("Rounds").fill("2")
     paint(page)

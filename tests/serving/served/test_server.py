@@ -22,47 +22,18 @@ from dim import tabletop
 from dim.blueprint import Blueprint
 from dim.images import encode_png
 from dim.model import DIM
-from infra.ports import free_port
-from serving.config import ServingConfig
-from serving.serve import Server, start
+from serving.serve import Server
+from tests.serving.served.conftest import BODY_LIMIT
+
+pytestmark = pytest.mark.usefixtures("ray_cluster")  # which the server runs on
 
 STEPS = 3
-BODY_LIMIT = 300_000
 JSON = {"content-type": "application/json"}
-
-
-@pytest.fixture(scope="module")
-def server(ray_cluster: None, tiny_model_dir: Path) -> Iterator[Server]:
-    server = start(
-        ServingConfig(
-            model=str(tiny_model_dir),
-            designers=("oracle", "self"),
-            port=free_port(),
-            max_batch_size=4,
-            batch_wait_s=0.2,
-            max_pending=10,
-            max_request_bytes=BODY_LIMIT,
-            max_image_pixels=1_000_000,
-        )
-    )
-    yield server
-    server.stop()
 
 
 @pytest.fixture(scope="module")
 def model(tiny_model_dir: Path) -> DIM:
     return models.load(tiny_model_dir)
-
-
-@pytest.fixture
-def client(server: Server) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
-
-
-@pytest.fixture
-def http(server: Server) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=server.url, timeout=60) as client:
-        yield client
 
 
 def sample(number: int) -> tabletop.Edit:
