@@ -111,16 +111,21 @@ def make_pairs(folder: Path, count: int, side: int) -> None:
     (folder / manifest.NAME).write_text(done.model_dump_json())
 
 
-def _pair(number: int, side: int) -> dict[str, Any]:
-    """A picture with detail at every scale, and the same with a box in it."""
+def picture(number: int, side: int) -> Image.Image:
+    """A picture with detail at every scale, another one for every number."""
     rng = np.random.default_rng(number)
     pixels = np.zeros((side, side, 3))
     for cells, weight in ((4, 0.5), (24, 0.25), (side // 2, 0.25)):
         coarse = Image.fromarray(rng.integers(0, 256, (cells, cells, 3), dtype=np.uint8))
         pixels += weight * np.asarray(coarse.resize((side, side), Image.Resampling.BILINEAR))
-    source = Image.fromarray(pixels.astype(np.uint8))
+    return Image.fromarray(pixels.astype(np.uint8))
+
+
+def _pair(number: int, side: int) -> dict[str, Any]:
+    """A picture, and the same with a box in it."""
+    source = picture(number, side)
     target = source.copy()
-    left, top = (int(place) for place in rng.integers(0, side * 2 // 3, 2))
+    left, top = (int(n) for n in np.random.default_rng(number).integers(0, side * 2 // 3, 2))
     target.paste((255, 0, 0), (left, top, left + side // 4, top + side // 4))
     instruction = f"Add red box number {number}."
     images = []

@@ -1,22 +1,27 @@
 """The kill matrix: every data job, killed at every moment, and run again.
 
-    python -m benchmarks.kills [--jobs ingest edit] [--folder DIR]
+    python -m benchmarks.kills [--jobs ingest edit] [--docs] [--folder DIR]
 
 A driver, and separately a worker, is ended by SIGKILL when it reaches a moment of a range in the
 middle of the input; then the same job is run again. Told for each: whether every file is the one of
-a job that nothing happened to, how many records are lost or there twice, how many answers were paid
-for again that were there, how many calls were under way and so made again, and how many ranges were
-begun again. Fails where a record is lost or doubled, an answer paid twice, or a file another one.
-Prints the table of ``docs/data/reliability.md``. Everything runs on one local cluster, in ranges of
-a few records.
+a job that nothing happened to and no other is there, how many records are lost or there twice, how
+many answers were paid for again that had been there for a second, how many calls were made again
+that had not, and how many ranges were begun again. Fails where a file is another one, a record lost
+or doubled, an answer paid twice, more calls made again than are under way at once (of an object
+store that is only told), or more ranges begun again than are worked on at once.
+Prints the table of ``docs/data/reliability.md``; ``--docs`` puts the rows of these jobs there.
+Everything runs on one local cluster, in ranges of a few records; "edit on S3" writes to rclone's
+S3 server.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
+import hashlib
 import json
 import os
-import shutil
+import re
 import signal
 import subprocess
 import sys
@@ -25,18 +30,16 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 import ray
 
 from dim.blueprint import Blueprint
-from dim.config import StrictModel
 from dim.designers import CallOptions
 from infra import storage
 from infra.storage import Output, Store
@@ -46,12 +49,14 @@ from pipelines.cluster import connect
 from pipelines.filters import ImageRules, PairRules
 from pipelines.filters.duplicates import DuplicateRules
 from pipelines.filters.verdicts import KeptVerdicts
+from pipelines.job import JobConfig
 from pipelines.outputs import manifest as manifests
 from pipelines.outputs.manifest import Manifest
 from pipelines.outputs.receipts import RangeOutput
 from pipelines.stages.caption import CaptionRules
+from tests import rclone_server
 
-RECORDS, RANGE = 24, 6
+RECORDS, RANGE = 48, 6
 STRUCK = 2
 """The range that a kill comes in."""
 
@@ -62,11 +67,16 @@ OF_DRIVER = (MANIFEST, FINISHED)
 """Moments at which no worker does anything."""
 
 DRIVER, WORKER = "driver", "worker"
+ON_S3, BUCKET = "edit on S3", "kills"
 PLAN = "DIM_KILLS_PLAN"
 HEAD = """\
 | job | killed | moment | same files | lost | doubled | paid again | calls cut off | begun again |
 | --- | --- | --- | --- | ---: | ---: | ---: | ---: | ---: |"""
+DOCS = Path(__file__).resolve().parents[1] / "docs/data/reliability.md"
 _PATIENCE_S = 180.0
+_FRESH_S = 1.0  # an answer may wait so long for the object that takes it
+_ANSWER_S = 0.02
+_CALLS_AT_ONCE, _RANGES_AT_ONCE = 2, max(3, os.cpu_count() or 1)
 _WAIT_S = 2.0  # until the cluster has ended the workers of a driver that is gone
 _CAPTIONS = CaptionRules(min_words=5, min_dimensions=0, min_dimensions_in_prose=0)
 _DRAWN: dict[str, Any] = dict.fromkeys(("min_entropy", "min_sharpness", "max_text_area"))
@@ -100,32 +110,57 @@ class Cell:
 
     @property
     def is_good(self) -> bool:
-        """Whether nothing was lost, doubled, paid twice or made otherwise."""
-        return self.same and not (self.lost or self.doubled or self.paid_again)
+        """Whether nothing was lost, doubled, paid twice or made otherwise, or too much again."""
+        under_way = self.job == ON_S3 or self.cut_off <= _CALLS_AT_ONCE
+        same = self.same and not (self.lost or self.doubled or self.paid_again)
+        return same and under_way and self.done_again <= _RANGES_AT_ONCE
 
 
 def main() -> int:
     """Run the matrix; returns the exit status."""
     options = _options()
-    with tempfile.TemporaryDirectory(dir=options.folder) as name, _designer() as designer:
-        folder = Path(name)
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=options.folder)))
+        designer = stack.enter_context(_designer())
         os.environ[PLAN] = str(folder / "plan.json")
+        if ON_S3 in options.jobs:
+            (folder / "s3" / BUCKET).mkdir(parents=True)
+            _point_at(stack.enter_context(rclone_server.running(folder / "s3")))
         _connect()
         jobs = _inputs(folder, designer, options.jobs)
         print(HEAD, flush=True)
         cells = []
         for job in options.jobs:
+            (folder / job).mkdir(exist_ok=True)
             for cell in run_matrix(folder / job, job, jobs[job], designer, options.moments):
                 cells.append(cell)
                 print(cell.row, flush=True)
         ray.shutdown()
+    if options.docs:
+        DOCS.write_text(with_rows(DOCS.read_text(), cells))
     return 0 if all(cell.is_good for cell in cells) else 1
+
+
+def with_rows(page: str, cells: Iterable[Cell]) -> str:
+    """A page whose table has these rows in place of those of the same jobs, and says when."""
+    rows = [cell.row for cell in cells]
+    jobs = {row.split(" | ")[0] for row in rows}
+    before, head, rest = page.partition(HEAD)
+    if not head:
+        raise ValueError("the page has no table of kills")
+    old, blank, after = rest.partition("\n\n")
+    there = [row for row in old.strip().splitlines() if row.split(" | ")[0] not in jobs]
+    order = {f"| {job}": place for place, job in enumerate(_JOBS)}
+    table = sorted([*there, *rows], key=lambda row: order[row.split(" | ")[0]])
+    today = f"{datetime.date.today():%d %B %Y}".lstrip("0")
+    after = re.sub(r"(?<=last printed )[^,;.]*(?=[,;.])", today, after, count=1)
+    return "\n".join([before + head, *table]) + blank + after
 
 
 def run_matrix(
     folder: Path,
     job: str,
-    config: Callable[[Path], StrictModel],
+    config: Callable[[str], JobConfig],
     designer: Designer,
     moments: Iterable[str] = MOMENTS,
     victims: Iterable[str] = (DRIVER, WORKER),
@@ -133,22 +168,21 @@ def run_matrix(
     """Kill one job at each moment.
 
     Args:
-        folder: for its outputs.
+        folder: for notes.
         job: its name.
-        config: its settings, for an output folder.
+        config: its settings, for an output of a name.
         designer: the server that it asks, if it asks one.
         moments: at which it is killed.
         victims: who is.
     """
-    wanted = folder / "undisturbed"
-    whole = _run(job, config(wanted))
+    wanted = config("undisturbed")
+    whole = _run(job, wanted)
     for moment in moments:
         for victim in victims:
             if victim == WORKER and moment in OF_DRIVER:
                 continue
-            out = folder / f"{moment} {victim}".replace(" ", "-")
-            yield _kill(job, moment, victim, config(out), out, (wanted, whole), designer)
-            shutil.rmtree(out)
+            name = f"{moment} {victim}".replace(" ", "-")
+            yield _kill(job, moment, victim, config(name), folder / name, (wanted, whole), designer)
 
 
 def arm() -> None:
@@ -237,15 +271,15 @@ def _kill(
     job: str,
     moment: str,
     victim: str,
-    config: StrictModel,
-    out: Path,
-    undisturbed: tuple[Path, Manifest],
+    config: JobConfig,
+    notes: Path,
+    undisturbed: tuple[JobConfig, Manifest],
     designer: Designer,
 ) -> Cell:
-    log, token = (out.with_name(f"{out.name}.{end}") for end in ("log", "token"))
+    log, token = notes.with_suffix(".log"), notes.with_suffix(".token")
     plan = {"moment": moment, "victim": victim, "token": str(token), "log": str(log)}
     _write_plan(plan)
-    designer.asked = 0
+    designer.answered.clear()
     if victim == DRIVER:
         command = [sys.executable, "-m", "benchmarks.kills", "--drive", job]
         address = ray.get_runtime_context().gcs_address
@@ -264,33 +298,39 @@ def _kill(
     made = _run(job, config)
     if not token.exists():
         raise RuntimeError(f"{job} was not killed {moment}")
-    wanted, whole = undisturbed
-    ids, ids_wanted = _ids(out, made), _ids(wanted, whole)
-    answers = Counter(entry.key for entry in read_entries(storage.open_store(str(out))))
+    (wanted, whole), store = undisturbed, storage.open_store(config.out)
+    ids, ids_wanted = _ids(store, made), _ids(storage.open_store(wanted.out), whole)
+    kept = Counter(entry.key for entry in read_entries(store))
+    paid_again, cut_off = designer.asked_again(token.stat().st_mtime)
     return Cell(
         job,
         moment,
         victim,
-        same=_files(out, made) == _files(wanted, whole) and made.counts == whole.counts,
+        same=made.counts == whole.counts
+        and _files(store, made) == _files(storage.open_store(wanted.out), whole),
         lost=(ids_wanted - ids).total(),
         doubled=(ids - ids_wanted).total(),
-        paid_again=answers.total() - len(answers),
-        cut_off=max(0, designer.asked - answers.total()),
+        paid_again=max(paid_again, kept.total() - len(kept)),
+        cut_off=cut_off,
         done_again=sum(count - 1 for count in Counter(log.read_text().splitlines()).values()),
     )
 
 
-def _files(out: Path, made: Manifest) -> list[tuple[str, bytes]]:
-    return [(file.path, (out / file.path).read_bytes()) for file in made.files]
+def _files(store: Store, made: Manifest) -> list[tuple[str, bytes]]:
+    """Every file that the manifest names, and the names of what else is there but for answers."""
+    named = [(file.path, store.read(file.path)) for file in made.files]
+    paths = {path for path, _ in named}
+    others = (name for name, _ in store.list() if name not in paths)
+    return [*named, *((name, b"") for name in others if not name.startswith("answers/"))]
 
 
-def _ids(out: Path, made: Manifest) -> Counter[str]:
+def _ids(store: Store, made: Manifest) -> Counter[str]:
     """How often each record is in the output."""
-    return Counter(
-        record
-        for file in made.files
-        for record in pq.read_table(out / file.path, columns=["id"])["id"].to_pylist()
-    )
+    ids: Counter[str] = Counter()
+    for file in made.files:
+        with store.open_parquet(file.path) as parquet:
+            ids.update(parquet.read(columns=["id"])["id"].to_pylist())
+    return ids
 
 
 @dataclass
@@ -299,11 +339,24 @@ class Designer:
 
     Attributes:
         url: its address.
-        asked: how often it was asked.
+        answered: what it was asked, as a hash, and when it answered, in seconds since 1970.
     """
 
     url: str
-    asked: int = 0
+    answered: list[tuple[str, float]] = field(default_factory=list)
+
+    def asked_again(self, killed: float) -> tuple[int, int]:
+        """How often it was asked what it had answered: well before the kill, and else."""
+        first: dict[str, float] = {}
+        old = fresh = 0
+        for question, at in self.answered:
+            if question not in first:
+                first[question] = at
+            elif first[question] < killed - _FRESH_S:
+                old += 1
+            else:
+                fresh += 1
+        return old, fresh
 
 
 @contextmanager
@@ -314,15 +367,15 @@ def _designer() -> Iterator[Designer]:
         "choices": [{"finish_reason": "stop", "message": {"content": text}}],
         "usage": {"prompt_tokens": 10, "completion_tokens": 10},
     }
+    body = json.dumps(answer).encode()
 
     class Answer(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
         def do_POST(self) -> None:
-            self.rfile.read(int(self.headers["Content-Length"]))
-            with counting:
-                designer.asked += 1
-            body = json.dumps(answer).encode()
+            question = self.rfile.read(int(self.headers["Content-Length"]))
+            time.sleep(_ANSWER_S)
+            designer.answered.append((hashlib.sha256(question).hexdigest(), time.time()))
             self.send_response(200)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
@@ -331,7 +384,6 @@ def _designer() -> Iterator[Designer]:
         def log_message(self, *_: object) -> None:
             """Nothing."""
 
-    counting = threading.Lock()
     server = ThreadingHTTPServer(("127.0.0.1", 0), Answer)
     designer = Designer(f"http://127.0.0.1:{server.server_address[1]}/v1")
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -343,8 +395,8 @@ def _designer() -> Iterator[Designer]:
 
 def _inputs(
     folder: Path, designer: Designer, jobs: Iterable[str]
-) -> dict[str, Callable[[Path], StrictModel]]:
-    """Make what the jobs read; returns the settings of each for an output folder."""
+) -> dict[str, Callable[[str], JobConfig]]:
+    """Make what the jobs read; returns the settings of each for an output of a name."""
     pairs, images, edits = (str(folder / name) for name in ("pairs", "images", "edits"))
     small: dict[str, Any] = {"rows_per_file": RANGE}
     ingest.run(ingest.IngestConfig(tabletop=RECORDS, size=64, out=pairs, **small))
@@ -352,45 +404,64 @@ def _inputs(
         ingest.run(ingest.IngestConfig(tabletop_images=RECORDS, size=64, out=images, **small))
     asking: dict[str, Any] = {**small, "batch_size": 2, "duplicates": _ALIKE}
 
-    def settings_of_edit(out: Path | str, spec: str) -> edit.EditConfig:
-        calls = CallOptions(in_flight=2)
+    def settings_of_edit(out: str, spec: str = f"openai:m@{designer.url}") -> edit.EditConfig:
+        calls = CallOptions(in_flight=_CALLS_AT_ONCE)
         return edit.EditConfig(
-            raw=pairs, out=str(out), designer=spec, filters=_PAIRS, calls=calls, **asking
+            raw=pairs, out=out, designer=spec, filters=_PAIRS, calls=calls, **asking
         )
 
     if "features" in jobs:
         edit.run(settings_of_edit(edits, "oracle"))
     model = str(Path(__file__).resolve().parents[1] / "configs/tiny.yaml")
     return {
-        "ingest": lambda out: ingest.IngestConfig(tabletop=RECORDS, size=64, out=str(out), **small),
-        "filter": lambda out: filter.FilterPairsConfig(
-            raw=pairs, out=str(out), filters=_PAIRS, **asking
+        "ingest": lambda name: ingest.IngestConfig(
+            tabletop=RECORDS, size=64, out=f"{folder}/ingest/{name}", **small
         ),
-        "edit": lambda out: settings_of_edit(out, f"openai:m@{designer.url}"),
-        "t2i": lambda out: t2i.T2IConfig(
+        "filter": lambda name: filter.FilterPairsConfig(
+            raw=pairs, out=f"{folder}/filter/{name}", filters=_PAIRS, **asking
+        ),
+        "edit": lambda name: settings_of_edit(f"{folder}/edit/{name}"),
+        ON_S3: lambda name: settings_of_edit(f"s3://{BUCKET}/{name}"),
+        "t2i": lambda name: t2i.T2IConfig(
             raw=images,
-            out=str(out),
+            out=f"{folder}/t2i/{name}",
             captioner="oracle",
             filters=_IMAGES,
             captions=_CAPTIONS,
             **asking,
         ),
-        "features": lambda out: features.FeaturesConfig(
-            data=edits, out=str(out), model=model, encode_batch=2, cpus_per_worker=0.5, **small
+        "features": lambda name: features.FeaturesConfig(
+            data=edits,
+            out=f"{folder}/features/{name}",
+            model=model,
+            encode_batch=2,
+            cpus_per_worker=0.5,
+            **small,
         ),
     }
 
 
-_JOBS: dict[str, tuple[type[StrictModel], Callable[[Any], Manifest]]] = {
+def _point_at(url: str) -> None:
+    """Let this process, and who it starts, find the S3 server."""
+    os.environ |= {
+        "AWS_ENDPOINT_URL": url,
+        "AWS_ACCESS_KEY_ID": rclone_server.ACCESS_KEY,
+        "AWS_SECRET_ACCESS_KEY": rclone_server.SECRET_KEY,
+        "AWS_REGION": "us-east-1",
+    }
+
+
+_JOBS: dict[str, tuple[type[JobConfig], Callable[[Any], Manifest]]] = {
     "ingest": (ingest.IngestConfig, ingest.run),
     "filter": (filter.FilterPairsConfig, filter.run),
     "edit": (edit.EditConfig, edit.run),
+    ON_S3: (edit.EditConfig, edit.run),
     "t2i": (t2i.T2IConfig, t2i.run),
     "features": (features.FeaturesConfig, features.run),
 }
 
 
-def _run(job: str, config: StrictModel) -> Manifest:
+def _run(job: str, config: JobConfig) -> Manifest:
     return _JOBS[job][1](config)
 
 
@@ -426,6 +497,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--jobs", nargs="+", choices=_JOBS, default=list(_JOBS))
     parser.add_argument("--moments", nargs="+", choices=MOMENTS, default=list(MOMENTS))
+    parser.add_argument("--docs", action="store_true", help="put the rows into the documentation")
     parser.add_argument(
         "--folder", help="where outputs lie meanwhile; a temporary one unless given"
     )

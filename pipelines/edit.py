@@ -12,26 +12,22 @@ from pydantic import Field
 from dim import designers
 from dim.config import load_config
 from dim.records import EDIT, RAW_PAIR
-from pipelines.calls.engine import answer_beforehand
-from pipelines.calls.worker import CalledModel, batches_at_once
+from pipelines.calls.worker import CalledModel
 from pipelines.command import ConfigFile, Out, Overrides, Overwrite, RetryFailed, settings
 from pipelines.filters import FilterPairs, PairRules
-from pipelines.filters.duplicates import DuplicateRules
-from pipelines.filters.verdicts import judge
-from pipelines.job import AskingConfig, Job, OnProgress, Remaining
+from pipelines.job import Job, OnProgress, Remaining
 from pipelines.outputs.manifest import Manifest
 from pipelines.outputs.shards import Shards
 from pipelines.outputs.summary import summary
-from pipelines.ranges import AskRanges, Piece, ReadRanges, ranges_of, rows_per_range
+from pipelines.ranges import Piece, ranges_of, rows_per_range
 from pipelines.stages.blueprint import WriteBlueprints
 from pipelines.stages.triage import TriageBy, TriageInstructions
+from pipelines.steps import AskingConfig, asked, filtered
 
 
 class EditConfig(AskingConfig):
     """How raw pairs become DIM-Edit."""
 
-    raw: str
-    """Address of the raw pairs, as ``dim data ingest`` makes them."""
     designer: str
     """Who writes the blueprints; see :mod:`dim.designers`."""
     with_target: bool = True
@@ -42,7 +38,6 @@ class EditConfig(AskingConfig):
     reasks: int = Field(2, ge=0)
     """How often a designer is asked again, told what was wrong, before the pair fails."""
     filters: PairRules = PairRules()
-    duplicates: DuplicateRules = DuplicateRules()
 
 
 def run(
@@ -56,15 +51,7 @@ def run(
     designers.check(config.designer)
     raw = Shards.open(config.raw, RAW_PAIR)
     ranges = ranges_of(raw, rows_per_range(raw.rows, config.rows_per_file))
-    job = Job(
-        "edit",
-        config,
-        EDIT,
-        identity=raw.identity,
-        rows=raw.rows,
-        ranges=len(ranges),
-        asks=config.designer,
-    )
+    job = Job("edit", config, EDIT, raw.identity, raw.rows, len(ranges), asks=config.designer)
     return job.run(
         lambda work: edit(raw, ranges, config, work),
         overwrite=overwrite,
@@ -77,41 +64,22 @@ def edit(
     raw: Shards, ranges: list[list[Piece]], config: EditConfig, work: Remaining
 ) -> ray.data.Dataset:
     """Raw pairs → filter → duplicates → triage → blueprint."""
-    rows, judged = judge(
-        raw,
-        ranges,
-        work.todo,
-        FilterPairs(config.filters),
-        config.duplicates,
-        config.batch_size,
-        store=work.output.store,
-        key=work.key,
-        retry=work.retry,
-        num_cpus=1,
-        timeout_s=config.range_timeout_s,
+    todo, judged = filtered(
+        raw, ranges, FilterPairs(config.filters), config.duplicates, config, work, num_cpus=1
     )
-    todo = ray.data.from_items(rows, override_num_blocks=len(rows))
-
     triage = partial(TriageInstructions, reasks=config.reasks)
     blueprint = partial(WriteBlueprints, with_target=config.with_target, reasks=config.reasks)
     own_call = config.with_target and config.triage == "own_call"
-    steps = (triage, blueprint) if own_call else (blueprint,)
-    model = CalledModel.metered(config.designer, designers.create, config.calls, work.output.store)
-    kept = todo.map_batches(ReadRanges(judged.records), batch_format="pyarrow", batch_size=1)
-    answer_beforehand(
-        kept, steps, model, config.engine, workers=config.workers, reasks=config.reasks
-    )
-    return todo.map_batches(
-        AskRanges,  # both steps in one process: they share the designer and its limits
-        fn_constructor_args=(steps, model.open, judged.surely, work.output),
+    return asked(
+        todo,
+        judged,
+        (triage, blueprint) if own_call else (blueprint,),
+        CalledModel.metered(config.designer, designers.create, config.calls, work.output.store),
+        work.output,
+        engine=config.engine,
+        reasks=config.reasks,
         num_cpus=config.cpus_per_worker,
-        compute=ray.data.ActorPoolStrategy(
-            size=config.workers_for(sum(each["rows"] for each in rows)),
-            max_concurrent_calls_per_actor=batches_at_once(config.designer),
-            enable_true_multi_threading=True,
-        ),
-        batch_format="pyarrow",
-        batch_size=1,
+        concurrency=config.workers_for(todo),
     )
 
 

@@ -7,30 +7,18 @@ from typing import Annotated, ClassVar
 import pyarrow as pa
 import ray.data
 import typer
-from pydantic import Field
 
-from dim.config import HowOnly, load_config
+from dim.config import load_config
 from dim.records import FILTERED_IMAGE, FILTERED_PAIR, RAW_IMAGE, RAW_PAIR, kind_of
 from pipelines.command import ConfigFile, Out, Overrides, Overwrite, RetryFailed, settings
 from pipelines.filters import FilterImages, FilterPairs, ImageRules, PairRules
-from pipelines.filters.duplicates import DuplicateRules
-from pipelines.filters.verdicts import judge
-from pipelines.job import Job, JobConfig, OnProgress, Remaining
+from pipelines.job import Job, OnProgress, Remaining
 from pipelines.outputs.manifest import Manifest
 from pipelines.outputs.receipts import WriteRanges
 from pipelines.outputs.shards import Shards
 from pipelines.outputs.summary import summary
 from pipelines.ranges import Piece, ranges_of, rows_per_range, tasks_for
-
-
-class FilterConfig(JobConfig):
-    """Which raw records are kept; of pairs or of images."""
-
-    raw: str
-    """Address of the raw records, as ``dim data ingest`` makes them."""
-    duplicates: DuplicateRules = DuplicateRules()
-    batch_size: Annotated[int, HowOnly] = Field(64, ge=1)
-    """Records that a task works on at a time."""
+from pipelines.steps import FilterConfig, filtered
 
 
 class FilterPairsConfig(FilterConfig):
@@ -65,8 +53,7 @@ def run(
     """Filter raw records. See :meth:`pipelines.job.Job.run` for reruns and errors."""
     raw = Shards.open(config.raw, config.kept)
     ranges = ranges_of(raw, rows_per_range(raw.rows, config.rows_per_file))
-    identity, rows = raw.identity, raw.rows
-    job = Job("filter", config, config.kept, identity=identity, rows=rows, ranges=len(ranges))
+    job = Job("filter", config, config.kept, raw.identity, raw.rows, len(ranges))
     return job.run(
         lambda work: keep(raw, ranges, config, work),
         overwrite=overwrite,
@@ -82,20 +69,10 @@ def keep(
     work: Remaining,
 ) -> ray.data.Dataset:
     """Raw records → filter → duplicates."""
-    rows, judged = judge(
-        raw,
-        ranges,
-        work.todo,
-        config.stage(),
-        config.duplicates,
-        config.batch_size,
-        store=work.output.store,
-        key=work.key,
-        retry=work.retry,
-        num_cpus=1,
-        timeout_s=config.range_timeout_s,
+    todo, judged = filtered(
+        raw, ranges, config.stage(), config.duplicates, config, work, num_cpus=1
     )
-    return ray.data.from_items(rows, override_num_blocks=tasks_for(len(rows))).map_batches(
+    return ray.data.from_items(todo, override_num_blocks=tasks_for(len(todo))).map_batches(
         WriteRanges(judged.records, work.output),
         batch_format="pyarrow",
         batch_size=1,

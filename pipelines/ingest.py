@@ -77,15 +77,7 @@ def run(
 ) -> Manifest:
     """Read the source into raw shards. See :meth:`pipelines.job.Job.run` for reruns and errors."""
     source = open_source(config)
-    ranges = len(source.ranges)
-    job = Job(
-        "ingest",
-        config,
-        source.schema,
-        identity=source.identity,
-        rows=source.rows,
-        ranges=ranges,
-    )
+    job = Job("ingest", config, source.schema, source.identity, source.rows, len(source.ranges))
     return job.run(
         lambda work: read(source, config, work),
         overwrite=overwrite,

@@ -18,7 +18,6 @@ from ray.data import Dataset
 
 from dim import records
 from dim.config import HowOnly, StrictModel, dump_config, what_decides
-from dim.designers import CallOptions
 from dim.errors import DimError, InputError
 from dim.failures import find_dim_error
 from dim.redaction import redacted
@@ -26,7 +25,6 @@ from infra.storage import open_store
 from infra.tracking import Run, Tracking, code_version, default_uri
 from pipelines.calls.answers import set_unusable_aside
 from pipelines.calls.bill import is_billed, read_costs, write_bill
-from pipelines.calls.engine import EngineOptions
 from pipelines.cluster import connect
 from pipelines.outcome import FAILED, KEPT, REJECTED
 from pipelines.outputs import card, receipts
@@ -82,24 +80,6 @@ class JobConfig(StrictModel):
         return min(self.rows_per_file, _ROWS_PER_RANGE)
 
 
-class AskingConfig(JobConfig):
-    """What a job is told that asks a model about every record."""
-
-    calls: CallOptions = CallOptions()
-    engine: Annotated[EngineOptions, HowOnly] = EngineOptions()
-    """How a local model (``vllm:MODEL``) runs."""
-    workers: Annotated[int, HowOnly] = Field(1, ge=1)
-    """Processes that each hold the model; fewer for a few records."""
-    cpus_per_worker: Annotated[float, HowOnly] = Field(0.5, gt=0)
-    """What each is reckoned to need: one that calls a server mostly waits."""
-    batch_size: Annotated[int, HowOnly] = Field(64, ge=1)
-    """Records that a step works on at a time."""
-
-    def workers_for(self, rows: int) -> int:
-        """How many workers so many records keep busy."""
-        return max(1, min(self.workers, rows // self.batch_size))
-
-
 @dataclass(frozen=True)
 class Remaining:
     """What a job is to do.
@@ -136,10 +116,10 @@ class Job:
         name: str,
         config: JobConfig,
         schema: pa.Schema,
-        *,
         identity: Mapping[str, Any],
         rows: int,
         ranges: int,
+        *,
         group_bytes: int | None = None,
         asks: str | None = None,
     ) -> None:

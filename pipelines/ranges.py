@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -23,12 +23,9 @@ from rich.progress import track
 from infra.memory import keep_freed_memory
 from infra.storage import Store
 from pipelines.attempts import Attempts, TimeLimits, limited, stop_after
-from pipelines.calls.answers import Answers
-from pipelines.calls.worker import AskInTurn, Step
 from pipelines.outcome import IMAGES
 from pipelines.outputs.files import GROUP_BYTES, GROUP_ROWS
 from pipelines.outputs.manifest import FileEntry
-from pipelines.outputs.receipts import RangeOutput
 from pipelines.outputs.shards import Shards
 
 _TASKS_PER_CORE = 4
@@ -265,50 +262,6 @@ def read(shards: Shards, rows: int = 64) -> ray.data.Dataset:
 
 def _as_they_are(batch: pa.Table) -> pa.Table:
     return batch
-
-
-@dataclass(frozen=True)
-class ReadRanges:
-    """What a task does with the ranges it is given: it hands their records on.
-
-    Attributes:
-        records: from a range, as a row of a data set, to its records.
-    """
-
-    records: Callable[[dict[str, Any]], Iterator[pa.Table]]
-
-    def __call__(self, ranges: pa.Table) -> Iterator[pa.Table]:
-        """Ranges in, records out."""
-        for each in ranges.to_pylist():
-            yield from self.records(each)
-
-
-class AskRanges:
-    """What a worker that asks a model does with ranges: reads their records, asks about some after
-    others, and writes what comes of them.
-
-    Args:
-        steps: as of :class:`pipelines.calls.worker.AskInTurn`, and what opens the model.
-        records: from a range, as a row of a data set, to its records with outcomes.
-        output: where they go.
-    """
-
-    def __init__(
-        self,
-        steps: Sequence[Step],
-        open_model: Callable[[], tuple[Any, Answers | None]],
-        records: Callable[[dict[str, Any]], Iterator[pa.Table]],
-        output: RangeOutput,
-    ) -> None:
-        self._ask = AskInTurn(steps, open_model)
-        self._records = records
-        self._output = output
-
-    def __call__(self, ranges: pa.Table) -> Iterator[pa.Table]:
-        """Ranges in, receipts out; safe for several threads."""
-        for each in ranges.to_pylist():
-            asked = map(self._ask, self._records(each))
-            yield self._output.done(each["number"], each["rows"], asked)
 
 
 @dataclass(frozen=True)

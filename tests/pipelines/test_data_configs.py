@@ -72,4 +72,4 @@ def test_the_demo_draws_from_a_world_checked_like_any_other(tmp_path: Path) -> N
 @pytest.mark.parametrize(("rows", "workers"), [(0, 1), (63, 1), (128, 2), (10_000, 3)])
 def test_no_worker_holds_a_model_without_records_for_it(rows: int, workers: int) -> None:
     config = EditConfig(raw="r", out="o", designer="oracle", workers=3, batch_size=64)
-    assert config.workers_for(rows) == workers
+    assert config.workers_for([{"rows": rows}]) == workers

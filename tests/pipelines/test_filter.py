@@ -161,7 +161,7 @@ def test_an_input_that_changes_meanwhile_stops_the_job(
         pq.write_table(pq.read_table(victim).slice(1), victim)
         return judged
 
-    monkeypatch.setattr("pipelines.filter.judge", then_changed)
+    monkeypatch.setattr("pipelines.steps.judge", then_changed)
     with pytest.raises(InputError, match=r"data/part-00001-of.*\.parquet changed while it was"):
         filter_pairs(copy, tmp_path / "out")
     assert not (tmp_path / "out/manifest.json").exists()

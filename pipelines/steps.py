@@ -1,0 +1,130 @@
+"""What jobs on raw records share: filter all of them first, then ask a model about those kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Annotated, Any
+
+import pyarrow as pa
+import ray.data
+from pydantic import Field
+
+from dim.config import HowOnly
+from dim.designers import CallOptions
+from pipelines.calls.engine import EngineOptions, answer_beforehand
+from pipelines.calls.worker import AskInTurn, CalledModel, Step, batches_at_once
+from pipelines.filters import FilterImages, FilterPairs
+from pipelines.filters.duplicates import DuplicateRules
+from pipelines.filters.verdicts import Judged, judge
+from pipelines.job import JobConfig, Remaining
+from pipelines.outputs.receipts import RangeOutput
+from pipelines.outputs.shards import Shards
+from pipelines.ranges import Piece
+
+
+class FilterConfig(JobConfig):
+    """What a job is told that reads raw records, and keeps some of them."""
+
+    raw: str
+    """Address of the raw records, as ``dim data ingest`` makes them."""
+    duplicates: DuplicateRules = DuplicateRules()
+    batch_size: Annotated[int, HowOnly] = Field(64, ge=1)
+    """Records that a step works on at a time."""
+
+
+class AskingConfig(FilterConfig):
+    """What a job is told that asks a model about every record it keeps."""
+
+    calls: CallOptions = CallOptions()
+    engine: Annotated[EngineOptions, HowOnly] = EngineOptions()
+    """How a local model (``vllm:MODEL``) runs."""
+    workers: Annotated[int, HowOnly] = Field(1, ge=1)
+    """Processes that each hold the model; fewer for a few records."""
+    cpus_per_worker: Annotated[float, HowOnly] = Field(0.5, gt=0)
+    """What each is reckoned to need: one that calls a server mostly waits."""
+
+    def workers_for(self, todo: Sequence[dict[str, Any]]) -> int:
+        """How many workers the records of so many ranges keep busy."""
+        return max(1, min(self.workers, sum(each["rows"] for each in todo) // self.batch_size))
+
+
+def filtered(
+    raw: Shards,
+    ranges: list[list[Piece]],
+    stage: FilterImages | FilterPairs,
+    duplicates: DuplicateRules,
+    config: FilterConfig,
+    work: Remaining,
+    *,
+    num_cpus: float,
+) -> tuple[list[dict[str, Any]], Judged]:
+    """The ranges to be done, as rows of a data set, and who reads their records; see ``judge``."""
+    return judge(
+        raw,
+        ranges,
+        work.todo,
+        stage,
+        duplicates,
+        config.batch_size,
+        store=work.output.store,
+        key=work.key,
+        retry=work.retry,
+        num_cpus=num_cpus,
+        timeout_s=config.range_timeout_s,
+    )
+
+
+def asked(
+    todo: list[dict[str, Any]],
+    judged: Judged,
+    steps: Sequence[Step],
+    model: CalledModel,
+    output: RangeOutput,
+    *,
+    engine: EngineOptions,
+    reasks: int,
+    num_cpus: float,
+    concurrency: int,
+) -> ray.data.Dataset:
+    """Ranges → their records → each step in turn → files and receipts.
+
+    All steps are in one process: they share the model, how often it is asked again, and its limits.
+    ``num_cpus`` is of a worker, of which there are ``concurrency``.
+    """
+    one: dict[str, Any] = {"batch_format": "pyarrow", "batch_size": 1}
+    ranges = ray.data.from_items(todo, override_num_blocks=len(todo))
+    kept = ranges.map_batches(partial(_read, judged=judged), **one)
+    answer_beforehand(kept, steps, model, engine, workers=concurrency, reasks=reasks)
+    pool = ray.data.ActorPoolStrategy(
+        size=concurrency,
+        max_concurrent_calls_per_actor=batches_at_once(model.spec),
+        enable_true_multi_threading=True,
+    )
+    given = (steps, model, judged, output)
+    return ranges.map_batches(
+        AskRanges, fn_constructor_args=given, num_cpus=num_cpus, compute=pool, **one
+    )
+
+
+class AskRanges:
+    """What a worker that asks a model does with ranges: reads their records, asks about some after
+    others, and writes what comes of them."""
+
+    def __init__(
+        self, steps: Sequence[Step], model: CalledModel, judged: Judged, output: RangeOutput
+    ) -> None:
+        self._ask = AskInTurn(steps, model.open)
+        self._records = judged.surely
+        self._output = output
+
+    def __call__(self, ranges: pa.Table) -> Iterator[pa.Table]:
+        """Ranges in, receipts out; safe for several threads."""
+        for each in ranges.to_pylist():
+            asked = map(self._ask, self._records(each))
+            yield self._output.done(each["number"], each["rows"], asked)
+
+
+def _read(ranges: pa.Table, judged: Judged) -> Iterator[pa.Table]:
+    for each in ranges.to_pylist():
+        yield from judged.records(each)
