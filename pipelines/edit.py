@@ -22,7 +22,7 @@ from pipelines.job import AskingConfig, Job, OnProgress, Remaining
 from pipelines.outputs.manifest import Manifest
 from pipelines.outputs.shards import Shards
 from pipelines.outputs.summary import summary
-from pipelines.ranges import AskRanges, Piece, ReadRanges, ranges_of, rows_per_range
+from pipelines.ranges import AskRanges, Piece, names_of, ranges_of, rows_per_range
 from pipelines.stages.blueprint import WriteBlueprints
 from pipelines.stages.triage import TriageBy, TriageInstructions
 
@@ -96,14 +96,21 @@ def edit(
     blueprint = partial(WriteBlueprints, with_target=config.with_target, reasks=config.reasks)
     own_call = config.with_target and config.triage == "own_call"
     steps = (triage, blueprint) if own_call else (blueprint,)
-    model = CalledModel.metered(config.designer, designers.create, config.calls, work.output.store)
-    kept = todo.map_batches(ReadRanges(judged.records), batch_format="pyarrow", batch_size=1)
+    model = CalledModel.metered(
+        config.designer, designers.create, config.calls, work.output.store, names_of(ranges)
+    )
     answer_beforehand(
-        kept, steps, model, config.engine, workers=config.workers, reasks=config.reasks
+        todo,
+        judged.records,
+        steps,
+        model,
+        config.engine,
+        workers=config.workers,
+        reasks=config.reasks,
     )
     return todo.map_batches(
         AskRanges,  # both steps in one process: they share the designer and its limits
-        fn_constructor_args=(steps, model.open, judged.surely, work.output),
+        fn_constructor_args=(steps, model, judged.surely, work.output),
         num_cpus=config.cpus_per_worker,
         compute=ray.data.ActorPoolStrategy(
             size=config.workers_for(sum(each["rows"] for each in rows)),

@@ -8,8 +8,8 @@ depends on the input alone. No picture goes through Ray's object store on the wa
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
@@ -23,8 +23,8 @@ from rich.progress import track
 from infra.memory import keep_freed_memory
 from infra.storage import Store
 from pipelines.attempts import Attempts, TimeLimits, limited, stop_after
-from pipelines.calls.answers import Answers
-from pipelines.calls.worker import AskInTurn, Step
+from pipelines.calls.answers import name_of
+from pipelines.calls.worker import AskingWorker, CalledModel, Step
 from pipelines.outcome import IMAGES
 from pipelines.outputs.files import GROUP_BYTES, GROUP_ROWS
 from pipelines.outputs.manifest import FileEntry
@@ -163,6 +163,11 @@ def ranges_of(shards: Shards, rows: int) -> list[list[Piece]]:
     return ranges
 
 
+def names_of(ranges: Sequence[Sequence[Piece]]) -> list[str]:
+    """What ranges are called among the answers about them."""
+    return [name_of([asdict(piece) for piece in each]) for each in ranges]
+
+
 def tasks_for(pieces: int) -> int:
     """How many tasks read so many pieces or ranges: a few for every core, or one for every few.
 
@@ -267,28 +272,13 @@ def _as_they_are(batch: pa.Table) -> pa.Table:
     return batch
 
 
-@dataclass(frozen=True)
-class ReadRanges:
-    """What a task does with the ranges it is given: it hands their records on.
-
-    Attributes:
-        records: from a range, as a row of a data set, to its records.
-    """
-
-    records: Callable[[dict[str, Any]], Iterator[pa.Table]]
-
-    def __call__(self, ranges: pa.Table) -> Iterator[pa.Table]:
-        """Ranges in, records out."""
-        for each in ranges.to_pylist():
-            yield from self.records(each)
-
-
 class AskRanges:
     """What a worker that asks a model does with ranges: reads their records, asks about some after
     others, and writes what comes of them.
 
     Args:
-        steps: as of :class:`pipelines.calls.worker.AskInTurn`, and what opens the model.
+        steps: as of :class:`pipelines.calls.worker.AskInTurn`.
+        model: who is asked.
         records: from a range, as a row of a data set, to its records with outcomes.
         output: where they go.
     """
@@ -296,19 +286,25 @@ class AskRanges:
     def __init__(
         self,
         steps: Sequence[Step],
-        open_model: Callable[[], tuple[Any, Answers | None]],
+        model: CalledModel,
         records: Callable[[dict[str, Any]], Iterator[pa.Table]],
         output: RangeOutput,
     ) -> None:
-        self._ask = AskInTurn(steps, open_model)
+        self._worker = AskingWorker(steps, model)
         self._records = records
         self._output = output
 
     def __call__(self, ranges: pa.Table) -> Iterator[pa.Table]:
         """Ranges in, receipts out; safe for several threads."""
         for each in ranges.to_pylist():
-            asked = map(self._ask, self._records(each))
-            yield self._output.done(each["number"], each["rows"], asked)
+            with closing(self._asked(each)) as asked:
+                receipt = self._output.done(each["number"], each["rows"], asked)
+            yield receipt
+
+    def _asked(self, each: dict[str, Any]) -> Generator[pa.Table]:
+        """All answers are stored when these have come to an end, so before there is a receipt."""
+        with self._worker.of_range(name_of(each["pieces"])) as ask:
+            yield from map(ask, self._records(each))
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from pipelines.job import AskingConfig, Job, OnProgress, Remaining
 from pipelines.outputs.manifest import Manifest
 from pipelines.outputs.shards import Shards
 from pipelines.outputs.summary import summary
-from pipelines.ranges import AskRanges, Piece, ReadRanges, ranges_of, rows_per_range
+from pipelines.ranges import AskRanges, Piece, names_of, ranges_of, rows_per_range
 from pipelines.stages.caption import CaptionRules, WriteCaptions
 
 
@@ -86,14 +86,24 @@ def caption(
 
     steps = (partial(WriteCaptions, rules=config.captions),)
     model = CalledModel.metered(
-        config.captioner, designers.create_captioner, config.calls, work.output.store
+        config.captioner,
+        designers.create_captioner,
+        config.calls,
+        work.output.store,
+        names_of(ranges),
     )
-    reasks = config.captions.reasks
-    kept = todo.map_batches(ReadRanges(judged.records), batch_format="pyarrow", batch_size=1)
-    answer_beforehand(kept, steps, model, config.engine, workers=config.workers, reasks=reasks)
+    answer_beforehand(
+        todo,
+        judged.records,
+        steps,
+        model,
+        config.engine,
+        workers=config.workers,
+        reasks=config.captions.reasks,
+    )
     return todo.map_batches(
         AskRanges,
-        fn_constructor_args=(steps, model.open, judged.surely, work.output),
+        fn_constructor_args=(steps, model, judged.surely, work.output),
         num_cpus=config.cpus_per_worker,
         compute=ray.data.ActorPoolStrategy(
             size=config.workers_for(sum(each["rows"] for each in rows)),

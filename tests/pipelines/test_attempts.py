@@ -21,11 +21,14 @@ import pytest
 import ray
 import ray.data
 
+from dim import designers
+from dim.designers import CallOptions
 from dim.errors import DimError, InputError
 from dim.records import RAW_IMAGE
+from infra.storage import open_store
 from pipelines import attempts, ingest
 from pipelines.attempts import MOST_ATTEMPTS, Attempts, TimeLimits, attempt
-from pipelines.calls.worker import AskInTurn
+from pipelines.calls.worker import AskingWorker, AskInTurn, CalledModel
 from pipelines.filter import FilterImagesConfig
 from pipelines.filter import run as run_filter
 from pipelines.filters import FilterImages, ImageRules
@@ -39,6 +42,7 @@ from pipelines.readers.sources import Source
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 COUNT = 12
+ORACLE = CalledModel("oracle", designers.create, CallOptions(), open_store("nowhere"))
 ENOUGH = TimeLimits(60, 30)
 
 
@@ -260,17 +264,13 @@ class DeadlyStep:
         return batch
 
 
-def nobody() -> tuple[None, None]:
-    return None, None
-
-
 def test_a_batch_that_no_worker_survives_is_failed_records(tmp_path: Path) -> None:
     raw = str(tmp_path / "raw")
     ingest.run(IngestConfig(tabletop_images=COUNT, size=32, rows_per_file=4, out=raw))
     records = scan(Shards.open(raw, RAW_IMAGE), FilterImages(ImageRules(min_side=32)), 4)
     asked = records.map_batches(
         AskInTurn,
-        fn_constructor_args=((DeadlyStep,), nobody),
+        fn_constructor_args=((DeadlyStep,), None, None),
         batch_format="pyarrow",
         batch_size=4,
         num_cpus=0.5,
@@ -294,10 +294,10 @@ def test_a_worker_that_dies_as_soon_as_it_is_started_ends_the_job(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(attempts, "_restarts", lambda: 49)
-    AskInTurn((), nobody)
+    AskingWorker((), ORACLE)
     monkeypatch.setattr(attempts, "_restarts", lambda: 50)
     with pytest.raises(DimError, match="ended 50 times, the last time while it was started"):
-        AskInTurn((), nobody)
+        AskingWorker((), ORACLE)
 
 
 @ray.remote(max_restarts=-1, num_cpus=0.1)
@@ -334,5 +334,5 @@ def test_records_that_failed_before_are_not_asked_about(monkeypatch: pytest.Monk
     rows: list[dict[str, Any]] = [{"id": "a", "index": 0, "image": b"x"}, {"id": "b", "index": 1}]
     fail(rows[1], "filter", "broken")
     monkeypatch.setattr(attempts, "attempt", lambda: MOST_ATTEMPTS)
-    made = AskInTurn((DeadlyStep,), nobody)(to_table(rows, RAW_IMAGE)).to_pylist()
+    made = AskInTurn((DeadlyStep,), None, None)(to_table(rows, RAW_IMAGE)).to_pylist()
     assert [row["stage"] for row in made] == ["ask", "filter"]
