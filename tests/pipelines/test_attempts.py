@@ -37,7 +37,11 @@ from pipelines.outcome import fail, kept, to_rows, to_table, work_on
 from pipelines.outputs.shards import Shards
 from pipelines.outputs.verify import verify
 from pipelines.ranges import scan
+from pipelines.readers.fetch import FetchConfig
 from pipelines.readers.sources import Source
+from tests.image_server import ok, serving
+from tests.pipelines.containers import write_lines
+from tests.pipelines.samples import encoded, photo
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -107,12 +111,15 @@ class Deadly:
 
 
 def take_in(
-    out: Path, monkeypatch: pytest.MonkeyPatch, end: Callable[[], None], *places: int
+    out: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    end: Callable[[], None],
+    *places: int,
+    **given: Any,
 ) -> list[dict[str, Any]]:
     """The failed records of a job that reads deadly ones."""
-    config = IngestConfig(
-        tabletop_images=COUNT, size=32, rows_per_file=4, out=str(out), range_timeout_s=40
-    )
+    given = given or {"tabletop_images": COUNT, "size": 32}
+    config = IngestConfig(**given, rows_per_file=4, out=str(out), range_timeout_s=40)
     source = ingest.open_source(config)
     deadly = dataclasses.replace(source, reader=Deadly(source.reader, end, places))
     monkeypatch.setattr(ingest, "open_source", lambda config: deadly)
@@ -125,6 +132,26 @@ def take_in(
 def failures(out: Path) -> list[dict[str, Any]]:
     table = pa.parquet.read_table(sorted((out / "failed").glob("*.parquet")))
     return table.to_pylist()
+
+
+def test_a_record_that_ends_a_worker_which_fetches_fails_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several ranges are in the worker at once, and all of them go on."""
+    with serving() as server:
+        server.answers = {f"/{n}": ok(encoded(photo(n))) for n in range(COUNT)}
+        lines = [{"image_path": f"{server.url}/{n}"} for n in range(COUNT)]
+        images = str(write_lines(tmp_path / "urls.jsonl", lines))
+        fetch = FetchConfig(allow_private=True, workers=1, per_host_per_second=1000)
+        (lost,) = take_in(tmp_path / "out", monkeypatch, leave, 5, images=images, fetch=fetch)
+        monkeypatch.undo()
+        assert lost["index"] == 5 and "ended by itself with status 3" in lost["error"]
+        given: dict[str, Any] = {"images": images, "rows_per_file": 4}
+        made = ingest.run(IngestConfig(**given, out=str(tmp_path / "good"), fetch=fetch))
+    assert (made.counts.kept, made.counts.failed) == (COUNT, 0)
+    rows = pa.parquet.read_table(tmp_path / "good" / "data", columns=["index", "image"])
+    images_in = {row["index"]: row["image"] for row in rows.to_pylist()}
+    assert images_in == {n: encoded(photo(n)) for n in range(COUNT)}
 
 
 @pytest.mark.parametrize("end", DEADLY, ids=lambda end: end.__name__)
