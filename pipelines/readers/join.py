@@ -126,9 +126,8 @@ class _Index:
         """The file of an image and its place there; nothing for a name that fits several."""
         if image == _SEVERAL:
             return None
-        return self.files[int(self.images["file"][image])].as_py(), int(
-            self.images["offset"][image]
-        )
+        file, offset = self.images[image].item()
+        return self.files[file].as_py(), offset
 
 
 class _Joined(NamedTuple):

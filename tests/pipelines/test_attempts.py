@@ -327,6 +327,27 @@ def test_a_worker_that_dies_as_soon_as_it_is_started_ends_the_job(
         AskingWorker((), ORACLE)
 
 
+def test_a_process_ends_at_the_first_of_the_deadlines_of_its_threads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    set_to: list[float | None] = []
+    later, cancel = "dump_traceback_later", "cancel_dump_traceback_later"
+    monkeypatch.setattr(faulthandler, later, lambda left, exit: set_to.append(left))
+    monkeypatch.setattr(faulthandler, cancel, lambda: set_to.append(None))
+    slow = attempts.limited(iter([1, 2]), 1000)  # type: ignore[list-item]
+
+    def beside() -> Iterator[Any]:
+        yield from attempts.limited(iter([3]), 10)  # type: ignore[list-item]
+        yield set_to[-1]
+
+    quick = attempts.limited(beside(), 500)
+    assert [next(slow), next(quick)] == [1, 3]
+    assert set_to[-1] is None
+    left = next(quick)  # while the outer one is still being made, the inner one has come to its end
+    assert isinstance(left, float) and 490 < left <= 500
+    assert min(seconds for seconds in set_to if seconds is not None) <= 10
+
+
 @ray.remote(max_restarts=-1, num_cpus=0.1)
 class Restarted:
     """An actor that says how often it was started."""
