@@ -394,6 +394,18 @@ class Store:
             (item.path[start:], item.size) for item in files if item.path.endswith(suffix)
         )
 
+    def children(self, folder: str = "") -> tuple[tuple[str, int], ...]:
+        """(name, size in bytes) of what lies in ``folder`` itself; folders end in ``/``."""
+        with _errors("list", self.address(folder)):
+            chosen = pafs.FileSelector(self.path(folder), allow_not_found=True)
+            found = self.filesystem.get_file_info(chosen)
+        start = len(self.root.rstrip("/")) + 1
+        slash = {pafs.FileType.Directory: "/"}
+        return tuple(
+            (item.path[start:].rstrip("/") + slash.get(item.type, ""), item.size or 0)
+            for item in sorted(found, key=lambda item: item.path)
+        )
+
     def is_empty(self) -> bool:
         """Whether there is nothing at all in this folder, or no folder."""
         with _errors("list", self.uri):

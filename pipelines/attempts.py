@@ -15,8 +15,9 @@ import os
 import pickle
 import resource
 import signal
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -88,10 +89,12 @@ class Attempts(Generic[RangeT]):
     Attributes:
         work: what is done.
         limits: how long it may take.
+        ahead: gives the parts as they are, and begins to see to those that follow; if none dies.
     """
 
     work: Work[RangeT]
     limits: TimeLimits
+    ahead: Callable[[Iterator[Any]], Iterator[Any]] = iter
 
     def tables(self, each: RangeT) -> Iterator[pa.Table]:
         """What becomes of the records of a range, by parts.
@@ -103,7 +106,7 @@ class Attempts(Generic[RangeT]):
         """
         number = attempt()
         if number == 0:
-            tables = map(self.work.table, self.work.parts(each))
+            tables = map(self.work.table, self.ahead(self.work.parts(each)))
             return limited(tables, self.limits.range_s)
         if number < MOST_ATTEMPTS:
             return self._one_by_one(each)
@@ -255,15 +258,41 @@ def limited(tables: Iterator[pa.Table], seconds: float) -> Iterator[pa.Table]:
     left = seconds
     while True:
         began = time.monotonic()
-        faulthandler.dump_traceback_later(max(left, 0.001), exit=True)
-        try:
+        with _deadline(began + left):
             table = next(tables, None)
-        finally:
-            faulthandler.cancel_dump_traceback_later()
         if table is None:
             return
         left -= time.monotonic() - began
         yield table
+
+
+_deadlines: list[float] = []
+_changing = threading.Lock()
+
+
+@contextmanager
+def _deadline(end: float) -> Iterator[None]:
+    """Ends the process if the block has not come to its end by then.
+
+    There is one timer for all threads, which is set to the first of their deadlines.
+    """
+    with _changing:
+        _deadlines.append(end)
+        _set_timer()
+    try:
+        yield
+    finally:
+        with _changing:
+            _deadlines.remove(end)
+            _set_timer()
+
+
+def _set_timer() -> None:
+    if _deadlines:
+        left = min(_deadlines) - time.monotonic()
+        faulthandler.dump_traceback_later(max(left, 0.001), exit=True)
+    else:
+        faulthandler.cancel_dump_traceback_later()
 
 
 @contextmanager

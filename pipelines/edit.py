@@ -19,7 +19,7 @@ from pipelines.job import Job, OnProgress, Remaining
 from pipelines.outputs.manifest import Manifest
 from pipelines.outputs.shards import Shards
 from pipelines.outputs.summary import summary
-from pipelines.ranges import Piece, ranges_of, rows_per_range
+from pipelines.ranges import Piece, names_of, ranges_of, rows_per_range
 from pipelines.stages.blueprint import WriteBlueprints
 from pipelines.stages.triage import TriageBy, TriageInstructions
 from pipelines.steps import AskingConfig, asked, filtered
@@ -70,11 +70,14 @@ def edit(
     triage = partial(TriageInstructions, reasks=config.reasks)
     blueprint = partial(WriteBlueprints, with_target=config.with_target, reasks=config.reasks)
     own_call = config.with_target and config.triage == "own_call"
+    model = CalledModel.metered(
+        config.designer, designers.create, config.calls, work.output.store, names_of(ranges)
+    )
     return asked(
         todo,
         judged,
         (triage, blueprint) if own_call else (blueprint,),
-        CalledModel.metered(config.designer, designers.create, config.calls, work.output.store),
+        model,
         work.output,
         engine=config.engine,
         reasks=config.reasks,

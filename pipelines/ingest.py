@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
 import ray.data
 import typer
 from pydantic import Field, model_validator
-from ray.data import TaskPoolStrategy
+from ray.data import ActorPoolStrategy
 
 from dim.config import load_config
 from infra import storage
@@ -23,10 +23,14 @@ from pipelines.readers.bounds import MAX_BYTES
 from pipelines.readers.fetch import FetchConfig
 from pipelines.readers.join import MediaConfig
 from pipelines.readers.layout import load_layout
-from pipelines.readers.records import ROWS_PER_PART, TabletopImages, TabletopPairs
+from pipelines.readers.records import ROWS_PER_PART, Records, TabletopImages, TabletopPairs
 from pipelines.readers.sources import Source
 from pipelines.readers.tabletop import TabletopConfig
 
+RANGES_AT_ONCE = 16
+"""In a worker that fetches: while one waits for its last link, others keep the hosts busy."""
+
+_CPUS_TO_FETCH = 0.5
 _MOST_TASKS = 2_000  # ranges share a task beyond this; each task costs the driver a few ms
 
 
@@ -87,21 +91,40 @@ def run(
 
 
 def read(source: Source, config: IngestConfig, work: Remaining) -> ray.data.Dataset:
-    """Ranges → records, as many ranges at once as there are cores, or as ``config.fetch`` says."""
+    """Ranges → records, as many ranges at once as there are cores; more where they are fetched."""
     rows = [
         {"number": number, "rows": source.reader.count(source.ranges[number])}
         | source.ranges[number]
         for number in work.todo
     ]
     blocks = min(len(rows), _MOST_TASKS)
-    workers = config.fetch.workers if config.fetch else None
-    attempts = Attempts(source.reader, _limits(config))
-    return ray.data.from_items(rows, override_num_blocks=blocks).map_batches(
-        WriteRanges(attempts.tables, work.output),
+    attempts = attempts_at(source, config)
+    todo = ray.data.from_items(rows, override_num_blocks=blocks)
+    if config.fetch is None:
+        write = WriteRanges(attempts.tables, work.output)
+        return todo.map_batches(write, batch_format="pyarrow", batch_size=1)
+    # A worker mostly waits for hosts. It has a view of each, so few workers keep to their limits
+    # with many ranges.
+    return todo.map_batches(
+        WriteRanges,
+        fn_constructor_args=(attempts.tables, work.output),
+        num_cpus=_CPUS_TO_FETCH,
+        compute=ActorPoolStrategy(
+            min_size=1,
+            max_size=max(1, min(config.fetch.workers, blocks // RANGES_AT_ONCE)),
+            max_concurrent_calls_per_actor=RANGES_AT_ONCE,
+            enable_true_multi_threading=True,
+        ),
         batch_format="pyarrow",
         batch_size=1,
-        compute=TaskPoolStrategy(size=min(workers, blocks)) if workers else None,
     )
+
+
+def attempts_at(source: Source, config: IngestConfig) -> Attempts[dict[str, Any]]:
+    """How the ranges of a source are read."""
+    if isinstance(source.reader, Records) and config.fetch is not None:
+        return Attempts(source.reader, _limits(config), source.reader.fetch_ahead)
+    return Attempts(source.reader, _limits(config))
 
 
 def _limits(config: IngestConfig) -> TimeLimits:
@@ -110,7 +133,7 @@ def _limits(config: IngestConfig) -> TimeLimits:
     if config.fetch is None:
         return limits
     parts = math.ceil(config.rows_per_range / ROWS_PER_PART)
-    urls = parts * config.fetch.longest_s(2 * ROWS_PER_PART)
+    urls = parts * config.fetch.longest_s(2 * ROWS_PER_PART * RANGES_AT_ONCE)
     return TimeLimits(limits.range_s + urls, limits.record_s + config.fetch.longest_s(2))
 
 

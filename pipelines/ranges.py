@@ -23,6 +23,7 @@ from rich.progress import track
 from infra.memory import keep_freed_memory
 from infra.storage import Store
 from pipelines.attempts import Attempts, TimeLimits, limited, stop_after
+from pipelines.calls.answers import name_of
 from pipelines.outcome import IMAGES
 from pipelines.outputs.files import GROUP_BYTES, GROUP_ROWS
 from pipelines.outputs.manifest import FileEntry
@@ -158,6 +159,11 @@ def ranges_of(shards: Shards, rows: int) -> list[list[Piece]]:
         ranges[-1].append(piece)
         size += more
     return ranges
+
+
+def names_of(ranges: Sequence[Sequence[Piece]]) -> list[str]:
+    """What ranges are called among the answers about them."""
+    return [name_of([asdict(piece) for piece in each]) for each in ranges]
 
 
 def tasks_for(pieces: int) -> int:

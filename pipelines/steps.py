@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from typing import Annotated, Any
 
 import pyarrow as pa
@@ -12,8 +12,9 @@ from pydantic import Field
 
 from dim.config import HowOnly
 from dim.designers import CallOptions
+from pipelines.calls.answers import name_of
 from pipelines.calls.engine import EngineOptions, answer_beforehand
-from pipelines.calls.worker import AskInTurn, CalledModel, Step, batches_at_once
+from pipelines.calls.worker import AskingWorker, CalledModel, Step, batches_at_once
 from pipelines.filters import FilterImages, FilterPairs
 from pipelines.filters.duplicates import DuplicateRules
 from pipelines.filters.verdicts import Judged, judge
@@ -92,18 +93,22 @@ def asked(
     All steps are in one process: they share the model, how often it is asked again, and its limits.
     ``num_cpus`` is of a worker, of which there are ``concurrency``.
     """
-    one: dict[str, Any] = {"batch_format": "pyarrow", "batch_size": 1}
     ranges = ray.data.from_items(todo, override_num_blocks=len(todo))
-    kept = ranges.map_batches(partial(_read, judged=judged), **one)
-    answer_beforehand(kept, steps, model, engine, workers=concurrency, reasks=reasks)
+    answer_beforehand(
+        ranges, judged.records, steps, model, engine, workers=concurrency, reasks=reasks
+    )
     pool = ray.data.ActorPoolStrategy(
         size=concurrency,
         max_concurrent_calls_per_actor=batches_at_once(model.spec),
         enable_true_multi_threading=True,
     )
-    given = (steps, model, judged, output)
     return ranges.map_batches(
-        AskRanges, fn_constructor_args=given, num_cpus=num_cpus, compute=pool, **one
+        AskRanges,
+        fn_constructor_args=(steps, model, judged, output),
+        num_cpus=num_cpus,
+        compute=pool,
+        batch_format="pyarrow",
+        batch_size=1,
     )
 
 
@@ -114,17 +119,18 @@ class AskRanges:
     def __init__(
         self, steps: Sequence[Step], model: CalledModel, judged: Judged, output: RangeOutput
     ) -> None:
-        self._ask = AskInTurn(steps, model.open)
+        self._worker = AskingWorker(steps, model)
         self._records = judged.surely
         self._output = output
 
     def __call__(self, ranges: pa.Table) -> Iterator[pa.Table]:
         """Ranges in, receipts out; safe for several threads."""
         for each in ranges.to_pylist():
-            asked = map(self._ask, self._records(each))
-            yield self._output.done(each["number"], each["rows"], asked)
+            with closing(self._asked(each)) as asked:
+                receipt = self._output.done(each["number"], each["rows"], asked)
+            yield receipt
 
-
-def _read(ranges: pa.Table, judged: Judged) -> Iterator[pa.Table]:
-    for each in ranges.to_pylist():
-        yield from judged.records(each)
+    def _asked(self, each: dict[str, Any]) -> Generator[pa.Table]:
+        """All answers are stored when these have come to an end, so before there is a receipt."""
+        with self._worker.of_range(name_of(each["pieces"])) as ask:
+            yield from map(ask, self._records(each))

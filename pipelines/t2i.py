@@ -18,7 +18,7 @@ from pipelines.job import Job, OnProgress, Remaining
 from pipelines.outputs.manifest import Manifest
 from pipelines.outputs.shards import Shards
 from pipelines.outputs.summary import summary
-from pipelines.ranges import Piece, ranges_of, rows_per_range
+from pipelines.ranges import Piece, names_of, ranges_of, rows_per_range
 from pipelines.stages.caption import CaptionRules, WriteCaptions
 from pipelines.steps import AskingConfig, asked, filtered
 
@@ -64,7 +64,7 @@ def caption(
         todo,
         judged,
         (partial(WriteCaptions, rules=config.captions),),
-        CalledModel.metered(config.captioner, create, config.calls, store),
+        CalledModel.metered(config.captioner, create, config.calls, store, names_of(ranges)),
         work.output,
         engine=config.engine,
         reasks=config.captions.reasks,

@@ -1,34 +1,44 @@
 """Answers that were paid for: kept from the moment they arrive, so that no rerun pays again.
 
+Those about the records of a range lie in a folder of their own, so that a worker reads no others.
 Files are only ever added to. On a local disk every worker appends lines to a file of its own; on an
-object store, where nothing can be appended, the answers that arrived during one upload make the
-next object. A line also says what the answer cost and which record it was for: together they are
-the job's bill.
+object store, where nothing can be appended, the answers of about a second make the next object. A
+line also says what the answer cost and which record it was for: together they are the job's bill.
 
 Answers that hold nothing (cut off, refused, empty) were paid for too. They lie in files of their
 own, so that they can be set aside when a job is to try again what failed.
+
+An input that is cut otherwise than it was, or by an older version, leaves answers in folders of no
+range. They are brought together once, in one file with an index.
 """
 
 from __future__ import annotations
 
 import json
-import sqlite3
 import threading
 import uuid
-from collections.abc import Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from queue import Empty, SimpleQueue
-from typing import Any, TextIO
+from functools import cached_property
+from typing import Any, Self, TextIO
+
+import numpy as np
+from numpy.typing import NDArray
 
 from dim.designers import Reply
 from dim.designers.calls.usage import Answer, Unusable, Usage
-from dim.records import sha256_hex
-from infra.storage import Store
+from dim.records import sha256_hex, short_hash
+from infra.storage import Output, Store
 
 _FOLDER = "answers"
 _USABLE, _UNUSABLE, _SET_ASIDE = ".jsonl", ".unusable", ".set-aside"
+_EARLIER, _LINES, _INDEX = "earlier-", ".lines", ".index"
+_PLACE = np.dtype([("key", "<u8"), ("start", "<u8"), ("size", "<u4")])  # of a line, 20 bytes
+_NEAR = 1 << 16  # bytes between lines that are read rather than asked around
 _READERS = 16  # an object store answers each in its own time
+_EVERY_S = 0.8  # which leaves the upload the rest of a second
 
 
 @dataclass(frozen=True)
@@ -49,41 +59,160 @@ def answer_key(*parts: str | None) -> str:
     return sha256_hex(json.dumps(parts).encode())
 
 
-class Answers:
-    """The answers of one job, as one worker reads and writes them; safe for many threads.
+def name_of(pieces: Sequence[Mapping[str, Any]]) -> str:
+    """What a range is called by what is in it, wherever it comes among others."""
+    return sha256_hex(json.dumps(list(pieces), sort_keys=True).encode())[:16]
 
-    Texts wait in a temporary file and not in memory.
+
+class Answers:
+    """The answers about one range of a job, as one worker reads and writes them.
+
+    Safe for many threads. Whoever adds something closes it, or leaves its ``with``.
 
     Args:
         store: the job's output folder; answers lie in its ``answers/``.
+        name: of the range.
+        earlier: answers that may be about it too.
 
     Raises:
-        StorageError: the folder cannot be read; from :meth:`add`, written.
+        StorageError: the folder cannot be read; from :meth:`add` and :meth:`close`, written.
     """
 
-    def __init__(self, store: Store) -> None:
-        self._index = _Index()
-        self._index.add(entry for entry in read_entries(store) if entry.reply is not None)
-        writer = _LineWriter if store.is_local else _ObjectWriter
-        self._writers = {end: writer(store, end) for end in (_USABLE, _UNUSABLE, _SET_ASIDE)}
+    def __init__(self, store: Store, name: str, earlier: Earlier | None = None) -> None:
+        folder = f"{_FOLDER}/{name}"
+        self._known: dict[str, Reply] = {}
+        self._earlier = earlier
+        for entry in _read(store, [found for found, _ in store.list(folder)]):
+            self._learn(entry.key, entry.reply)
+        self._writer = (_LineWriter if store.is_local else _ObjectWriter)(store, folder)
+
+    def __enter__(self) -> Self:
+        """Itself."""
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """See :meth:`close`."""
+        self.close()
+
+    def close(self) -> None:
+        """Let everything be stored that was added."""
+        self._writer.close()
 
     def get(self, key: str) -> Reply | None:
         """A stored answer; one that holds nothing is the error that it was."""
-        return self._index.get(key)
+        return self.find([key]).get(key)
+
+    def find(self, keys: Sequence[str]) -> dict[str, Reply]:
+        """The stored answers of several keys, as far as there are any."""
+        if self._earlier is not None:
+            for entry in self._earlier.find([key for key in keys if key not in self._known]):
+                self._learn(entry.key, entry.reply)
+        return {key: self._known[key] for key in keys if key in self._known}
 
     def add(self, key: str, reply: str | Unusable, record: str = "") -> None:
-        """Store an answer; when this returns, a killed process does not lose it.
+        """Store an answer; a process that is killed a second later does not lose it.
 
-        One that holds nothing and might hold something next time is only put on the bill.
+        On a local disk not even one that is killed at once does. An answer that holds nothing and
+        might hold something next time is only put on the bill.
         """
         usage = reply.usage if isinstance(reply, Answer | Unusable) else None
-        entry = Entry(key, reply, usage, record)
         kind = _USABLE
         if isinstance(reply, Unusable):
             kind = _UNUSABLE if reply.final else _SET_ASIDE
-        self._writers[kind].write(_line(entry))
         if kind != _SET_ASIDE:
-            self._index.add([entry])
+            self._learn(key, reply)
+        self._writer.write(kind, _line(Entry(key, reply, usage, record)))
+
+    def _learn(self, key: str, reply: Reply | None) -> None:
+        """Of two with the same key a usable one is kept."""
+        if reply is not None and not isinstance(self._known.get(key), str):
+            self._known[key] = reply
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """Answers that lie in no folder of a range: a file of their lines, and where in it each is.
+
+    Attributes:
+        store: the job's output folder.
+        name: of the file and of its index, without what tells them apart.
+    """
+
+    store: Store
+    name: str
+
+    @cached_property
+    def _places(self) -> tuple[NDArray[np.uint64], NDArray[Any]]:
+        """The hashes of all keys, sorted, and where the line of each is."""
+        places = np.frombuffer(self.store.read(f"{self.name}{_INDEX}"), _PLACE)
+        return np.ascontiguousarray(places["key"]), places
+
+    def find(self, keys: Sequence[str]) -> list[Entry]:
+        """What lies under some keys.
+
+        Raises:
+            StorageError: it cannot be read.
+        """
+        asked, (hashes, places) = set(keys), self._places
+        wanted = np.array([_hash(key) for key in keys], np.uint64)
+        first, end = (np.searchsorted(hashes, wanted, side) for side in ("left", "right"))
+        rows = [row for span in zip(first, end, strict=True) for row in range(*span)]
+        with ThreadPoolExecutor(_READERS) as pool:
+            read = pool.map(self._read, _together(np.sort(places[rows], order="start")))
+            found = [entry for lines in read for entry in _entries(lines)]
+        return [entry for entry in found if entry.key in asked]
+
+    def _read(self, span: tuple[int, int]) -> bytes:
+        return self.store.read_part(f"{self.name}{_LINES}", span[0], span[1] - span[0])
+
+
+def _together(places: NDArray[Any]) -> list[tuple[int, int]]:
+    """Where to read lines: in one go those that are near to one another, as those of a range are.
+
+    Other lines may be between them.
+    """
+    spans: list[tuple[int, int]] = []
+    for start, size in zip(places["start"].tolist(), places["size"].tolist(), strict=True):
+        if spans and start - spans[-1][1] <= _NEAR:
+            spans[-1] = (spans[-1][0], start + size)
+        else:
+            spans.append((start, start + size))
+    return spans
+
+
+def gather_earlier(store: Store, ranges: Collection[str]) -> Earlier | None:
+    """What lies among the answers of a job and in no folder of ``ranges``, if there is anything.
+
+    It is copied together where that has not been done; nothing is moved or deleted.
+
+    Raises:
+        StorageError: it cannot be read or written.
+    """
+    own = {f"{_FOLDER}/{name}/" for name in ranges}
+    strange = [name for name, _ in store.children(_FOLDER) if name not in own]
+    names = [
+        name
+        for child in strange
+        for name in ([found for found, _ in store.list(child)] if child[-1] == "/" else [child])
+        if name.endswith((_USABLE, _UNUSABLE))
+    ]
+    if not names:
+        return None
+    earlier = Earlier(store, f"{_FOLDER}/{_EARLIER}{sha256_hex(repr(names).encode())[:16]}")
+    if not store.is_file(f"{earlier.name}{_INDEX}"):
+        with store.open_output(f"{earlier.name}{_LINES}") as file:
+            places = np.fromiter(_copied(_read(store, names), file), _PLACE)
+        places = places[np.argsort(places["key"], kind="stable")]
+        store.write(f"{earlier.name}{_INDEX}", places.tobytes())
+    return earlier
+
+
+def _copied(entries: Iterable[Entry], file: Output) -> Iterator[tuple[int, int, int]]:
+    """The place of each line, which is written there."""
+    for entry in entries:
+        start = file.size
+        size = file.write(_line(entry).encode())
+        yield _hash(entry.key), start, size
 
 
 def read_entries(store: Store) -> Iterator[Entry]:
@@ -92,12 +221,7 @@ def read_entries(store: Store) -> Iterator[Entry]:
     Raises:
         StorageError: the folder cannot be read.
     """
-    names = [name for name, _ in store.list(_FOLDER)]
-    with ThreadPoolExecutor(_READERS) as pool:
-        for first in range(0, len(names), _READERS):
-            some = names[first : first + _READERS]
-            for name, data in zip(some, pool.map(store.read, some), strict=True):
-                yield from _entries(data, set_aside=name.endswith(_SET_ASIDE))
+    return _read(store, [name for name, _ in store.list(_FOLDER)])
 
 
 def set_unusable_aside(store: Store) -> None:
@@ -110,6 +234,20 @@ def set_unusable_aside(store: Store) -> None:
         store.move(name, name.removesuffix(_UNUSABLE) + _SET_ASIDE)
 
 
+def _read(store: Store, names: Iterable[str]) -> Iterator[Entry]:
+    """The answers in some files, in order."""
+    names = [name for name in names if name.endswith((_USABLE, _UNUSABLE, _SET_ASIDE))]
+    with ThreadPoolExecutor(_READERS) as pool:
+        for first in range(0, len(names), _READERS):
+            some = names[first : first + _READERS]
+            for name, data in zip(some, pool.map(store.read, some), strict=True):
+                yield from _entries(data, set_aside=name.endswith(_SET_ASIDE))
+
+
+def _hash(key: str) -> int:
+    return int.from_bytes(short_hash(key))
+
+
 def _line(entry: Entry) -> str:
     content: dict[str, Any] = {"key": entry.key}
     content["error" if isinstance(entry.reply, Unusable) else "answer"] = str(entry.reply)
@@ -120,7 +258,7 @@ def _line(entry: Entry) -> str:
     return json.dumps(content) + "\n"
 
 
-def _entries(data: bytes, *, set_aside: bool) -> Iterator[Entry]:
+def _entries(data: bytes, *, set_aside: bool = False) -> Iterator[Entry]:
     for line in data.decode("utf-8", "replace").split("\n"):
         try:
             content = json.loads(line)
@@ -139,91 +277,88 @@ def _reply(content: dict[str, Any], usage: Usage | None) -> str | Unusable:
     return content["answer"]
 
 
-class _Index:
-    """Replies by key, in a temporary file that goes with the process."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        # An empty name is SQLite's own temporary file; it holds a few pages of it in memory.
-        self._table = sqlite3.connect("", check_same_thread=False, isolation_level=None)
-        self._table.execute(
-            "CREATE TABLE replies (key TEXT PRIMARY KEY, usable INTEGER, text TEXT) WITHOUT ROWID"
-        )
-
-    def add(self, entries: Iterable[Entry]) -> None:
-        """Remember replies; of two with the same key a usable one is kept."""
-        rows = ((e.key, not isinstance(e.reply, Unusable), str(e.reply)) for e in entries)
-        with self._lock:
-            self._table.executemany(
-                "INSERT INTO replies VALUES (?, ?, ?) ON CONFLICT (key) DO UPDATE SET "
-                "usable = excluded.usable, text = excluded.text WHERE excluded.usable",
-                rows,
-            )
-
-    def get(self, key: str) -> Reply | None:
-        """The reply of a key, if there is one."""
-        with self._lock:
-            found = self._table.execute(
-                "SELECT usable, text FROM replies WHERE key = ?", (key,)
-            ).fetchone()
-        if found is None:
-            return None
-        usable, text = found
-        return text if usable else Unusable(text, Usage(0, 0, 0.0, 0.0))
-
-
 class _LineWriter:
-    """Appends to one file; a line handed to the operating system outlives the process."""
+    """Appends to a file a kind; a line handed to the operating system outlives the process."""
 
-    def __init__(self, store: Store, suffix: str) -> None:
+    def __init__(self, store: Store, folder: str) -> None:
         self._store = store
-        self._suffix = suffix
-        self._file: TextIO | None = None
+        self._folder = folder
+        self._files: dict[str, TextIO] = {}
         self._lock = threading.Lock()
 
-    def write(self, line: str) -> None:
+    def write(self, kind: str, line: str) -> None:
         with self._lock:
-            if self._file is None:
-                self._file = self._store.open_append(_new_name(self._suffix))
-            self._file.write(line)
-            self._file.flush()
+            if kind not in self._files:
+                self._files[kind] = self._store.open_append(_new_name(self._folder, kind))
+            self._files[kind].write(line)
+            self._files[kind].flush()
+
+    def close(self) -> None:
+        with self._lock:
+            while self._files:
+                self._files.popitem()[1].close()
 
 
 class _ObjectWriter:
-    """Group commit: whoever comes while an upload runs shares the next one."""
+    """What came within a second of the first line that waits is an object of its own.
 
-    def __init__(self, store: Store, suffix: str) -> None:
+    Nobody waits for it. If it cannot be written, the next who writes or closes hears of it, and the
+    lines wait for the next upload.
+    """
+
+    def __init__(self, store: Store, folder: str) -> None:
         self._store = store
-        self._suffix = suffix
-        self._waiting: SimpleQueue[tuple[str, threading.Event]] = SimpleQueue()
+        self._folder = folder
+        self._waiting: defaultdict[str, list[str]] = defaultdict(list)
+        self._timer: threading.Timer | None = None
+        self._failure: Exception | None = None
+        self._lock = threading.Lock()
         self._uploading = threading.Lock()
 
-    def write(self, line: str) -> None:
-        stored = threading.Event()
-        self._waiting.put((line, stored))
-        while not stored.is_set():
-            with self._uploading:
-                if not stored.is_set():
-                    self._upload(list(self._drain()))
+    def write(self, kind: str, line: str) -> None:
+        with self._lock:
+            self._waiting[kind].append(line)
+            failure, self._failure = self._failure, None
+            self._start()
+        if failure is not None:
+            raise failure
 
-    def _drain(self) -> Iterator[tuple[str, threading.Event]]:
-        while True:
-            try:
-                yield self._waiting.get_nowait()
-            except Empty:
-                return
+    def close(self) -> None:
+        with self._lock:
+            timer, self._timer = self._timer, None
+        if timer is not None:
+            timer.cancel()
+        self._upload()
 
-    def _upload(self, group: list[tuple[str, threading.Event]]) -> None:
-        text = "".join(line for line, _ in group)
+    def _start(self) -> None:
+        if self._timer is None:
+            self._timer = threading.Timer(_EVERY_S, self._upload_in_time)
+            self._timer.daemon = True
+            self._timer.start()
+
+    def _upload_in_time(self) -> None:
+        with self._lock:
+            self._timer = None
         try:
-            self._store.write(_new_name(self._suffix), text.encode())
-        except Exception:
-            for waiting in group:  # each of those who wait tries for itself
-                self._waiting.put(waiting)
-            raise
-        for _, stored in group:
-            stored.set()
+            self._upload()
+        except Exception as failure:
+            with self._lock:
+                self._failure = failure
+
+    def _upload(self) -> None:
+        with self._uploading:
+            for kind in (_USABLE, _UNUSABLE, _SET_ASIDE):
+                with self._lock:
+                    lines = self._waiting.pop(kind, [])
+                if not lines:
+                    continue
+                try:
+                    self._store.write(_new_name(self._folder, kind), "".join(lines).encode())
+                except BaseException:
+                    with self._lock:
+                        self._waiting[kind] = lines + self._waiting[kind]
+                    raise
 
 
-def _new_name(suffix: str) -> str:
-    return f"{_FOLDER}/{uuid.uuid4().hex}{suffix}"
+def _new_name(folder: str, suffix: str) -> str:
+    return f"{folder}/{uuid.uuid4().hex}{suffix}"

@@ -88,11 +88,7 @@ def ask_once(
         answers: where answers are kept the moment they arrive; ``None`` keeps none.
         records: the id of the record that each request is for, which the bill names.
     """
-    replies: dict[str, Reply] = {}
-    for key in keys:
-        stored = answers.get(key) if answers else None
-        if stored is not None:
-            replies[key] = stored
+    replies = answers.find(keys) if answers is not None else {}
     open_requests = {k: r for k, r in zip(keys, requests, strict=True) if k not in replies}
     open_keys = list(open_requests)
     # of equal requests the first record pays

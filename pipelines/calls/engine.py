@@ -9,7 +9,8 @@ the job's store. A killed job goes on with the answers it has.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -26,11 +27,13 @@ from dim.designers.prepared import PreparedModel
 from dim.errors import DimError, InputError
 from dim.records import clean_text
 from infra.storage import Store
-from pipelines.calls.answers import Answers
+from pipelines.attempts import stop_after_restarts
+from pipelines.calls.answers import Answers, name_of
 from pipelines.calls.worker import AskInTurn, CalledModel, Step
 
 _QUESTIONS = pa.schema(
     [
+        pa.field("range", pa.string()),
         pa.field("key", pa.string()),
         pa.field("record", pa.string()),
         pa.field("text", pa.string()),
@@ -60,34 +63,53 @@ class CollectQuestions:
     Args:
         steps: as of :class:`AskInTurn`.
         model: ``vllm:MODEL``.
+        records: from a range, as a row of a data set, to its records with outcomes.
     """
 
-    def __init__(self, steps: Sequence[Step], model: CalledModel) -> None:
-        self._answers = Answers(model.store)
-        name = designers.engine_model(model.spec) or model.spec
-        self._model = PreparedModel(name, model.calls, self._answers.get)
-        self._stage = AskInTurn(steps, lambda: (self._model, None))
+    def __init__(
+        self,
+        steps: Sequence[Step],
+        model: CalledModel,
+        records: Callable[[dict[str, Any]], Iterator[pa.Table]],
+    ) -> None:
+        stop_after_restarts()
+        self._steps, self._called, self._records = steps, model, records
+        self._name = designers.engine_model(model.spec) or model.spec
 
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        """Records with outcomes in, questions out; each record is worked on by itself."""
+    def __call__(self, ranges: pa.Table) -> Iterator[pa.Table]:
+        """Ranges in, questions out; equal ones of a range are one."""
+        for each in ranges.to_pylist():
+            name, seen = name_of(each["pieces"]), set[str]()
+            with self._called.answers(name) as answers:
+                model = PreparedModel(self._name, self._called.calls, answers.get)
+                stage = AskInTurn(self._steps, model, None)
+                for batch in self._records(each):
+                    rows = self._open(batch, stage, model, answers)
+                    fresh = [{**row, "range": name} for row in rows if row["key"] not in seen]
+                    seen |= {row["key"] for row in fresh}
+                    yield pa.Table.from_pylist(fresh, schema=_QUESTIONS)
+
+    def _open(
+        self, batch: pa.Table, stage: AskInTurn, model: PreparedModel, answers: Answers
+    ) -> list[dict[str, Any]]:
+        """The open questions of some records; each record is worked on by itself."""
         rows: list[dict[str, Any]] = []
         for place in range(batch.num_rows):
             record = batch.slice(place, 1)
-            self._stage(record)
-            for key, question in self._model.take_open().items():
+            stage(record)
+            for key, question in model.take_open().items():
                 row = {"key": key, "record": record["id"][0].as_py(), "text": question.text}
                 schema = json.dumps(question.schema) if question.schema is not None else None
                 try:
                     images = [
-                        data_url(image, self._model.max_pixels).decode()
-                        for image in question.images
+                        data_url(image, model.max_pixels).decode() for image in question.images
                     ]
                 except InputError as error:
                     nothing = Usage(0, 0, 0.0, 0.0)
-                    self._answers.add(key, Unusable(f"image not sent: {error}", nothing))
+                    answers.add(key, Unusable(f"image not sent: {error}", nothing))
                 else:
                     rows.append({**row, "images": images, "schema": schema})
-        return pa.Table.from_pylist(rows, schema=_QUESTIONS)
+        return rows
 
 
 class StoreAnswers:
@@ -102,15 +124,18 @@ class StoreAnswers:
     def __init__(self, spec: str, calls: CallOptions, store: Store) -> None:
         self._who = spec
         self._prices = calls.prices
-        self._answers = Answers(store)
+        self._store = store
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        """Answered questions in, their keys out; equal questions are stored once."""
-        rows = {row["key"]: row for row in batch.to_pylist()}
-        for key, row in rows.items():
-            if self._answers.get(key) is None:
-                self._answers.add(key, self._read(row), row["record"])
-        return pa.table({"key": list(rows)})
+        """Answered questions in, their keys out; equal questions of a range are stored once."""
+        ranges: dict[str, dict[str, Any]] = defaultdict(dict)
+        for row in batch.to_pylist():
+            ranges[row["range"]].setdefault(row["key"], row)
+        for name, rows in ranges.items():
+            with Answers(self._store, name) as answers:
+                for key in rows.keys() - answers.find(list(rows)).keys():
+                    answers.add(key, self._read(rows[key]), rows[key]["record"])
+        return pa.table({"key": [key for rows in ranges.values() for key in rows]})
 
     def _read(self, row: Mapping[str, Any]) -> Answer | Unusable:
         read, written = (row.get(name) or 0 for name in ("input_tokens", "output_tokens"))
@@ -129,7 +154,8 @@ class StoreAnswers:
 
 
 def answer_beforehand(
-    records: ray.data.Dataset,
+    ranges: ray.data.Dataset,
+    records: Callable[[dict[str, Any]], Iterator[pa.Table]],
     steps: Sequence[Step],
     model: CalledModel,
     engine: EngineOptions,
@@ -140,7 +166,8 @@ def answer_beforehand(
     """Have everything answered that steps will ask, if they ask a local model; else do nothing.
 
     Args:
-        records: what the first step reads; it is read once or twice a round.
+        ranges: what is to be asked about; it is read once or twice a round.
+        records: from a range to what the first step reads.
         steps: as of :class:`AskInTurn`.
         model: which the steps ask.
         engine: how it runs.
@@ -154,11 +181,12 @@ def answer_beforehand(
         return
 
     def questions() -> ray.data.Dataset:
-        return records.map_batches(
+        return ranges.map_batches(
             CollectQuestions,
-            fn_constructor_args=(steps, model),
+            fn_constructor_args=(steps, model, records),
             compute=ray.data.ActorPoolStrategy(size=workers),
             batch_format="pyarrow",
+            batch_size=1,
         )
 
     rounds = len(steps) * (reasks + 1)  # so often a record may ask, one after another
@@ -235,6 +263,7 @@ def _to_engine(row: Mapping[str, Any], calls: CallOptions) -> dict[str, Any]:
 
 def _from_engine(row: Mapping[str, Any], max_tokens: int) -> dict[str, Any]:
     return {
+        "range": row["range"],
         "key": row["key"],
         "record": row["record"],
         "answer": row["generated_text"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -84,7 +85,7 @@ class ClusterExchange:
         try:
             return await self._exchange(settled, wants, hold_s)
         except RayActorError:
-            self.open()
+            await asyncio.to_thread(self.open)  # which reads all answers
             return await self._exchange([], wants, hold_s)
 
     async def _exchange(

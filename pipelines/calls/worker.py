@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from dim.designers.calls.gate import Exchange
 from dim.designers.prepared import PreparedModel
 from infra.storage import Store
 from pipelines.attempts import given_up, is_given_up, stop_after_restarts
-from pipelines.calls.answers import Answers
+from pipelines.calls.answers import Answers, Earlier, gather_earlier
 from pipelines.calls.exchange import share_meter
 from pipelines.outcome import failed
 
@@ -35,6 +36,7 @@ class CalledModel:
         calls: how it is called, if over HTTP.
         store: the job's output folder, where answers that were paid for are kept.
         exchange: the meter of all workers, where calls have a limit.
+        earlier: answers that are kept for none of the ranges that there are now.
     """
 
     spec: str
@@ -42,24 +44,58 @@ class CalledModel:
     calls: CallOptions
     store: Store
     exchange: Exchange | None = None
+    earlier: Earlier | None = None
 
     @classmethod
     def metered(
-        cls, spec: str, create: Callable[..., Any], calls: CallOptions, store: Store
+        cls,
+        spec: str,
+        create: Callable[..., Any],
+        calls: CallOptions,
+        store: Store,
+        ranges: Collection[str],
     ) -> CalledModel:
-        """The model with the meter of all workers, made here where there is anything to keep to."""
-        return cls(spec, create, calls, store, share_meter(spec, calls, store))
+        """The model with the meter of all workers, made here where there is anything to keep to.
 
-    def open(self) -> tuple[Any, Answers | None]:
-        """Who answers, and where the answers are kept if they are worth it.
-
-        A local model is not loaded: its answers were made beforehand, and are looked up.
+        ``ranges`` are the names of all ranges that there are.
         """
-        local = designers.engine_model(self.spec)
-        if local is not None:
-            return PreparedModel(local, self.calls, Answers(self.store).get), None
-        model = self.create(self.spec, calls=self.calls, exchange=self.exchange)
-        return model, Answers(self.store) if model.costly else None
+        exchange, earlier = share_meter(spec, calls, store), gather_earlier(store, ranges)
+        return cls(spec, create, calls, store, exchange, earlier)
+
+    def answers(self, name: str) -> Answers:
+        """Those that are kept about a range."""
+        return Answers(self.store, name, self.earlier)
+
+
+class AskingWorker:
+    """A process that asks a model about one range after another, or about several at a time.
+
+    A local model is not loaded: its answers were made beforehand, and are looked up.
+
+    Args:
+        steps: as of :class:`AskInTurn`.
+        called: the model.
+    """
+
+    def __init__(self, steps: Sequence[Step], called: CalledModel) -> None:
+        stop_after_restarts()
+        self._steps, self._called = steps, called
+        self._local = designers.engine_model(called.spec)
+        if self._local is None:
+            self._model = called.create(called.spec, calls=called.calls, exchange=called.exchange)
+
+    @contextmanager
+    def of_range(self, name: str) -> Iterator[AskInTurn]:
+        """The steps for the records of a range; at the end all answers about it are stored."""
+        if self._local is None and not self._model.costly:
+            yield AskInTurn(self._steps, self._model, None)
+            return
+        with self._called.answers(name) as kept:
+            if self._local is None:
+                yield AskInTurn(self._steps, self._model, kept)
+            else:
+                prepared = PreparedModel(self._local, self._called.calls, kept.get)
+                yield AskInTurn(self._steps, prepared, None)
 
 
 class AskInTurn:
@@ -70,14 +106,11 @@ class AskInTurn:
 
     Args:
         steps: make the stages, in order.
-        open_model: gives who is asked and the answers that are kept.
+        model: who is asked.
+        answers: where the answers are kept; ``None`` keeps none.
     """
 
-    def __init__(
-        self, steps: Sequence[Step], open_model: Callable[[], tuple[Any, Answers | None]]
-    ) -> None:
-        stop_after_restarts()
-        model, answers = open_model()
+    def __init__(self, steps: Sequence[Step], model: Any, answers: Answers | None) -> None:
         self._stages = [step(model, answers) for step in steps]
 
     def __call__(self, batch: pa.Table) -> pa.Table:

@@ -1,32 +1,35 @@
-"""Containers: what the driver finds out about Parquet, Arrow and tar files before work starts.
+"""Containers: what is found out about Parquet, Arrow and tar files before work starts.
 
-Only footers, headers and id columns are read. A file that is damaged yields a record of its own
-that fails, so that the rest of the input goes on.
+Only footers, headers and id columns are read, by tasks where there are many files. A damaged file
+yields a record of its own that fails, so that the rest of the input goes on.
 """
 
 from __future__ import annotations
 
 import io
 import json
-import re
 import tarfile
+from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
 import pyarrow as pa
 
 from dim.errors import InputError, StorageError
-from dim.records import short_hash
 from infra import storage
 from infra.storage import Store
 from pipelines.readers import bounds, compression, entries, forms, ids
 from pipelines.readers.addresses import Addresses, Place
 from pipelines.readers.compression import Layers
+from pipelines.readers.cutter import Cutter, Ids
 from pipelines.readers.layout import Layout
 from pipelines.readers.listing import list_files
 from pipelines.readers.names import is_hidden, is_hidden_table, said, shown
+from pipelines.readers.scanning import in_tasks
 
 _MOST_NAMED = 30  # columns in a message
 _JSON = (".json", ".jsonl", ".ndjson")
@@ -268,58 +271,51 @@ def _is_end(reader: io.BufferedReader, offset: int) -> bool:
     return not reader.read(tarfile.BLOCKSIZE).strip(b"\0")
 
 
-class Cutter:
-    """Cuts a stream of records into ranges, and notices ids that repeat.
+@dataclass
+class Scanned:
+    """What is known of a file's records.
 
-    Args:
-        rows_per_range: records of a range.
-        source: what the ids of records begin with that have none of their own.
+    Attributes:
+        ids: what they are called.
+        offsets: where each starts, but for one that cannot be read.
+        damage: why the last one cannot be read, if that is so.
+        hidden: members of a tar that are left out.
     """
 
-    def __init__(self, rows_per_range: int, source: str) -> None:
-        self.ranges: list[dict[str, Any]] = []
-        self.rows = 0
-        self._per_range = rows_per_range
-        self._seen: set[bytes] = set()
-        self._numbered = re.compile(re.escape(source) + r"-(\d{8,18})")
-        self._named = bytearray()
-        self._claimed: set[int] = set()
+    ids: Ids
+    offsets: array[int] = field(default_factory=lambda: array("q"))
+    damage: str | None = None
+    hidden: int = 0
 
-    def begins(self) -> bool:
-        """Whether the next record is the first of a range."""
-        return self.rows % self._per_range == 0
 
-    def begin(self, **more: Any) -> None:
-        """Start a range. ``repeated`` is never empty, so that its type is known."""
-        self.ranges.append({"first": self.rows, "count": 0, "repeated": [-1], **more})
+def _scan_allowed(
+    found: Containers,
+    layout: Layout,
+    source: str,
+    addresses: Addresses,
+    file: tuple[str, int, str],
+) -> Scanned:
+    """Scan a file; it is one record that fails, if it is a link that leads out of its folder.
 
-    def add(self, identity: str | None, place: int | None = None) -> None:
-        """Count one record in; ``place`` names it among the repeated, its index if not given."""
-        if self._is_repeated(identity):
-            self.ranges[-1]["repeated"].append(self.rows if place is None else place)
-        self._named.append(identity is not None)
-        self._claimed.discard(self.rows)
-        self.ranges[-1]["count"] += 1
-        self.rows += 1
-
-    def _is_repeated(self, identity: str | None) -> bool:
-        """Whether an earlier record had this id; 8 bytes of a hash stand for an id."""
-        if identity is None:
-            return self.rows in self._claimed
-        short = short_hash(identity)
-        repeated = short in self._seen or self._is_number_of_another(identity)
-        self._seen.add(short)
-        return repeated
-
-    def _is_number_of_another(self, identity: str) -> bool:
-        """Whether an earlier record without an id was given this one, or a later one would be."""
-        found = self._numbered.fullmatch(identity)
-        number = int(found[1]) if found else self.rows
-        if not found or f"{number:08d}" != found[1]:
-            return False
-        if number > self.rows:
-            self._claimed.add(number)
-        return number < self.rows and not self._named[number]
+    ``file`` is its name, its size, and what the samples of a tar are called after.
+    """
+    (name, size, called), hidden = file, Counter[str]()
+    scanned = Scanned(Ids(source))
+    try:
+        if not found.single:
+            addresses.checked(Place(found.store, name))
+    except InputError as error:
+        records = iter([Found(0, None, str(error))])
+    else:
+        records = scan(found.store, name, size, layout, found.kind or forms.TABLE, hidden)
+    for offset, key, damage in records:
+        is_sample = found.kind == forms.TAR and key is not None
+        scanned.ids.add(f"{called}/{key}" if is_sample else key)
+        scanned.damage = damage
+        if damage is None:
+            scanned.offsets.append(offset)
+    scanned.hidden = hidden.total()
+    return scanned
 
 
 def cut(
@@ -331,42 +327,36 @@ def cut(
 ) -> tuple[Cutter, int]:
     """The files as ranges of ``rows_per_range`` records each, over the files' borders; and the
     number of hidden members of tars."""
-    cutter, hidden = Cutter(rows_per_range, source), Counter[str]()
+    cutter, hidden = Cutter(rows_per_range, source), 0
     called = ids.apart([name for name, _ in found.files], forms.without_suffix)
-    addresses = Addresses(found.store, tuple(roots))
+    files = [
+        (name, size, called.get(name, forms.without_suffix(name))) for name, size in found.files
+    ]
     parts: list[dict[str, Any]] = []
-    for name, size in found.files:
-        stem = called.get(name, forms.without_suffix(name))
-        part = {"file": name, "kind": found.kind, "called": stem}
-        for offset, key, damage in _scan_allowed(found, addresses, name, size, layout, hidden):
-            if cutter.begins():
-                _close(cutter, parts)
-                cutter.begin(files="")
-            if parts and parts[-1]["file"] == name and not (damage or parts[-1]["damage"]):
-                parts[-1]["count"] += 1
-            else:
-                parts.append({**part, "offset": offset, "count": 1, "damage": damage})
-            is_sample = found.kind == forms.TAR and key is not None
-            cutter.add(f"{stem}/{key}" if is_sample else key)
+
+    def take(rows: int, **part: Any) -> None:
+        if not cutter.room:
+            _close(cutter, parts)
+            cutter.begin(files="")
+        parts.append({**part, "count": rows})
+        cutter.count(rows)
+
+    addresses = Addresses(found.store, tuple(roots))
+    bare = found._replace(files=[])  # or every task would be sent all names
+    scans = in_tasks(partial(_scan_allowed, bare, layout, source, addresses), files)
+    for (name, _, stem), scanned in zip(files, scans, strict=True):
+        part, done = {"file": name, "kind": found.kind, "called": stem}, 0
+        while done < len(scanned.offsets):
+            rows = min(len(scanned.offsets) - done, cutter.room or rows_per_range)
+            take(rows, **part, offset=scanned.offsets[done], damage=None)
+            done += rows
+        if scanned.damage is not None:
+            take(1, **part, offset=0, damage=scanned.damage)
+        cutter.ids.extend(scanned.ids)
+        hidden += scanned.hidden
     _close(cutter, parts)
-    return cutter, hidden.total()
-
-
-def _scan_allowed(
-    found: Containers,
-    addresses: Addresses,
-    name: str,
-    size: int,
-    layout: Layout,
-    hidden: Counter[str],
-) -> Iterator[Found]:
-    """The records of a file; one that fails, if the file is a link that leads out of its folder."""
-    if not found.single:
-        try:
-            addresses.checked(Place(found.store, name))
-        except InputError as error:
-            return iter([Found(0, None, str(error))])
-    return scan(found.store, name, size, layout, found.kind or forms.TABLE, hidden)
+    cutter.name_repeated()
+    return cutter, hidden
 
 
 def _close(cutter: Cutter, parts: list[dict[str, Any]]) -> None:

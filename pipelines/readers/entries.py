@@ -12,7 +12,6 @@ import tarfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import PurePosixPath
 from typing import Any, Protocol
 
 from dim import records
@@ -28,6 +27,7 @@ from pipelines.readers.bounds import (
     read_member,
 )
 from pipelines.readers.compression import Layers
+from pipelines.readers.fetch import Fetching
 from pipelines.readers.json_values import Walk
 from pipelines.readers.layout import Layout
 from pipelines.readers.media import Places
@@ -56,6 +56,7 @@ class Entry:
         id: what its container calls it; ``None`` leaves that to its columns.
         repeated: whether an earlier entry has its id.
         places: where the images lie in the media that the records of its range name, by key.
+        fetching: images behind URLs that some records of its part name, if they are on their way.
     """
 
     index: int
@@ -66,6 +67,7 @@ class Entry:
     id: str | None = None
     repeated: bool = False
     places: Places = field(default_factory=dict)
+    fetching: Fetching | None = None
 
 
 class Entries(Protocol):
@@ -292,7 +294,7 @@ def members(tar: tarfile.TarFile, hidden: Counter[str] | None = None) -> Iterato
         tar.members = []  # type: ignore[attr-defined] # or it remembers every header it has seen
         if not member.isfile():
             continue
-        if not is_hidden(member.name) and not PurePosixPath(member.name).name.startswith("__"):
+        if not is_hidden(member.name) and not member.name.rpartition("/")[2].startswith("__"):
             yield member
         elif hidden is not None:
             hidden["members"] += 1

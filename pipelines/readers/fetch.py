@@ -8,14 +8,19 @@ is looked at once more when its socket is made, so that no way to write one can 
 from __future__ import annotations
 
 import asyncio
+import itertools
+import random
 import socket
+import threading
 import time
-from collections import defaultdict
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-from functools import partial
+import weakref
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cached_property, partial
 from ipaddress import ip_address
-from typing import Annotated
+from typing import Annotated, Any
 from urllib.parse import urljoin
 
 import aiohttp
@@ -36,13 +41,19 @@ _BUSY = frozenset({408, 425, 429, 500, 502, 503, 504})
 _GONE = frozenset({404, 410, 451})
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _CHUNK = 1 << 16
+_NO_SUCH_NAME = frozenset({socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME)})
+_RESOLVERS = 64  # names that are looked up at once: those of dead hosts take seconds
+_JITTER = 1.5  # a pause is up to so many times as long
+_LEFT_ALONE_S = 300.0  # a host that failed too often
+_MOST_HELD = 512 << 20  # bytes that wait to be taken; after that only what is wanted is begun
+_HOSTS = 10_000  # that are remembered before those are forgotten of which nothing counts
 
 
 class FetchConfig(StrictModel):
     """How images are fetched. The limits per host are shared out among ``workers``."""
 
     workers: Annotated[int, HowOnly] = Field(4, ge=1)
-    """Ranges that are read at once when there are URLs."""
+    """Processes that fetch at most, each for several ranges at once."""
     per_host: Annotated[int, HowOnly] = Field(8, ge=1)
     """Requests in flight to one host, by all workers together."""
     per_host_per_second: Annotated[float, HowOnly] = Field(20.0, gt=0)
@@ -51,6 +62,11 @@ class FetchConfig(StrictModel):
     """From the start of an attempt to its last byte."""
     attempts: Annotated[int, HowOnly] = Field(4, ge=1)
     """On time-outs, broken connections and answers such as 429 and 503."""
+    in_flight: Annotated[int, HowOnly] = Field(512, ge=1)
+    """Requests of one worker in flight to all hosts together."""
+    host_failures: Annotated[int, HowOnly] = Field(8, ge=1)
+    """Links in a row for which a host does not answer, after which it is left alone for 5 minutes:
+    its links fail at once."""
     max_wait_s: Annotated[float, HowOnly] = Field(120.0, gt=0)
     """Longest pause before another attempt; a ``Retry-After`` above it fails the record."""
     max_bytes: int = Field(50_000_000, ge=1)
@@ -82,39 +98,65 @@ Fetched = dict[str, bytes | Exception]
 
 
 @dataclass(frozen=True)
+class Fetching:
+    """Images on their way; what has come waits until it is taken.
+
+    Attributes:
+        loop: that they are fetched in.
+        results: of all of them.
+        wanted: is set when somebody waits for them.
+    """
+
+    loop: asyncio.AbstractEventLoop
+    results: Future[Fetched]
+    wanted: asyncio.Event
+
+    def take(self) -> Fetched:
+        """The bytes of each URL, or why there are none: a Rejection, or an error."""
+        self.loop.call_soon_threadsafe(self.wanted.set)
+        return self.results.result()
+
+
+@dataclass(frozen=True)
 class Fetcher:
-    """Fetches the images of a few records at a time, as one of ``config.workers``."""
+    """Fetches images as one of ``config.workers``, for any number of threads.
+
+    It has one session, and one view of every host, as long as its process lives; what is pickled
+    are its settings.
+    """
 
     config: FetchConfig
-    next_starts: dict[str, float] = field(default_factory=dict, compare=False)
-    """When the next request to a host may begin, on this worker's clock."""
 
     def __call__(self, urls: Iterable[str]) -> Fetched:
         """The bytes of each URL, or why there are none: a Rejection, or an error."""
-        wanted = sorted(set(urls))
-        return asyncio.run(self._all(wanted)) if wanted else {}
+        return self.begin(urls).take()
 
-    async def _all(self, urls: list[str]) -> Fetched:
-        config = self.config
-        connector = aiohttp.TCPConnector(
-            limit=0,
-            resolver=_PublicOnly(config.allow_private),
-            use_dns_cache=False,
-            socket_factory=partial(_socket, config),
-        )
-        timeout = aiohttp.ClientTimeout(total=config.timeout_s)
-        headers = {"User-Agent": config.user_agent, "Accept": "image/*"}
-        async with aiohttp.ClientSession(
-            connector=connector, timeout=timeout, headers=headers, auto_decompress=False
-        ) as session:
-            job = _Job(config, session, self.next_starts)
-            found = await asyncio.gather(*(job.fetch(url) for url in urls), return_exceptions=True)
-        results: Fetched = {}
-        for url, result in zip(urls, found, strict=True):
-            if isinstance(result, BaseException) and not isinstance(result, Exception):
-                raise result
-            results[url] = result
-        return results
+    def begin(self, urls: Iterable[str]) -> Fetching:
+        """Let images be fetched, which may be taken later, or not at all (``results.cancel()``)."""
+        loop, job = self._running
+        wanted = asyncio.Event()
+        work = job.fetch_all(sorted(set(urls)), wanted)
+        return Fetching(loop, asyncio.run_coroutine_threadsafe(work, loop), wanted)
+
+    @cached_property
+    def _running(self) -> tuple[asyncio.AbstractEventLoop, _Job]:
+        """An event loop in a thread of its own, and what runs in it."""
+        loop = asyncio.new_event_loop()
+        loop.set_default_executor(ThreadPoolExecutor(_RESOLVERS))
+        threading.Thread(target=loop.run_forever, name="fetch", daemon=True).start()
+        job = _Job(self.config)
+        weakref.finalize(self, _close, loop, job)
+        return loop, job
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the session behind."""
+        return {"config": self.config}
+
+
+def _close(loop: asyncio.AbstractEventLoop, job: _Job) -> None:
+    with suppress(Exception):  # too late for it to matter to anyone
+        asyncio.run_coroutine_threadsafe(job.close(), loop).result(2.0)
+    loop.call_soon_threadsafe(loop.stop)
 
 
 class _Busy(Exception):
@@ -125,16 +167,74 @@ class _Busy(Exception):
         self.wait = wait
 
 
-@dataclass
-class _Job:
-    config: FetchConfig
-    session: aiohttp.ClientSession
-    next_starts: dict[str, float]
-    slots: dict[str, asyncio.Semaphore] = field(init=False)
+class _SilentError(_Busy):
+    """The host did not answer at all."""
 
-    def __post_init__(self) -> None:
-        share = self.config.per_host // self.config.workers
-        self.slots = defaultdict(lambda: asyncio.Semaphore(share))
+
+@dataclass
+class _Host:
+    """What this worker knows of a host.
+
+    Attributes:
+        slots: requests that may be in flight.
+        next_start: when the next one may begin.
+        failed: links in a row for which it did not answer, at the first attempt.
+        until: it is not asked before that, because it failed too often.
+        users: links that are being fetched from it.
+    """
+
+    slots: asyncio.Semaphore
+    next_start: float = 0.0
+    failed: int = 0
+    until: float = 0.0
+    users: int = 0
+
+    def is_idle(self, now: float) -> bool:
+        """Whether nothing would be lost if it was forgotten."""
+        return not (self.users or self.failed) and max(self.next_start, self.until) <= now
+
+
+class _Job:
+    """What runs within the event loop."""
+
+    def __init__(self, config: FetchConfig) -> None:
+        self.config = config
+        self._session: aiohttp.ClientSession | None = None
+        self._hosts: dict[str, _Host] = {}
+        self._most_hosts = _HOSTS
+        self._open = asyncio.Semaphore(config.in_flight)
+        self._held = 0
+
+    async def fetch_all(self, urls: list[str], wanted: asyncio.Event) -> Fetched:
+        """All of some images. When many bytes wait to be taken, only those that are wanted are
+        begun."""
+        held = 0
+
+        async def fetch(url: str) -> bytes:
+            nonlocal held
+            if self._held > _MOST_HELD:
+                await wanted.wait()
+            data = await self.fetch(url)
+            held += len(data)
+            self._held += len(data)
+            return data
+
+        try:
+            found = await asyncio.gather(*map(fetch, urls), return_exceptions=True)
+            await wanted.wait()
+        finally:
+            self._held -= held
+        results: Fetched = {}
+        for url, result in zip(urls, found, strict=True):
+            if isinstance(result, BaseException) and not isinstance(result, Exception):
+                raise result
+            results[url] = result
+        return results
+
+    async def close(self) -> None:
+        """Hang up."""
+        if self._session is not None:
+            await self._session.close()
 
     async def fetch(self, url: str) -> bytes:
         attempts = AsyncRetrying(
@@ -144,48 +244,96 @@ class _Job:
             reraise=True,
         )
         try:
-            return await attempts(self._attempt, url)
+            return await attempts(self._attempt, url, itertools.count())
         except _Busy as error:
             raise InputError(f"{url}: {error}") from None
 
     def _pause(self, state: RetryCallState) -> float:
+        """What the host asks for, or a growing time; never the same for those that failed
+        together."""
         error = state.outcome.exception() if state.outcome else None
         asked = error.wait if isinstance(error, _Busy) else None
-        return min(
-            asked if asked is not None else 0.5 * 2**state.attempt_number, self.config.max_wait_s
-        )
+        pause = asked if asked is not None else 0.5 * 2**state.attempt_number
+        return min(pause * random.uniform(1.0, _JITTER), self.config.max_wait_s)
 
-    async def _attempt(self, url: str) -> bytes:
+    async def _attempt(self, url: str, attempts: Iterator[int]) -> bytes:
+        is_first = next(attempts) == 0
         for _ in range(self.config.max_redirects + 1):
-            host = check_url(url, self.config.allow_private)
-            try:
-                async with self.slots[host]:
-                    await self._turn(host)
-                    answer = await self._get(url)
-            except TimeoutError:
-                raise _Busy(f"no answer within {self.config.timeout_s:g} s") from None
-            except aiohttp.InvalidURL:
-                raise InputError(f"{url} is not a URL") from None
-            except (aiohttp.ClientError, OSError) as error:
-                refused = _refused(error)
-                if refused:
-                    raise Rejection(refused.reason, f"{url}: {refused}") from None
-                raise _Busy(f"{type(error).__name__}: {error}") from None
+            name = check_url(url, self.config.allow_private)
+            with self._at(name) as host:
+                try:
+                    answer = await self._in_turn(url, name, host)
+                except _SilentError:
+                    host.failed += is_first
+                    if host.failed >= self.config.host_failures:
+                        host.until = time.monotonic() + _LEFT_ALONE_S
+                    raise
             if isinstance(answer, bytes):
                 return answer
             url = urljoin(url, answer)
         raise InputError(f"{url}: more than {self.config.max_redirects} redirects")
 
-    async def _turn(self, host: str) -> None:
-        """Wait for this worker's next turn at a host."""
-        now = time.monotonic()
-        start = max(now, self.next_starts.get(host, 0.0))
-        self.next_starts[host] = start + self.config.workers / self.config.per_host_per_second
-        await asyncio.sleep(start - now)
+    @contextmanager
+    def _at(self, name: str) -> Iterator[_Host]:
+        """A host, which is remembered as long as anything of it counts."""
+        share = self.config.per_host // self.config.workers
+        host = self._hosts.setdefault(name, _Host(asyncio.Semaphore(share)))
+        host.users += 1
+        try:
+            yield host
+        finally:
+            host.users -= 1
+            if len(self._hosts) > self._most_hosts:
+                now = time.monotonic()
+                self._hosts = {n: h for n, h in self._hosts.items() if not h.is_idle(now)}
+                self._most_hosts = max(_HOSTS, 2 * len(self._hosts))
 
-    async def _get(self, url: str) -> bytes | str:
+    async def _in_turn(self, url: str, name: str, host: _Host) -> bytes | str:
+        """The body, or where a redirect leads, when the host may be asked.
+
+        Only who may ask its host takes one of the places that there are for all.
+        """
+        async with host.slots:
+            now = time.monotonic()
+            if host.until > now:
+                raise InputError(f"{url}: {name} did not answer for {host.failed} links in a row")
+            start = max(now, host.next_start)
+            host.next_start = start + self.config.workers / self.config.per_host_per_second
+            await asyncio.sleep(start - now)
+            async with self._open:
+                try:
+                    return await self._get(url, host)
+                except TimeoutError:
+                    message = f"no answer within {self.config.timeout_s:g} s"
+                    raise _SilentError(message) from None
+                except aiohttp.InvalidURL:
+                    raise InputError(f"{url} is not a URL") from None
+                except (aiohttp.ClientError, OSError) as error:
+                    raise _failure(url, name, error) from None
+
+    def _connected(self) -> aiohttp.ClientSession:
+        """The session, made within the loop that it belongs to."""
+        config = self.config
+        if self._session is None:
+            connector = aiohttp.TCPConnector(
+                limit=0,
+                resolver=_PublicOnly(config.allow_private),
+                use_dns_cache=False,
+                socket_factory=partial(_socket, config),
+            )
+            self._session = aiohttp.ClientSession(
+                connector=connector,
+                timeout=aiohttp.ClientTimeout(total=config.timeout_s),
+                headers={"User-Agent": config.user_agent, "Accept": "image/*"},
+                cookie_jar=aiohttp.DummyCookieJar(),
+                auto_decompress=False,
+            )
+        return self._session
+
+    async def _get(self, url: str, host: _Host) -> bytes | str:
         """The body, or where a redirect leads."""
-        async with self.session.get(url, allow_redirects=False) as answer:
+        async with self._connected().get(url, allow_redirects=False) as answer:
+            host.failed = 0
             if answer.status in _REDIRECTS and "Location" in answer.headers:
                 return answer.headers["Location"]
             if answer.status in _BUSY:
@@ -257,14 +405,22 @@ class _Refused(OSError):
         self.reason = reason
 
 
-def _refused(error: BaseException) -> _Refused | None:
-    """The refusal of ours, however the client wrapped it."""
+def _failure(url: str, name: str, error: Exception) -> Exception:
+    """What a connection that failed means: only one that might be made next time is tried again."""
+    for cause in _causes(error):
+        if isinstance(cause, _Refused):
+            return Rejection(cause.reason, f"{url}: {cause}")
+        if isinstance(cause, socket.gaierror) and cause.errno in _NO_SUCH_NAME:
+            return InputError(f"{url}: there is no host {name}")
+    return _SilentError(f"{type(error).__name__}: {error}")
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """An error and what led to it, however the client wrapped it."""
     found: BaseException | None = error
     while found is not None:
-        if isinstance(found, _Refused):
-            return found
+        yield found
         found = getattr(found, "os_error", None) or found.__cause__
-    return None
 
 
 class _PublicOnly(AbstractResolver):

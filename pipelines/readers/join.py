@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import tarfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
 
 from dim.config import StrictModel
 from dim.errors import InputError
@@ -17,10 +22,11 @@ from pipelines.readers import bounds, containers, entries, forms, ids
 from pipelines.readers.addresses import Addresses, Place
 from pipelines.readers.entries import Entries
 from pipelines.readers.layout import Layout
-from pipelines.readers.listing import list_files
-from pipelines.readers.media import Media
+from pipelines.readers.listing import Files, list_files
+from pipelines.readers.media import Media, pack
 from pipelines.readers.names import is_hidden, plain, said, spellings, without_suffix
 from pipelines.readers.records import image_names
+from pipelines.readers.scanning import in_tasks
 
 
 class MediaConfig(StrictModel):
@@ -36,8 +42,10 @@ class MediaConfig(StrictModel):
     """The columns of a table that may hold the image, its struct or its URL."""
 
 
-_Place = tuple[int, int]
-_SEVERAL: _Place = (-1, -1)  # what a name leads to that is short for several images
+_SEVERAL = 2**32 - 1  # what a name leads to that is short for several images
+_NAMES_AT_ONCE = 4096  # images of a folder that are named together
+_IMAGE = np.dtype([("file", "<u4"), ("offset", "<i8")])
+_NAME = np.dtype([("hash", "<u8"), ("image", "<u4")])  # 8 bytes of a hash stand for a name
 
 
 class _Named(NamedTuple):
@@ -48,8 +56,99 @@ class _Named(NamedTuple):
     others: tuple[str, ...] = ()
 
 
+class _Scanned(NamedTuple):
+    """The images of some files, as ``_IMAGE``; their keys and other names, as ``_NAME``."""
+
+    images: NDArray[Any]
+    keys: NDArray[Any]
+    others: NDArray[Any]
+    hidden: int
+
+
+def _scan(store: Store, kind: str | None, config: MediaConfig, files: Files) -> _Scanned:
+    images: list[tuple[int, int]] = []
+    keys: list[tuple[int, int]] = []
+    others: list[tuple[int, int]] = []
+    hidden = Counter[str]()
+    for number, (name, size) in enumerate(files):
+        for offset, key, more in _keys(store, name, size, kind, config, hidden):
+            called = set(more)
+            if key is not None:
+                keys.append((_hash(key), len(images)))
+                called |= {plain(key)} - {key}
+            others += [(_hash(other), len(images)) for other in called]
+            images.append((number, offset))
+    arrays = (np.array(images, _IMAGE), np.array(keys, _NAME), np.array(others, _NAME))
+    return _Scanned(*arrays, hidden.total())
+
+
+class _Table(NamedTuple):
+    """Hashes of names, sorted, and the number of the image that each leads to, or ``_SEVERAL``."""
+
+    hashes: NDArray[np.uint64]
+    images: NDArray[np.uint32]
+
+    @classmethod
+    def of(cls, names: NDArray[Any], *, first_wins: bool) -> _Table:
+        """A name that comes twice leads to the first of its images, or to neither."""
+        hashes, first, counts = np.unique(names["hash"], return_index=True, return_counts=True)
+        images = names["image"][first]
+        if not first_wins:
+            images[counts > 1] = _SEVERAL
+        return cls(hashes, images)
+
+    def find(self, names: Iterable[str]) -> set[int]:
+        """The images that some names lead to."""
+        wanted = np.array([_hash(name) for name in names], np.uint64)
+        rows = np.minimum(np.searchsorted(self.hashes, wanted), max(len(self.hashes) - 1, 0))
+        there = self.hashes[rows] == wanted if len(self.hashes) else slice(0)
+        return set(self.images[rows[there]].tolist())
+
+
+@dataclass(frozen=True)
+class _Index:
+    """Every image of the media: 12 bytes for its place, and 12 for each of its names."""
+
+    files: pa.Array
+    images: NDArray[Any]
+    keys: _Table
+    others: _Table
+
+    def find(self, name: str) -> int | None:
+        """The image of this very key; or the one that may be called so, in any spelling."""
+        found = self.keys.find([name])
+        if not found:
+            spelled = {name, plain(name), *spellings(name)}
+            found = self.keys.find(spelled) | self.others.find(spelled)
+        return found.pop() if len(found) == 1 else (_SEVERAL if found else None)
+
+    def place(self, image: int) -> tuple[str, int] | None:
+        """The file of an image and its place there; nothing for a name that fits several."""
+        if image == _SEVERAL:
+            return None
+        file, offset = self.images[image].item()
+        return self.files[file].as_py(), offset
+
+
+class _Joined(NamedTuple):
+    """What the records of a range name: the places, packed; the images; how many are not there."""
+
+    places: bytes
+    images: NDArray[np.uint32]
+    unmatched: int
+
+
+def _join(index: _Index, reader: Entries, layout: Layout, each: dict[str, Any]) -> _Joined:
+    named = [name for entry in reader.of(each) for name in image_names(entry, layout)]
+    found = {name: index.find(name) for name in named}
+    known = {name: image for name, image in found.items() if image is not None}
+    places = {name: index.place(image) for name, image in known.items()}
+    images = np.array(sorted({*known.values()} - {_SEVERAL}), np.uint32)
+    return _Joined(pack(places), images, sum(not places.get(name) for name in named))
+
+
 class MediaIndex:
-    """Every key of the media and its place. 8 bytes of a hash stand for a key.
+    """Every key of the media and its place, in sorted arrays.
 
     Args:
         config: where the media are.
@@ -76,62 +175,48 @@ class MediaIndex:
             raise InputError(f"there are no images, tables or tars in {config.uri}{found.advice}")
         self.media = Media(config.uri, found.store, config.image, kind, max_bytes)
         self.identity = {"media": config.uri, "files": files}
-        self._files = [name for name, _ in files]
-        self._places: dict[bytes, _Place] = {}
-        self._otherwise: dict[bytes, _Place] = {}
-        self._used: set[_Place] = set()
-        members = Counter[str]()
-        for number, (name, size) in enumerate(files):
-            for named in _keys(found.store, name, size, kind, config, members):
-                self._add(named, (number, named.offset), by_path=config.key is None)
-        self.hidden += members.total()
-        self.images = len(set(self._places.values()) - {_SEVERAL})
+        at_once = 1 if kind else _NAMES_AT_ONCE
+        parts = [files[first : first + at_once] for first in range(0, len(files), at_once)]
+        scanned = list(in_tasks(partial(_scan, found.store, kind, config), parts))
+        self.hidden += sum(each.hidden for each in scanned)
+        counts = [len(each.images) for each in scanned]
+        images = np.concatenate([each.images for each in scanned])
+        images["file"] += np.repeat(np.arange(len(scanned), dtype=np.uint32) * at_once, counts)
+        firsts = np.cumsum([0, *counts[:-1]], dtype=np.uint32)
+
+        def table(parts: list[NDArray[Any]], *, first_wins: bool) -> _Table:
+            names = np.concatenate(parts)
+            names["image"] += np.repeat(firsts, [len(part) for part in parts])
+            return _Table.of(names, first_wins=first_wins)
+
+        self._index = _Index(
+            pa.array([name for name, _ in files], pa.large_string()),
+            images,
+            table([each.keys for each in scanned], first_wins=config.key is not None),
+            table([each.others for each in scanned], first_wins=False),
+        )
+        self._used = np.zeros(len(images), np.bool_)
+        keyed = self._index.keys.images
+        self.images = len(np.unique(keyed[keyed != _SEVERAL]))
         self.unmatched = 0
-
-    def _add(self, named: _Named, place: _Place, *, by_path: bool) -> None:
-        """A key that comes twice leads to the first of its images; a path leads to neither."""
-        others = set(named.others)
-        if named.key is not None:
-            known = self._places.setdefault(short_hash(named.key), place)
-            if known != place and by_path:
-                self._places[short_hash(named.key)] = _SEVERAL
-            others |= {plain(named.key)} - {named.key}
-        for other in others:
-            known = self._otherwise.setdefault(short_hash(other), place)
-            if known != place:
-                self._otherwise[short_hash(other)] = _SEVERAL
-
-    def _find(self, name: str) -> _Place | None:
-        """The image of this very key; or the one that may be called so, in any spelling."""
-        exact = self._places.get(short_hash(name))
-        if exact is not None:
-            return exact
-        hashes = {short_hash(text) for text in (name, plain(name), *spellings(name))}
-        tables = (self._places, self._otherwise)
-        found = {table[short] for short in hashes for table in tables if short in table}
-        return found.pop() if len(found) == 1 else (_SEVERAL if found else None)
 
     def join(self, ranges: list[dict[str, Any]], reader: Entries, layout: Layout) -> None:
         """Give each range the places of the images that its records name, and nothing for those
         names that fit several."""
-        for each in ranges:
-            places: dict[str, tuple[str, int] | None] = {}
-            for entry in reader.of(each):
-                for name in image_names(entry, layout):
-                    found = self._find(name)
-                    if found is None or found == _SEVERAL:
-                        self.unmatched += 1
-                    else:
-                        self._used.add(found)
-                    if found is not None:
-                        place = (self._files[found[0]], found[1])
-                        places[name] = None if found == _SEVERAL else place
-            each["places"] = json.dumps(places)
+        joined = in_tasks(partial(_join, self._index, reader, layout), ranges)
+        for each, found in zip(ranges, joined, strict=True):
+            each["places"] = found.places
+            self._used[found.images] = True
+            self.unmatched += found.unmatched
 
     @property
     def unused(self) -> int:
         """Images that no record names."""
-        return self.images - len(self._used)
+        return self.images - int(self._used.sum())
+
+
+def _hash(name: str) -> int:
+    return int.from_bytes(short_hash(name))
 
 
 def _images(addresses: Addresses) -> tuple[list[tuple[str, int]], int]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from itertools import chain
 from typing import NamedTuple
 
 from dim import records
 from dim.errors import StorageError
 from pipelines.readers.addresses import Addresses
+from pipelines.readers.scanning import in_tasks
 
 Files = list[tuple[str, int]]
 """Names and sizes in bytes, in order of name."""
@@ -39,7 +41,10 @@ def list_files(addresses: Addresses) -> Listing:
     """
     store = addresses.home
     if not store.is_local:
-        return Listing(store.list(), [], [])
+        children = store.children()
+        below = in_tasks(store.list, [name[:-1] for name, _ in children if name[-1] == "/"])
+        files = [item for item in children if item[0][-1] != "/"]
+        return Listing(sorted(chain(files, *below)), [], [])
     if not os.path.isdir(store.root):
         return Listing([], [], [])
     closed: list[str] = []

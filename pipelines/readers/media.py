@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import json
 import tarfile
+import zlib
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,8 +17,20 @@ from pipelines.outcome import Rejection
 from pipelines.readers import bounds, forms
 from pipelines.readers.names import said
 
-Places = Mapping[str, tuple[str, int]]
-"""Key → (file, row of a table or byte of a tar)."""
+Places = Mapping[str, tuple[str, int] | None]
+"""Key → (file, row of a table or byte of a tar), or nothing where several images are called so."""
+
+
+def pack(places: Places) -> bytes:
+    """Places as they travel with a range: names are long, and alike."""
+    return zlib.compress(json.dumps(places).encode())
+
+
+def unpack(packed: bytes | None) -> Places:
+    """The same places; there are none where nothing was packed."""
+    places: Places = json.loads(zlib.decompress(packed)) if packed else {}
+    return places
+
 
 Found = dict[str, Any]
 """Name → the image's bytes, a struct or URL that stands for it, or why there is none."""
@@ -40,7 +54,7 @@ class Media:
     kind: str | None = None
     max_bytes: int = bounds.MAX_BYTES
 
-    def read(self, places: Places) -> Found:
+    def read(self, places: Mapping[str, tuple[str, int]]) -> Found:
         """What lies at each place; a place that cannot be read has its error."""
         files: dict[str, list[tuple[int, str]]] = defaultdict(list)
         for key, (file, offset) in places.items():

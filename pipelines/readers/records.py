@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -34,11 +35,12 @@ from pipelines.readers.entries import Entries, Entry
 from pipelines.readers.fetch import FetchConfig, Fetcher, is_url
 from pipelines.readers.ids import as_text, id_of
 from pipelines.readers.layout import Layout
-from pipelines.readers.media import Found, Media, Places
+from pipelines.readers.media import Found, Media, unpack
 from pipelines.readers.names import shown, without_suffix
 
 _FETCHES = 8  # images of one range that are fetched at once: an object store's latency is its cost
 _LONGEST_URL = 8192  # characters
+_PARTS_AHEAD = 8  # whose images may be on their way, or here, before they are wanted
 ROWS_PER_PART = 64
 """No more records than this, with their encoded images, are held as Python objects at a time."""
 
@@ -94,11 +96,36 @@ class Records:
 
     def parts(self, each: Row) -> Iterator[list[Entry]]:
         """The entries of a range."""
-        places: Places = json.loads(each.get("places") or "{}")
+        places = unpack(each.get("places"))
         for part in _in_parts(self.entries.of(each), _bytes_of):
             for entry in part:
                 entry.places = places
             yield part
+
+    def fetch_ahead(self, parts: Iterable[list[Entry]]) -> Iterator[list[Entry]]:
+        """The same parts, while the images of those that follow are fetched: the window slides."""
+        under_way: deque[list[Entry]] = deque()
+        try:
+            for part in parts:
+                names = self._names(part) - part[0].places.keys()
+                urls = [name for name in names if is_url(name)]
+                if urls and self._fetcher is not None:
+                    fetching = self._fetcher.begin(urls)
+                    for entry in part:
+                        entry.fetching = fetching
+                under_way.append(part)
+                # Parts without URLs may hold their images, and need not be here before their turn.
+                while len(under_way) > (_PARTS_AHEAD if urls else 0):
+                    yield under_way.popleft()
+            while under_way:
+                yield under_way.popleft()
+        finally:
+            for part in under_way:
+                if part[0].fetching is not None:
+                    part[0].fetching.results.cancel()
+
+    def _names(self, part: list[Entry]) -> set[str]:
+        return {name for entry in part for name in image_names(entry, self.layout)}
 
     def table(self, part: list[Entry]) -> pa.Table:
         """Entries in, raw records with outcomes out."""
@@ -114,11 +141,12 @@ class Records:
 
     def _find(self, part: list[Entry]) -> Found:
         """What lies behind the keys and URLs of a few records."""
-        named = {name for entry in part for name in image_names(entry, self.layout)}
+        named = self._names(part)
         places, fetcher = part[0].places, self._fetcher
         found: Found = {}
         if self.media is not None:
-            found = self.media.read({key: places[key] for key in named if places.get(key)})
+            there = {key: place for key in named if (place := places.get(key))}
+            found = self.media.read(there)
             for name in named:
                 if name in places and not places[name]:
                     detail = f"several images of {self.media.uri} are called {shown(name)!r}"
@@ -127,7 +155,10 @@ class Records:
             return found
         urls = {name for name in named - found.keys() if is_url(name)}
         urls |= {value for value in map(inline.held, found.values()) if is_url(value)}
-        return {**found, **fetcher(urls)}
+        if part[0].fetching is not None:
+            fetched = part[0].fetching.take()
+            found = {**{url: fetched[url] for url in urls & fetched.keys()}, **found}
+        return {**found, **fetcher(urls - found.keys())}
 
     def _read(self, entry: Entry, found: Found) -> Row:
         row = self._begun(entry)

@@ -7,11 +7,13 @@ alone, never on the cluster, so that the same input always gives the same files.
 from __future__ import annotations
 
 import json
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from dim import records
@@ -21,7 +23,8 @@ from pipelines.attempts import Work
 from pipelines.readers import compression, containers, ids
 from pipelines.readers.addresses import Addresses
 from pipelines.readers.bounds import MAX_BYTES
-from pipelines.readers.containers import Containers, Cutter
+from pipelines.readers.containers import Containers
+from pipelines.readers.cutter import Cutter
 from pipelines.readers.entries import (
     Entries,
     Files,
@@ -183,12 +186,16 @@ def _json(
     """One pass over a file: where each range starts, and which entries repeat an id."""
     store, name = storage.open_file(uri)
     file = JsonFile(store, name, found.layers, layout)
-    cutter = Cutter(rows_per_range, source)
+    cutter, lines = Cutter(rows_per_range, source), array("q")
     for number, start, end, text in file.records():
-        if cutter.begins():
+        if not cutter.room:
             cutter.begin(start=start, line=number or 0)
-        cutter.add(_id_of(text, layout), number)
+        cutter.ids.add(_id_of(text, layout))
+        cutter.count(1)
         cutter.ranges[-1]["end"] = end
+        if number is not None:
+            lines.append(number)
+    cutter.name_repeated(np.frombuffer(lines, np.int64) if file.in_lines else None)
     kind = JsonLines if file.in_lines else JsonValues
     where = storage.join(store.uri, name)
     identity = {"file": where, "sha256": file.digest.hexdigest()}

@@ -21,11 +21,14 @@ import pytest
 import ray
 import ray.data
 
+from dim import designers
+from dim.designers import CallOptions
 from dim.errors import DimError, InputError
 from dim.records import RAW_IMAGE
+from infra.storage import open_store
 from pipelines import attempts, ingest
 from pipelines.attempts import MOST_ATTEMPTS, Attempts, TimeLimits, attempt
-from pipelines.calls.worker import AskInTurn
+from pipelines.calls.worker import AskingWorker, AskInTurn, CalledModel
 from pipelines.filter import FilterImagesConfig
 from pipelines.filter import run as run_filter
 from pipelines.filters import FilterImages, ImageRules
@@ -34,11 +37,16 @@ from pipelines.outcome import fail, kept, to_rows, to_table, work_on
 from pipelines.outputs.shards import Shards
 from pipelines.outputs.verify import verify
 from pipelines.ranges import scan
+from pipelines.readers.fetch import FetchConfig
 from pipelines.readers.sources import Source
+from tests.image_server import ok, serving
+from tests.pipelines.containers import write_lines
+from tests.pipelines.samples import encoded, photo
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 COUNT = 12
+ORACLE = CalledModel("oracle", designers.create, CallOptions(), open_store("nowhere"))
 ENOUGH = TimeLimits(60, 30)
 
 
@@ -103,12 +111,15 @@ class Deadly:
 
 
 def take_in(
-    out: Path, monkeypatch: pytest.MonkeyPatch, end: Callable[[], None], *places: int
+    out: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    end: Callable[[], None],
+    *places: int,
+    **given: Any,
 ) -> list[dict[str, Any]]:
     """The failed records of a job that reads deadly ones."""
-    config = IngestConfig(
-        tabletop_images=COUNT, size=32, rows_per_file=4, out=str(out), range_timeout_s=40
-    )
+    given = given or {"tabletop_images": COUNT, "size": 32}
+    config = IngestConfig(**given, rows_per_file=4, out=str(out), range_timeout_s=40)
     source = ingest.open_source(config)
     deadly = dataclasses.replace(source, reader=Deadly(source.reader, end, places))
     monkeypatch.setattr(ingest, "open_source", lambda config: deadly)
@@ -121,6 +132,26 @@ def take_in(
 def failures(out: Path) -> list[dict[str, Any]]:
     table = pa.parquet.read_table(sorted((out / "failed").glob("*.parquet")))
     return table.to_pylist()
+
+
+def test_a_record_that_ends_a_worker_which_fetches_fails_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several ranges are in the worker at once, and all of them go on."""
+    with serving() as server:
+        server.answers = {f"/{n}": ok(encoded(photo(n))) for n in range(COUNT)}
+        lines = [{"image_path": f"{server.url}/{n}"} for n in range(COUNT)]
+        images = str(write_lines(tmp_path / "urls.jsonl", lines))
+        fetch = FetchConfig(allow_private=True, workers=1, per_host_per_second=1000)
+        (lost,) = take_in(tmp_path / "out", monkeypatch, leave, 5, images=images, fetch=fetch)
+        monkeypatch.undo()
+        assert lost["index"] == 5 and "ended by itself with status 3" in lost["error"]
+        given: dict[str, Any] = {"images": images, "rows_per_file": 4}
+        made = ingest.run(IngestConfig(**given, out=str(tmp_path / "good"), fetch=fetch))
+    assert (made.counts.kept, made.counts.failed) == (COUNT, 0)
+    rows = pa.parquet.read_table(tmp_path / "good" / "data", columns=["index", "image"])
+    images_in = {row["index"]: row["image"] for row in rows.to_pylist()}
+    assert images_in == {n: encoded(photo(n)) for n in range(COUNT)}
 
 
 @pytest.mark.parametrize("end", DEADLY, ids=lambda end: end.__name__)
@@ -260,17 +291,13 @@ class DeadlyStep:
         return batch
 
 
-def nobody() -> tuple[None, None]:
-    return None, None
-
-
 def test_a_batch_that_no_worker_survives_is_failed_records(tmp_path: Path) -> None:
     raw = str(tmp_path / "raw")
     ingest.run(IngestConfig(tabletop_images=COUNT, size=32, rows_per_file=4, out=raw))
     records = scan(Shards.open(raw, RAW_IMAGE), FilterImages(ImageRules(min_side=32)), 4)
     asked = records.map_batches(
         AskInTurn,
-        fn_constructor_args=((DeadlyStep,), nobody),
+        fn_constructor_args=((DeadlyStep,), None, None),
         batch_format="pyarrow",
         batch_size=4,
         num_cpus=0.5,
@@ -294,10 +321,31 @@ def test_a_worker_that_dies_as_soon_as_it_is_started_ends_the_job(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(attempts, "_restarts", lambda: 49)
-    AskInTurn((), nobody)
+    AskingWorker((), ORACLE)
     monkeypatch.setattr(attempts, "_restarts", lambda: 50)
     with pytest.raises(DimError, match="ended 50 times, the last time while it was started"):
-        AskInTurn((), nobody)
+        AskingWorker((), ORACLE)
+
+
+def test_a_process_ends_at_the_first_of_the_deadlines_of_its_threads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    set_to: list[float | None] = []
+    later, cancel = "dump_traceback_later", "cancel_dump_traceback_later"
+    monkeypatch.setattr(faulthandler, later, lambda left, exit: set_to.append(left))
+    monkeypatch.setattr(faulthandler, cancel, lambda: set_to.append(None))
+    slow = attempts.limited(iter([1, 2]), 1000)  # type: ignore[list-item]
+
+    def beside() -> Iterator[Any]:
+        yield from attempts.limited(iter([3]), 10)  # type: ignore[list-item]
+        yield set_to[-1]
+
+    quick = attempts.limited(beside(), 500)
+    assert [next(slow), next(quick)] == [1, 3]
+    assert set_to[-1] is None
+    left = next(quick)  # while the outer one is still being made, the inner one has come to its end
+    assert isinstance(left, float) and 490 < left <= 500
+    assert min(seconds for seconds in set_to if seconds is not None) <= 10
 
 
 @ray.remote(max_restarts=-1, num_cpus=0.1)
@@ -334,5 +382,5 @@ def test_records_that_failed_before_are_not_asked_about(monkeypatch: pytest.Monk
     rows: list[dict[str, Any]] = [{"id": "a", "index": 0, "image": b"x"}, {"id": "b", "index": 1}]
     fail(rows[1], "filter", "broken")
     monkeypatch.setattr(attempts, "attempt", lambda: MOST_ATTEMPTS)
-    made = AskInTurn((DeadlyStep,), nobody)(to_table(rows, RAW_IMAGE)).to_pylist()
+    made = AskInTurn((DeadlyStep,), None, None)(to_table(rows, RAW_IMAGE)).to_pylist()
     assert [row["stage"] for row in made] == ["ask", "filter"]

@@ -246,7 +246,7 @@ def _has(out: Path, record: str, least: int) -> bool:
     """Whether there are so many answers, one of them this record's."""
     found = [
         json.loads(line)["record"]
-        for path in (out / "answers").glob("*")
+        for path in (out / "answers").rglob("*.*")
         for line in path.read_text().splitlines(keepends=True)
         if line.endswith("\n")
     ]

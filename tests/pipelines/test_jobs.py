@@ -257,7 +257,7 @@ def test_a_killed_job_pays_no_answered_call_twice(
     time.sleep(1)
     stored = [
         json.loads(line)
-        for path in (out / "answers").glob("*.jsonl")
+        for path in (out / "answers").rglob("*.jsonl")
         for line in path.read_text().splitlines()
     ]
     assert 4 <= len(stored) < 14

@@ -84,13 +84,13 @@ def test_a_rerun_goes_on_where_the_answers_end(tmp_path: Path) -> None:
     """Useless answers were paid for too: only what is missing is asked."""
     store = open_store(str(tmp_path))
     first = Model(lambda text: DesignerError("killed") if "before" in text else "no")
-    (result,) = ask_until_read(first.ask, asked("a?"), Answers(store), 2)
+    (result,) = ask_until_read(first.ask, asked("a?"), Answers(store, "range"), 2)
     assert isinstance(result, DesignerError) and len(first.asked) == 2
     second = Model(lambda text: "5")
-    assert ask_until_read(second.ask, asked("a?"), Answers(store), 2) == [5]
+    assert ask_until_read(second.ask, asked("a?"), Answers(store, "range"), 2) == [5]
     assert [one.text for one in second.asked] == [first.asked[1].text]
     third = Model(lambda text: "6")
-    assert ask_until_read(third.ask, asked("a?"), Answers(store), 2) == [5]
+    assert ask_until_read(third.ask, asked("a?"), Answers(store, "range"), 2) == [5]
     assert third.asked == []
 
 

@@ -11,7 +11,7 @@ from pipelines.calls.bill import read_costs, total_cost, write_bill
 
 def test_the_bill_is_by_record_and_in_all(tmp_path: Path) -> None:
     store = open_store(str(tmp_path))
-    one, two = Answers(store), Answers(store)
+    one, two = Answers(store, "one"), Answers(store, "two")
     one.add("a1", Answer("x", Usage(100, 10, 0.5, 1.0)), "a")
     two.add("a2", Answer("y", Usage(200, 20, 0.25, 2.0)), "a")
     two.add("b1", Unusable("cut off", Usage(50, 5, 0.125, 0.5)), "b")

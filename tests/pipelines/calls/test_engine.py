@@ -40,6 +40,7 @@ def over_http(chat_server: ChatServer, monkeypatch: pytest.MonkeyPatch) -> ChatS
         def read(row: dict[str, Any]) -> dict[str, Any]:
             said = row["http_response"]
             return {
+                "range": row["range"],
                 "key": row["key"],
                 "record": row["record"],
                 "answer": said["choices"][0]["message"]["content"],
@@ -143,7 +144,14 @@ def test_the_engine_is_set_up_for_images_and_survives_a_bad_record() -> None:
 
 
 def test_what_the_engine_is_given_and_gives_back() -> None:
-    row = {"key": "k", "record": "r", "text": "What?", "images": ["data:x"], "schema": '{"a": 1}'}
+    row = {
+        "range": "a",
+        "key": "k",
+        "record": "r",
+        "text": "What?",
+        "images": ["data:x"],
+        "schema": '{"a": 1}',
+    }
     calls = CallOptions(temperature=0.5, max_tokens=7)
     given = engine._to_engine(row, calls)
     assert given["sampling_params"] == {
@@ -164,7 +172,13 @@ def test_every_answer_of_the_engine_ends_its_question(tmp_path: Path) -> None:
     import pyarrow as pa
 
     store = open_store(str(tmp_path))
-    base = {"record": "r", "input_tokens": 10, "max_tokens": 5, "__inference_error__": ""}
+    base = {
+        "range": "a",
+        "record": "r",
+        "input_tokens": 10,
+        "max_tokens": 5,
+        "__inference_error__": "",
+    }
     rows = [
         {**base, "key": "good", "answer": "yes", "output_tokens": 2},
         {**base, "key": "good", "answer": "yes", "output_tokens": 2},

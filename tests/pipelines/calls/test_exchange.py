@@ -76,7 +76,7 @@ def test_the_budget_is_one_for_all_and_counts_what_was_spent_before(
     chat_server: ChatServer, tmp_path: Path
 ) -> None:
     store = open_store(str(tmp_path))
-    Answers(store).add("k", Answer("x", Usage(1, 1, 0.6, 0.1)), "r")
+    Answers(store, "range").add("k", Answer("x", Usage(1, 1, 0.6, 0.1)), "r")
     chat_server.respond = lambda request: completion("ok", tokens=(100_000, 0))
     spec = f"openai:m@{chat_server.url}"
     calls = CallOptions(retries=0, timeout_s=30, input_price=1.0, budget=1.0, in_flight=1)
@@ -98,7 +98,7 @@ def test_a_meter_that_dies_is_made_again(tmp_path: Path) -> None:
     async def live_on() -> None:
         gate = Gate(exchange, 60.0)
         await enter(gate, 0.5)
-        Answers(store).add("k", Answer("x", Usage(1, 1, 0.5, 0.1)), "r")
+        Answers(store, "range").add("k", Answer("x", Usage(1, 1, 0.5, 0.1)), "r")
         await end(exchange.meter)
         await enter(gate, 0.1)
         with pytest.raises(CallsStopped, match="is spent"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ from dim.errors import InputError
 from pipelines import ingest
 from pipelines.ingest import IngestConfig
 from pipelines.outcome import Rejection
-from pipelines.readers import fetch
+from pipelines.readers import fetch, records
 from pipelines.readers.fetch import FetchConfig, Fetcher, is_public
 from tests.image_server import (
     ImageServer,
@@ -141,6 +142,78 @@ def test_a_host_is_asked_no_more_at_once_and_no_faster_than_allowed(server: Imag
     fetcher(urls[:6])
     fetcher(urls[6:])
     assert server.times[-1] - server.times[0] >= 11 * 2 / 40 * 0.9
+
+
+def test_a_host_that_never_answers_is_left_alone(server: ImageServer) -> None:
+    urls = [f"{server.url}/{n}" for n in range(40)]
+    server.answers = {f"/{n}": hanging for n in range(40)} | {"/good": ok(b"x")}
+    fetcher = Fetcher(FetchConfig(**{**LOCAL, "timeout_s": 0.3, "host_failures": 3}))
+    found = fetcher(urls).values()
+    assert len(server.asked) < 20
+    left = [error for error in found if "did not answer for" in str(error)]
+    assert len(left) >= 20 and all(isinstance(error, InputError) for error in found)
+    assert "127.0.0.1 did not answer for" in str(fetcher([f"{server.url}/good"]))
+
+
+def test_a_host_that_answers_now_and_then_is_asked_on(server: ImageServer) -> None:
+    server.answers = {f"/{n}": hanging if n % 3 else ok(b"x") for n in range(9)}
+    options = {"timeout_s": 0.3, "attempts": 1, "host_failures": 3, "per_host": 1}
+    found = Fetcher(FetchConfig(**{**LOCAL, **options}))([f"{server.url}/{n}" for n in range(9)])
+    assert len(server.asked) == 9 and sum(data == b"x" for data in found.values()) == 3
+
+
+def test_a_hanging_host_holds_up_no_other(server: ImageServer) -> None:
+    server.answers = {f"/{n}": hanging for n in range(40)}
+    fetcher = Fetcher(FetchConfig(**LOCAL))
+    begun = fetcher.begin(f"{server.url}/{n}" for n in range(40))
+    with serving("127.0.0.2") as other:
+        other.answers = {"/a": ok(b"image")}
+        assert fetcher([f"{other.url}/a"]) == {f"{other.url}/a": b"image"}
+    assert not begun.results.done()
+    begun.results.cancel()
+
+
+@pytest.mark.parametrize(
+    ("code", "looked_up", "said"),
+    [(socket.EAI_NONAME, 1, "there is no host gone.test"), (socket.EAI_AGAIN, 2, "ClientConn")],
+)
+def test_a_name_that_does_not_exist_is_not_looked_up_again(
+    code: int, looked_up: int, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def resolve(host: str, *args: Any, **options: Any) -> Any:
+        asked.append(host)
+        raise socket.gaierror(code, "no")
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    assert said in str(get("http://gone.test/a"))
+    assert len(asked) == looked_up
+
+
+def test_images_are_on_their_way_before_they_are_wanted(
+    server: ImageServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(records, "ROWS_PER_PART", 1)
+    monkeypatch.setattr(records, "_PARTS_AHEAD", 2)
+    third = threading.Event()
+
+    def answer(request: Any) -> None:
+        third.set()
+        ok(source(2))(request)
+
+    server.answers = {f"/{n}": ok(source(n)) for n in range(5)} | {"/2": answer}
+    lines = [{"image_path": f"{server.url}/{n}"} for n in range(5)]
+    path = write_lines(tmp_path / "u.jsonl", lines)
+    made = ingest.open_source(IngestConfig(out="o", images=str(path), fetch=LOCAL))
+    assert isinstance(made.reader, records.Records)
+    (each,) = made.ranges
+    parts = made.reader.fetch_ahead(made.reader.parts(each))
+    first = next(parts)
+    assert third.wait(20) and server.asked["/3"] == server.asked["/4"] == 0
+    tables = [made.reader.table(part) for part in (first, *parts)]
+    assert [table["image"][0].as_py() for table in tables] == [source(n) for n in range(5)]
+    assert server.asked == {f"/{n}": 1 for n in range(5)}
 
 
 def test_limits_must_leave_each_worker_a_request() -> None:

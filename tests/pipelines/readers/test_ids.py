@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import json
 import math
+import random
 import uuid
 from decimal import Decimal
 from pathlib import Path
@@ -19,7 +20,7 @@ from dim.errors import InputError
 from pipelines import ingest
 from pipelines.ingest import IngestConfig
 from pipelines.readers import containers, ids, sources
-from pipelines.readers.containers import Cutter
+from pipelines.readers.cutter import Ids
 from pipelines.readers.layout import Layout
 from tests.pipelines.containers import (
     pair_samples,
@@ -291,14 +292,36 @@ def test_an_id_that_a_record_without_one_is_given_comes_once(tmp_path: Path) -> 
         assert {row["reason"] for row in rejected} == {"record.repeated_id"}
 
 
-def test_the_ids_of_an_output_taken_in_again_cost_nothing() -> None:
-    cutter = Cutter(10, "list")
-    for number in range(50):
-        if cutter.begins():
-            cutter.begin()
-        cutter.add(f"list-{number + 3:08d}")
-    assert len(cutter._claimed) <= 3
-    assert all(each["repeated"] == [-1] for each in cutter.ranges)
+def test_ids_that_repeat_are_found_as_they_come_one_after_another() -> None:
+    """Beside the rule in words: an id that an earlier record has, or is given for want of one."""
+    draw = random.Random(5)
+    for _ in range(40):
+        given = [
+            draw.choice([None, f"list-{draw.randrange(12):08d}", f"x{draw.randrange(6)}", f"u{n}"])
+            for n in range(12)
+        ]
+        seen, expected = set[str](), []
+        for place, name in enumerate(given):
+            called = name or f"list-{place:08d}"
+            if called in seen:
+                expected.append(place)
+            seen.add(called)
+        files = [Ids("list"), Ids("list"), Ids("list")]
+        for place, name in enumerate(given):
+            files[place // 5].add(name)
+        whole = Ids("list")
+        for each in files:
+            whole.extend(each)
+        assert whole.repeated().tolist() == expected, given
+
+
+def test_an_entry_of_the_index_is_small_whatever_it_is_called() -> None:
+    ids = Ids("list")
+    for number in range(1000):
+        ids.add(f"list-{number + 3:08d}")
+    parts = (ids.hashes, ids.named, ids.like, ids.numbers)
+    assert sum(memoryview(part).nbytes for part in parts) <= 24 * 1000
+    assert ids.repeated().tolist() == []
 
 
 def test_tars_keep_the_ids_they_had(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ from dim.blueprint import PLAN_VERSION, SCHEMA, Blueprint
 from dim.designers import CallOptions
 from infra.storage import open_store
 from pipelines.calls.answers import Answers, answer_key
-from pipelines.calls.worker import AskInTurn, CalledModel
+from pipelines.calls.worker import AskingWorker, AskInTurn, CalledModel, Step
 from pipelines.outcome import to_table
 from pipelines.readers import sources
 from pipelines.readers.layout import load_layout
@@ -41,13 +42,19 @@ def model(spec: str, out: Path) -> CalledModel:
     return CalledModel(spec, designers.create, QUICK, open_store(str(out)))
 
 
+def asking(steps: Sequence[Step], called: CalledModel) -> AskInTurn:
+    """The steps for a range of records."""
+    made = called.create(called.spec, calls=called.calls)
+    return AskInTurn(steps, made, called.answers("range"))
+
+
 def stage(
     server: ChatServer, out: Path, with_target: bool = True, triage: TriageBy = "own_call"
 ) -> AskInTurn:
     """Triage and blueprint as `dim data edit` has them."""
     write = partial(WriteBlueprints, with_target=with_target)
     steps = (TriageInstructions, write) if with_target and triage == "own_call" else (write,)
-    return AskInTurn(steps, model(f"openai:m@{server.url}", out).open)
+    return asking(steps, model(f"openai:m@{server.url}", out))
 
 
 def test_every_kind_of_answer_has_its_outcome(tmp_path: Path, chat_server: ChatServer) -> None:
@@ -131,7 +138,7 @@ def test_an_answer_holds_for_what_was_shown(tmp_path: Path, chat_server: ChatSer
     )
     out = open_store(str(tmp_path / "out"))
     plain = batch.to_pylist()[0]
-    Answers(out).add(
+    Answers(out, "range").add(
         answer_key(
             "openai:m temperature=0.0 max_tokens=2048",
             PLAN_VERSION,
@@ -147,7 +154,7 @@ def test_an_answer_holds_for_what_was_shown(tmp_path: Path, chat_server: ChatSer
         calls = CallOptions(retries=0, timeout_s=5, max_pixels=max_pixels)
         called = CalledModel(f"openai:m@{chat_server.url}", designers.create, calls, out)
         write = partial(WriteBlueprints, with_target=False)
-        table = AskInTurn((write,), called.open)(batch)
+        table = asking((write,), called)(batch)
         assert table["outcome"].to_pylist() == ["kept"] * 3
         return sorted(text.partition("Do ")[2][0] for text in chat_server.texts())
 
@@ -353,4 +360,4 @@ def test_a_stage_cannot_be_made_with_a_wrong_designer(tmp_path: Path, spec: str)
     from dim.errors import DesignerError
 
     with pytest.raises(DesignerError):
-        AskInTurn([WriteBlueprints], model(spec, tmp_path).open)
+        AskingWorker([WriteBlueprints], model(spec, tmp_path))

@@ -13,7 +13,7 @@ from dim.config import validate_config
 from dim.designers import CallOptions
 from dim.errors import ConfigError
 from infra.storage import open_store
-from pipelines.calls.worker import CalledModel
+from pipelines.calls.answers import Answers
 from pipelines.readers import sources
 from pipelines.stages.caption import CaptionRules, WriteCaptions
 from tests.chat_server import ChatServer, Response, completion, text_of
@@ -40,8 +40,8 @@ def raw_images(folder: Path, count: int) -> pa.Table:
 
 def captions(spec: str, out: Path, rules: CaptionRules) -> WriteCaptions:
     calls = CallOptions(retries=0, in_flight=1)
-    model = CalledModel(spec, designers.create_captioner, calls, open_store(str(out)))
-    return WriteCaptions(*model.open(), rules)
+    answers = Answers(open_store(str(out)), "range")
+    return WriteCaptions(designers.create_captioner(spec, calls=calls), answers, rules)
 
 
 def stage(server: ChatServer, out: Path, rules: CaptionRules = RULES) -> WriteCaptions:
@@ -58,8 +58,8 @@ def test_an_image_that_is_shown_smaller_is_asked_about_again(
         calls = CallOptions(retries=0, max_pixels=max_pixels)
         store = open_store(str(tmp_path / "out"))
         spec = f"openai:m@{chat_server.url}"
-        called = CalledModel(spec, designers.create_captioner, calls, store)
-        WriteCaptions(*called.open(), RULES)(batch)
+        captioner = designers.create_captioner(spec, calls=calls)
+        WriteCaptions(captioner, Answers(store, "range"), RULES)(batch)
         assert len(chat_server.requests) == asked
 
 

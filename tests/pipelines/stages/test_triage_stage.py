@@ -11,11 +11,11 @@ import pytest
 
 from dim import blueprint, records, triage
 from dim.blueprint import Blueprint
-from dim.designers import DesignRequest, OnAnswer, Question, Reply
+from dim.designers import CallOptions, DesignRequest, OnAnswer, Question, Reply
 from dim.errors import DesignerError
 from infra.storage import open_store
 from pipelines.calls.answers import Answers, answer_key
-from pipelines.calls.worker import AskInTurn
+from pipelines.calls.worker import AskingWorker, AskInTurn, CalledModel
 from pipelines.outcome import travelling
 from pipelines.stages.blueprint import WriteBlueprints
 from pipelines.stages.triage import TRIAGED, TriageInstructions
@@ -189,7 +189,7 @@ def test_a_pair_nobody_judged_is_judged_in_the_one_answer(
 def test_a_plan_that_never_comes_fails_in_the_blueprint(pairs: Callable[[int], pa.Table]) -> None:
     model = Model(lambda text: verdict("aligned") if "three lines" in text else "I'm sorry, no.")
     steps = (TriageInstructions, WriteBlueprints)
-    (row,) = AskInTurn(steps, lambda: (model, None))(pairs(1)).to_pylist()
+    (row,) = AskInTurn(steps, model, None)(pairs(1)).to_pylist()
     assert (row["outcome"], row["stage"]) == ("failed", "blueprint")
     assert len(model.asked) == 1 + 3
 
@@ -200,7 +200,7 @@ def test_answers_go_on_counting_under_the_keys_they_have(
     """What was paid for by an earlier version is found: who answers, prompt, images, words."""
     batch = pairs(1)
     (row,) = batch.to_pylist()
-    answers = Answers(open_store(str(tmp_path / "out")))
+    answers = Answers(open_store(str(tmp_path / "out")), "range")
     images = (row["image_hash"], row["image_target_hash"])
     words = row["instruction"]
     asked = {
@@ -212,7 +212,7 @@ def test_answers_go_on_counting_under_the_keys_they_have(
     for parts, reply in asked.items():
         answers.add(answer_key("openai:m t=0", *parts), reply)
     model = Model(nobody)
-    in_turn = AskInTurn((TriageInstructions, WriteBlueprints), lambda: (model, answers))
+    in_turn = AskInTurn((TriageInstructions, WriteBlueprints), model, answers)
     same_call = WriteBlueprints(model, answers)
     no_target = WriteBlueprints(model, answers, with_target=False)
     for way, said in ((in_turn, "aligned"), (same_call, "partially aligned"), (no_target, None)):
@@ -220,15 +220,20 @@ def test_answers_go_on_counting_under_the_keys_they_have(
         assert made["outcome"] == "kept" and made["alignment"] == (said or "unstated")
 
 
-def test_the_steps_of_a_worker_share_one_model(pairs: Callable[[int], pa.Table]) -> None:
+def test_the_steps_of_a_worker_share_one_model_and_a_range_its_answers(
+    pairs: Callable[[int], pa.Table], tmp_path: Path
+) -> None:
     opened: list[Model] = []
 
-    def open_model() -> tuple[Model, None]:
+    def create(spec: str, **options: Any) -> Model:
         opened.append(Model(lambda text: verdict("aligned") if "three lines" in text else WHOLE))
-        return opened[-1], None
+        return opened[-1]
 
-    work = AskInTurn((TriageInstructions, WriteBlueprints), open_model)
-    for _ in range(2):
-        assert work(pairs(1))["outcome"].to_pylist() == ["kept"]
-    (model,) = opened
-    assert len(model.asked) == 4
+    store = open_store(str(tmp_path / "out"))
+    called = CalledModel("openai:m", create, CallOptions(), store)
+    work = AskingWorker((TriageInstructions, WriteBlueprints), called)
+    for name, asked in (("a", 2), ("b", 4), ("a", 4)):
+        with work.of_range(name) as ask:
+            assert ask(pairs(1))["outcome"].to_pylist() == ["kept"]
+        (model,) = opened
+        assert len(model.asked) == asked
