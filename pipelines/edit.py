@@ -17,7 +17,7 @@ from pipelines.calls.worker import CalledModel, batches_at_once
 from pipelines.command import ConfigFile, Out, Overrides, Overwrite, RetryFailed, settings
 from pipelines.filters import FilterPairs, PairRules
 from pipelines.filters.duplicates import DuplicateRules
-from pipelines.filters.verdicts import judge
+from pipelines.filters.verdicts import identity_of, judge
 from pipelines.job import AskingConfig, Job, OnProgress, Remaining
 from pipelines.outputs.manifest import Manifest
 from pipelines.outputs.shards import Shards
@@ -60,7 +60,7 @@ def run(
         "edit",
         config,
         EDIT,
-        identity=raw.identity,
+        identity=identity_of(raw, config.duplicates),
         rows=raw.rows,
         ranges=len(ranges),
         asks=config.designer,

@@ -14,7 +14,7 @@ from dim.records import FILTERED_IMAGE, FILTERED_PAIR, RAW_IMAGE, RAW_PAIR, kind
 from pipelines.command import ConfigFile, Out, Overrides, Overwrite, RetryFailed, settings
 from pipelines.filters import FilterImages, FilterPairs, ImageRules, PairRules
 from pipelines.filters.duplicates import DuplicateRules
-from pipelines.filters.verdicts import judge
+from pipelines.filters.verdicts import identity_of, judge
 from pipelines.job import Job, JobConfig, OnProgress, Remaining
 from pipelines.outputs.manifest import Manifest
 from pipelines.outputs.receipts import WriteRanges
@@ -65,7 +65,7 @@ def run(
     """Filter raw records. See :meth:`pipelines.job.Job.run` for reruns and errors."""
     raw = Shards.open(config.raw, config.kept)
     ranges = ranges_of(raw, rows_per_range(raw.rows, config.rows_per_file))
-    identity, rows = raw.identity, raw.rows
+    identity, rows = identity_of(raw, config.duplicates), raw.rows
     job = Job("filter", config, config.kept, identity=identity, rows=rows, ranges=len(ranges))
     return job.run(
         lambda work: keep(raw, ranges, config, work),

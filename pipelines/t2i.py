@@ -16,7 +16,7 @@ from pipelines.calls.worker import CalledModel, batches_at_once
 from pipelines.command import ConfigFile, Out, Overrides, Overwrite, RetryFailed, settings
 from pipelines.filters import FilterImages, ImageRules
 from pipelines.filters.duplicates import DuplicateRules
-from pipelines.filters.verdicts import judge
+from pipelines.filters.verdicts import identity_of, judge
 from pipelines.job import AskingConfig, Job, OnProgress, Remaining
 from pipelines.outputs.manifest import Manifest
 from pipelines.outputs.shards import Shards
@@ -52,7 +52,7 @@ def run(
         "t2i",
         config,
         T2I,
-        identity=raw.identity,
+        identity=identity_of(raw, config.duplicates),
         rows=raw.rows,
         ranges=len(ranges),
         asks=config.captioner,
