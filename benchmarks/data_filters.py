@@ -2,6 +2,7 @@
 
     python -m benchmarks.data_filters                               # as reported
     python -m benchmarks.data_filters --pairs 200 --large 800       # a minute, to see that it runs
+    python -m benchmarks.data_filters --plain --no-memory           # and Ray Data's own reader
 
 All three read the same Parquet shards of edit pairs and do the same on the same number of
 processes: decode both images, resize, perceptual hashes, structural similarity and the other
@@ -154,6 +155,9 @@ def compare(
             "map": lambda data: run_map(data, folder / "map", options.processes),
             "pool": lambda data: sum(pool.imap_unordered(_count_kept, _files(data))),
         }
+        if options.plain:
+            ways["plain"] = lambda data: run_plain(data, new_reader=True)
+            ways["plain_fused"] = lambda data: run_plain(data, new_reader=False)
         warm = folder / "warm"
         make_pairs(warm, 2 * BATCH, 64)
         for run in ways.values():
@@ -196,8 +200,10 @@ def run_map(raw: Path, out: Path, processes: int) -> int:
         _add_verdicts, batched=True, batch_size=BATCH, num_proc=processes
     )
     verdicts = judged.select_columns(COLUMNS).with_format("arrow")[:]
-    ids = dict(zip(verdicts["index"].to_pylist(), verdicts["id"].to_pylist(), strict=True))
-    losers = explained(find_duplicates(known_of(verdicts), DUPLICATES, _find), ids)
+    ids = dict(
+        zip(verdicts["index"].to_pylist(), map(repr, verdicts["id"].to_pylist()), strict=True)
+    )
+    losers = explained(find_duplicates(known_of(verdicts), DUPLICATES), ids)
     verdicts = reject_duplicates(verdicts, losers)
     kept = judged.select(pc.indices_nonzero(pc.equal(verdicts["outcome"], "kept")).to_pylist())
     with (out / "data.parquet").open("wb") as file:
@@ -206,16 +212,28 @@ def run_map(raw: Path, out: Path, processes: int) -> int:
     return kept.num_rows
 
 
+def run_plain(raw: Path, *, new_reader: bool) -> int:
+    """Ray Data's own reader with the functions behind it, and nothing else, like the pool.
+
+    Its newer reader, the default, is a step of its own; the older one is fused with what follows.
+    """
+    ray.data.DataContext.get_current().use_datasource_v2 = new_reader
+    judged = ray.data.read_parquet(_files(raw)).map_batches(
+        GIVE_VERDICTS, batch_format="pyarrow", batch_size=BATCH
+    )
+    kept = 0
+    for table in judged.iter_batches(batch_format="pyarrow", batch_size=None):
+        kept += pc.sum(pc.equal(table["outcome"], "kept")).as_py() or 0
+    steps = [line for line in judged.stats().splitlines() if line.startswith("Operator")]
+    print(f"plain: {'; '.join(steps)}", file=sys.stderr)
+    return kept
+
+
 def _add_verdicts(table: pa.Table) -> pa.Table:
     verdicts = GIVE_VERDICTS(table)
     for name in [name for name in COLUMNS if name not in table.schema.names]:
         table = table.append_column(verdicts.schema.field(name), verdicts[name])
     return table
-
-
-def _find(matcher: Callable[..., pa.Table], tasks: list[Any], signatures: pa.Table) -> pa.Table:
-    """Run a matcher here, which for some thousand records takes no time."""
-    return matcher(pa.Table.from_pylist(tasks), signatures)
 
 
 def _count_kept(path: str) -> int:
@@ -309,6 +327,11 @@ def _report(
         "pairs_per_second": {name: round(rate, 2) for name, rate in rates.items()},
         "job_to_pool": round(to_pool, 3),
         "job_to_map": round(to_map, 3),
+        **{
+            f"{name}_to_pool": round(rates[name] / rates["pool"], 3)
+            for name in rates
+            if name.startswith("plain")
+        },
         "kept": kept,
         "peak_mib": {str(count): round(peak / MIB) for count, peak in peaks.items()},
         "memory_growth": None if growth is None else round(growth, 3),
@@ -341,6 +364,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--small", type=int, default=2000, help="records of the smaller job")
     parser.add_argument("--large", type=int, default=20_000, help="records of the larger job")
     parser.add_argument("--memory-side", type=int, default=256, help="of the images of these two")
+    parser.add_argument("--plain", action="store_true", help="also Ray Data's own Parquet reader")
     parser.add_argument("--no-memory", action="store_true", help="only the comparison")
     parser.add_argument("--folder", help="where to put the data while it runs")
     parser.add_argument("--pool-target", type=float, default=0.85, help="share of the pool's rate")

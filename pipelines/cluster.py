@@ -32,9 +32,7 @@ def connect() -> bool:
         _init(os.environ.get("RAY_ADDRESS", "local"))
     _pass_by_value()
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    context = DataContext.get_current()
-    context.enable_progress_bars = sys.stderr.isatty()
-    context.execution_options.preserve_order = True
+    DataContext.get_current().enable_progress_bars = sys.stderr.isatty()
     return connects
 
 

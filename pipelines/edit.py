@@ -15,6 +15,7 @@ from dim.records import EDIT, RAW_PAIR
 from pipelines.calls.worker import CalledModel
 from pipelines.command import ConfigFile, Out, Overrides, Overwrite, RetryFailed, settings
 from pipelines.filters import FilterPairs, PairRules
+from pipelines.filters.verdicts import identity_of
 from pipelines.job import Job, OnProgress, Remaining
 from pipelines.outputs.manifest import Manifest
 from pipelines.outputs.shards import Shards
@@ -51,7 +52,8 @@ def run(
     designers.check(config.designer)
     raw = Shards.open(config.raw, RAW_PAIR)
     ranges = ranges_of(raw, rows_per_range(raw.rows, config.rows_per_file))
-    job = Job("edit", config, EDIT, raw.identity, raw.rows, len(ranges), asks=config.designer)
+    identity = identity_of(raw, config.duplicates)
+    job = Job("edit", config, EDIT, identity, raw.rows, len(ranges), asks=config.designer)
     return job.run(
         lambda work: edit(raw, ranges, config, work),
         overwrite=overwrite,

@@ -12,6 +12,7 @@ from dim.config import load_config
 from dim.records import FILTERED_IMAGE, FILTERED_PAIR, RAW_IMAGE, RAW_PAIR, kind_of
 from pipelines.command import ConfigFile, Out, Overrides, Overwrite, RetryFailed, settings
 from pipelines.filters import FilterImages, FilterPairs, ImageRules, PairRules
+from pipelines.filters.verdicts import identity_of
 from pipelines.job import Job, OnProgress, Remaining
 from pipelines.outputs.manifest import Manifest
 from pipelines.outputs.receipts import WriteRanges
@@ -53,7 +54,8 @@ def run(
     """Filter raw records. See :meth:`pipelines.job.Job.run` for reruns and errors."""
     raw = Shards.open(config.raw, config.kept)
     ranges = ranges_of(raw, rows_per_range(raw.rows, config.rows_per_file))
-    job = Job("filter", config, config.kept, raw.identity, raw.rows, len(ranges))
+    identity = identity_of(raw, config.duplicates)
+    job = Job("filter", config, config.kept, identity, raw.rows, len(ranges))
     return job.run(
         lambda work: keep(raw, ranges, config, work),
         overwrite=overwrite,

@@ -11,7 +11,9 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from typing import Protocol, runtime_checkable
+from functools import partial
+from itertools import islice
+from typing import Any, Protocol, runtime_checkable
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -33,7 +35,6 @@ _TASKS_PER_CORE = 4
 _PIECES_PER_TASK = 4
 _CUT_AT_END = 4
 _MOST_TASKS = 10_000  # each costs the driver a few ms
-_NEAR = 64  # tasks that Ray may hand out while others are being cancelled
 
 _LEAST_ROWS, _MOST_ROWS = 256, 4096  # of a range
 _MOST_RANGES = 2_000  # unless they would have more rows
@@ -184,7 +185,7 @@ def scan(
     num_cpus: float = 1,
     timeout_s: float = TIMEOUT_S,
 ) -> ray.data.Dataset:
-    """What ``stage`` makes of the kept records, in order, as a Ray data set.
+    """What ``stage`` makes of the kept records, as a Ray data set in no particular order.
 
     Args:
         shards: the records.
@@ -198,6 +199,23 @@ def scan(
     return tasks.map_batches(work, batch_format="pyarrow", batch_size=1, num_cpus=num_cpus)
 
 
+@dataclass(frozen=True)
+class Gathered:
+    """What a stage left of a piece, or of a cut of it.
+
+    Attributes:
+        number: of the cut among all of them, which are in the order of the pieces.
+        piece: the whole one.
+        cut: what was worked on.
+        table: what is left.
+    """
+
+    number: int
+    piece: Piece
+    cut: Piece
+    table: pa.Table
+
+
 def gather(
     shards: Shards,
     pieces: Sequence[Piece],
@@ -206,21 +224,20 @@ def gather(
     rows: int = 64,
     *,
     num_cpus: float = 1,
+    num_gpus: float = 0,
     timeout_s: float = TIMEOUT_S,
-) -> dict[Piece, dict[Piece, pa.Table]]:
-    """The same here, by piece: for stages that leave a few hundred bytes of a record.
+) -> Iterator[Gathered]:
+    """The same here, as it is done: for stages that leave a few hundred bytes of a record.
 
     Args:
         shards: the records.
-        pieces: which of them, in order.
+        pieces: which of them.
         stage: as of :func:`scan`.
         keep: given a piece and how it is made, its result: to look whether it is there already.
         rows: a batch has at most.
         num_cpus: of a task.
+        num_gpus: of a task.
         timeout_s: a piece may take.
-
-    Returns:
-        The results of every piece, by the cuts in which it was worked on.
 
     Raises:
         RayTaskError: the stage failed; its error is the cause.
@@ -228,33 +245,35 @@ def gather(
     # Tasks of Ray's own wait in its queue. Ray Data starts one when it has seen another end,
     # and for the first second only one; that costs the filters a twentieth of their time.
     run = ray.remote(_Work.kept).options(
-        scheduling_strategy="SPREAD", num_cpus=num_cpus, max_retries=-1
+        scheduling_strategy="SPREAD", num_cpus=num_cpus, num_gpus=num_gpus, max_retries=-1
     )
     work = ray.put(_Work(_Staged(shards.store, stage, rows), TimeLimits.of(timeout_s)))
     cut = list(_cut_at_end(pieces))
-    tasks = [run.remote(work, part, keep) for _, part in cut]
     shown = Console(stderr=True)
-    waiting = track(tasks, "reading", console=shown, disable=not shown.is_terminal)
-    found: dict[Piece, dict[Piece, pa.Table]] = {each: {} for each in pieces}
-    try:
-        for (whole, part), task in zip(cut, waiting, strict=True):
-            found[whole][part] = ray.get(task)
-    except BaseException:
-        _cancel_waiting(tasks, num_cpus)
-        raise
-    return found
+    ended = _ended(partial(run.remote, work), [(part, keep) for _, part in cut])
+    for number, found in track(
+        ended, "reading", total=len(cut), console=shown, disable=not shown.is_terminal
+    ):
+        yield Gathered(number, *cut[number], found)
 
 
-def _cancel_waiting(tasks: list[ray.ObjectRef], num_cpus: float) -> None:
-    """Cancel the tasks, given in the order of their turn, whose turn is surely not near.
-
-    Ray ends this process, and the error with it, if a task that it takes for waiting and cancels
-    has just been handed out. The next ones end by themselves, or with the job.
-    """
-    done, _ = ray.wait(tasks, num_returns=len(tasks), timeout=0)
-    at_once = ray.cluster_resources().get("CPU", 0) / max(num_cpus, 0.01)
-    for task in reversed(tasks[len(done) + int(at_once) + _NEAR :]):
-        ray.cancel(task)
+def _ended(
+    start: Callable[..., ray.ObjectRef], tasks: Sequence[tuple[Any, ...]]
+) -> Iterator[tuple[int, Any]]:
+    """What tasks return, with their numbers, as they end; a few for every core are started."""
+    # Each that waits costs the driver some kilobytes, and runs in vain when another one fails.
+    waiting = enumerate(tasks)
+    running: dict[ray.ObjectRef, int] = {}
+    while True:
+        for number, task in islice(waiting, max(0, _TASKS_PER_CORE * _cores() - len(running))):
+            running[start(*task)] = number
+        if not running:
+            return
+        ray.wait(list(running))
+        ended, _ = ray.wait(list(running), num_returns=len(running), timeout=0)
+        while ended:
+            done = ended.pop()
+            yield running.pop(done), ray.get(done)
 
 
 def read(shards: Shards, rows: int = 64) -> ray.data.Dataset:

@@ -14,6 +14,7 @@ from dim.records import RAW_IMAGE, T2I
 from pipelines.calls.worker import CalledModel
 from pipelines.command import ConfigFile, Out, Overrides, Overwrite, RetryFailed, settings
 from pipelines.filters import FilterImages, ImageRules
+from pipelines.filters.verdicts import identity_of
 from pipelines.job import Job, OnProgress, Remaining
 from pipelines.outputs.manifest import Manifest
 from pipelines.outputs.shards import Shards
@@ -43,7 +44,8 @@ def run(
     designers.check(config.captioner, captioner=True)
     raw = Shards.open(config.raw, RAW_IMAGE)
     ranges = ranges_of(raw, rows_per_range(raw.rows, config.rows_per_file))
-    job = Job("t2i", config, T2I, raw.identity, raw.rows, len(ranges), asks=config.captioner)
+    identity = identity_of(raw, config.duplicates)
+    job = Job("t2i", config, T2I, identity, raw.rows, len(ranges), asks=config.captioner)
     return job.run(
         lambda work: caption(raw, ranges, config, work),
         overwrite=overwrite,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import pyarrow as pa
@@ -11,11 +12,12 @@ from PIL import Image
 from dim import records
 from dim.errors import InputError
 from dim.images import decode_image
-from pipelines.filters import measures, scorers
+from pipelines.filters import measures
 from pipelines.filters.gauge import Gauge
+from pipelines.filters.models import Models
 from pipelines.filters.rules import ImageRules
 from pipelines.filters.signatures import Signer
-from pipelines.outcome import Rejection, Row, failed, to_rows, to_table, work_on
+from pipelines.outcome import Rejection, Row, failed, to_rows, to_table
 from pipelines.probe import probe
 
 STAGE = "filter"
@@ -44,18 +46,18 @@ class FilterImages:
 
     def verdicts(self, batch: pa.Table) -> list[Row]:
         """The rows of a batch with their outcomes, measures and signatures."""
-        rows = to_rows(batch)
-        work_on(rows, STAGE, self._check)
-        return rows
+        models = Models.of(self.rules, self.signer)
+        return models.verdicts(to_rows(batch), STAGE, partial(self._check, models))
 
-    def _check(self, row: Row) -> Row | None:
+    def _check(self, models: Models, row: Row) -> Row:
         gauge = Gauge(self.rules)
         try:
             image = open_checked(row["image"], "the image", gauge, self.rules)
             check_content(image, "the image", gauge, self.rules)
         finally:
             row["measures"] = gauge.measures
-        return self.signer.sign_image(row, image) if self.signer else None
+        signature = self.signer.sign_image(image) if self.signer else {}
+        return {**signature, **models.look([image], ["the image"], gauge)}
 
 
 def open_checked(image: bytes, name: str, gauge: Gauge, rules: ImageRules) -> Image.Image:
@@ -79,7 +81,7 @@ def check_content(image: Image.Image, name: str, gauge: Gauge, rules: ImageRules
     """What a decoded image shows, the cheap measures first.
 
     Raises:
-        Rejection: ``image.blank``, ``.blurred``, ``.text``, ``.unsafe`` or ``.unaesthetic``.
+        Rejection: ``image.blank``, ``.blurred`` or ``.text``.
     """
     if gauge.wants("entropy"):
         value = measures.entropy(image)
@@ -93,9 +95,3 @@ def check_content(image: Image.Image, name: str, gauge: Gauge, rules: ImageRules
         if gauge.wants("text_area"):
             value = measures.text_area(luma)
             gauge.check("text_area", value, f"{value:.0%} of {name} look like text")
-    if rules.nsfw_model and gauge.wants("nsfw"):
-        value = scorers.classifier(rules.nsfw_model, rules.nsfw_label).score(image)
-        gauge.check("nsfw", value, f"{name} is {rules.nsfw_label!r} with probability {value:.2f}")
-    if rules.aesthetic_model and rules.aesthetic_head and gauge.wants("aesthetic"):
-        value = scorers.aesthetic(rules.aesthetic_model, rules.aesthetic_head).score(image)
-        gauge.check("aesthetic", value, f"{name} has an aesthetic score of {value:.2f}")

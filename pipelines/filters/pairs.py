@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import numpy as np
@@ -10,12 +11,13 @@ import pyarrow as pa
 from PIL import Image
 
 from dim import records
-from pipelines.filters import measures, scorers
+from pipelines.filters import measures
 from pipelines.filters.gauge import Gauge
 from pipelines.filters.images import STAGE, check_content, open_checked
+from pipelines.filters.models import Models
 from pipelines.filters.rules import PairRules
 from pipelines.filters.signatures import Signer
-from pipelines.outcome import Rejection, Row, failed, to_rows, to_table, work_on
+from pipelines.outcome import Rejection, Row, failed, to_rows, to_table
 
 
 @dataclass(frozen=True)
@@ -41,11 +43,10 @@ class FilterPairs:
 
     def verdicts(self, batch: pa.Table) -> list[Row]:
         """The rows of a batch with their outcomes, measures and signatures."""
-        rows = to_rows(batch)
-        work_on(rows, STAGE, self._check)
-        return rows
+        models = Models.of(self.rules, self.signer)
+        return models.verdicts(to_rows(batch), STAGE, partial(self._check, models))
 
-    def _check(self, row: Row) -> Row | None:
+    def _check(self, models: Models, row: Row) -> Row:
         if not (row["instruction"] or "").strip():
             raise Rejection("pair.no_instruction", "the instruction is empty")
         if row["image_hash"] == row["image_target_hash"]:
@@ -58,10 +59,10 @@ class FilterPairs:
             check_pair(source, target, gauge, rules)
             check_content(source, "the source", gauge, rules)
             check_content(target, "the target", gauge, rules)
-            check_meaning(source, target, gauge, rules)
         finally:
             row["measures"] = gauge.measures
-        return self.signer.sign_pair(row, source, target) if self.signer else None
+        signature = self.signer.sign_pair(row["instruction"], source, target) if self.signer else {}
+        return {**signature, **models.look([source, target], ["the source", "the target"], gauge)}
 
 
 def check_pair(source: Image.Image, target: Image.Image, gauge: Gauge, rules: PairRules) -> None:
@@ -84,16 +85,3 @@ def check_pair(source: Image.Image, target: Image.Image, gauge: Gauge, rules: Pa
         small = measures.at_common_size(before, after, rules.ssim_side)
         similarity = measures.ssim(*(measures.luminance(np.asarray(image)) for image in small))
         gauge.check("ssim", similarity, f"structural similarity {similarity:.3f}")
-
-
-def check_meaning(source: Image.Image, target: Image.Image, gauge: Gauge, rules: PairRules) -> None:
-    """Compare two images by the embeddings of models, where models are given.
-
-    Raises:
-        Rejection: ``pair.dino_low`` or ``pair.clip_low``.
-    """
-    for measure, model in (("dino", rules.dino_model), ("clip", rules.clip_model)):
-        if model and gauge.wants(measure):
-            embedder = scorers.embedder(model)
-            similarity = float(embedder.embed(source) @ embedder.embed(target))
-            gauge.check(measure, similarity, f"{measure.upper()} similarity {similarity:.3f}")

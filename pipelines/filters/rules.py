@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Annotated, Any, Self, TypeVar
 
 from pydantic import Field, model_validator
 
-from dim.config import StrictModel
+from dim.config import HowOnly, StrictModel
+from pipelines.limits import LIMITS
 
 
 class ImageRules(StrictModel):
@@ -37,6 +38,9 @@ class ImageRules(StrictModel):
     """Safetensors file with ``weight`` (1, D) and ``bias`` (1,) over its unit-length embedding."""
     min_aesthetic: float | None = 4.5
     """What that head says, at least."""
+    gpus: Annotated[float, HowOnly] = Field(0, ge=0)
+    """GPUs of a task that filters: then models run on one, in batches. A share lets several tasks
+    read and decode beside one another for the same GPU."""
 
     @model_validator(mode="after")
     def _check_aesthetic(self) -> Self:
@@ -93,3 +97,14 @@ class PairRules(ImageRules):
         """The rules for the pairs of ``source``."""
         own = self.sources.get(source)
         return self if own is None else self.model_copy(update=own.model_dump(exclude_none=True))
+
+
+RulesT = TypeVar("RulesT", bound=ImageRules)
+
+
+def without_thresholds(rules: RulesT) -> RulesT:
+    """Rules by which everything stays that can be decoded."""
+    off: dict[str, Any] = {limit.setting: None for limit in LIMITS if hasattr(rules, limit.setting)}
+    if isinstance(rules, PairRules):
+        off["sources"] = {}
+    return rules.model_copy(update={**off, "max_pixels": rules.max_pixels})

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 from PIL import Image
 
 from dim.records import short_hash
-from pipelines.filters import measures, scorers
+from pipelines.filters import measures
 from pipelines.outcome import Row
 
 
@@ -17,27 +16,20 @@ class Signer:
     """Adds to a record the columns of :data:`pipelines.filters.duplicates.SIGNATURE` that match it.
 
     Args:
-        embedding_model: folder of a CLIP or DINO model; its embeddings are noted too.
+        embedding_model: folder of a CLIP or DINO model, which adds its embeddings.
     """
 
     embedding_model: str | None = None
 
-    def sign_image(self, row: Row, image: Image.Image) -> Row:
+    def sign_image(self, image: Image.Image) -> Row:
         """The signature of a single image; its words do not matter."""
-        return self._sign(0, image)
+        return _signature(0, image)
 
-    def sign_pair(self, row: Row, source: Image.Image, target: Image.Image) -> Row:
+    def sign_pair(self, instruction: str, source: Image.Image, target: Image.Image) -> Row:
         """The signature of a pair: both images, and the instruction but for case and spaces."""
-        words = " ".join(row["instruction"].casefold().split())
-        return self._sign(int.from_bytes(short_hash(words), "big"), source, target)
+        words = " ".join(instruction.casefold().split())
+        return _signature(int.from_bytes(short_hash(words), "big"), source, target)
 
-    def _sign(self, text: int, *images: Image.Image) -> Row:
-        signature: Row = {
-            "text_key": text,
-            "hashes": [measures.perceptual_hash(image) for image in images],
-        }
-        if self.embedding_model is not None:
-            embedder = scorers.embedder(self.embedding_model)
-            embeddings = np.stack([embedder.embed(image) for image in images])
-            signature["embeddings"] = embeddings.astype(np.float16).tobytes()
-        return signature
+
+def _signature(text: int, *images: Image.Image) -> Row:
+    return {"text_key": text, "hashes": [measures.perceptual_hash(image) for image in images]}

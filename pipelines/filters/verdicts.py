@@ -3,22 +3,23 @@
 Duplicates need all signatures first. So the pictures are read twice and decoded once: the first
 pass leaves verdicts of a few hundred bytes a record in the job's output folder, the second gives
 them to the records. In both, pictures stay in the process that read them. A job that is run again
-takes the verdicts that are there.
+takes the verdicts that are there. Who looks for duplicates among all of them is in
+:mod:`pipelines.filters.everything`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
-import ray.data
-from numpy.typing import NDArray
 
 from dim import records
 from dim.errors import DimError, InputError
@@ -26,27 +27,22 @@ from infra.storage import Store
 from pipelines.attempts import stop_after
 from pipelines.filters import FilterImages, FilterPairs, scorers
 from pipelines.filters.duplicates import (
-    KNOWN,
-    LOSERS,
     SIGNATURE,
-    TWINS,
     DuplicateRules,
-    explained,
-    find_duplicates,
     known_of,
     reject_duplicates,
 )
+from pipelines.filters.everything import Everything, Part
 from pipelines.filters.images import STAGE
-from pipelines.filters.rules import ImageRules
+from pipelines.filters.rules import ImageRules, without_thresholds
 from pipelines.filters.signatures import Signer
-from pipelines.outcome import FAILED, IMAGES, KEPT, Row, failed, to_table, travelling
+from pipelines.outcome import FAILED, IMAGES, KEPT, failed, to_table, travelling
 from pipelines.outputs.files import by_place
 from pipelines.outputs.receipts import VERDICTS
 from pipelines.outputs.shards import Shards
-from pipelines.ranges import TIMEOUT_S, Piece, gather
+from pipelines.ranges import TIMEOUT_S, Piece, gather, pieces_of
 
-_MATCHED_PER_TASK = 20_000  # signatures
-_SMALL_BYTES = 100_000  # what travels with a worker's other settings
+_BEFORE, _ROWS_PER_CUT = -(1 << 62), 1 << 24  # places of the records of an earlier data set
 
 
 @dataclass(frozen=True)
@@ -134,12 +130,6 @@ class KeptVerdicts:
                 writer.write_table(found)
         return self.look(found)
 
-    def ids(self, piece: Piece, places: NDArray[np.int64]) -> dict[int, str]:
-        """The ids of some records of a piece, by their places in the input."""
-        verdicts = self.read(piece).select(["index", "id"])
-        chosen = verdicts.filter(pc.is_in(verdicts["index"], value_set=pa.array(places)))
-        return dict(zip(*(column.to_pylist() for column in chosen.columns), strict=True))
-
     def read(self, piece: Piece) -> pa.Table:
         """All columns of them.
 
@@ -195,48 +185,57 @@ def judge(
         The wanted ranges as rows of a data set, and who reads their records.
 
     Raises:
-        InputError: a model's folder is not there.
+        InputError: a model's folder is not there, or no such records where ``rules`` say.
     """
     check_models(stage.rules, rules)
-    signed = GiveVerdicts.of(stage, rules)
     look = known_of if rules.wanted else _places
     kept = KeptVerdicts(store, f"{VERDICTS}/{key}", look, retry)
+    judging = partial(
+        gather, rows=rows, num_cpus=num_cpus, num_gpus=stage.rules.gpus, timeout_s=timeout_s
+    )
+    everything = Everything()
+    if rules.against is not None:
+        earlier = Shards.open(rules.against, stage.schema)
+        bare: Any = without_thresholds(stage.rules)
+        signed = replace(stage, rules=bare)
+        theirs = KeptVerdicts(store, f"{VERDICTS}/{key}-against", look)
+        for each in judging(earlier, pieces_of(earlier), GiveVerdicts.of(signed, rules), theirs):
+            first = _BEFORE + each.number * _ROWS_PER_CUT
+            everything.add(Part(theirs, each.cut, rules.against, first), each.table)
     numbers = range(len(ranges)) if rules.wanted else todo
     pieces = [piece for number in numbers for piece in ranges[number]]
-    found = gather(raw, pieces, signed, kept, rows, num_cpus=num_cpus, timeout_s=timeout_s)
-    losers = explained(LOSERS.empty_table(), {})
-    if rules.wanted:
-        known = {cut: table for cuts in found.values() for cut, table in cuts.items()}
-        losers = _losers(known, kept, rules)
+    cuts: dict[Piece, dict[Piece, int]] = {piece: {} for piece in pieces}
+    for each in judging(raw, pieces, GiveVerdicts.of(stage, rules), kept):
+        cuts[each.piece][each.cut] = each.table.num_rows
+        if rules.wanted:
+            everything.add(Part(kept, each.cut), each.table)
+    losers = everything.losers(rules, len(set(IMAGES) & set(stage.schema.names)))
+    by_number = attrgetter("cut")
     wanted = [
         {
             "number": number,
-            "rows": sum(
-                table.num_rows for each in ranges[number] for table in found[each].values()
-            ),
+            "rows": sum(sum(cuts[each].values()) for each in ranges[number]),
             "pieces": [asdict(each) for each in ranges[number]],
-            "cuts": [[asdict(cut) for cut in found[each]] for each in ranges[number]],
+            "cuts": [
+                [asdict(cut) for cut in sorted(cuts[each], key=by_number)]
+                for each in ranges[number]
+            ],
         }
         for number in todo
     ]
-    shared = losers if losers.nbytes <= _SMALL_BYTES else ray.put(losers)
-    return wanted, Judged(raw.store, stage.schema, kept, shared, rows)
+    return wanted, Judged(raw.store, stage.schema, kept, losers, rows)
 
 
-def _losers(known: Mapping[Piece, pa.Table], kept: KeptVerdicts, rules: DuplicateRules) -> pa.Table:
-    """The duplicates among all records, each with a sentence that names its twin."""
-    losers = find_duplicates(pa.concat_tables([KNOWN.empty_table(), *known.values()]), rules, _find)
-    twins = np.unique(losers["twin"].to_numpy())
-    named = ray.remote(KeptVerdicts.ids).options(num_cpus=0.5, scheduling_strategy="SPREAD")
-    ids: dict[int, str] = {}
-    asked = [
-        named.remote(kept, piece, own)
-        for piece, table in known.items()
-        if len(own := np.intersect1d(twins, table["index"].to_numpy()))
-    ]
-    for some in ray.get(asked):
-        ids |= some
-    return explained(losers, ids)
+def identity_of(raw: Shards, rules: DuplicateRules) -> dict[str, Any]:
+    """What a filter reads, the same exactly when the records are.
+
+    Raises:
+        InputError: there are no raw records of this kind where ``rules`` say.
+        StorageError: they cannot be read.
+    """
+    if rules.against is None:
+        return raw.identity
+    return {**raw.identity, "against": Shards.open(rules.against, raw.schema).identity}
 
 
 def _places(verdicts: pa.Table) -> pa.Table:
@@ -300,28 +299,6 @@ class ApplyVerdicts:
         return pa.table(columns, schema=travelling(self.schema))
 
 
-@dataclass(frozen=True)
-class WithTable:
-    """A stage that looks at one table with every batch; a machine holds it once.
-
-    Args:
-        stage: from a batch and the table to a batch.
-        table: where the table is; Ray Data does not look it up itself.
-    """
-
-    stage: Callable[[pa.Table, pa.Table], pa.Table]
-    table: ray.ObjectRef
-
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        """What ``stage`` makes of the batch.
-
-        Raises:
-            DimError: the task was begun too often; nothing of it can fail by itself.
-        """
-        stop_after()
-        return self.stage(batch, ray.get(self.table))
-
-
 def check_models(rules: ImageRules, duplicates: DuplicateRules) -> None:
     """See that every model is there before the first record is read.
 
@@ -332,17 +309,6 @@ def check_models(rules: ImageRules, duplicates: DuplicateRules) -> None:
     for name, path in settings:
         if name.endswith("_model") and path is not None:
             scorers.check_folder(path)
-
-
-def _find(matcher: Callable[..., pa.Table], tasks: list[Row], signatures: pa.Table) -> pa.Table:
-    """Run a matcher over its tasks on the cluster."""
-    # Matching a few thousand is quicker than starting a task for each part of it.
-    blocks = min(len(tasks), 1 + signatures.num_rows // _MATCHED_PER_TASK)
-    work = ray.data.from_items(tasks, override_num_blocks=blocks)
-    match = WithTable(matcher, ray.put(signatures))
-    twins = work.map_batches(match, batch_format="pyarrow", batch_size=None)
-    tables = ray.get(twins.to_arrow_refs())
-    return pa.concat_tables([TWINS.empty_table(), *tables])
 
 
 def _only(kept: pa.ChunkedArray, images: pa.ChunkedArray) -> pa.ChunkedArray:

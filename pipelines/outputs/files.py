@@ -7,7 +7,6 @@ the same records always make the same bytes.
 from __future__ import annotations
 
 import hashlib
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
@@ -32,7 +31,6 @@ GROUP_ROWS = 256
 GROUP_BYTES = 32 << 20  # a reader that wants one record fetches no more than this
 
 _READ = 8 << 20  # bytes
-_SORTED_TOGETHER = 16  # records that are read back from a disk at a time
 
 Name = Callable[[int, str], str]
 """What a file is called: which one of several it is, and the hash of what it holds."""
@@ -135,25 +133,6 @@ def by_place(table: pa.Table) -> pa.Table:
     """The rows by place in the input; the table itself when they lie so already."""
     places = table["index"].to_numpy()
     return table if (places[1:] >= places[:-1]).all() else table.sort_by("index")
-
-
-def sorted_on_disk(tables: Iterable[pa.Table], schema: pa.Schema) -> Iterator[pa.Table]:
-    """Records by place in the input, which came in another order and may be large.
-
-    They wait in a temporary file of this machine and not in memory.
-    """
-    with tempfile.NamedTemporaryFile() as waiting:
-        with pa.ipc.new_stream(waiting, schema) as writer:
-            for table in tables:
-                writer.write_table(table)
-        waiting.flush()
-        with pa.memory_map(waiting.name) as file, pa.ipc.open_stream(file) as reader:
-            table = reader.read_all()
-            order = np.argsort(table["index"].to_numpy(), kind="stable").tolist()
-            for first in range(0, len(order), _SORTED_TOGETHER):
-                # Slices, for taking rows would first join all of the chunks.
-                rows = [table.slice(at, 1) for at in order[first : first + _SORTED_TOGETHER]]
-                yield pa.concat_tables(rows).combine_chunks()
 
 
 def size_and_hash(store: Store, name: str) -> tuple[int, str]:

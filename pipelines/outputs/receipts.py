@@ -20,12 +20,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
-import ray
 from pydantic import ValidationError
 
 from dim import records
 from dim.config import StrictModel
-from dim.errors import DimError, StorageError
+from dim.errors import DimError
 from infra.storage import Store
 from pipelines.attempts import attempt
 from pipelines.outcome import FAILED, KEPT, OUTCOMES, REJECTED
@@ -35,7 +34,6 @@ from pipelines.outputs.files import (
     Name,
     count_reasons,
     schemas_of,
-    size_and_hash,
     split,
     write_empty,
     write_files,
@@ -48,7 +46,7 @@ FOLDER = "ranges"
 VERDICTS = "verdicts"
 """Where what the filters found lies, until the output is finished and no record of it failed."""
 
-_VERSION = 1  # raised whenever ranges are cut otherwise, or their steps make other records
+_VERSION = 2  # raised whenever ranges are cut otherwise, or their steps make other records
 _DIGITS = 16  # of a hash, in names
 _READERS = 16  # an object store answers each in its own time
 _NAME = re.compile(r"(?:data|rejected|failed)/part-(\d+)-of-(\d+)-\d+-[0-9a-f]+\.parquet")
@@ -203,22 +201,19 @@ def key_of(*what: Any) -> str:
 
 
 def whole(store: Store, receipts: Mapping[int, Receipt]) -> dict[int, Receipt]:
-    """Those of which every file is there, with the length and the checksum that they say.
+    """Those of which every file is there, with the length that they say.
+
+    A name is there when its file is whole, and it holds the hash of what was written; to read
+    everything again is ``dim data verify``'s.
 
     Raises:
         StorageError: the files cannot be listed.
     """
     lengths = _lengths(store)
-    there = {
+    return {
         number: receipt
         for number, receipt in receipts.items()
         if all(lengths.get(file.path) == file.bytes for file in receipt.files)
-    }
-    check = ray.remote(_hashes_fit).options(num_cpus=0.5, scheduling_strategy="SPREAD")
-    checks = [check.remote(store, receipt.files) for receipt in there.values()]
-    fit = ray.get(checks)
-    return {
-        number: receipt for (number, receipt), good in zip(there.items(), fit, strict=True) if good
     }
 
 
@@ -284,14 +279,6 @@ def _reasons(store: Store, files: Iterable[FileEntry]) -> dict[str, int]:
 
 def _lengths(store: Store) -> dict[str, int]:
     return dict(item for folder in FOLDERS.values() for item in store.list(folder))
-
-
-def _hashes_fit(store: Store, files: Iterable[FileEntry]) -> bool:
-    """Whether files hold what they held when they were written."""
-    try:
-        return all(size_and_hash(store, file.path) == (file.bytes, file.sha256) for file in files)
-    except (StorageError, OSError):
-        return False
 
 
 def _stem(name: str) -> str:

@@ -2,7 +2,8 @@
 
 The input comes in ranges, and each piece of one, about a row group, is worked on by one process
 from beginning to end, in groups of similar length that depend on nothing else. So the same range
-gives the same features whatever the parallelism.
+gives the same features whatever the parallelism. Groups are made of some hundred records that
+follow one another, whose features are in memory until all of them are there.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import Any, Literal
 
+import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
@@ -32,8 +34,7 @@ from dim.records import TextName
 from infra.models import FrozenModel, load_frozen
 from infra.storage import Store
 from pipelines.attempts import given_up, is_given_up, limited, stop_after_restarts
-from pipelines.outcome import Rejection, Row, fail, failed, reject, to_table, travelling
-from pipelines.outputs.files import sorted_on_disk
+from pipelines.outcome import Rejection, Row, fail, failed, reject, to_table
 from pipelines.outputs.receipts import RangeOutput
 from pipelines.ranges import Piece
 
@@ -42,6 +43,7 @@ TIMEOUT_S = 14_400.0
 
 _STAGE = "features"
 _ROWS_AT_ONCE = 256
+_GROUPS_TOGETHER = 8  # of similar length, made of as many records
 
 
 class EncodeOptions(StrictModel):
@@ -105,12 +107,18 @@ class EncodeFeatures:
         if is_given_up():
             yield self._lost(piece)
             return
-        table = self._read(piece)
-        parts = limited(self.encode(table), self._timeout_s)
-        yield from sorted_on_disk(parts, travelling(self._schema))
+        yield from limited(self._in_order(self._read(piece)), self._timeout_s)
+
+    def _in_order(self, table: pa.Table) -> Iterator[pa.Table]:
+        size = _GROUPS_TOGETHER * self.options.encode_batch
+        for first in range(0, table.num_rows, size):
+            features = pa.concat_tables(self.encode(table.slice(first, size)))
+            # Slices, for taking rows would first join all of the chunks.
+            order = np.argsort(features["index"].to_numpy(), kind="stable").tolist()
+            yield pa.concat_tables([features.slice(at, 1) for at in order])
 
     def encode(self, table: pa.Table) -> Iterator[pa.Table]:
-        """Features of the records of one piece, in groups of similar length."""
+        """Features of records that follow one another, in groups of similar length."""
         rows, whole = [], []
         for number, row in enumerate(table.select(self._traced(table.schema)).to_pylist()):
             rows.append(row)

@@ -274,7 +274,7 @@ def test_a_picture_that_the_filters_do_not_survive_is_a_failed_record(tmp_path: 
     assert lost["index"] == 7 and lost["stage"] == "filter"
     assert lost["error"] == "its process was ended by SIGSEGV"
     scanned = scan(Shards.open(raw, RAW_IMAGE), DeadlyFilter(rules), 4).to_arrow_refs()
-    rows = pa.concat_tables(ray.get(scanned)).to_pylist()
+    rows = pa.concat_tables(ray.get(scanned)).sort_by("index").to_pylist()
     assert [row["index"] for row in rows] == list(range(COUNT))
     assert [row["outcome"] for row in rows].count("failed") == 1 and rows[7]["outcome"] == "failed"
 

@@ -9,6 +9,8 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
+from pydantic import ValidationError
 
 from dim import cli, records
 from dim.errors import InputError
@@ -103,6 +105,50 @@ def test_a_job_without_rules_for_duplicates_keeps_them(raw: Path, tmp_path: Path
     rules = DuplicateRules(exact=False, max_distance=None)
     counts = filter_pairs(raw, tmp_path / "out", duplicates=rules).counts
     assert "duplicate.exact" not in counts.by_reason and counts.kept == 18
+
+
+def test_what_an_earlier_data_set_has_goes(raw: Path, tmp_path: Path) -> None:
+    pairs = write_pairs(tmp_path / "pairs", 4)
+    again = Image.open(tmp_path / "pairs/image/1_source.png")
+    again.resize((90, 90)).save(tmp_path / "pairs/image/1_source.png")
+    earlier = tmp_path / "earlier"
+    ingest.run(IngestConfig(pairs=str(pairs), source="theirs", out=str(earlier), rows_per_file=3))
+    rules = {"against": str(earlier)}
+    out = tmp_path / "out"
+    manifest = filter_pairs(raw, out, duplicates=rules)
+    check_output(out, manifest)
+    assert manifest.counts.by_reason == {**REASONS, "duplicate.exact": 4, "duplicate.near": 1}
+    rejected = {row["id"]: row for row in rows_in(out, "rejected")}
+    assert rejected["pair-0"]["detail"] == f"the same as 'pair-0' of {earlier}"
+    assert rejected["again"]["detail"] == f"the same as 'pair-2' of {earlier}"
+    assert f"differ from 'pair-1' of {earlier}" in rejected["pair-1"]["detail"]
+    assert filter_pairs(raw, out, duplicates=rules) == manifest
+    ingest.run(IngestConfig(pairs=str(pairs), out=str(earlier)), overwrite=True)
+    with pytest.raises(InputError, match="made otherwise .*against"):
+        filter_pairs(raw, out, duplicates=rules)
+    single = str(tmp_path / "single")
+    ingest.run(IngestConfig(tabletop_images=2, size=32, out=single))
+    with pytest.raises(InputError, match="holds raw_image records, and raw_pair records are"):
+        filter_pairs(raw, tmp_path / "other", duplicates={"against": single})
+
+
+def test_the_tasks_that_filter_have_the_gpus(
+    raw: Path, made: tuple[Path, Manifest], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rules = RULES.model_copy(update={"gpus": 0.25})
+    assert filter_pairs(raw, made[0], filters=rules) == made[1]  # what comes out is the same
+
+    def noted(*_: Any, **options: Any) -> Any:
+        raise InputError(f"a task has {options['num_gpus']} of a GPU")
+
+    monkeypatch.setattr("pipelines.filters.verdicts.gather", noted)
+    with pytest.raises(InputError, match=r"has 0\.25 of a GPU"):
+        filter_pairs(raw, tmp_path / "out", filters=rules)
+
+
+def test_against_something_there_must_be_a_rule() -> None:
+    with pytest.raises(ValidationError, match="no rule says what a duplicate is"):
+        DuplicateRules(exact=False, max_distance=None, against="x")
 
 
 def test_blueprints_are_written_for_what_is_left(

@@ -13,7 +13,7 @@ from PIL import Image
 from dim.errors import InputError
 from dim.records import RAW_IMAGE
 from pipelines import ingest
-from pipelines.filters import FilterImages, ImageRules
+from pipelines.filters import FilterImages, ImageRules, cells
 from pipelines.filters.duplicates import DuplicateRules
 from pipelines.filters.verdicts import judge
 from pipelines.ingest import IngestConfig
@@ -109,7 +109,12 @@ def test_without_rules_for_duplicates_they_stay(raw: Shards, tmp_path: Path) -> 
     assert manifest.counts.by_reason == {"image.undecodable": 1}
 
 
-def test_embeddings_match_on_the_cluster(raw: Shards, tmp_path: Path) -> None:
+@pytest.mark.parametrize("per_cell", [8192, 8])
+def test_embeddings_match_on_the_cluster(
+    raw: Shards, tmp_path: Path, per_cell: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one cell, and in several."""
+    monkeypatch.setattr(cells, "PER_CELL", per_cell)
     save_clip(tmp_path / "clip")
     rules = DuplicateRules(
         exact=False, max_distance=None, embedding_model=str(tmp_path / "clip"), max_cosine=0.999999

@@ -131,6 +131,30 @@ def test_groups_are_of_similar_length(made: Callable[..., Made]) -> None:
     assert [len(group) for group in lengths] == [1, 1]
 
 
+def test_groups_are_of_records_that_are_near_and_come_in_order(
+    made: Callable[..., Made], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipelines.stages.encode._GROUPS_TOGETHER", 2)
+    source = edit_rows(9)
+    for number, row in enumerate(source):
+        row["blueprint"] = row["instruction"] = "word " * (1 + 40 * (number % 2))
+    source[5]["blueprint"] = None
+    stage, pieces = made(source, encode_batch=2)
+    seen: list[list[str]] = []
+    encode = stage._features
+
+    def noted(table: pa.Table) -> list[dict[str, Any]]:
+        seen.append(table["id"].to_pylist())
+        return encode(table)
+
+    stage._features = noted  # type: ignore[method-assign]
+    parts = [part["id"].to_pylist() for piece in pieces for part in stage(piece)]
+    assert parts == [[f"edit-{n}" for n in some] for some in ((0, 1, 2, 3), (4, 5, 6, 7), (8,))]
+    assert [[int(id.removeprefix("edit-")) for id in group] for group in seen] == [
+        [0, 2], [1, 3], [4, 6], [7], [8],
+    ]  # fmt: skip
+
+
 def test_a_model_that_is_another_one_on_the_workers_machine(
     made: Callable[..., Made], tmp_path: Path, tiny_model_dir: Path
 ) -> None:
