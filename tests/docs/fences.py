@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
 
 NEEDS = {"gpu", "cloud", "minutes"}
 """What a block of commands may be marked with, in a comment on the line above it:
@@ -22,7 +22,7 @@ _FENCE = re.compile(
 _SHELLS = {"bash", "sh", "shell", "console"}
 _PROGRAMS = {
     *("dim", "python", "pip", "pytest", "make", "ray", "kubectl", "helm", "docker", "aws"),
-    *("export", "printf", "curl", "mkdir", "cp", "mlflow", "git", "pre-commit"),
+    *("export", "printf", "curl", "mkdir", "cp", "mlflow", "git", "pre-commit", "source"),
 }
 _INLINE = re.compile(r"(?<![`\w])`((?:dim|python -m|make) [^`]+)`(?!`)")
 
