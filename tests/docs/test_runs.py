@@ -17,6 +17,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from dim import cli
+from dim.blueprint import Blueprint, plan_prompt
 from tests.docs.fences import PAGES, ROOT, Block, Command, blocks
 
 SECONDS = 60
@@ -95,3 +96,15 @@ def test_the_tutorial_ends_with_a_picture_of_ones_own(
     assert "mine/edit: 3 files with 1 rows are as written" in capsys.readouterr().out
     with Image.open("mine/edited.png") as edited:
         assert edited.size == (640, 512)
+
+
+@pytest.mark.parametrize("with_target", [False, True])
+def test_the_designer_of_the_page_answers_with_a_blueprint(folder: Path, with_target: bool) -> None:
+    (block,) = [b for b in blocks(ROOT / "docs" / "how-to" / "designer.md") if b.file]
+    Path("designer.py").write_text(block.body)
+    design = runpy.run_path("designer.py")["design"]
+    asked = {"type": "text", "text": plan_prompt("remove the cup", with_target)}
+    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,"}}
+    answer = design({"messages": [{"role": "user", "content": [image, asked]}]})
+    blueprint = Blueprint.parse(answer["choices"][0]["message"]["content"])
+    assert blueprint.instruction == "remove the cup"
