@@ -1,6 +1,6 @@
 # Two commands on a fresh machine: `make demo` and `make test`. Each makes .venv when it is not current.
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-all check format clean
+.PHONY: help venv demo test test-all check docs format clean
 
 PY := .venv/bin/python
 PYTEST := $(PY) -m pytest -n 2 --dist loadscope --no-loadscope-reorder --durations 30
@@ -28,9 +28,12 @@ check: venv  ## lint, format, types and layout only
 	$(PY) -m mypy
 	.venv/bin/lint-imports --no-cache
 
+docs: venv  ## the pages as a site in site/; a broken link or reference is an error
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+
 format: venv  ## rewrite the code in the house format
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
-clean:  ## remove .venv and caches, nothing else
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache
+clean:  ## remove .venv, caches and site/, nothing else
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache site

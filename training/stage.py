@@ -68,15 +68,15 @@ AUTO_JUDGE, NO_JUDGE = "auto", "none"
 class ValidationConfig(StrictModel):
     """Held-out samples that are painted, as ``dim edit`` would, and scored during training."""
 
-    data: list[str] = Field(min_length=1)
-    samples: PositiveInt = 32
+    data: list[str] = Field(min_length=1)  # output folders of data jobs, held out
+    samples: PositiveInt = 32  # that are painted each time
     every: PositiveInt | None = None  # steps between two validations; None = at the end only
     steps: PositiveInt | None = None  # of the sampler; None = as the model samples
     guidance_scale: float | None = Field(default=None, ge=1)  # None = the model's
     # Who scores what is painted (``dim.judges``), or none; auto = tabletop where it is known.
     judge: str = "auto"
     grid_rows: PositiveInt = 8  # samples shown in the picture that goes to MLflow
-    batch_size: PositiveInt = 32
+    batch_size: PositiveInt = 32  # samples painted at once
 
     @field_validator("judge")
     @classmethod
@@ -96,7 +96,7 @@ class ParallelismConfig(StrictModel):
     groups of ``shard`` workers (those of a machine, say) hold the same.
     """
 
-    strategy: Literal["ddp", "fsdp", "hsdp"] = "ddp"
+    strategy: Literal["ddp", "fsdp", "hsdp"] = "ddp"  # who holds how much, as above
     shard: PositiveInt | None = None  # workers that hold one copy between them
 
     def parts(self, workers: int) -> int:
@@ -124,66 +124,67 @@ class ParallelismConfig(StrictModel):
 class KeepBestConfig(StrictModel):
     """Which checkpoint is the best: a metric of validation. One is made after each validation."""
 
-    metric: str = Field("validation_exact", pattern="^validation_")
-    higher_is_better: bool = True
+    metric: str = Field("validation_exact", pattern="^validation_")  # one that validation logs
+    higher_is_better: bool = True  # of the metric
 
 
 class TrackingConfig(StrictModel):
     """Where MLflow lives. Without ``uri``: MLFLOW_TRACKING_URI, else SQLite in the stage's out."""
 
-    uri: str | None = None
-    experiment: str = "dim-training"
+    uri: str | None = None  # MLflow's address
+    experiment: str = "dim-training"  # MLflow's name for runs that belong together
 
 
 class RegistryConfig(StrictModel):
     """As what a finished stage is registered with MLflow. Its stage's name becomes an alias."""
 
-    name: str = Field("dim", pattern=r"^[^/@:]+$")
+    name: str = Field("dim", pattern=r"^[^/@:]+$")  # of the registered model
     champion: str | None = "validation_exact"
     """The metric by which a version becomes the alias ``champion``; ``null``: none does."""
-    higher_is_better: bool = True
+    higher_is_better: bool = True  # of that metric
 
 
 class StageConfig(StageInputs):
     """One training stage, as its YAML file says it. Exactly one of ``steps`` and ``epochs``."""
 
-    out: str
+    out: str  # address of the folder for checkpoints, the model and the run's record
 
-    steps: PositiveInt | None = None
-    epochs: PositiveInt | None = None
+    steps: PositiveInt | None = None  # updates of the weights
+    epochs: PositiveInt | None = None  # times that each sample is used, of the mixture
     batch_size: PositiveInt  # over all workers
-    learning_rate: PositiveFloat
-    warmup_steps: NonNegativeInt = 0
-    schedule: Literal["constant", "cosine"] = "constant"
-    optimizer: OptimizerName = "adamw"
-    weight_decay: float = Field(default=0.0, ge=0)
-    betas: tuple[float, float] = (0.9, 0.999)
-    grad_clip: PositiveFloat = 1.0
-    condition_dropout: float = Field(default=0.1, ge=0, le=1)
+    learning_rate: PositiveFloat  # after warm-up; may change while a run is unfinished
+    warmup_steps: NonNegativeInt = 0  # over which the rate rises from nothing, linearly
+    schedule: Literal["constant", "cosine"] = "constant"  # of the rate after that; cosine ends at 0
+    optimizer: OptimizerName = "adamw"  # muon is for hidden matrices, with AdamW for the rest
+    weight_decay: float = Field(default=0.0, ge=0)  # of the optimizer, decoupled
+    betas: tuple[float, float] = (0.9, 0.999)  # of AdamW's two moments
+    grad_clip: PositiveFloat = 1.0  # largest norm of all gradients together
+    condition_dropout: float = Field(default=0.1, ge=0, le=1)  # share of rows that learn unguided
+    # Of the moving average of the weights, which is then what is exported; None = no average.
     ema_decay: float | None = Field(default=None, gt=0, lt=1)
     # How much more a latent cell counts whose source and target differ. 1 = the published loss.
     changed_cell_weight: float = Field(default=1.0, ge=1)
-    seed: NonNegativeInt = 0
+    seed: NonNegativeInt = 0  # of order, noise, noise levels and dropped conditions
     lora: LoraSettings | None = None  # train an adapter of painter and connector; else all of both
 
     # Fewest and most where a run goes on with those that there are. Nothing depends on how many.
     workers: PositiveInt | tuple[PositiveInt, PositiveInt] = 1
     resize_interval_s: PositiveFloat = 600.0  # between two looks whether there could be more
-    cpus_per_worker: PositiveInt = 1
-    use_gpu: bool = False
+    cpus_per_worker: PositiveInt = 1  # reserved with Ray; also the threads of its torch
+    use_gpu: bool = False  # one for each worker
     micro_batch: PositiveInt | None = None  # samples of a worker's forward pass; None = its share
     parallelism: ParallelismConfig = ParallelismConfig()
     ema_on_cpu: bool = False  # less memory of the GPU for a copy of the weights at every update
     compile: bool = False  # the painter's blocks: minutes before the first steps, then faster ones
     cache_features: bool = True  # in memory; else computed, or read from their shards, as needed
     gradient_checkpointing: bool = False  # less memory for a second forward pass; the same weights
-    encode_batch: PositiveInt = 64
+    encode_batch: PositiveInt = 64  # samples of a frozen part's forward pass
     prefetch_steps: PositiveInt = 2  # read and decoded while a step is computed, where not cached
     # How many neighbours a slot mixes; None = all of its samples, each for a row group's reading.
     shuffle_window: PositiveInt | None = None
     bad_samples: float = Field(default=0.01, ge=0, le=1)  # share that may be replaced by others
 
-    log_every: PositiveInt = 10
+    log_every: PositiveInt = 10  # steps between two lines and two points in MLflow
     checkpoint_every: PositiveInt | None = None  # steps; None = at the end only
     checkpoint_minutes: PositiveFloat | None = None  # without one, then one is made
     keep_checkpoints: PositiveInt = 2  # the last ones
@@ -194,7 +195,7 @@ class StageConfig(StageInputs):
     max_failures: int = Field(default=3, ge=-1)  # worker deaths survived; -1 = any number
     owner_wait_s: NonNegativeInt = 0  # for another driver of the same out, if it lives, to end
     owner_timeout_s: PositiveFloat = 60.0  # without a sign of life, this driver counts as dead
-    collective_timeout_s: PositiveInt = 1800
+    collective_timeout_s: PositiveInt = 1800  # that workers wait for one another
     price_per_hour: float | None = Field(default=None, ge=0)  # dollars a worker, for the metrics
     validation: ValidationConfig | None = None
     tracking: TrackingConfig = TrackingConfig()

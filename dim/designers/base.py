@@ -100,7 +100,9 @@ class CallOptions(StrictModel):
     busy_s: Annotated[float, HowOnly] = Field(default=600.0, ge=0)
     """How long a request is put off by a server that says it is too busy."""
     max_tokens: int = Field(default=2048, ge=1)
+    """Of an answer; one that is cut off there does not count."""
     temperature: float = Field(default=0.0, ge=0)
+    """0: the most likely answer, each time."""
     max_pixels: int | None = Field(default=1_605_632, gt=0)
     """Width x height of an image that is sent; a larger one is made smaller for it. ``None``: none
     is. The default is 2,048 tokens of Qwen2.5-VL (28 x 28 pixels each): a pair of images, the

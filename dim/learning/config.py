@@ -44,9 +44,9 @@ class Source(StrictModel):
     Which part or samples is a matter of the stage's seed. ``name``: what its loss is logged as.
     """
 
-    uri: str
+    uri: str  # output folder of a data job
     name: str | None = Field(default=None, pattern=r"^[\w.-]+$")
-    weight: PositiveFloat | None = None
+    weight: PositiveFloat | None = None  # its part of an epoch, in proportion to the others'
     repeats: PositiveFloat | None = None  # None = once
     cap: PositiveInt | None = None
 
@@ -105,13 +105,13 @@ class StageInputs(StrictModel):
     as published. ``region``: what the painter is given, no more.
     """
 
-    stage: StageName
+    stage: StageName  # what is trained, and from which text
     init: str
     data: list[Source] = Field(min_length=1)
 
     text: TextName | None = None  # None = caption for t2i, instruction for edit1, else blueprint
     text_mix: dict[TextName, PositiveFloat] | None = None  # instead: shares, drawn at each use
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16"] = "fp32"  # bf16 = autocast; weights stay in float32
     buckets: bool = False
     vlm_view: VlmView = "whole"
 

@@ -47,7 +47,7 @@ class UnderstandingConfig(PartConfig):
     vlm_view: VlmView = Field("whole", exclude_if=lambda view: view == "whole")
     max_condition_tokens: PositiveInt = 8192
     design_request: str | None = None
-    design_max_new_tokens: PositiveInt = 1024
+    design_max_new_tokens: PositiveInt = 1024  # of a blueprint by the model itself
 
     @field_validator("design_request")
     @classmethod
@@ -60,7 +60,7 @@ class UnderstandingConfig(PartConfig):
 class ConnectorConfig(PartConfig):
     """The two-layer map from hidden states to conditions; ``weights`` is a safetensors file."""
 
-    out_features: PositiveInt = 2304
+    out_features: PositiveInt = 2304  # width of a condition token
 
 
 class PainterConfig(PartConfig):
@@ -75,9 +75,9 @@ class PainterConfig(PartConfig):
     """
 
     architecture: dict[str, Any] = Field(default_factory=dict)
-    null_condition_tokens: PositiveInt = 8192
+    null_condition_tokens: PositiveInt = 8192  # rows of the null table
     source_latent: bool = True
-    integer_timesteps: bool = True
+    integer_timesteps: bool = True  # truncated before the network sees them, as published
     condition_norm_scale: float = Field(default=0.01, gt=0)
 
 
@@ -98,10 +98,10 @@ class SamplingConfig(StrictModel):
     """
 
     resolution: PositiveInt = 1024
-    steps: PositiveInt = 30
-    guidance_scale: float = Field(default=7.5, ge=1)
-    shift: float = Field(default=3.0, gt=0)
-    seed: int = Field(default=233, ge=0)
+    steps: PositiveInt = 30  # network evaluations
+    guidance_scale: float = Field(default=7.5, ge=1)  # 1 = without classifier-free guidance
+    shift: float = Field(default=3.0, gt=0)  # of the noise levels towards noise
+    seed: int = Field(default=233, ge=0)  # of the noise
     solver: Solver = "dpm"
     fit: Fit = "source"
     # Left out where it is off, so that a folder's description is what it was before there was this.

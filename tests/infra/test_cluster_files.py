@@ -33,8 +33,8 @@ def pins(*names: str) -> dict[str, str]:
     return {canonical(name): version for name, version in PINNED.findall(text)}
 
 
-# Extras that no image needs: tools of the tests, and what only some servers are asked to do.
-ASIDE = ("test", "int8", "c2pa")
+# Extras that no image needs: tools of tests and pages, and what only some servers are asked to do.
+ASIDE = ("test", "docs", "int8", "c2pa")
 
 
 def project() -> dict[str, list[str]]:

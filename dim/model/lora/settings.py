@@ -21,9 +21,9 @@ class LoraSettings(StrictModel):
     ``train``: parts that are trained as they are, beside it.
     """
 
-    rank: PositiveInt = 16
+    rank: PositiveInt = 16  # of a change: rows of its A, columns of its B
     alpha: PositiveFloat | None = None
-    dropout: float = Field(default=0.0, ge=0, lt=1)
+    dropout: float = Field(default=0.0, ge=0, lt=1)  # share of a layer's input that A does not see
     targets: list[str] = Field(
         default=["to_q", "to_k", "to_v", "to_out", "connector"], min_length=1
     )

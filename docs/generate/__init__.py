@@ -1,0 +1,1 @@
+"""Pages that are made of the code: settings, commands, messages. ``make docs`` makes them anew."""
