@@ -22,6 +22,7 @@ from dim.designers import CallOptions
 from dim.errors import DimError, InputError
 from dim.failures import find_dim_error
 from dim.redaction import redacted
+from infra.cost import Prices, counted_cost
 from infra.storage import open_store
 from infra.tracking import Run, Tracking, code_version, default_uri
 from pipelines.calls.answers import set_unusable_aside
@@ -57,6 +58,8 @@ class TrackingConfig(StrictModel):
 
     uri: str | None = None
     experiment: str = "dim-data"
+    prices: Prices = Field(default_factory=dict)
+    """US dollars an hour of what a cluster has, see :mod:`infra.cost`; else no cost is told."""
 
 
 class JobConfig(StrictModel):
@@ -403,9 +406,17 @@ class Job:
         chosen = chosen or TrackingConfig()
         tracking = Tracking(chosen.uri or default_uri(self._config.out), chosen.experiment)
         tags = {"job": self.name, **code_version()}
-        with tracking.run(f"data {self.name}", self._settings, tags) as run:
+        with (
+            tracking.run(f"data {self.name}", self._settings, tags) as run,
+            counted_cost(run, chosen.prices) as cost,
+        ):
             self._report_input(run)
-            yield lambda manifest, seconds: self._report(run, manifest, seconds)
+
+            def report(manifest: Manifest, seconds: float | None) -> None:
+                cost.calls_usd = (manifest.cost or {}).get("usd", 0.0)
+                self._report(run, manifest, seconds)
+
+            yield report
 
     def _report_input(self, run: Run) -> None:
         where = [

@@ -29,6 +29,7 @@ from dim.errors import DimError, InputError
 from dim.failures import explain, find_dim_error
 from dim.gpus import GPUS
 from infra import storage
+from infra.cost import counted_cost
 from infra.registry import located
 from infra.samples import extent, fingerprint
 from infra.tracking import Run, Tracking, default_uri
@@ -145,6 +146,7 @@ def _train(
             {"stage": config.stage, "init": config.init},
             run_id=earlier.run_id if earlier else None,
         ) as mlflow_run,
+        counted_cost(mlflow_run, config.tracking.prices),
     ):
         events = [*earlier.events, *earlier.changes(identity)] if earlier else []
         record = StageRecord(identity, settings, mlflow_run.id, events=events)

@@ -12,6 +12,7 @@ from pydantic import Field
 from dim.config import StrictModel, what_decides
 from dim.errors import DimError, InputError, StorageError
 from infra import storage
+from infra.cost import counted_cost
 from infra.registry import Registry
 from infra.tracking import Tracking
 from pipelines import edit, evaluate, features, filter, ingest, t2i
@@ -143,12 +144,17 @@ def _of_stage(config: StageConfig, result: Mapping[str, Any]) -> str | None:
 
 
 def _evaluate(config: EvaluateStepConfig, out: str, anew: bool, tell: Tell) -> Done:
-    evaluation = evaluate.run(config)
-    numbers = evaluation.metrics()
     if config.tracking is not None and config.tracking.uri is not None:
         tracking = Tracking(config.tracking.uri, config.tracking.experiment)
-        with tracking.run("evaluate", {"model": config.model, "data": config.data}) as run:
-            run.log_metrics(numbers)
+        with (
+            tracking.run("evaluate", {"model": config.model, "data": config.data}) as run,
+            counted_cost(run, config.tracking.prices),
+        ):
+            evaluation = evaluate.run(config)
+            run.log_metrics(evaluation.metrics())
+    else:
+        evaluation = evaluate.run(config)
+    numbers = evaluation.metrics()
     exact = ", ".join(f"{numbers[f'exact/{way}']:.0%} {evaluate.NAMES[way]}"
                       for way in evaluation.ways)  # fmt: skip
     return Done(f"exact: {exact}", {"metrics": numbers})

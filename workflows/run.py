@@ -19,6 +19,7 @@ from rich.console import Console
 from dim.config import suggestion
 from dim.errors import ConfigError, DimError
 from dim.failures import Failure
+from infra.cost import NodeHours, counted_cost
 from infra.storage import is_local, join, local_path
 from infra.tracking import PARENT_RUN, Tracking
 from pipelines.cluster import connect
@@ -71,7 +72,9 @@ class _Run:
         self._begun: dict[str, float] = {}  # by time.monotonic
         self._beat = 0.0
         self._ray: str | None = None
+        self._leaves_ray = False
         self._parent: str | None = None
+        self._cost = NodeHours()
 
     def to_the_end(self) -> None:
         self._find_done()
@@ -80,7 +83,10 @@ class _Run:
         tracking = self._workflow.tracking
         tracked = Tracking(str(tracking.uri), tracking.experiment)
         name = f"workflow {Path(self._workflow.config.out).name}"
-        with tracked.run(name, {"steps": list(self._workflow.steps)}) as parent:
+        with (
+            tracked.run(name, {"steps": list(self._workflow.steps)}) as parent,
+            counted_cost(parent, tracking.prices) as self._cost,
+        ):
             self._parent = parent.id
             try:
                 while len(self._digests) < len(self._workflow.steps):
@@ -154,7 +160,7 @@ class _Run:
         if step.program.stays:
             return {}
         if self._ray is None:
-            self._ray = os.environ.get("RAY_ADDRESS") or _start_ray()
+            self._ray, self._leaves_ray = _reach_ray()
         return {"RAY_ADDRESS": self._ray, PARENT_RUN: str(self._parent)}
 
     def _wait(self) -> None:
@@ -189,6 +195,7 @@ class _Run:
                     "usd": done.usd, "seconds": seconds, "maker": None}  # fmt: skip
         self._receipts.write(step.name, found.model_copy(update=finished))
         self._digests[step.name] = digest
+        self._cost.calls_usd += done.usd
         self._view.done(step.name, done.said, seconds, done.usd)
         if all(self._workflow.steps[each].program.stays for each in self._open()):
             self._leave_ray()  # what is left has its own
@@ -216,7 +223,7 @@ class _Run:
     def _leave_ray(self) -> None:
         import ray
 
-        if self._ray is not None and ray.is_initialized():
+        if self._leaves_ray and ray.is_initialized():
             ray.shutdown()
         self._ray = None
 
@@ -228,13 +235,18 @@ def log_of(workflow: Workflow, name: str) -> Path:
     return folder / FOLDER / f"{name}.log"
 
 
-def _start_ray() -> str:
-    """A Ray on this machine for all steps, which ends with this process; its address."""
+def _reach_ray() -> tuple[str, bool]:
+    """The address of the Ray of all steps, and whether this process came to it just now.
+
+    The cluster's of ``RAY_ADDRESS``, or one on this machine that ends with this process.
+    """
     import ray
 
+    anew = not ray.is_initialized()
     connect()
     logging.getLogger("ray").setLevel(logging.ERROR)
-    return str(ray.get_runtime_context().gcs_address)
+    address = os.environ.get("RAY_ADDRESS") or str(ray.get_runtime_context().gcs_address)
+    return address, anew
 
 
 def _refuse_company(workflow: Workflow, receipts: Receipts) -> None:
