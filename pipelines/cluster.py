@@ -12,6 +12,8 @@ from operator import attrgetter
 import ray
 from ray.data import DataContext
 
+from infra.logs import ray_logging
+
 
 def connect() -> None:
     """Make sure that Ray is there.
@@ -28,6 +30,7 @@ def connect() -> None:
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.ERROR,
+            logging_config=ray_logging(),
         )
     _pass_by_value()
     logging.getLogger("ray.data").setLevel(logging.ERROR)

@@ -34,6 +34,7 @@ from pipelines.outputs import card, receipts
 from pipelines.outputs import manifest as manifests
 from pipelines.outputs.files import FOLDERS, Limits
 from pipelines.outputs.manifest import Counts, FileEntry, Manifest
+from pipelines.outputs.progress import Progress, observed
 from pipelines.outputs.receipts import RangeOutput, Receipt
 from pipelines.outputs.shards import Shards
 from pipelines.ranges import TIMEOUT_S
@@ -198,15 +199,21 @@ class Job:
                         self._go_with(done, lambda: tracked(done, None))
                 return done
         self._begin(before)
-        with _one_sentence(), self._tracked() as tracked:
+        with (
+            _one_sentence(),
+            observed(self.name, self.store.uri),
+            self._tracked() as tracked,
+        ):
             connect()
             started = time.monotonic()
             work, there = self._what_is_left(before, None if overwrite else done)
+            progress = Progress(self.name, self.store.uri, work.output.of, len(there))
             if work.todo:
                 dataset = build(work)
                 tables = dataset.iter_batches(batch_size=None, batch_format="pyarrow")
                 for one in receipts.receipts_in(tables):
                     there[one.number] = one
+                    progress.add(one)
                     if on_progress is not None:
                         on_progress(len(there), work.output.of)
             manifest = self._publish(work.output, there.values(), before)

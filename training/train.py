@@ -28,8 +28,9 @@ from dim.config import dump_config, load_config
 from dim.errors import DimError, InputError
 from dim.failures import explain, find_dim_error
 from dim.gpus import GPUS
-from infra import storage
+from infra import storage, tracing
 from infra.cost import counted_cost
+from infra.logs import ray_logging
 from infra.registry import located
 from infra.samples import extent, fingerprint
 from infra.tracking import Run, Tracking, default_uri
@@ -108,7 +109,8 @@ def run(
             discard(config.out)
         elif (done := _finished(config, identity)) is not None:  # by a driver that was waited for
             return done
-        return _train(config, identity, steps, rows, shapes, lease.owner.token, on_progress)
+        with tracing.here().span(f"train {config.stage}", output=config.out):
+            return _train(config, identity, steps, rows, shapes, lease.owner.token, on_progress)
 
 
 def _finished(config: StageConfig, identity: Mapping[str, Any]) -> StageResult | None:
@@ -164,6 +166,7 @@ def _train(
             tracking_uri=uri,
             run_id=mlflow_run.id,
             owner=token,
+            trace=tracing.here(),
         )
         with watch(mlflow_run.id, on_progress):
             record = _fit(plan, record)
@@ -332,12 +335,19 @@ def _start_ray(config: StageConfig) -> None:
     address = os.environ.get("RAY_ADDRESS", "local")
     _, most = config.worker_range
     cpus = max(most * config.cpus_per_worker, os.cpu_count() or 1)
+    structured = ray_logging()
     try:
         if address == "local":
             # What the workers say comes through on_progress; Ray's own lines stay in its log files.
-            ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False)
+            ray.init(
+                address="local",
+                num_cpus=cpus,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_config=structured,
+            )
         else:
-            ray.init()
+            ray.init(logging_config=structured)
     except Exception as error:  # Ray raises bare exceptions and its many own ones here
         raise TrainingError(f"Ray at {address} did not start: {explain(error).sentence}") from error
 

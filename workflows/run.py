@@ -19,6 +19,7 @@ from rich.console import Console
 from dim.config import suggestion
 from dim.errors import ConfigError, DimError
 from dim.failures import Failure
+from infra import tracing
 from infra.cost import NodeHours, counted_cost
 from infra.storage import is_local, join, local_path
 from infra.tracking import PARENT_RUN, Tracking
@@ -84,6 +85,7 @@ class _Run:
         tracked = Tracking(str(tracking.uri), tracking.experiment)
         name = f"workflow {Path(self._workflow.config.out).name}"
         with (
+            tracing.here().span(name, output=self._workflow.config.out),
             tracked.run(name, {"steps": list(self._workflow.steps)}) as parent,
             counted_cost(parent, tracking.prices) as self._cost,
         ):
@@ -161,7 +163,8 @@ class _Run:
             return {}
         if self._ray is None:
             self._ray, self._leaves_ray = _reach_ray()
-        return {"RAY_ADDRESS": self._ray, PARENT_RUN: str(self._parent)}
+        told = {"RAY_ADDRESS": self._ray, PARENT_RUN: str(self._parent)}
+        return told | ({tracing.PARENT: trace} if (trace := tracing.here().parent) else {})
 
     def _wait(self) -> None:
         """Take what the steps say, for a moment at most."""
