@@ -15,13 +15,15 @@ from ray.data import DataContext
 from infra.logs import ray_logging
 
 
-def connect() -> None:
-    """Make sure that Ray is there.
+def connect() -> bool:
+    """Make sure that Ray is there; whether it is this call that connected.
 
     Uses what the process is connected to already; else the cluster that ``RAY_ADDRESS`` names (set
-    by ``ray job submit``); else starts a local one, which ends with the process.
+    by ``ray job submit``); else starts a local one, which ends with the process, or before it by
+    ``ray.shutdown`` where this call has started it.
     """
-    if not ray.is_initialized():
+    connects = not ray.is_initialized()
+    if connects:
         address = os.environ.get("RAY_ADDRESS", "local")
         # A single core must still run a designer beside the reading and writing.
         ray.init(
@@ -37,6 +39,7 @@ def connect() -> None:
     context = DataContext.get_current()
     context.enable_progress_bars = sys.stderr.isatty()
     context.execution_options.preserve_order = True
+    return connects
 
 
 @cache

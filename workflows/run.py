@@ -72,8 +72,8 @@ class _Run:
         self._at_work: dict[str, StepProcess] = {}
         self._begun: dict[str, float] = {}  # by time.monotonic
         self._beat = 0.0
-        self._ray: str | None = None
-        self._leaves_ray = False
+        self._ray: str | None = None  # address of the Ray that the steps run on
+        self._owns_ray = False
         self._parent: str | None = None
         self._cost = NodeHours()
 
@@ -162,7 +162,7 @@ class _Run:
         if step.program.stays:
             return {}
         if self._ray is None:
-            self._ray, self._leaves_ray = _reach_ray()
+            self._ray = self._find_ray()
         told = {"RAY_ADDRESS": self._ray, PARENT_RUN: str(self._parent)}
         return told | ({tracing.PARENT: trace} if (trace := tracing.here().parent) else {})
 
@@ -223,12 +223,21 @@ class _Run:
         receipt = self._receipts.read(name)
         self._receipts.write(name, receipt.model_copy(update=changes))
 
-    def _leave_ray(self) -> None:
+    def _find_ray(self) -> str:
+        """Address of the Ray of all steps, which this process asks for its nodes: the cluster's,
+        or one that is started here."""
         import ray
 
-        if self._leaves_ray and ray.is_initialized():
+        self._owns_ray = connect()
+        logging.getLogger("ray").setLevel(logging.ERROR)
+        return os.environ.get("RAY_ADDRESS") or str(ray.get_runtime_context().gcs_address)
+
+    def _leave_ray(self) -> None:
+        if self._owns_ray:
+            import ray
+
             ray.shutdown()
-        self._ray = None
+        self._owns_ray, self._ray = False, None
 
 
 def log_of(workflow: Workflow, name: str) -> Path:
@@ -236,20 +245,6 @@ def log_of(workflow: Workflow, name: str) -> Path:
     out = workflow.config.out
     folder = Path(local_path(out)) if is_local(out) else Path("runs") / Path(out).name
     return folder / FOLDER / f"{name}.log"
-
-
-def _reach_ray() -> tuple[str, bool]:
-    """The address of the Ray of all steps, and whether this process came to it just now.
-
-    The cluster's of ``RAY_ADDRESS``, or one on this machine that ends with this process.
-    """
-    import ray
-
-    anew = not ray.is_initialized()
-    connect()
-    logging.getLogger("ray").setLevel(logging.ERROR)
-    address = os.environ.get("RAY_ADDRESS") or str(ray.get_runtime_context().gcs_address)
-    return address, anew
 
 
 def _refuse_company(workflow: Workflow, receipts: Receipts) -> None:
