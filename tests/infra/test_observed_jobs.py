@@ -12,14 +12,18 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
 import ray
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from ray._common.formatters import JSONFormatter
 
-from dim.errors import ConfigError
+from dim.config import dump_config
+from dim.errors import ConfigError, InputError
 from infra import logs, metrics, tracing
 from pipelines import edit, ingest
 from pipelines.edit import EditConfig
@@ -29,7 +33,10 @@ from pipelines.ingest import IngestConfig
 from pipelines.outcome import fail
 from pipelines.outputs.manifest import Manifest
 from tests.infra import spans
+from training import loop
 from training.log import RunLog
+from training.plan import Plan
+from training.stage import StageConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 OURS = re.compile(r"ray_dim_(data|model|train)_\w+")
@@ -165,6 +172,38 @@ def test_a_trace_goes_on_with_the_one_that_it_was_started_in(
 def nothing() -> list[Any]:
     """Span processors, none."""
     return []
+
+
+MEMORY = InMemorySpanExporter()
+
+
+def memory() -> list[SimpleSpanProcessor]:
+    """Spans that stay in this process."""
+    return [SimpleSpanProcessor(MEMORY)]
+
+
+def test_what_a_training_worker_does_is_below_its_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(tracing.VARIABLE, "tests.infra.test_observed_jobs:memory")
+    config = StageConfig(
+        stage="edit2", init="m", data=["d"], out="o", text="blueprint", steps=1, batch_size=1,
+        learning_rate=1e-4,
+    )  # fmt: skip
+    with tracing.here().span("train edit2", output="s3://key:secret@bucket/out"):
+        plan = Plan(
+            config=config, steps=1, rows=1, tracking_uri="", run_id="r", trace=tracing.here()
+        )
+    told = Plan.model_validate(dump_config(plan))  # as Ray Train takes it to a worker
+    with (
+        pytest.raises(InputError),
+        told.trace.span("worker", stage="edit2", rank=0),
+    ):
+        assert loop.validate(SimpleNamespace(validation=None)) == {}  # type: ignore[arg-type]
+        raise InputError("of a record: its text")
+    named = {each.name: each for each in MEMORY.get_finished_spans()}
+    validation, worker, stage = named["validation"], named["worker"], named["train edit2"]
+    assert validation.parent == worker.context and worker.parent.span_id == stage.context.span_id
+    assert (worker.status.status_code.name, worker.status.description) == ("ERROR", "InputError")
+    assert not worker.events and "secret" not in stage.to_json()
 
 
 @pytest.mark.parametrize("wrong", ["nowhere.telemetry:processors", "json:nothing", "json"])
