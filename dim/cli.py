@@ -77,6 +77,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "LoRA adapters merged into a DIM folder.",
     ),
     "model info": ("dim.commands.model_info:main", "What a DIM folder holds."),
+    "plan": ("workflows.scaling.command:main", "What the published size takes, stage by stage."),
     "experiment ablation": (
         "workflows.ablation:main",
         "Instruction, blueprint or noisy blueprint: what a painter makes of each.",

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dim.errors import InputError
+from infra.cost import TOTAL
 from infra.registry import Registry
 from infra.tracking import TrackingError, call, open_client
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
 
 _SHOWN = ("loss", "validation_loss", "validation_exact", "validation_strict", "samples_per_second",
-          "kept", "rejected", "failed")  # fmt: skip
+          "kept", "rejected", "failed", "cost/usd", TOTAL)  # fmt: skip
 _MOST = 10_000
 
 

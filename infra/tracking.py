@@ -259,6 +259,11 @@ class Run:
 
         self._tracking._call("log metrics", send)
 
+    def metrics(self) -> dict[str, float]:
+        """The latest value of each metric that was logged."""
+        run = self._tracking._call("be read", lambda: self._client.get_run(self.id))
+        return dict(run.data.metrics)
+
     def log_dict(self, values: Mapping[str, Any], name: str) -> None:
         """Store ``values`` as the artifact ``name`` (``.json`` or ``.yaml``)."""
         self._tracking._store(name, lambda: self._client.log_dict(self.id, redacted(values), name))

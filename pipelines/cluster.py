@@ -14,6 +14,7 @@ from ray.data import DataContext
 from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_random
 
 from dim.errors import DimError
+from infra.logs import ray_logging
 from infra.ray_token import show_token
 
 
@@ -53,6 +54,7 @@ def _init(address: str) -> None:
                     include_dashboard=False,
                     log_to_driver=False,
                     logging_level=logging.ERROR,
+                    logging_config=ray_logging(),
                 )
     except ConnectionError as error:
         raise DimError(f"Ray at {address} does not answer: {error.__cause__ or error}") from error

@@ -21,6 +21,7 @@ from dim.config import HowOnly, StrictModel, dump_config, what_decides
 from dim.errors import DimError, InputError
 from dim.failures import find_dim_error
 from dim.redaction import redacted
+from infra.cost import Prices, counted_cost
 from infra.storage import open_store
 from infra.tracking import Run, Tracking, code_version, default_uri
 from pipelines.calls.answers import set_unusable_aside
@@ -31,6 +32,7 @@ from pipelines.outputs import card, receipts
 from pipelines.outputs import manifest as manifests
 from pipelines.outputs.files import FOLDERS, Limits
 from pipelines.outputs.manifest import Counts, FileEntry, Manifest
+from pipelines.outputs.progress import Progress, observed
 from pipelines.outputs.receipts import RangeOutput, Receipt
 from pipelines.outputs.shards import Shards
 from pipelines.ranges import TIMEOUT_S
@@ -55,6 +57,8 @@ class TrackingConfig(StrictModel):
 
     uri: str | None = None
     experiment: str = "dim-data"
+    prices: Prices = Field(default_factory=dict)
+    """US dollars an hour of what a cluster has, see :mod:`infra.cost`; else no cost is told."""
 
 
 class JobConfig(StrictModel):
@@ -175,15 +179,21 @@ class Job:
                         self._go_with(done, lambda: tracked(done, None))
                 return done
         self._begin(before)
-        with _one_sentence(), self._tracked() as tracked:
+        with (
+            _one_sentence(),
+            observed(self.name, self.store.uri),
+            self._tracked() as tracked,
+        ):
             connect()
             started = time.monotonic()
             work, there = self._what_is_left(before, None if overwrite else done)
+            progress = Progress(self.name, self.store.uri, work.output.of, len(there))
             if work.todo:
                 dataset = build(work)
                 tables = dataset.iter_batches(batch_size=None, batch_format="pyarrow")
                 for one in receipts.receipts_in(tables):
                     there[one.number] = one
+                    progress.add(one)
                     if on_progress is not None:
                         on_progress(len(there), work.output.of)
             manifest = self._publish(work.output, there.values(), before)
@@ -383,9 +393,17 @@ class Job:
         chosen = chosen or TrackingConfig()
         tracking = Tracking(chosen.uri or default_uri(self._config.out), chosen.experiment)
         tags = {"job": self.name, **code_version()}
-        with tracking.run(f"data {self.name}", self._settings, tags) as run:
+        with (
+            tracking.run(f"data {self.name}", self._settings, tags) as run,
+            counted_cost(run, chosen.prices) as cost,
+        ):
             self._report_input(run)
-            yield lambda manifest, seconds: self._report(run, manifest, seconds)
+
+            def report(manifest: Manifest, seconds: float | None) -> None:
+                cost.calls_usd = (manifest.cost or {}).get("usd", 0.0)
+                self._report(run, manifest, seconds)
+
+            yield report
 
     def _report_input(self, run: Run) -> None:
         where = [

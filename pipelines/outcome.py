@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from dim import records
 from dim.redaction import redact
+from infra.logs import log
 
 KEPT, REJECTED, FAILED = "kept", "rejected", "failed"
 OUTCOMES = (KEPT, REJECTED, FAILED)
@@ -95,6 +96,7 @@ def fail(row: Row, stage: str, error: BaseException | str) -> None:
     _take_out(row, FAILED)
     text = " ".join(str(error).split()) or type(error).__name__
     row.update(stage=stage, error=_short(records.clean_text(redact(text))))
+    log("record failed", stage=stage, record=row.get("id"), error=row["error"])
 
 
 def failed(table: pa.Table, stage: str, error: BaseException | str) -> list[Row]:

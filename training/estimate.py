@@ -129,7 +129,7 @@ def estimate(
     Raises:
         ConfigError: the model's description does not say its painter's sizes.
     """
-    frozen, cell = _frozen(model)
+    frozen, cell = frozen_parts(model)
     side = model.sampling.resolution // cell
     tokens = text_tokens or max(TEXT_TOKENS[text] for text in config.texts)
     if config.edits:
@@ -186,7 +186,7 @@ def sample_flops(config: StageConfig, model: ModelConfig, tokens: int, *, live: 
     Raises:
         ConfigError: as for :func:`estimate`.
     """
-    frozen, cell = _frozen(model)
+    frozen, cell = frozen_parts(model)
     counted = count_pass(
         model, frozen.hidden, 1, max(1, tokens), model.sampling.resolution // cell,
         edits=config.edits, checkpointed=False, bf16=config.precision == "bf16",
@@ -415,7 +415,7 @@ def _painter_sizes(model: ModelConfig) -> dict[str, Any]:
     return dict(model.painter.architecture)
 
 
-def _frozen(model: ModelConfig) -> tuple[Frozen, int]:
+def frozen_parts(model: ModelConfig) -> tuple[Frozen, int]:
     """The frozen parts, and the pixels of a latent's cell."""
     architecture = model.understanding.architecture
     cells = model.autoencoder.architecture.get("encoder_block_out_channels")

@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from infra.logs import log
+from infra.metrics import of_training
 from infra.tracking import Run, Tracking, TrackingError
 from training import parallel
 from training.breakdown import Breakdown
@@ -36,8 +38,9 @@ class RunLog:
     worth more than its points: they are kept and sent again, and a line says so.
     """
 
-    def __init__(self, run: Run | None, tell: Teller | None = None) -> None:
+    def __init__(self, run: Run | None, tell: Teller | None = None, stage: str = "") -> None:
         self._run = run
+        self._stage = stage
         self._tell = tell or (lambda lines, metrics: None)
         self._rows: list[tuple[int, Mapping[str, float]]] = []
         self._lines: list[str] = []
@@ -52,6 +55,11 @@ class RunLog:
         self._rows.append((step, dict(metrics)))
         if time.monotonic() - self._sent >= _FLUSH_SECONDS:
             self.flush()
+
+    def count(self, samples: int, metrics: Mapping[str, float]) -> None:
+        """Show ``metrics``, and the samples since the last ones, to Prometheus."""
+        if self._run is not None:
+            of_training().line(self._stage, max(0, samples), metrics)
 
     def flush(self) -> None:
         """Send what is kept."""
@@ -75,6 +83,7 @@ class RunLog:
         now = time.strftime("%H:%M:%S")
         lines = [f"{now} {line}" for line in text.splitlines()]
         self._tell(lines, {})
+        log(text, stage=self._stage, run=self._run.id)
         self._lines = [*self._lines, *lines][-_SAID_LINES:]
         # Not print: Ray Train also turns that into a record of its own log, and shows both.
         sys.stdout.write(f"{text}\n")
@@ -131,6 +140,7 @@ class StepLog:
         device: Of the losses.
         breakdown: To which the steps add their losses by source and noise level.
         throughput: To which they add their tokens.
+        begun: Steps that were done before.
     """
 
     def __init__(
@@ -140,6 +150,7 @@ class StepLog:
         device: torch.device,
         breakdown: Breakdown,
         throughput: Throughput,
+        begun: int = 0,
     ) -> None:
         self._log = log
         self._plan = plan
@@ -148,6 +159,7 @@ class StepLog:
         self._sum = torch.zeros((), device=device)
         self._norm = torch.zeros((), device=device)
         self._said = time.monotonic()
+        self._written = begun
         self.restart()
 
     def restart(self) -> None:
@@ -214,6 +226,8 @@ class StepLog:
     def write(self, done: int, metrics: Mapping[str, float]) -> None:
         """Log ``metrics`` of step ``done``; say them every 15 seconds, and at the end."""
         self._log.add(done, metrics)
+        self._log.count((done - self._written) * self._plan.config.batch_size, metrics)
+        self._written = done
         now, plan = time.monotonic(), self._plan
         if now - self._said <= _SAY_SECONDS and done != plan.steps:
             return
@@ -242,7 +256,7 @@ def open_log(plan: Plan, rank: int) -> RunLog:
     if rank != 0:
         return RunLog(None)
     tracking = Tracking(plan.tracking_uri, plan.config.tracking.experiment)
-    return RunLog(tracking.attach(plan.run_id), find_teller(plan.run_id))
+    return RunLog(tracking.attach(plan.run_id), find_teller(plan.run_id), plan.config.stage)
 
 
 def silence_repeats() -> None:

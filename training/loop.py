@@ -22,6 +22,7 @@ from dim.model import DIM
 from dim.model.flow import FlowSchedule, squared_error
 from infra.memory import keep_freed_memory
 from infra.models import load_initial
+from infra.tracing import span
 from training import finetune, parallel
 from training.bad_samples import TooManyBadSamples
 from training.breakdown import PREFIX, Breakdown
@@ -82,7 +83,8 @@ def train_loop_per_worker(config: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(plan.config.cpus_per_worker)
     keep_freed_memory()
     silence_repeats()
-    with listening():
+    rank = parallel.this_worker()[0]
+    with listening(), plan.trace.span("worker", stage=plan.config.stage, rank=rank):
         worker: Worker | None = None
         error: Exception | None = None
         try:
@@ -120,6 +122,7 @@ def run(worker: Worker) -> dict[str, Any]:
     }
 
 
+@span("prepare")
 def prepare(plan: Plan) -> Worker:
     """Load the model, compute features.
 
@@ -229,13 +232,16 @@ def flow_matching(worker: Worker, step: int, number: int) -> torch.Tensor:
     return (errors * counted).sum() / (config.batch_size / parallel.world_size())
 
 
+@span("steps")
 def train(worker: Worker) -> dict[str, float]:
     """Every step from where the state stands to the end; the last metrics of each kind."""
     config, state, steps = worker.config, worker.state, worker.plan.steps
     validate_every = config.validation.every if config.validation else None
-    log = StepLog(worker.log, worker.plan, worker.device, worker.breakdown, worker.throughput)
-    metrics: dict[str, float] = {}
     begun = state.step
+    log = StepLog(
+        worker.log, worker.plan, worker.device, worker.breakdown, worker.throughput, begun
+    )
+    metrics: dict[str, float] = {}
     while state.step < steps:
         loss, norm = update(worker, state.step)
         skipped, waited = state.skips_in_a_row > 0, worker.feed.take_wait()
@@ -322,6 +328,7 @@ def go_back(worker: Worker) -> None:
     worker.log.say(f"{trouble}: back to step {state.step}, and on with other draws")
 
 
+@span("validation")
 def validate(worker: Worker) -> dict[str, float]:
     """Paint the held-out samples with the averaged weights; all workers take part."""
     if worker.validation is None:
@@ -338,6 +345,7 @@ def validate(worker: Worker) -> dict[str, float]:
     return metrics
 
 
+@span("checkpoint")
 def checkpoint(worker: Worker, metrics: dict[str, float]) -> None:
     """Begin to save the state, with what was measured after its last step; all take part."""
     confirm_owner(worker)
@@ -346,6 +354,7 @@ def checkpoint(worker: Worker, metrics: dict[str, float]) -> None:
     worker.notices.saved()
 
 
+@span("export")
 def export(worker: Worker) -> None:
     """Write the averaged weights, a model folder or an adapter; all workers take part."""
     config, model = worker.config, worker.model

@@ -18,6 +18,7 @@ from dim.learning.optimizer import MOMENT_BYTES
 from infra import storage
 from infra.models import check_reference, read_config
 from infra.samples import holds_features, open_features, open_images
+from infra.tracing import Trace
 from training.mixture import count_sources, describe_mixture, epoch_samples
 from training.shapes import RowShapes, Shapes
 from training.stage import StageConfig
@@ -35,6 +36,7 @@ class Plan(StrictModel):
     owner: str = ""  # the driver's token, see ``training.owner``; empty: nobody owns the output
     sources: list[int] = Field(default_factory=list)  # rows of each of the data, where several
     shapes: Shapes | None = None  # of the samples, where they make a difference
+    trace: Trace = Trace()  # of which the workers' spans are a part
 
     @property
     def source_rows(self) -> list[int]:

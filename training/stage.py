@@ -21,6 +21,7 @@ from dim.learning.config import StageInputs
 from dim.learning.optimizer import OptimizerName
 from dim.model.lora.settings import LoraSettings
 from dim.records import TextName
+from infra.cost import Prices
 
 # What may change between an interrupted run and its continuation: nothing that moves a weight.
 OPERATIONAL_KEYS = frozenset(
@@ -133,6 +134,8 @@ class TrackingConfig(StrictModel):
 
     uri: str | None = None  # MLflow's address
     experiment: str = "dim-training"  # MLflow's name for runs that belong together
+    prices: Prices = Field(default_factory=dict)
+    """US dollars an hour of what a cluster has, see :mod:`infra.cost`; else no cost is told."""
 
 
 class RegistryConfig(StrictModel):

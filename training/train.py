@@ -28,7 +28,9 @@ from dim.config import dump_config, load_config
 from dim.errors import DimError, InputError
 from dim.failures import explain, find_dim_error
 from dim.gpus import GPUS
-from infra import storage
+from infra import storage, tracing
+from infra.cost import counted_cost
+from infra.logs import ray_logging
 from infra.ray_token import show_token
 from infra.registry import located
 from infra.samples import extent, fingerprint
@@ -108,7 +110,8 @@ def run(
             discard(config.out)
         elif (done := _finished(config, identity)) is not None:  # by a driver that was waited for
             return done
-        return _train(config, identity, steps, rows, shapes, lease.owner.token, on_progress)
+        with tracing.here().span(f"train {config.stage}", output=config.out):
+            return _train(config, identity, steps, rows, shapes, lease.owner.token, on_progress)
 
 
 def _finished(config: StageConfig, identity: Mapping[str, Any]) -> StageResult | None:
@@ -146,6 +149,7 @@ def _train(
             {"stage": config.stage, "init": config.init},
             run_id=earlier.run_id if earlier else None,
         ) as mlflow_run,
+        counted_cost(mlflow_run, config.tracking.prices),
     ):
         events = [*earlier.events, *earlier.changes(identity)] if earlier else []
         record = StageRecord(identity, settings, mlflow_run.id, events=events)
@@ -163,6 +167,7 @@ def _train(
             tracking_uri=uri,
             run_id=mlflow_run.id,
             owner=token,
+            trace=tracing.here(),
         )
         with watch(mlflow_run.id, on_progress):
             record = _fit(plan, record)
@@ -331,13 +336,20 @@ def _start_ray(config: StageConfig) -> None:
     address = os.environ.get("RAY_ADDRESS", "local")
     _, most = config.worker_range
     cpus = max(most * config.cpus_per_worker, os.cpu_count() or 1)
+    structured = ray_logging()
     try:
         if address == "local":
             # What the workers say comes through on_progress; Ray's own lines stay in its log files.
-            ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False)
+            ray.init(
+                address="local",
+                num_cpus=cpus,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_config=structured,
+            )
         else:
             show_token()
-            ray.init()
+            ray.init(logging_config=structured)
     except Exception as error:  # Ray raises bare exceptions and its many own ones here
         raise TrainingError(f"Ray at {address} did not start: {explain(error).sentence}") from error
 

@@ -19,6 +19,8 @@ from rich.console import Console
 from dim.config import suggestion
 from dim.errors import ConfigError, DimError
 from dim.failures import Failure
+from infra import tracing
+from infra.cost import NodeHours, counted_cost
 from infra.storage import is_local, join, local_path
 from infra.tracking import PARENT_RUN, Tracking
 from pipelines.cluster import connect
@@ -73,6 +75,7 @@ class _Run:
         self._ray: str | None = None  # address of the Ray that the steps run on
         self._owns_ray = False
         self._parent: str | None = None
+        self._cost = NodeHours()
 
     def to_the_end(self) -> None:
         self._find_done()
@@ -82,7 +85,11 @@ class _Run:
         tracking = self._workflow.tracking
         tracked = Tracking(str(tracking.uri), tracking.experiment)
         name = f"workflow {Path(self._workflow.config.out).name}"
-        with tracked.run(name, {"steps": list(self._workflow.steps)}) as parent:
+        with (
+            tracing.here().span(name, output=self._workflow.config.out),
+            tracked.run(name, {"steps": list(self._workflow.steps)}) as parent,
+            counted_cost(parent, tracking.prices) as self._cost,
+        ):
             self._parent = parent.id
             try:
                 while len(self._digests) < len(self._workflow.steps):
@@ -156,8 +163,9 @@ class _Run:
         if step.program.stays:
             return {}
         if self._ray is None:
-            self._ray = os.environ.get("RAY_ADDRESS") or self._find_ray()
-        return {"RAY_ADDRESS": self._ray, PARENT_RUN: str(self._parent)}
+            self._ray = self._find_ray()
+        told = {"RAY_ADDRESS": self._ray, PARENT_RUN: str(self._parent)}
+        return told | ({tracing.PARENT: trace} if (trace := tracing.here().parent) else {})
 
     def _wait(self) -> None:
         """Take what the steps say, for a moment at most."""
@@ -191,6 +199,7 @@ class _Run:
                     "usd": done.usd, "seconds": seconds, "maker": None}  # fmt: skip
         self._receipts.write(step.name, found.model_copy(update=finished))
         self._digests[step.name] = digest
+        self._cost.calls_usd += done.usd
         self._view.done(step.name, done.said, seconds, done.usd)
         if all(self._workflow.steps[each].program.stays for each in self._open()):
             self._leave_ray()  # what is left has its own
@@ -216,12 +225,13 @@ class _Run:
         self._receipts.write(name, receipt.model_copy(update=changes))
 
     def _find_ray(self) -> str:
-        """Address of this process's Ray; one that is started here is for all steps."""
+        """Address of the Ray of all steps, which this process asks for its nodes: the cluster's,
+        or one that is started here."""
         import ray
 
         self._owns_ray = connect()
         logging.getLogger("ray").setLevel(logging.ERROR)
-        return str(ray.get_runtime_context().gcs_address)
+        return os.environ.get("RAY_ADDRESS") or str(ray.get_runtime_context().gcs_address)
 
     def _leave_ray(self) -> None:
         if self._owns_ray:

@@ -14,6 +14,7 @@ from pydantic import Field, PositiveInt, field_validator
 
 from dim.config import StrictModel, load_config, read_yaml, shipped, suggestion, validate_config
 from dim.errors import ConfigError
+from infra.cost import Prices
 from infra.storage import is_local, join, local_path
 from infra.tracking import default_uri
 from workflows.programs import MODULES, program
@@ -49,6 +50,8 @@ class WorkflowTracking(StrictModel):
 
     uri: str | None = None
     experiment: str = "dim"
+    prices: Prices = Field(default_factory=dict)
+    """US dollars an hour of what a cluster has, see :mod:`infra.cost`; else no cost is told."""
 
 
 class WorkflowConfig(StrictModel):

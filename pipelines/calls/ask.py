@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Any, Generic, Protocol, TypeGuard, TypeVar
 
 from dim.designers import OnAnswer, Question, Reply
-from dim.designers.calls.usage import Unusable
+from dim.designers.calls.usage import Answer, Unusable
 from dim.designers.calls.wire import sent_as
 from dim.errors import DimError
+from infra import metrics
 from pipelines.calls.answers import Answers, answer_key
 from pipelines.outcome import Rejection, Row
 
@@ -95,6 +96,7 @@ def ask_once(
     payers = dict(zip(reversed(keys), reversed(records or [""] * len(keys)), strict=True))
 
     def store(place: int, answer: str | Unusable) -> None:
+        _count(answer)
         if answers is not None:
             key = open_keys[place]
             answers.add(key, answer, payers[key])
@@ -103,6 +105,15 @@ def ask_once(
         fresh = ask(list(open_requests.values()), on_answer=store)
         replies.update(zip(open_keys, fresh, strict=True))
     return [replies[key] for key in keys]
+
+
+def _count(answer: str | Unusable) -> None:
+    """Count an answer that has just come."""
+    if isinstance(answer, Answer | Unusable):
+        outcome = "unusable" if isinstance(answer, Unusable) else "answered"
+        used = answer.usage
+        tokens = (used.input_tokens, used.output_tokens)
+        metrics.of_calls().answered(outcome, tokens, used.usd, used.seconds)
 
 
 def ask_until_read(

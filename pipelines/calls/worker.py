@@ -14,6 +14,7 @@ from dim.designers import CallOptions
 from dim.designers.calls.gate import Exchange
 from dim.designers.prepared import PreparedModel
 from infra.storage import Store
+from infra.tracing import span
 from pipelines.attempts import given_up, is_given_up, stop_after_restarts
 from pipelines.calls.answers import Answers, Earlier, gather_earlier
 from pipelines.calls.exchange import share_meter
@@ -119,7 +120,8 @@ class AskInTurn:
             rows = failed(batch, "ask", given_up())
             batch = pa.Table.from_pylist(rows, schema=batch.schema)
         for stage in self._stages:
-            batch = stage(batch)
+            with span(type(stage).__name__, records=batch.num_rows):
+                batch = stage(batch)
         return batch
 
 

@@ -24,6 +24,7 @@ import ray
 from dim import records
 from dim.errors import DimError, InputError
 from infra.storage import Store
+from infra.tracing import span
 from pipelines.attempts import stop_after
 from pipelines.filters import FilterImages, FilterPairs, scorers
 from pipelines.filters.duplicates import (
@@ -152,6 +153,7 @@ class KeptVerdicts:
         return f"{self.folder}/{which[:24]}.arrow"
 
 
+@span("filter and duplicates")
 def judge(
     raw: Shards,
     ranges: Sequence[Sequence[Piece]],

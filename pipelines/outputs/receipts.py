@@ -16,7 +16,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
@@ -25,6 +25,8 @@ from pydantic import ValidationError
 from dim import records
 from dim.config import StrictModel
 from dim.errors import DimError
+from infra import tracing
+from infra.logs import log
 from infra.storage import Store
 from pipelines.attempts import attempt
 from pipelines.outcome import FAILED, KEPT, OUTCOMES, REJECTED
@@ -75,6 +77,7 @@ class RangeOutput:
         of: how many ranges there are.
         schema: the columns of kept records.
         limits: how large files are.
+        trace: of what ranges are spans; where this was made.
     """
 
     store: Store
@@ -82,6 +85,7 @@ class RangeOutput:
     of: int
     schema: pa.Schema
     limits: Limits
+    trace: tracing.Trace = field(default_factory=tracing.here)
 
     def done(self, number: int, rows: int, tables: Iterable[pa.Table]) -> pa.Table:
         """Write a range, unless it was written before this process was begun in place of another.
@@ -99,7 +103,9 @@ class RangeOutput:
             StorageError: something cannot be written.
         """
         receipt = self._find(number) if attempt() else None
-        receipt = receipt or self._write(number, rows, tables)
+        with self.trace.span("range", output=self.store.uri, number=number, records=rows):
+            receipt = receipt or self._write(number, rows, tables)
+        log("range written", output=self.store.uri, range=number, records=rows)
         return pa.table({"receipt": [receipt.model_dump_json()]})
 
     def found(self) -> dict[int, Receipt]:

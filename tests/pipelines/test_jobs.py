@@ -387,6 +387,7 @@ def test_tabletop_images_become_captions(tmp_path: Path) -> None:
     metrics = run.data.metrics
     assert metrics["input"] == 20 == metrics["kept"] + metrics["rejected"] + metrics["failed"]
     assert run.data.params["captioner"] == "oracle"
+    assert metrics["cost/cpu_hours"] > metrics["cost/node_hours"] > 0
     assert metrics["kept_share"] == metrics["kept"] / 20 and metrics["records_per_second"] > 0
     used = {item.tags[0].value: item.dataset for item in run.inputs.dataset_inputs}
     assert json.loads(used["input"].source)["uri"] == raw_images.out

@@ -21,6 +21,8 @@ from training.throughput import Throughput
 class Store:
     """Stands in for an MLflow run that can be away for a while."""
 
+    id = "run-1"
+
     def __init__(self) -> None:
         self.away = False
         self.rows: list[tuple[int, Mapping[str, float]]] = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from infra.cost import counted_cost
 from infra.tracking import Tracking
 from pipelines import evaluate
 from pipelines.job import TrackingConfig
@@ -18,12 +19,17 @@ class EvaluateStepConfig(evaluate.EvaluateConfig):
 
 
 def _evaluate(config: EvaluateStepConfig, out: str, anew: bool, tell: Tell) -> Done:
-    evaluation = evaluate.run(config)
-    numbers = evaluation.metrics()
     if config.tracking is not None and config.tracking.uri is not None:
         tracking = Tracking(config.tracking.uri, config.tracking.experiment)
-        with tracking.run("evaluate", {"model": config.model, "data": config.data}) as run:
-            run.log_metrics(numbers)
+        with (
+            tracking.run("evaluate", {"model": config.model, "data": config.data}) as run,
+            counted_cost(run, config.tracking.prices),
+        ):
+            evaluation = evaluate.run(config)
+            run.log_metrics(evaluation.metrics())
+    else:
+        evaluation = evaluate.run(config)
+    numbers = evaluation.metrics()
     exact = ", ".join(f"{numbers[f'exact/{way}']:.0%} {evaluate.NAMES[way]}"
                       for way in evaluation.ways)  # fmt: skip
     return Done(f"exact: {exact}", {"metrics": numbers})
