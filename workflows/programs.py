@@ -143,7 +143,7 @@ def _of_stage(config: StageConfig, result: Mapping[str, Any]) -> str | None:
 
 
 def _evaluate(config: EvaluateStepConfig, out: str, anew: bool, tell: Tell) -> Done:
-    evaluation = evaluate.run(config)
+    evaluation = evaluate.run(config, overwrite=anew)
     numbers = evaluation.metrics()
     if config.tracking is not None and config.tracking.uri is not None:
         tracking = Tracking(config.tracking.uri, config.tracking.experiment)

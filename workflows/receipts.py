@@ -28,7 +28,7 @@ _DEAD_AFTER_S = 6 * BEAT_S
 class Maker(StrictModel):
     """The ``dim run`` that makes a step.
 
-    ``process`` tells it from every other one; ``beat`` is its last sign of life, seconds since 1970.
+    ``process`` tells it from every other one; ``beat``: its last sign of life, seconds since 1970.
     """
 
     pid: int
