@@ -18,16 +18,20 @@ from dim.errors import DimError, InputError
 from dim.redaction import redact
 
 if TYPE_CHECKING:
-    from ray.job_submission import JobSubmissionClient
+    from ray.job_submission import JobDetails, JobSubmissionClient
 
 NOT_UPLOADED = [".git", ".venv", "*.egg-info", "mlruns", "mlflow.db"]
-AGENT_PATIENCE_S = 180.0
+PATIENCE_S = 180.0
+"""With a cluster that has no agent yet to take a job, or does not answer while one is followed."""
+_LOOK_S = 30.0  # between two looks at a job whose log is silent
+_LAST_WORDS_S = 5.0  # of a job that has ended
+_AGAIN_S = 1.0  # before another try to reach the cluster
 _LEFT_BY_RAY = "~/.ray/auth_token"
 
 
 def main(
-    command: list[str] = typer.Argument(
-        ..., metavar="-- COMMAND...", help="A sub-command with its arguments: train STAGE.yaml …"
+    command: list[str] | None = typer.Argument(
+        None, metavar="-- COMMAND...", help="A sub-command with its arguments: train STAGE.yaml …"
     ),
     address: str | None = typer.Option(
         None, envvar="RAY_API_SERVER_ADDRESS", help="Of the cluster's dashboard, http://HOST:8265."
@@ -38,15 +42,25 @@ def main(
     wait: bool = typer.Option(
         True, help="Follow the job's log and end as it ends, with its exit code."
     ),
+    attach: str | None = typer.Option(
+        None, metavar="JOB", help="Follow a job that was submitted before, instead of another one."
+    ),
 ) -> None:
     """Run a sub-command as a job on a Ray cluster.
 
     The cluster runs `python -m …` in a copy of the working directory, so a job is the same program
     as on this machine. Paths of data and models must mean something there: URIs, not local files.
-    Ctrl-C leaves the job running.
+    Ctrl-C leaves the job running; --attach follows it again.
     """
-    entrypoint = entrypoint_of(command)
+    if (attach is None) == (not command):
+        raise InputError("give either a command to submit, or --attach JOB to follow one")
+    if attach is not None and not wait:
+        raise InputError("--attach follows a job, and --no-wait is not to: leave one of them out")
+    entrypoint = "" if attach else entrypoint_of(command or ())
     client = connect(address or "http://127.0.0.1:8265")
+    if attach is not None:
+        follow(client, attach)
+        return
     job = submit(client, entrypoint, working_dir)
     typer.echo(f"submitted {job}: {redact(entrypoint)}", err=True)
     if wait:
@@ -160,7 +174,7 @@ def submit(client: JobSubmissionClient, entrypoint: str, working_dir: Path) -> s
     Raises:
         DimError: the folder cannot be uploaded or the cluster refuses the job.
     """
-    deadline = time.monotonic() + AGENT_PATIENCE_S
+    deadline = time.monotonic() + PATIENCE_S
     while True:
         try:
             return client.submit_job(
@@ -175,25 +189,78 @@ def submit(client: JobSubmissionClient, entrypoint: str, working_dir: Path) -> s
 
 
 def follow(client: JobSubmissionClient, job: str) -> None:
-    """Print the log of ``job`` until it ends.
+    """Print the log of ``job`` until it ends, whatever becomes of the connection meanwhile.
 
     Raises:
         JobFailed: the job failed or was stopped.
+        DimError: the cluster knows no such job, or did not answer for ``PATIENCE_S``.
     """
     try:
-        asyncio.run(_print_log(client, job))
+        info = asyncio.run(_print_log(client, job))
     except KeyboardInterrupt:
-        typer.echo(f"{job} goes on; `ray job stop {job}` ends it", err=True)
+        typer.echo(
+            f"{job} goes on; `dim submit --attach {job}` follows it again, `ray job stop {job}` "
+            "ends it",
+            err=True,
+        )
         raise
-    info = client.get_job_info(job)
     if info.status != "SUCCEEDED":
         said = " ".join((info.message or "no message").split())
         raise JobFailed(f"job {job} {info.status.lower()}: {said}", info.driver_exit_code)
 
 
-async def _print_log(client: JobSubmissionClient, job: str) -> None:
-    async for lines in client.tail_job_logs(job):
-        typer.echo(lines, nl=False)
+async def _print_log(client: JobSubmissionClient, job: str) -> JobDetails:
+    log = _Log(client, job)
+    while True:
+        reading = asyncio.create_task(log.read())
+        while not reading.done():
+            await asyncio.wait({reading}, timeout=_LOOK_S)
+            if not reading.done() and _has_ended(await _info(client, job)):
+                await asyncio.wait({reading}, timeout=_LAST_WORDS_S)
+                reading.cancel()  # the connection is dead, and nobody has said so
+                break
+        info = await _info(client, job)
+        if _has_ended(info) and reading.done() and not reading.cancelled():
+            return info
+        await asyncio.sleep(_AGAIN_S)  # the node of its driver, or the link to it, is lost
+
+
+class _Log:
+    """A job's log, printed once, over as many connections as that takes."""
+
+    def __init__(self, client: JobSubmissionClient, job: str) -> None:
+        self._client, self._job, self._printed = client, job, 0
+
+    async def read(self) -> None:
+        """Print what is new until the connection ends; each one tells all from the beginning."""
+        from aiohttp import ClientError
+
+        told = 0
+        with suppress(RuntimeError, OSError, ClientError):
+            async for lines in self._client.tail_job_logs(self._job):
+                typer.echo(lines[max(0, self._printed - told) :], nl=False)
+                told += len(lines)
+                self._printed = max(self._printed, told)
+
+
+async def _info(client: JobSubmissionClient, job: str) -> JobDetails:
+    deadline = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            return client.get_job_info(job)
+        except (RuntimeError, OSError) as error:
+            if "status code 404" in str(error):
+                raise DimError(f"the cluster knows no job {job}") from None
+            if time.monotonic() > deadline:
+                raise DimError(
+                    f"the cluster has not answered for {PATIENCE_S:.0f} s; {job} may go on: "
+                    f"`dim submit --attach {job}` looks again"
+                ) from None
+        await asyncio.sleep(_AGAIN_S)
+
+
+def _has_ended(info: JobDetails) -> bool:
+    return info.status in ("SUCCEEDED", "FAILED", "STOPPED")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -18,15 +19,19 @@ from rich.table import Table
 from dim.config import StrictModel, load_config
 from dim.errors import CheckpointError, InputError
 from dim.records import EDIT
+from infra.models import fingerprint
 from infra.registry import located
 from infra.storage import everywhere, join, open_store
 from pipelines.cluster import connect
-from pipelines.command import ConfigFile, Overrides, settings
+from pipelines.command import ConfigFile, Overrides, Overwrite, settings
 from pipelines.outputs.shards import Shards
 from pipelines.ranges import read
 from pipelines.stages.paint import BLUEPRINT, INSTRUCTION, SELF, WAYS, PaintEdits
 
 PAINTED_FILE, NUMBERS_FILE = "painted.parquet", "evaluation.json"
+OF_FILE = "evaluated.json"
+"""Which model and records, and how: the same exactly when the numbers would be."""
+
 NAMES = {BLUEPRINT: "with blueprints", SELF: "with its own blueprints", INSTRUCTION: "without"}
 
 
@@ -125,8 +130,11 @@ class Evaluation:
         return values
 
 
-def run(config: EvaluateConfig) -> Evaluation:
+def run(config: EvaluateConfig, *, overwrite: bool = False) -> Evaluation:
     """Paint and check every record of ``config.data``.
+
+    An evaluation that lies in ``config.out``, of the same model, records and settings, is handed
+    back; ``overwrite``: it is made again.
 
     Raises:
         CheckpointError: there is no model.
@@ -137,6 +145,9 @@ def run(config: EvaluateConfig) -> Evaluation:
         raise CheckpointError(f"no model at {model} (a model folder holds a dim.json)")
     shards = Shards.open(config.data, EDIT)
     _check_tabletop(shards)
+    of = _what_is_evaluated(config, model, shards)
+    if config.out is not None and not overwrite and _is_written(config.out, of):
+        return read_written(config.out)
     connect()
     painted = read(shards).map_batches(
         PaintEdits,
@@ -150,20 +161,43 @@ def run(config: EvaluateConfig) -> Evaluation:
     tables = list(painted.iter_batches(batch_format="pyarrow", batch_size=None))
     evaluation = Evaluation(pa.concat_tables(tables).sort_by([("id", "ascending")]))
     if config.out is not None:
-        write(evaluation, config.out)
+        write(evaluation, config.out, of)
     return evaluation
 
 
-def write(evaluation: Evaluation, out: str) -> None:
+def write(evaluation: Evaluation, out: str, of: Mapping[str, Any]) -> None:
     """Keep an evaluation in the folder ``out``; its numbers come last.
+
+    Args:
+        evaluation: what came out.
+        out: where it is kept.
+        of: what was evaluated, and how.
 
     Raises:
         StorageError: it cannot be written.
     """
     store = open_store(out)
+    store.delete(NUMBERS_FILE)  # those of another evaluation, which the new files are not of
+    store.write(OF_FILE, _as_json(of))
     with store.open_output(PAINTED_FILE) as file:
         pq.write_table(evaluation.painted, file)
-    store.write(NUMBERS_FILE, (json.dumps(evaluation.metrics(), indent=2) + "\n").encode())
+    store.write(NUMBERS_FILE, _as_json(evaluation.metrics()))
+
+
+def _what_is_evaluated(config: EvaluateConfig, model: str, shards: Shards) -> dict[str, Any]:
+    how = config.model_dump(include={"ways", "steps", "guidance_scale"}, mode="json")
+    return {"model": fingerprint(model), "data": shards.identity["files"], **how}
+
+
+def _is_written(out: str, of: Mapping[str, Any]) -> bool:
+    store = open_store(out)
+    if not (store.is_file(NUMBERS_FILE) and store.is_file(OF_FILE)):
+        return False
+    return store.read(OF_FILE) == _as_json(of)
+
+
+def _as_json(values: Mapping[str, Any]) -> bytes:
+    return f"{json.dumps(values, indent=2)}\n".encode()
 
 
 def read_written(out: str) -> Evaluation:
@@ -222,10 +256,15 @@ def main(
     ] = None,
     overrides: Overrides = None,
     config: ConfigFile = None,
+    overwrite: Overwrite = False,
 ) -> None:
-    """Paint held-out tabletop edits and count those that come out exactly."""
+    """Paint held-out tabletop edits and count those that come out exactly.
+
+    What lies in the output folder already, of the same model and edits, is not painted again.
+    """
     given = settings(model=model, data=data, out=out)
-    evaluation = run(load_config(EvaluateConfig, config, [*given, *(overrides or [])]))
+    chosen = load_config(EvaluateConfig, config, [*given, *(overrides or [])])
+    evaluation = run(chosen, overwrite=overwrite)
     Console().print(table(evaluation))
 
 

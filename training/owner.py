@@ -17,20 +17,18 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
-from pathlib import Path
 
 from pydantic import AwareDatetime, PositiveFloat
 
 from dim.config import StrictModel
 from dim.errors import ConfigError, DimError, StorageError
-from infra import storage
+from infra import processes, storage
 from infra.storage import Store, Version
 
 OWNER_FILE = "owner.json"
 BEATS = 6  # signs of life within the time after which a silent owner counts as dead
 _POLL_S = 1.0
 _SETTLE_S = 2.0
-_UNSEEN = "unseen"
 _JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # what Ray's job server tells a job of itself
 
 Say = Callable[[str], None]
@@ -50,8 +48,7 @@ class Owner(StrictModel):
     Attributes:
         token: of this one run of the driver.
         host, pid: where its process is.
-        process: what tells the process from every other, also of other machines; empty where the
-            system does not say.
+        process: what tells the process from every other (``infra.processes``).
         job: of Ray's job server, if it started the driver.
         since, seen: when it took the output, and when it gave its last sign of life.
         beat: counts these signs.
@@ -229,7 +226,7 @@ def _this_driver(timeout_s: float) -> Owner:
         token=uuid.uuid4().hex,
         host=socket.gethostname(),
         pid=os.getpid(),
-        process=_process(os.getpid()),
+        process=processes.identity(os.getpid()),
         job=_job(),
         since=_now(),
         seen=_now(),
@@ -239,55 +236,16 @@ def _this_driver(timeout_s: float) -> Owner:
 
 
 def _is_dead(holder: Owner, silent_s: float) -> bool:
-    if silent_s >= holder.timeout_s:
-        return True
-    return _is_of_this_machine(holder) and _process(holder.pid) not in (holder.process, _UNSEEN)
+    return silent_s >= holder.timeout_s or processes.has_ended(holder.process, holder.pid)
 
 
 def _lives_here(holder: Owner) -> bool:
     """Whether its process is on this machine and has given a sign in time, by the same clock."""
     silent = datetime.now(UTC) - holder.seen
     return (
-        _is_of_this_machine(holder)
-        and _process(holder.pid) == holder.process
+        processes.is_running(holder.process, holder.pid)
         and silent.total_seconds() < holder.timeout_s
     )
-
-
-def _is_of_this_machine(holder: Owner) -> bool:
-    here = _machine()
-    return here != "" and holder.process.startswith(f"{here} ")
-
-
-def _machine() -> str:
-    """This boot of this machine and what its process numbers belong to; empty if not known."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return ""
-
-
-def _process(pid: int) -> str:
-    """What no other process is called, nor a later one of the same number; empty if there is none.
-
-    A process that has ended and was not yet waited for is none. ``_UNSEEN``: there is one, of
-    another user, of whom this one may see no more.
-    """
-    try:
-        # pid (name) state parent …; the 22nd is the start, and a name may hold anything
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return _UNSEEN if _exists(pid) else ""
-    return "" if fields[0] in "ZX" else f"{_machine()} {pid} {fields[19]}"
-
-
-def _exists(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except OSError as error:
-        return not isinstance(error, ProcessLookupError)  # it may be another user's
-    return True
 
 
 def _job() -> str:

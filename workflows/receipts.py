@@ -15,7 +15,7 @@ from pydantic import Field, ValidationError
 from dim.config import StrictModel
 from dim.errors import StorageError
 from dim.redaction import redacted
-from infra import storage
+from infra import processes, storage
 from pipelines.outputs.manifest import differences
 from workflows.workflow import Step, Workflow
 
@@ -26,18 +26,21 @@ _DEAD_AFTER_S = 6 * BEAT_S
 
 
 class Maker(StrictModel):
-    """The ``dim run`` that makes a step; ``beat``: its last sign of life, seconds since 1970."""
+    """The ``dim run`` that makes a step.
+
+    ``process`` tells it from every other one; ``beat``: its last sign of life, seconds since 1970.
+    """
 
     pid: int
     host: str
+    process: str = ""
     beat: float
 
     @property
     def alive(self) -> bool:
         """Whether it may still be at work."""
-        if self.host == socket.gethostname() and not _is_there(self.pid):
-            return False
-        return time.time() - self.beat < _DEAD_AFTER_S
+        ended = processes.has_ended(self.process, self.pid)
+        return not ended and time.time() - self.beat < _DEAD_AFTER_S
 
 
 class Receipt(StrictModel):
@@ -138,14 +141,7 @@ class Receipts:
 
 def maker() -> Maker:
     """This process, now."""
-    return Maker(pid=os.getpid(), host=socket.gethostname(), beat=time.time())
-
-
-def _is_there(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True  # of another user
-    return True
+    pid = os.getpid()
+    return Maker(
+        pid=pid, host=socket.gethostname(), process=processes.identity(pid), beat=time.time()
+    )

@@ -17,6 +17,7 @@ import pytest
 
 from dim import cli
 from dim.errors import DimError, InputError
+from infra import submit as submit_module
 from infra.ports import free_port
 from infra.submit import connect, entrypoint_of, follow, submit
 
@@ -152,7 +153,56 @@ def test_ctrl_c_leaves_the_job(capsys: pytest.CaptureFixture[str]) -> None:
 
     assert cli.execute(cli.command_of(command), [], prog_name="dim submit") == 130
     assert not job.stopped
-    assert "raysubmit_1 goes on; `ray job stop raysubmit_1` ends it" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "raysubmit_1 goes on; `dim submit --attach raysubmit_1` follows it again" in told
+
+
+def test_a_lost_connection_is_made_again_and_no_line_comes_twice(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class LosesTheAgent(JobThatEnds):
+        connections = 0
+
+        async def tail_job_logs(self, job: str) -> AsyncIterator[str]:
+            self.connections += 1
+            yield "one\ntwo\n"
+            if self.connections == 1:
+                return  # as Ray's head ends it when the driver's node is gone
+            yield "three\n"
+            if self.connections == 2:
+                raise RuntimeError("WebSocket connection closed unexpectedly")
+            self.info.status = "SUCCEEDED"
+            yield "four\n"
+
+    monkeypatch.setattr(submit_module, "_AGAIN_S", 0)
+    job = LosesTheAgent("RUNNING", None)
+    follow(job, "raysubmit_1")
+    assert capsys.readouterr().out == "one\ntwo\nthree\nfour\n"
+    assert job.connections == 3
+
+
+def test_a_job_that_nobody_knows_is_one_sentence() -> None:
+    class Forgotten(JobThatEnds):
+        def get_job_info(self, job: str) -> SimpleNamespace:
+            raise RuntimeError("Request failed with status code 404: Job does not exist.")
+
+    with pytest.raises(DimError, match="the cluster knows no job raysubmit_1"):
+        follow(Forgotten("RUNNING", None), "raysubmit_1")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        ([], "either a command to submit, or --attach"),
+        (["--attach", "raysubmit_1", "--", "train", "a.yaml"], "either a command to submit, or"),
+        (["--attach", "raysubmit_1", "--no-wait"], "leave one of them out"),
+    ],
+)
+def test_what_to_follow_is_said_once(
+    arguments: list[str], wanted: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.execute(cli.command_of(submit_module.main), arguments, prog_name="dim submit") == 1
+    assert wanted in capsys.readouterr().err
 
 
 TOKEN = "0123456789abcdef" * 4

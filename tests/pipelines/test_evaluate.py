@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,14 @@ from PIL import Image
 
 from dim import tabletop
 from dim.images import encode_png
-from pipelines.evaluate import Evaluation, summary
+from dim.records import EDIT
+from infra.storage import open_store
+from pipelines import evaluate
+from pipelines.evaluate import EvaluateConfig, Evaluation, summary
+from pipelines.outputs.shards import Shards
 from pipelines.stages.paint import BLUEPRINT, PAINTED, PaintEdits
+from tests.datasets import edit_rows
+from tests.pipelines.finished import finish
 
 
 def painted(exact: bool, strict: bool, referential: bool = False) -> dict[str, Any]:
@@ -73,3 +80,38 @@ def test_an_edit_is_judged_by_both_of_its_scenes(tiny_model_dir: Path) -> None:
     ):
         judged = judge(row, "instruction", text, encode_png(image))
         assert (judged["exact"], judged["strict"]) == found
+
+
+def test_what_was_evaluated_is_not_painted_again(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class AtWorkError(Exception):
+        """Something would be painted."""
+
+    def paint(*_: object) -> None:
+        raise AtWorkError
+
+    monkeypatch.setattr(evaluate, "connect", paint)
+    model, data, out = tmp_path / "model", str(tmp_path / "data"), str(tmp_path / "out")
+    shutil.copytree(tiny_model_dir, model)
+    rows = edit_rows(2)
+    for row in rows:
+        row["provenance"] = json.dumps({"tabletop": {}})
+    finish(open_store(data), rows)
+    config = EvaluateConfig(model=str(model), data=data, out=out, steps=3)
+    with pytest.raises(AtWorkError):
+        evaluate.run(config)
+    of = evaluate._what_is_evaluated(config, str(model), Shards.open(data, EDIT))
+    evaluate.write(EVALUATION, out, of)
+    assert evaluate.run(config).metrics() == EVALUATION.metrics()
+    other = config.model_copy(update={"steps": 4})
+    (tmp_path / "moved").symlink_to(data)
+    moved = config.model_copy(update={"data": str(tmp_path / "moved"), "workers": 9})
+    assert evaluate.run(moved).metrics() == EVALUATION.metrics()
+    for again in (lambda: evaluate.run(other), lambda: evaluate.run(config, overwrite=True)):
+        with pytest.raises(AtWorkError):
+            again()
+    weights = next(model.rglob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    with pytest.raises(AtWorkError):
+        evaluate.run(config)

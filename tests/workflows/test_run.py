@@ -165,6 +165,7 @@ def test_two_at_once_are_refused(tmp_path: Path) -> None:
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     assert not here.model_copy(update={"pid": ended.pid}).alive
+    assert not here.model_copy(update={"process": f"{here.process}1"}).alive  # its number is ours
     said = shown(status_table(loaded, Receipts(loaded), lambda name: Path("nowhere")))
     assert "runs" in said
     with pytest.raises(ConfigError, match="--from edt: no such step"):

@@ -25,10 +25,10 @@ def _evaluate(config: EvaluateStepConfig, out: str, anew: bool, tell: Tell) -> D
             tracking.run("evaluate", {"model": config.model, "data": config.data}) as run,
             counted_cost(run, config.tracking.prices),
         ):
-            evaluation = evaluate.run(config)
+            evaluation = evaluate.run(config, overwrite=anew)
             run.log_metrics(evaluation.metrics())
     else:
-        evaluation = evaluate.run(config)
+        evaluation = evaluate.run(config, overwrite=anew)
     numbers = evaluation.metrics()
     exact = ", ".join(f"{numbers[f'exact/{way}']:.0%} {evaluate.NAMES[way]}"
                       for way in evaluation.ways)  # fmt: skip
