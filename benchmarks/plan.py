@@ -4,19 +4,19 @@
     python -m benchmarks.plan --write configs/plan-costs.yaml   # measure what `dim plan` knows
 
 The first command takes tabletop pairs in, filters them and has blueprints written, several times:
-fewer and more records, in fewer and more ranges. From these it fits what each job
-costs once, for a range and for a record, predicts runs of ``--predict`` pairs, makes them, and
-leaves with status 1 when anything is more than 20 % off. Compared are CPU seconds of the driver and
-all of its Ray's processes (which other work on the machine hardly changes, as it does the clock),
-bytes and requests at the object store, calls to the designer, and the driver's memory. Objects that
-hold answers are left out, for they are written by the second and not by the record.
+fewer and more records, in fewer and more ranges. From these it fits what each job costs once, for a
+range and for a record, predicts runs of ``--predict`` pairs, makes them, and leaves with status 1
+when anything is more than 20 % off. Compared are CPU seconds of the driver and all of its Ray's
+processes (which other work on the machine hardly changes, as it does the clock), bytes and requests
+at the object store, calls to the designer, and the driver's memory. Objects that hold answers are
+left out, for they are written by the second and not by the record.
 
 The second does the same with pictures of 512 px, pairs and images, for the cost of each, and with
 some thousand tabletop records for what the driver holds of one.
 
 Every run is a process of its own with a Ray of its own; with ``--runs FILE`` a call that was ended
-goes on after the last one. The object store (moto's) and the designer,
-which gives everybody the same good answer, run in this process and are not counted.
+goes on after the last one. The object store (moto's) and the designer, which gives everybody the
+same good answer, run in this process and are not counted.
 """
 
 from __future__ import annotations
@@ -371,7 +371,7 @@ def _watch(pid: int) -> None:
 
 def _chain(spec: dict[str, Any]) -> None:
     """Make the jobs of a chain, one after the other, in this process."""
-    from dim.config import load_config
+    from dim.config import load_config, read_yaml
     from pipelines import edit, filter, ingest, t2i
     from pipelines.cluster import connect
 
@@ -391,8 +391,10 @@ def _chain(spec: dict[str, Any]) -> None:
     mark().close()
     kept = filter.FilterImagesConfig if images else filter.FilterPairsConfig
     told = [f"raw={out}/raw", f"out={out}/filtered", *rows, *loose]
-    filters = None if rules is None else _of_filters(rules)
-    done = filter.run(load_config(kept, filters, told))
+    if rules is not None:  # what the file has for the filter job too
+        values = read_yaml(Path(rules))
+        told += [f"{name}={json.dumps(values[name])}" for name in ("filters", "duplicates")]
+    done = filter.run(load_config(kept, None, told))
     told = [f"raw={out}/filtered", f"out={out}/made", *rows, *loose]
     if images:
         mark().close()
@@ -404,16 +406,6 @@ def _chain(spec: dict[str, Any]) -> None:
     mark().close()
     if done.counts.kept < 0.9 * spec["records"]:
         raise SystemExit(f"most should be kept: {done.counts.in_words()}")
-
-
-def _of_filters(rules: str) -> Path:
-    """The settings of a file that the filter job has too, in a file of their own."""
-    from dim.config import read_yaml
-
-    values = {k: v for k, v in read_yaml(Path(rules)).items() if k in ("filters", "duplicates")}
-    path = Path(tempfile.mkdtemp()) / "filters.yaml"
-    path.write_text(yaml.safe_dump(values))
-    return path
 
 
 def _pictures(folder: Path, kind: str, count: int, servers: Servers) -> str:
