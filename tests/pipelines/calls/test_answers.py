@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import asdict
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from dim.designers.calls.usage import Answer, Unusable, Usage
@@ -16,6 +18,7 @@ from pipelines.calls.answers import (
     read_entries,
     set_unusable_aside,
 )
+from pipelines.ranges import Piece, names_of
 
 COST = Usage(1000, 200, 0.004, 1.5)
 
@@ -130,6 +133,15 @@ def test_a_refused_upload_costs_no_answer(bucket: Store, monkeypatch: pytest.Mon
     monkeypatch.setattr(Store, "write", write)
     answers.close()
     assert Answers(bucket, "a").find("ab") == {"a": "1", "b": "2"}
+
+
+def test_a_range_has_its_name_wherever_it_is_looked_at() -> None:
+    """In the driver, and as a row of a data set; and no other range has it."""
+    ranges = [[Piece("a", 0, 2), Piece("a", 1, 2)], [Piece("a", 0, 2)], [Piece("b", 0, 2, 1, 3)]]
+    rows = [{"number": 1, "pieces": [asdict(piece) for piece in each]} for each in ranges]
+    travelled = pa.Table.from_pylist(rows).to_pylist()
+    assert [kept.name_of(row["pieces"]) for row in travelled] == names_of(ranges)
+    assert len(set(names_of(ranges))) == len(ranges)
 
 
 def test_keys_differ_in_every_part() -> None:
