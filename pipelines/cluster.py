@@ -5,19 +5,29 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Iterator
 from contextlib import suppress
 from functools import cache, cached_property
 from operator import attrgetter
 
 import ray
 from ray.data import DataContext
+from ray.data._internal.execution.execution_callback import ExecutionCallback
+from ray.data._internal.execution.streaming_executor import StreamingExecutor
+
+from infra.capacity import WAIT_S, Demand, Watch
+
+_NODES_WAIT_S = "dim_nodes_wait_s"
 
 
-def connect() -> None:
-    """Make sure that Ray is there.
+def connect(nodes_wait_s: float = WAIT_S) -> None:
+    """Make sure that Ray is there, and that no job waits there for what never comes.
 
     Uses what the process is connected to already; else the cluster that ``RAY_ADDRESS`` names (set
     by ``ray job submit``); else starts a local one, which ends with the process.
+
+    Args:
+        nodes_wait_s: how long a job waits where no node has what its workers want.
     """
     if not ray.is_initialized():
         address = os.environ.get("RAY_ADDRESS", "local")
@@ -34,6 +44,34 @@ def connect() -> None:
     context = DataContext.get_current()
     context.enable_progress_bars = sys.stderr.isatty()
     context.execution_options.preserve_order = True
+    context.set_config(_NODES_WAIT_S, nodes_wait_s)
+    if EndHopelessWait not in context.custom_execution_callback_classes:
+        context.custom_execution_callback_classes.append(EndHopelessWait)
+
+
+class EndHopelessWait(ExecutionCallback):
+    """Ends a job with a sentence where none of an operator's workers can ever start.
+
+    Ray Data makes one for each execution, calls it at each step of its scheduler, and hands what it
+    raises to whoever reads the data set.
+    """
+
+    def __init__(self) -> None:
+        self._watch = Watch(DataContext.get_current().get_config(_NODES_WAIT_S, WAIT_S))
+
+    def on_execution_step(self, executor: StreamingExecutor) -> None:
+        """Look whether what still works can have what it wants."""
+        self._watch.check(_demands(executor))
+
+
+def _demands(executor: StreamingExecutor) -> Iterator[Demand]:
+    for operator in executor._topology or ():
+        if operator.has_completed():
+            continue
+        one = operator.min_scheduling_resources()
+        each = {"CPU": one.cpu, "GPU": one.gpu, "memory": one.memory}
+        if each := {name: amount for name, amount in each.items() if amount}:
+            yield Demand(operator.name, 1, each)
 
 
 @cache

@@ -240,7 +240,8 @@ PROGRAMS: dict[str, Program] = {
     ),
     "evaluate": Program(
         EvaluateStepConfig, "evaluation", _evaluate, _of_evaluation,
-        how=frozenset({"workers", "cpus_per_worker", "gpus_per_worker", "batch_size", "tracking"}),
+        how=frozenset({"workers", "cpus_per_worker", "gpus_per_worker", "batch_size",
+                       "nodes_wait_s", "tracking"}),
     ),
     "register": Program(
         RegisterConfig, "registered", _register, _of_alias, how=frozenset({"tracking"})
