@@ -5,25 +5,37 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Iterator
 from contextlib import suppress
 from functools import cache, cached_property
 from operator import attrgetter
 
 import ray
 from ray.data import DataContext
+from ray.data._internal.execution.execution_callback import ExecutionCallback
+from ray.data._internal.execution.streaming_executor import StreamingExecutor
 from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_random
 
 from dim.errors import DimError
+from infra.capacity import WAIT_S, Demand, Watch
 from infra.logs import ray_logging
 from infra.ray_token import show_token
 
+_NODES_WAIT_S = "dim_nodes_wait_s"
 
-def connect() -> bool:
-    """Make sure that Ray is there; whether it is this call that connected.
+
+def connect(nodes_wait_s: float = WAIT_S) -> bool:
+    """Make sure that Ray is there, and that no job waits there for what never comes.
 
     Uses what the process is connected to already; else the cluster that ``RAY_ADDRESS`` names (set
     by ``ray job submit``); else starts a local one, which ends with the process, or before it by
     ``ray.shutdown`` where this call has started it.
+
+    Args:
+        nodes_wait_s: how long a job waits where no node has what its workers want.
+
+    Returns:
+        Whether it is this call that connected.
 
     Raises:
         DimError: the cluster does not answer.
@@ -33,7 +45,11 @@ def connect() -> bool:
         _init(os.environ.get("RAY_ADDRESS", "local"))
     _pass_by_value()
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    DataContext.get_current().enable_progress_bars = sys.stderr.isatty()
+    context = DataContext.get_current()
+    context.enable_progress_bars = sys.stderr.isatty()
+    context.set_config(_NODES_WAIT_S, nodes_wait_s)
+    if EndHopelessWait not in context.custom_execution_callback_classes:
+        context.custom_execution_callback_classes.append(EndHopelessWait)
     return connects
 
 
@@ -58,6 +74,31 @@ def _init(address: str) -> None:
                 )
     except ConnectionError as error:
         raise DimError(f"Ray at {address} does not answer: {error.__cause__ or error}") from error
+
+
+class EndHopelessWait(ExecutionCallback):
+    """Ends a job with a sentence where none of an operator's workers can ever start.
+
+    Ray Data makes one for each execution, calls it at each step of its scheduler, and hands what it
+    raises to whoever reads the data set.
+    """
+
+    def __init__(self) -> None:
+        self._watch = Watch(DataContext.get_current().get_config(_NODES_WAIT_S, WAIT_S))
+
+    def on_execution_step(self, executor: StreamingExecutor) -> None:
+        """Look whether what still works can have what it wants."""
+        self._watch.check(_demands(executor))
+
+
+def _demands(executor: StreamingExecutor) -> Iterator[Demand]:
+    for operator in executor._topology or ():
+        if operator.has_completed():
+            continue
+        one = operator.min_scheduling_resources()
+        each = {"CPU": one.cpu, "GPU": one.gpu, "memory": one.memory}
+        if each := {name: amount for name, amount in each.items() if amount}:
+            yield Demand(operator.name, 1, each)
 
 
 @cache

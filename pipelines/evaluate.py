@@ -19,6 +19,7 @@ from rich.table import Table
 from dim.config import StrictModel, load_config
 from dim.errors import CheckpointError, InputError
 from dim.records import EDIT
+from infra.capacity import WAIT_S
 from infra.models import fingerprint
 from infra.registry import located
 from infra.storage import everywhere, join, open_store
@@ -56,6 +57,8 @@ class EvaluateConfig(StrictModel):
     """What each is reckoned to need; below 1, so that two cores can also read the shards."""
     gpus_per_worker: float = Field(0.0, ge=0)
     batch_size: int = Field(32, ge=1)
+    nodes_wait_s: float = Field(WAIT_S, gt=0)
+    """Seconds to wait where no node of the cluster has what a worker wants and none will come."""
 
     @field_validator("ways")
     @classmethod
@@ -148,7 +151,7 @@ def run(config: EvaluateConfig, *, overwrite: bool = False) -> Evaluation:
     of = _what_is_evaluated(config, model, shards)
     if config.out is not None and not overwrite and _is_written(config.out, of):
         return read_written(config.out)
-    connect()
+    connect(config.nodes_wait_s)
     painted = read(shards).map_batches(
         PaintEdits,
         fn_constructor_args=(everywhere(model), config.ways, config.steps, config.guidance_scale),

@@ -21,6 +21,7 @@ from dim.config import HowOnly, StrictModel, dump_config, what_decides
 from dim.errors import DimError, InputError
 from dim.failures import find_dim_error
 from dim.redaction import redacted
+from infra.capacity import WAIT_S
 from infra.cost import Prices, counted_cost
 from infra.storage import open_store
 from infra.tracking import Run, Tracking, code_version, default_uri
@@ -73,6 +74,8 @@ class JobConfig(StrictModel):
     range_timeout_s: Annotated[float, HowOnly] = Field(TIMEOUT_S, gt=0)
     """Seconds that a task may take for a range of records. One that takes longer ends, and is begun
     again with care: each record alone, in an eighth of this."""
+    nodes_wait_s: Annotated[float, HowOnly] = Field(WAIT_S, gt=0)
+    """Seconds to wait where no node of the cluster has what a worker wants and none will come."""
     licences: Annotated[dict[str, str], HowOnly] = Field(default_factory=dict)
     """The licence of each source, for the dataset card: ``licences.NAME=cc-by-4.0``."""
     tracking: Annotated[TrackingConfig | None, HowOnly] = None
@@ -184,7 +187,7 @@ class Job:
             observed(self.name, self.store.uri),
             self._tracked() as tracked,
         ):
-            connect()
+            connect(self._config.nodes_wait_s)
             started = time.monotonic()
             work, there = self._what_is_left(before, None if overwrite else done)
             progress = Progress(self.name, self.store.uri, work.output.of, len(there))

@@ -25,20 +25,25 @@ PATIENCE_S = 30
 
 @contextmanager
 def running(
-    folder: Path, *, access_key: str = ACCESS_KEY, secret_key: str = SECRET_KEY, port: int = 0
+    folder: Path,
+    *,
+    access_key: str = ACCESS_KEY,
+    secret_key: str = SECRET_KEY,
+    port: int = 0,
+    host: str = "127.0.0.1",
 ) -> Iterator[str]:
     """Serve ``folder``, whose own folders are the buckets, until the block ends; gives the URL."""
-    port = port or free_port()
+    port = port or free_port(host)
     program = Path(sysconfig.get_path("scripts")) / "rclone"
     with (folder.parent / f"{folder.name}.log").open("ab") as log:
         server = subprocess.Popen(
-            [program, "serve", "s3", folder, "--addr", f"127.0.0.1:{port}",
+            [program, "serve", "s3", folder, "--addr", f"{host}:{port}",
              "--auth-key", f"{access_key},{secret_key}", "--config", "/dev/null"],
             stdout=log, stderr=log,
         )  # fmt: skip
     try:
-        _wait_for(server, f"http://127.0.0.1:{port}")
-        yield f"http://127.0.0.1:{port}"
+        _wait_for(server, f"http://{host}:{port}")
+        yield f"http://{host}:{port}"
     finally:
         server.kill()
         server.wait()

@@ -21,6 +21,7 @@ from dim.learning.config import StageInputs
 from dim.learning.optimizer import OptimizerName
 from dim.model.lora.settings import LoraSettings
 from dim.records import TextName
+from infra.capacity import WAIT_S
 from infra.cost import Prices
 
 # What may change between an interrupted run and its continuation: nothing that moves a weight.
@@ -51,6 +52,7 @@ OPERATIONAL_KEYS = frozenset(
         "owner_wait_s",
         "owner_timeout_s",
         "export_understanding",
+        "nodes_wait_s",
         "collective_timeout_s",
         "price_per_hour",
         "validation",
@@ -198,6 +200,7 @@ class StageConfig(StageInputs):
     max_failures: int = Field(default=3, ge=-1)  # worker deaths survived; -1 = any number
     owner_wait_s: NonNegativeInt = 0  # for another driver of the same out, if it lives, to end
     owner_timeout_s: PositiveFloat = 60.0  # without a sign of life, this driver counts as dead
+    nodes_wait_s: PositiveFloat = WAIT_S  # where no node has what a worker wants, nor will come
     collective_timeout_s: PositiveInt = 1800  # that workers wait for one another
     price_per_hour: float | None = Field(default=None, ge=0)  # dollars a worker, for the metrics
     validation: ValidationConfig | None = None

@@ -29,6 +29,7 @@ from dim.errors import DimError, InputError
 from dim.failures import explain, find_dim_error
 from dim.gpus import GPUS
 from infra import storage, tracing
+from infra.capacity import Demand
 from infra.cost import counted_cost
 from infra.logs import ray_logging
 from infra.ray_token import show_token
@@ -55,6 +56,7 @@ from training.record import (
 from training.registry import register
 from training.shapes import RowShapes, find_shapes
 from training.stage import StageConfig
+from training.waiting import EndHopelessWait
 
 
 @dataclass(frozen=True)
@@ -188,20 +190,26 @@ def make_trainer(plan: Plan) -> TorchTrainer:
             num_workers=config.workers,  # type: ignore[arg-type]
             elastic_resize_monitor_interval_s=config.resize_interval_s,
             use_gpu=config.use_gpu,
-            resources_per_worker={
-                "CPU": config.cpus_per_worker,
-                **({"GPU": 1} if config.use_gpu else {}),
-            },
+            resources_per_worker=dict(_demand(config).each),
         ),
         run_config=RunConfig(  # type: ignore[call-arg]
             name=CHECKPOINTS_FOLDER,
             storage_path=store.root,
             storage_filesystem=store.filesystem,
             failure_config=FailureConfig(max_failures=config.max_failures),
-            callbacks=[CatchSigterm()],  # type: ignore[list-item]
+            callbacks=[
+                CatchSigterm(),  # type: ignore[list-item]
+                EndHopelessWait(_demand(config), config.nodes_wait_s),  # type: ignore[list-item]
+            ],
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
+
+
+def _demand(config: StageConfig) -> Demand:
+    gpu = {"GPU": 1} if config.use_gpu else {}
+    fewest, most = config.worker_range
+    return Demand(f"stage {config.stage}", fewest, {"CPU": config.cpus_per_worker, **gpu}, most)
 
 
 def main(

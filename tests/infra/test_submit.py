@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -303,12 +304,20 @@ def test_a_job_is_submitted_and_followed_where_a_token_is_asked_for(
 ) -> None:
     address, home = guarded_head
     (nowhere / "work").mkdir()
-    done = subprocess.run(
-        [sys.executable, "-m", "infra.submit", "--address", address, "--working-dir",
-         nowhere / "work", "--", "edit", "missing.png", "remove the cup", "--model", "nowhere"],
-        env={**os.environ, "HOME": str(home)}, capture_output=True, text=True, timeout=250,
-    )  # fmt: skip
+
+    def dim_submit(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "infra.submit", "--address", address, "--working-dir",
+             str(nowhere / "work"), *arguments],
+            env={**os.environ, "HOME": str(home)}, capture_output=True, text=True, timeout=250,
+        )  # fmt: skip
+
+    done = dim_submit("--", "edit", "missing.png", "remove the cup", "--model", "nowhere")
     assert done.returncode == 1
-    assert "submitted raysubmit_" in done.stderr
+    job = re.search(r"submitted (raysubmit_\w+)", done.stderr)
+    assert job is not None
     assert "error: image not found: missing.png" in done.stdout, done.stderr
     assert TOKEN not in done.stdout + done.stderr
+    again = dim_submit("--attach", job[1])
+    assert (again.returncode, again.stdout) == (1, done.stdout)
+    assert again.stderr.splitlines()[-1] == done.stderr.splitlines()[-1]

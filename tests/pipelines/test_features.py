@@ -22,11 +22,12 @@ from dim import cli, records
 from dim import model as models
 from dim.config import dump_config
 from dim.errors import CheckpointError, ConfigError, InputError
+from infra.capacity import CapacityError
 from infra.samples import open_features
 from infra.storage import open_store
 from pipelines import features
 from pipelines.features import FeaturesConfig
-from pipelines.outputs.manifest import MARKER, Manifest
+from pipelines.outputs.manifest import MARKER, NAME, Manifest
 from pipelines.outputs.verify import verify
 from tests.datasets import edit_rows, t2i_rows
 from tests.pipelines.finished import finish
@@ -103,6 +104,16 @@ def test_the_same_whatever_the_parallelism(
     assert other.files == made[1].files
     shards = open_features([f"{s3}/features"], ["blueprint"], edits=True)
     assert shards.rows == 18
+
+
+def test_what_no_node_has_is_not_waited_for(
+    ray_cluster: None, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    out = str(tmp_path / "out")
+    config = FeaturesConfig(out=out, gpus_per_worker=1, nodes_wait_s=1, workers=2, **settings)
+    with pytest.raises(CapacityError, match=r"wants a worker of {CPU: 0.5, GPU: 1}, and no node"):
+        features.run(config)
+    assert not open_store(out).is_file(NAME)
 
 
 def test_a_finished_output_is_left_as_it_is(

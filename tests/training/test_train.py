@@ -22,6 +22,7 @@ from dim import model
 from dim.config import dump_config, validate_config
 from dim.errors import ConfigError, InputError, StorageError
 from infra import storage
+from infra.capacity import CapacityError
 from infra.models import load_initial, on_this_machine
 from infra.registry import Registry, located
 from infra.tracking import Tracking, TrackingError
@@ -417,6 +418,16 @@ def test_mistakes_are_found_before_a_worker_starts(
         with pytest.raises(kind, match=message) as caught:
             train.run(settings.stage(tmp_path / "out", **changes))
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("workers", [2, (2, 3)])
+def test_workers_that_no_node_takes_are_not_waited_for(
+    ray_cluster: None, settings: Settings, tmp_path: Path, workers: Any
+) -> None:
+    stage = settings.stage(tmp_path / "out", workers=workers, cpus_per_worker=64, nodes_wait_s=1)
+    wanted = "stage edit2 wants 2 workers of {CPU: 64}, and no node has CPU 8 of 64; no autoscaler"
+    with pytest.raises(CapacityError, match=wanted):
+        train.run(stage)
 
 
 def test_a_wrong_key_is_one_clear_line(

@@ -42,6 +42,7 @@ def _of_evaluation(config: EvaluateStepConfig, result: Mapping[str, Any]) -> str
 PROGRAMS = {
     "evaluate": Program(
         EvaluateStepConfig, "evaluation", _evaluate, _of_evaluation,
-        how=frozenset({"workers", "cpus_per_worker", "gpus_per_worker", "batch_size", "tracking"}),
+        how=frozenset({"workers", "cpus_per_worker", "gpus_per_worker", "batch_size",
+                       "nodes_wait_s", "tracking"}),
     )
 }  # fmt: skip
