@@ -166,8 +166,7 @@ def test_slow_uploads_leave_everybody_else_answered(server: Server, http: httpx.
         assert Image.open(io.BytesIO(data)).size == (64, 64)
         answers = [answer_of(sock) for sock in slow]
     assert set(answers) == {"408", "429"}, set(answers)
-    # How many get a place after another depends on how fast they come; most never do.
-    assert PLACES <= answers.count("408") < len(slow) // 2
+    assert answers.count("408") >= PLACES  # and as many more as places were free again by then
 
 
 def let_in(ask: Callable[[], httpx.Response]) -> httpx.Response:

@@ -110,7 +110,43 @@ def test_the_designer_s_log_has_the_id(server: Server, config: ServingConfig) ->
         return [line for line in said() if "unlucky-1" in line]
 
     assert any("has no answer for this image" in line for line in wait_for(ours))
-    assert lines(config)[-1]["designed_ms"] > 0
+
+    def line() -> list[dict[str, Any]]:
+        return [each for each in lines(config) if each["request_id"] == "unlucky-1"]
+
+    assert wait_for(line)[0]["designed_ms"] > 0
+
+
+def complaints() -> list[str]:
+    """What the ingress and the painter have said that went wrong: to Serve's log, and to Ray's."""
+    texts = [file.read_text() for file in serve_logs().glob("replica_dim_[ip]*.log")]
+    for file in serve_logs().parent.glob("worker-*.err"):
+        if re.search(r"ServeReplica:dim:(ingress|painter)", text := file.read_text()):
+            texts.append(text)
+    words = re.compile("Traceback|never retrieved|Request failed")
+    return [line for text in texts for line in text.splitlines() if words.search(line)]
+
+
+def test_clients_that_close_their_stream_leave_a_line_each_and_no_traceback(
+    server: Server, config: ServingConfig
+) -> None:
+    known = complaints()
+    gone = {f"gone-{number}" for number in range(6)}
+    for id in sorted(gone):
+        with httpx.stream(
+            "POST", f"{server.url}/v1/images/generations", timeout=60,
+            json={"prompt": "x", "n": 10, "steps": 100, "stream": True, "partial_images": 3},
+            headers={"x-request-id": id},
+        ) as answer:  # fmt: skip
+            next(answer.iter_lines())
+
+    def left() -> list[dict[str, Any]]:
+        return [line for line in lines(config) if line["request_id"] in gone]
+
+    wait_for(lambda: len(left()) == len(gone))
+    assert {(line["status"], line["complete"]) for line in left()} == {(200, False)}
+    assert edit(server).status_code == 200
+    assert complaints() == known
 
 
 def exported(server: Server) -> dict[str, str]:
