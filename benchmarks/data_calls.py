@@ -53,9 +53,10 @@ async def _serve(latency_s: float, control: Connection) -> None:
     times: list[float] = []
 
     async def answer(request: web.Request) -> web.Response:
-        times.append(time.monotonic())
+        began = time.monotonic()
+        times.append(began)
         await request.read()
-        await asyncio.sleep(latency_s - (time.monotonic() - times[-1]))
+        await asyncio.sleep(latency_s - (time.monotonic() - began))
         return web.Response(body=_ANSWER, content_type="application/json")
 
     application = web.Application(client_max_size=64 << 20)
