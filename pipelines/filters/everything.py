@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -145,7 +145,7 @@ class Everything:
             .groupby("cell", num_partitions=tasks_for(count))
             .map_groups(cells.CellStars(rules.max_cosine, images).alike, batch_format="pyarrow")
         )
-        tables = found.iter_batches(batch_size=None, batch_format="pyarrow")
+        tables: Any = found.iter_batches(batch_size=None, batch_format="pyarrow")
         full = [table for table in tables if table.num_rows]  # others may have no columns
         alike = pa.concat_tables([cells.ALIKE.empty_table(), *full])
         more = {
