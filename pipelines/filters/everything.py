@@ -29,7 +29,7 @@ from pipelines.outcome import KEPT
 from pipelines.ranges import Piece, tasks_for
 
 _SMALL_BYTES = 100_000  # what travels with a worker's other settings
-_BYTES_AT_ONCE = 32 << 20  # that the driver holds of what passes
+_BYTES_AT_ONCE = 1 << 20  # that the driver holds of what passes, in tables that each cost more
 _READERS = 16  # an object store answers each in its own time
 
 
