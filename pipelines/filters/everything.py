@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -29,7 +29,7 @@ from pipelines.outcome import KEPT
 from pipelines.ranges import Piece, tasks_for
 
 _SMALL_BYTES = 100_000  # what travels with a worker's other settings
-_BYTES_AT_ONCE = 32 << 20  # that the driver holds of what passes
+_BYTES_AT_ONCE = 1 << 20  # that the driver holds of what passes, in tables that each cost more
 _READERS = 16  # an object store answers each in its own time
 
 
@@ -145,7 +145,7 @@ class Everything:
             .groupby("cell", num_partitions=tasks_for(count))
             .map_groups(cells.CellStars(rules.max_cosine, images).alike, batch_format="pyarrow")
         )
-        tables = map(pa.table, found.iter_batches(batch_size=None, batch_format="pyarrow"))
+        tables: Any = found.iter_batches(batch_size=None, batch_format="pyarrow")
         full = [table for table in tables if table.num_rows]  # others may have no columns
         alike = pa.concat_tables([cells.ALIKE.empty_table(), *full])
         more = {

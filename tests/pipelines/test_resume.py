@@ -163,8 +163,8 @@ def test_a_finished_range_is_not_read_again(tmp_path: Path) -> None:
     again = Maker(tmp_path)
     again.run()
     assert again.did == [3]
-    (problem,) = verify(str(tmp_path)).problems
-    assert problem == f"data/{victim.name}: the checksum is not the manifest's"
+    changed = f"data/{victim.name}: the checksum is not the manifest's"
+    assert changed in verify(str(tmp_path)).problems
 
 
 def test_an_output_is_replaced_when_the_new_one_is_whole(tmp_path: Path) -> None:
