@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from serving import operation
+from serving import operation, scrape
 from tests.serving.fakes import Server
 
 pytest.importorskip(
@@ -28,10 +28,11 @@ EXAMPLES = 40
 
 @pytest.fixture(autouse=True, scope="module")
 def running() -> Iterator[None]:
-    """Serve is not there to tell of replicas."""
+    """Serve is not there to tell of replicas, and no Ray of other tests of what it counts."""
     with pytest.MonkeyPatch.context() as patch:
         parts = {"ingress": 1, "designer": 1, "painter": 1}
         patch.setattr(operation, "running_replicas", lambda: parts)
+        patch.setattr(scrape, "agents", list)
         yield
 
 

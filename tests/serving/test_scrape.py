@@ -34,8 +34,14 @@ def nodes(yes: int, no: int) -> str:
     return f'dim_metrics_nodes{{answered="yes"}} {yes}\ndim_metrics_nodes{{answered="no"}} {no}\n'
 
 
+@pytest.fixture(autouse=True)
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There are no agents, not those of a Ray that other tests have started either."""
+    monkeypatch.setattr(scrape, "agents", list)
+
+
 @pytest.fixture
-def agents(monkeypatch: pytest.MonkeyPatch) -> Iterator[ImageServer]:
+def agents(alone: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[ImageServer]:
     """Two agents that answer, one that fails and one that is not there."""
     with image_server.serving() as server:
         places = [f"{server.url}/{number}" for number in range(3)]
