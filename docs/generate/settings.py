@@ -87,6 +87,7 @@ COMMON = {
     "max_steps": "Sampler steps that a request may ask for.",
     "max_words": "At most.",
     "min_words": "At least.",
+    "model": "Folder of a DIM.",
     "name": "By which it is called.",
     "nsfw_label": "The label of that classifier whose probability counts.",
     "num_cpus": "Reserved with Ray for each replica.",

@@ -11,9 +11,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
 
-NEEDS = {"gpu", "cloud", "minutes"}
+NEEDS = {"gpu", "cloud", "minutes", "ray"}
 """What a block of commands may be marked with, in a comment on the line above it:
-``<!-- needs: cloud -->``. ``minutes`` is also what goes on until it is stopped."""
+``<!-- needs: cloud -->``. ``minutes`` is also what goes on until it is stopped, ``ray`` what starts
+a Ray of its own, or goes on from what such a command has made."""
 
 _FENCE = re.compile(
     r"^(?:<!-- needs: (?P<needs>.+?) -->\n)?^```(?P<info>[^\n]*)\n(?P<body>.*?)^```\s*$",

@@ -25,9 +25,6 @@ def to_run(page: Path) -> list[Block]:
     return [block for block in found if block.file or (block.is_shell and not block.needs)]
 
 
-ON_RAY = {"ingest", "filter", "edit", "t2i", "features", "train", "evaluate", "run", "demo"}
-
-
 def sit_down(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Be where a reader sits, with a photograph and its edited version."""
     monkeypatch.chdir(folder)
@@ -47,16 +44,6 @@ def follow(page: Path, capsys: pytest.CaptureFixture[str], but: tuple[str, ...] 
         for command in block.commands():
             if command.words != but:
                 execute(command, capsys)
-
-
-def starts_ray(page: Path) -> bool:
-    """Whether a command of a page runs on Ray."""
-    return any(
-        command.words[0] == "dim" and ON_RAY & set(command.words) and "--plan" not in command.words
-        for block in to_run(page)
-        if block.is_shell
-        for command in block.commands()
-    )
 
 
 def execute(command: Command, capsys: pytest.CaptureFixture[str]) -> None:

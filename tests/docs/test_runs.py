@@ -1,4 +1,4 @@
-"""Commands of README and docs that need neither Ray nor anything else do what pages say."""
+"""The commands of README and docs that are not marked as needing something do what pages say."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import pytest
 
 from dim.blueprint import Blueprint, plan_prompt
 from tests.docs.fences import PAGES, ROOT, blocks
-from tests.docs.running import execute, follow, sit_down, starts_ray, to_run
+from tests.docs.running import execute, follow, sit_down, to_run
 
-PAGES_HERE = [page for page in PAGES if to_run(page) and not starts_ray(page)]
+PAGES_HERE = [page for page in PAGES if to_run(page)]
 
 
 @pytest.fixture
