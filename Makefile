@@ -1,6 +1,6 @@
 # Two commands on a fresh machine: `make demo` and `make test`. Each makes .venv when it is not current.
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check format clean
+.PHONY: help venv demo test check docs format clean
 
 PY := .venv/bin/python
 
@@ -22,7 +22,6 @@ check: venv  ## lint, format, types and layout only
 	$(PY) -m mypy
 	.venv/bin/lint-imports --no-cache
 
-.PHONY: docs
 docs: venv  ## the pages as a site in site/; a broken link or reference is an error
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
 

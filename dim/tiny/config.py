@@ -89,4 +89,4 @@ class TinyBuildConfig(StrictModel):
     understanding: UnderstandingPartConfig
     binding: UnderstandingPartConfig  # the understanding model, trained further
     painter: PainterPartConfig
-    evaluate: PositiveInt = 200
+    evaluate: PositiveInt = 200  # held-out scenes that each part is measured on

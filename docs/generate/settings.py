@@ -60,7 +60,6 @@ COMMON = {
     "cpus_per_replica": "Reserved with Ray for each replica of designer and painter.",
     "cpus_per_worker": "Reserved with Ray for each worker.",
     "designer_replicas": "Replicas of the designer that is a model of ours.",
-    "evaluate": "Held-out scenes that each part is measured on.",
     "experiment": "MLflow's name for runs that belong together.",
     "gpus_per_replica": "Reserved with Ray for each replica, or a part of one.",
     "gpus_per_worker": "Reserved with Ray for each worker; may be a part of one.",
