@@ -26,44 +26,30 @@ PACKAGES = ("dim", "pipelines", "training", "serving", "workflows", "infra")
 
 # What programs write down and read again; nobody sets it.
 NOT_SETTINGS = frozenset(
-    {
-        "dim.features.format:Preparation",
-        "dim.model.checkpoint.folder:Provenance",
-        "pipelines.outputs.manifest:Counts",
-        "pipelines.outputs.manifest:FileEntry",
-        "pipelines.outputs.manifest:Manifest",
-        "pipelines.outputs.receipts:Receipt",
-        "pipelines.stages.encode:EncodeOptions",
-        "training.checkpoint_files:FileFacts",
-        "training.checkpoint_files:Manifest",
-        "training.owner:Owner",
-        "training.plan:Plan",
-        "training.shapes:Shapes",
-        "workflows.receipts:Maker",
-        "workflows.receipts:Receipt",
-    }
-)
+    {"Counts", "EncodeOptions", "FileEntry", "FileFacts", "Maker", "Manifest", "Owner", "Plan",
+     "Preparation", "Provenance", "Receipt", "Shapes"}
+)  # fmt: skip
 
 PROGRAMS = {
-    "pipelines.ingest:IngestConfig": "`dim data ingest`",
-    "pipelines.filter:FilterPairsConfig": "`dim data filter`, of pairs",
-    "pipelines.filter:FilterImagesConfig": "`dim data filter`, of images",
-    "pipelines.edit:EditConfig": "`dim data edit`",
-    "pipelines.t2i:T2IConfig": "`dim data t2i`",
-    "pipelines.features:FeaturesConfig": "`dim data features`",
-    "pipelines.outputs.export:ExportConfig": "`dim data export`",
-    "pipelines.outputs.card:CardConfig": "`dim data card`",
-    "training.stage:StageConfig": "`dim train`",
-    "pipelines.evaluate:EvaluateConfig": "`dim evaluate`",
-    "serving.config:ServingConfig": "`dim serve`",
-    "workflows.workflow:WorkflowConfig": "`dim run`",
-    "workflows.workflow:StepConfig": "a step of `dim run`",
-    "workflows.programs:RegisterConfig": "a step that is `run: register`",
-    "workflows.server:ServeStepConfig": "a step that is `run: serve`",
-    "workflows.ablation:AblationConfig": "`dim experiment ablation`",
-    "workflows.rounds:RoundsConfig": "`dim experiment rounds`",
-    "dim.model.config:ModelConfig": "a model file",
-    "dim.tiny.config:TinyBuildConfig": "`dim tiny build`",
+    "IngestConfig": "`dim data ingest`",
+    "FilterPairsConfig": "`dim data filter`, of pairs",
+    "FilterImagesConfig": "`dim data filter`, of images",
+    "EditConfig": "`dim data edit`",
+    "T2IConfig": "`dim data t2i`",
+    "FeaturesConfig": "`dim data features`",
+    "ExportConfig": "`dim data export`",
+    "CardConfig": "`dim data card`",
+    "StageConfig": "`dim train`",
+    "EvaluateConfig": "`dim evaluate`",
+    "ServingConfig": "`dim serve`",
+    "WorkflowConfig": "`dim run`",
+    "StepConfig": "a step of `dim run`",
+    "RegisterConfig": "a step that is `run: register`",
+    "ServeStepConfig": "a step that is `run: serve`",
+    "AblationConfig": "`dim experiment ablation`",
+    "RoundsConfig": "`dim experiment rounds`",
+    "ModelConfig": "a model file",
+    "TinyBuildConfig": "`dim tiny build`",
 }
 
 # What some names mean wherever a declaration says no more.
@@ -100,6 +86,7 @@ COMMON = {
     "max_steps": "Sampler steps that a request may ask for.",
     "max_words": "At most.",
     "min_words": "At least.",
+    "model": "Folder of a DIM.",
     "name": "By which it is called.",
     "nsfw_label": "The label of that classifier whose probability counts.",
     "num_cpus": "Reserved with Ray for each replica.",
@@ -128,9 +115,9 @@ _CLAUSE = re.compile(r"(?:^|[.;]\s+)((?:``\w+``(?:, | and )?)+)(?::| is| are)\s"
 
 def page() -> str:
     """The page, in Markdown: the programs' configurations first, then the sections of these."""
-    models = [model for model in all_models() if address(model) not in NOT_SETTINGS]
+    models = [model for model in all_models() if is_settings(model)]
     place = list(PROGRAMS)
-    models.sort(key=lambda m: place.index(address(m)) if address(m) in place else len(place))
+    models.sort(key=lambda m: place.index(m.__name__) if m.__name__ in place else len(place))
     return "\n".join([_INTRO, *(_section(model) for model in models)])
 
 
@@ -149,6 +136,11 @@ def all_models() -> Iterator[type[StrictModel]]:
         waiting.extend(new)
     ours = (model for model in seen if model.__module__.partition(".")[0] in PACKAGES)
     yield from sorted(ours, key=address)
+
+
+def is_settings(model: type[StrictModel]) -> bool:
+    """Whether somebody sets it."""
+    return model.__name__ not in NOT_SETTINGS
 
 
 def address(model: type[StrictModel]) -> str:
@@ -222,7 +214,7 @@ def _one_line(text: str) -> str:
 
 
 def _section(model: type[StrictModel]) -> str:
-    program = PROGRAMS.get(address(model))
+    program = PROGRAMS.get(model.__name__)
     heading = f"{program}: {model.__name__}" if program else model.__name__
     about = _markdown(_one_line(inspect.cleandoc(model.__doc__ or "")))
     rows = [

@@ -11,9 +11,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
 
-NEEDS = {"gpu", "cloud", "minutes"}
+NEEDS = {"gpu", "cloud", "minutes", "ray"}
 """What a block of commands may be marked with, in a comment on the line above it:
-``<!-- needs: cloud -->``. ``minutes`` is also what goes on until it is stopped."""
+``<!-- needs: cloud -->``. ``minutes`` is also what goes on until it is stopped, ``ray`` what starts
+a Ray of its own, or goes on from what such a command has made."""
 
 _FENCE = re.compile(
     r"^(?:<!-- needs: (?P<needs>.+?) -->\n)?^```(?P<info>[^\n]*)\n(?P<body>.*?)^```\s*$",
@@ -72,7 +73,8 @@ class Block:
     @property
     def where(self) -> str:
         """For messages."""
-        return f"{self.page.relative_to(ROOT)}:{self.line}"
+        page = self.page.relative_to(ROOT) if self.page.is_relative_to(ROOT) else self.page.name
+        return f"{page}:{self.line}"
 
 
 def blocks(page: Path) -> list[Block]:

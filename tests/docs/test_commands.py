@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import typer
 
 from dim.cli import COMMANDS, command_of, load
 from dim.config import StrictModel, shipped
-from docs.generate.settings import PROGRAMS
+from docs.generate.settings import PROGRAMS, all_models
 from tests.docs.fences import NEEDS, PAGES, ROOT, Command, blocks, inline
 
 PLACEHOLDERS = {"key", "key.sub"}
@@ -21,12 +22,13 @@ TOOLS = {"build"}
 IDS = [str(page.relative_to(ROOT)) for page in PAGES]
 
 
+@cache
 def models() -> dict[str, list[type[StrictModel]]]:
     """The settings that a command takes as key=value, by the command's name."""
     known: dict[str, list[type[StrictModel]]] = {}
-    for address, title in PROGRAMS.items():
-        if found := re.match(r"`dim ([a-z0-9 ]+)`", title):
-            known.setdefault(found[1], []).append(load(address))
+    for model in all_models():
+        if found := re.match(r"`dim ([a-z0-9 ]+)`", PROGRAMS.get(model.__name__, "")):
+            known.setdefault(found[1], []).append(model)
     return known
 
 
