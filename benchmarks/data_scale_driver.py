@@ -118,7 +118,7 @@ ROWS = (
     Figure(
         "driver",
         "bytes of the driver a record, from 100,000 to 1,000,000 records",
-        None,
+        613,  # from 20,000 to 100,000
         100,
         "less",
         bytes_a_record,
