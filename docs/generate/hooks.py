@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,11 @@ def _listed(nav: Any) -> Iterator[str]:
         yield nav
     for item in nav.values() if isinstance(nav, dict) else nav if isinstance(nav, list) else ():
         yield from _listed(item)
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Called by mkdocs for each page: what links to a file beside docs/ is a name in the site."""
+    return re.sub(r"\[([^\]]+)\]\((?:\.\./)+(?:configs|infra|benchmarks)/[^)]+\)", r"\1", markdown)
 
 
 def on_files(files: Files, config: Any) -> Files:

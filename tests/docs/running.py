@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from dim import cli
+from dim.config import CONFIGS
 from tests.docs.fences import ROOT, Block, Command, blocks
 
 SECONDS = 60
@@ -29,6 +31,8 @@ def sit_down(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Be where a reader sits, with a photograph and its edited version."""
     monkeypatch.chdir(folder)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    if (plan := CONFIGS / "plan.yaml").is_file():
+        shutil.copy(plan, "mine.yaml")  # which a reader has changed
     photo = Image.radial_gradient("L").resize((640, 512))
     photo = ImageOps.colorize(photo, "navy", "orange").effect_spread(3)
     photo.save("photo.png")

@@ -36,7 +36,9 @@ def test_every_setting_is_there_with_default_and_meaning(settings_page: str) -> 
             assert row is not None, f"{settings.address(model)}.{name} is not on the page"
             if not row[3]:
                 silent.append(f"{settings.address(model)}.{name}")
-    assert len(silent) <= 5, f"say beside them what they mean: {silent}"
+    # Some names say it all; where many are silent, the page is a list of names.
+    settings_in_all = sum(len(model.model_fields) for model in MODELS)
+    assert len(silent) < 0.1 * settings_in_all, f"say beside them what they mean: {silent}"
 
 
 def test_a_setting_is_shown_as_it_is_declared(settings_page: str) -> None:
