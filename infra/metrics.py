@@ -94,7 +94,8 @@ class TrainingMetrics:
     def line(self, stage: str, samples: int, metrics: Mapping[str, float]) -> None:
         """Take a line of the stage's log, and how many samples came since the last one."""
         tags = {"stage": stage}
-        self._samples.inc(samples, tags=tags)
+        if samples:
+            self._samples.inc(samples, tags=tags)
         for key, gauge in self._gauges.items():
             if key in metrics:
                 gauge.set(metrics[key], tags=tags)

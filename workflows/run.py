@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -230,6 +230,7 @@ class _Run:
         import ray
 
         self._owns_ray = connect()
+        _stop_on_sigterm()  # again, because Ray sets its own handler
         logging.getLogger("ray").setLevel(logging.ERROR)
         return os.environ.get("RAY_ADDRESS") or str(ray.get_runtime_context().gcs_address)
 
@@ -269,14 +270,19 @@ def _open_again(workflow: Workflow, receipts: Receipts, name: str) -> None:
 @contextmanager
 def _stopping_on_sigterm() -> Iterator[None]:
     """SIGTERM inside ends the steps in good order, as Ctrl-C does."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    before = _stop_on_sigterm()
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _stop_on_sigterm() -> Any:
+    """Returns what was done before; in a thread, nothing."""
+    if threading.current_thread() is not threading.main_thread():
+        return None
+    return signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 WorkflowFile = Annotated[Path, typer.Argument(metavar="WORKFLOW.yaml", help="A file of steps.")]

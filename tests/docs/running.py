@@ -19,12 +19,17 @@ from tests.docs.fences import ROOT, Block, Command, blocks
 SECONDS = 60
 
 
-def to_run(page: Path) -> list[Block]:
-    """The blocks of a page that are executed, and the files that it has its reader write."""
+HERE: frozenset[str] = frozenset()
+ON_RAY = frozenset({"ray"})
+
+
+def to_run(page: Path, there: frozenset[str] = HERE) -> list[Block]:
+    """The blocks of a page that are executed where ``there`` is, and the files that it has its
+    reader write."""
     found = blocks(page)
-    if not any(block.is_shell and not block.needs for block in found):
+    if not any(block.is_shell and block.needs == there for block in found):
         return []
-    return [block for block in found if block.file or (block.is_shell and not block.needs)]
+    return [block for block in found if block.file or (block.is_shell and block.needs <= there)]
 
 
 def sit_down(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,9 +44,14 @@ def sit_down(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ImageOps.grayscale(photo).save("photo-2.png")
 
 
-def follow(page: Path, capsys: pytest.CaptureFixture[str], but: tuple[str, ...] = ()) -> None:
+def follow(
+    page: Path,
+    capsys: pytest.CaptureFixture[str],
+    there: frozenset[str] = HERE,
+    but: tuple[str, ...] = (),
+) -> None:
     """Write the files that a page has its reader write, and execute its commands, in its order."""
-    for block in to_run(page):
+    for block in to_run(page, there):
         if block.file:
             Path(block.file).write_text(block.body)
             continue

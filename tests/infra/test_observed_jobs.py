@@ -91,7 +91,7 @@ def test_metrics_are_documented_exported_and_shown(ray_cluster: None, tmp_path: 
     before = value_of(exported(), "ray_dim_data_records_total", job="edit", outcome="kept")
     manifest = make(tmp_path, 8)
     metrics.of_calls().answered("answered", (1500, 300), 0.01, 2.0)
-    metrics.of_training().line("edit2", 64, dict.fromkeys(metrics._TRAINING, 0.5))
+    metrics.of_training().line("tried", 64, dict.fromkeys(metrics._TRAINING, 0.5))
 
     def there() -> dict[str, str]:
         found = dict(re.findall(r"^# TYPE (\w+) (\w+)$", exported(), re.MULTILINE))
@@ -106,7 +106,7 @@ def test_metrics_are_documented_exported_and_shown(ray_cluster: None, tmp_path: 
         )
     )
     assert value_of(exported(), "ray_dim_data_ranges_left", job="edit") == 0
-    assert value_of(exported(), "ray_dim_train_loss", stage="edit2") == 0.5
+    assert value_of(exported(), "ray_dim_train_loss", stage="tried") == 0.5
 
 
 def test_a_stage_s_lines_are_counted_by_the_first_worker_alone(

@@ -67,7 +67,7 @@ def test_a_setting_that_was_not_there_yet_has_its_default() -> None:
 def test_every_job_says_of_its_settings_which_only_say_how(
     kind: type[JobConfig], how: set[str]
 ) -> None:
-    how = how | {"out", "tracking", "licences", "range_timeout_s"}
+    how = how | {"out", "tracking", "licences", "nodes_wait_s", "range_timeout_s"}
     decisive = what_decides(kind, {name: None for name in kind.model_fields})
     assert kind.model_fields.keys() - decisive.keys() == how
 
