@@ -75,6 +75,7 @@ def test_only_what_the_bars_need_is_measured() -> None:
     assert train._ways(["workers", "step"]) == [PLAIN, ONE, TWO, APART]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_the_plain_loop_takes_the_steps_of_the_trainer(
     tmp_path: Path, tiny_model_dir: Path

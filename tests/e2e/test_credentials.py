@@ -79,6 +79,7 @@ def files_with_the_secret(*folders: Path) -> list[str]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)  # a dozen commands, of which four start a Ray
 def test_a_password_is_found_in_nothing_that_a_job_leaves(
     mlflow_server: tuple[str, Path], chat_server: ChatServer, ray_folder: Path, tmp_path: Path

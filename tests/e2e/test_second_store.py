@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import boto3
+import pytest
 
 from dim import model
 from dim.config import validate_config
@@ -61,6 +62,7 @@ def chain(bucket: str, tiny: str, scratch: str) -> None:
     ingest.run(drawn, overwrite=True)
 
 
+@pytest.mark.slow
 def test_from_pairs_to_a_trained_model_and_an_export(
     rclone_s3: str, rclone_endpoint: str, tiny_model_dir: Path, tmp_path: Path
 ) -> None:

@@ -232,6 +232,7 @@ def busy_store(s3: str, s3_endpoint: str) -> Iterator[tuple[str, FaultProxy]]:
         yield f"{s3}/{{}}?endpoint_override={proxy.url}", proxy
 
 
+@pytest.mark.slow
 def test_a_store_that_is_busy_and_slow_for_a_while(
     tmp_path: Path, drawn: Manifest, busy_store: tuple[str, FaultProxy]
 ) -> None:

@@ -246,6 +246,7 @@ def test_an_export_that_was_cut_off_leaves_nothing_behind(
     }
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_cluster")
 def test_the_example_configuration_on_two_workers(
     base: Path, edit_data: str, tmp_path: Path, tracking_uri: str

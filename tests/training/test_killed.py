@@ -213,6 +213,7 @@ def losses_of(tracking_uri: str, run_id: str) -> dict[int, float]:
     return {metric.step: metric.value for metric in latest}
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_one_worker_when_the_other_one_s_node_is_lost(
     make_stage: MakeStage,
     undisturbed: Undisturbed,
@@ -257,6 +258,7 @@ def test_a_run_goes_on_with_one_worker_when_the_other_one_s_node_is_lost(
         assert apart(weights, expected) > 1e-3
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_two_workers_when_a_node_joins(
     make_stage: MakeStage,
     undisturbed: Undisturbed,
@@ -287,6 +289,7 @@ def test_a_run_goes_on_with_two_workers_when_a_node_joins(
     assert apart(weights_of(growing), expected) < 1e-5
 
 
+@pytest.mark.slow
 def test_the_same_command_goes_on_after_its_driver_was_killed(
     ray_cluster: None, make_stage: MakeStage, undisturbed: Undisturbed, tmp_path: Path
 ) -> None:

@@ -284,6 +284,7 @@ def test_a_finished_stage_is_handed_back_and_not_run_again(
         train.run(settings.stage(out, learning_rate=2e-3))
 
 
+@pytest.mark.slow
 def test_killed_workers_and_another_number_of_them_change_nothing(
     undisturbed: StageResult,
     settings: Settings,

@@ -112,6 +112,7 @@ def test_any_number_of_workers_and_any_micro_batch_have_equal_losses(
         assert [history[4]["epoch"] for _, history in alike] == [1.0] * len(alike)
 
 
+@pytest.mark.slow
 def test_sharded_weights_train_as_whole_ones_do(
     make_stage: MakeStage,
     held_out_data: str,

@@ -59,6 +59,7 @@ def test_the_table_says_how_often_each_arm_is_exact_and_how_sure_that_is(tmp_pat
     assert Image.open(tmp_path / "curves.png").size == (1200, 480)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(500)
 def test_every_arm_is_trained_on_its_own_words_and_goes_on_where_it_stopped(
     tmp_path: Path,

@@ -57,6 +57,7 @@ def servers_of(out: Path) -> list[psutil.Process]:
     return [p for p in found if f"{out}/" in " ".join(p.info["cmdline"] or [])]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(500)
 def test_it_says_where_everything_is(demo: tuple[Path, str]) -> None:
     out, printed = demo
@@ -70,6 +71,7 @@ def test_it_says_where_everything_is(demo: tuple[Path, str]) -> None:
     assert [process.pid for process in servers_of(out)] == [int(stop.group(1))]
 
 
+@pytest.mark.slow
 def test_its_page_is_there_from_the_beginning_and_moves_to_what_was_trained(
     demo: tuple[Path, str],
 ) -> None:
@@ -87,6 +89,7 @@ def served_by(printed: str) -> str:
     return moved[1]
 
 
+@pytest.mark.slow
 def test_it_ends_with_a_page_to_open(demo: tuple[Path, str]) -> None:
     opened = re.fullmatch(r"Or open this page: (http://\S+/)", demo[1].rstrip().splitlines()[-1])
     assert opened is not None
@@ -94,6 +97,7 @@ def test_it_ends_with_a_page_to_open(demo: tuple[Path, str]) -> None:
         assert b"<title>Draw-In-Mind</title>" in page.read()
 
 
+@pytest.mark.slow
 def test_the_report_is_one_page_with_its_pictures_inside(demo: tuple[Path, str]) -> None:
     page = (demo[0] / "report.html").read_text()
     assert page.count("<img") == 3 * 8
@@ -102,6 +106,7 @@ def test_the_report_is_one_page_with_its_pictures_inside(demo: tuple[Path, str])
     assert not re.search(r'(?:src|href)="(?!data:)', page)
 
 
+@pytest.mark.slow
 def test_the_printed_curl_edits_an_image(demo: tuple[Path, str]) -> None:
     out, printed = demo
     command = next(line for line in printed.splitlines() if line.startswith("curl "))
