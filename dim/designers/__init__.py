@@ -43,6 +43,7 @@ __all__ = [
     "create",
     "create_captioner",
     "engine_model",
+    "from_anywhere",
 ]
 
 DESIGNERS = (
@@ -52,6 +53,12 @@ DESIGNERS = (
 CAPTIONERS = ("openai:MODEL@URL", "replay:PATH", "oracle", "vllm:MODEL")
 
 _MODEL_AT_URL = re.compile(r"(?P<model>\S+?)(?:@(?P<url>https?://\S+))?")
+
+
+def from_anywhere(spec: str) -> str:
+    """The same designer for processes that work in another folder: a path from the root on."""
+    kind, _, path = spec.strip().partition(":")
+    return f"replay:{Path(path).absolute()}" if kind == "replay" and path else spec
 
 
 def create(

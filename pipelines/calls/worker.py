@@ -61,7 +61,7 @@ class CalledModel:
         ``ranges`` are the names of all ranges that there are.
         """
         exchange, earlier = share_meter(spec, calls, store), gather_earlier(store, ranges)
-        return cls(spec, create, calls, store, exchange, earlier)
+        return cls(designers.from_anywhere(spec), create, calls, store, exchange, earlier)
 
     def answers(self, name: str) -> Answers:
         """Those that are kept about a range."""

@@ -85,3 +85,12 @@ def test_naming_a_designer_loads_no_model() -> None:
         "assert not heavy, heavy\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_a_file_of_answers_is_the_same_from_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert designers.from_anywhere("replay:mine/a.jsonl") == f"replay:{tmp_path}/mine/a.jsonl"
+    for spec in ("replay:/mine/a.jsonl", "oracle", "openai:m@http://host/v1"):
+        assert designers.from_anywhere(spec) == spec
