@@ -72,7 +72,8 @@ PLAN = "DIM_KILLS_PLAN"
 HEAD = """\
 | job | killed | moment | same files | lost | doubled | paid again | calls cut off | begun again |
 | --- | --- | --- | --- | ---: | ---: | ---: | ---: | ---: |"""
-DOCS = Path(__file__).resolve().parents[1] / "docs/data/reliability.md"
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs/data/reliability.md"
 _PATIENCE_S = 180.0
 _FRESH_S = 1.0  # an answer may wait so long for the object that takes it
 _ANSWER_S = 0.02
@@ -412,7 +413,7 @@ def _inputs(
 
     if "features" in jobs:
         edit.run(settings_of_edit(edits, "oracle"))
-    model = str(Path(__file__).resolve().parents[1] / "configs/tiny.yaml")
+    model = str(ROOT / "configs/tiny.yaml")
     return {
         "ingest": lambda name: ingest.IngestConfig(
             tabletop=RECORDS, size=64, out=f"{folder}/ingest/{name}", **small
@@ -475,7 +476,8 @@ def _connect() -> None:
             log_to_driver=False,
             runtime_env={
                 "worker_process_setup_hook": "benchmarks.kills.arm",
-                "env_vars": {PLAN: os.environ[PLAN]},
+                # The hook lies in the checkout, which workers do not look into by themselves.
+                "env_vars": {PLAN: os.environ[PLAN], "PYTHONPATH": str(ROOT)},
             },
         )
     connect()
