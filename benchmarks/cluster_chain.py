@@ -238,6 +238,21 @@ def print_overhead(head: Head, command: Sequence[str]) -> None:
     )
 
 
+def make_edits(head: Head, records: int) -> None:
+    """Edits of the tabletop in the site's store, in ranges of eight."""
+    store = head.site.store
+    commands = {
+        "ingest": ["data", "ingest", "--tabletop", str(records), "--size", "64", "--out",
+                   f"{store}/raw", "rows_per_file=8"],
+        "edit": ["data", "edit", "--config", "configs/data-tabletop-edit.yaml", "--raw",
+                 f"{store}/raw", "--designer", "oracle", "--out", f"{store}/edits",
+                 "rows_per_file=8"],
+    }  # fmt: skip
+    for name, command in commands.items():
+        job = follow(head, name, command, ROOT)
+        check(job.code == 0, f"{name}: {job.said}{job.log}")
+
+
 def check_failure(head: Head) -> None:
     """A job that fails gives its exit code and its own sentence."""
     job = follow(head, "nonsense", ["doctor", "--nonsense"])

@@ -23,7 +23,7 @@ import psutil
 
 from infra.ports import free_port
 from infra.submit import connect
-from tests.rclone_server import ACCESS_KEY, SECRET_KEY, running
+from tests import rclone_server
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = Path(sys.executable).parent
@@ -119,8 +119,8 @@ def site(folder: Path, *, host: str = "127.0.0.1") -> Iterator[Site]:
     if not token.exists():
         token.write_text(secrets.token_hex(32))
     (folder / "buckets" / BUCKET).mkdir(parents=True, exist_ok=True)
-    with running(folder / "buckets", host=host) as url:
-        environment |= {
+    with rclone_server.running(folder / "buckets", host=host) as url:
+        environment |= rclone_server.environment(url) | {
             "HOME": str(folder),
             "PATH": f"{SCRIPTS}{os.pathsep}{os.environ['PATH']}",
             "PYTHONPATH": str(ROOT),
@@ -128,12 +128,6 @@ def site(folder: Path, *, host: str = "127.0.0.1") -> Iterator[Site]:
             "HF_HUB_OFFLINE": "1",
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-            "AWS_ENDPOINT_URL": url,
-            "AWS_ACCESS_KEY_ID": ACCESS_KEY,
-            "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
-            "AWS_DEFAULT_REGION": "us-east-1",
-            "AWS_REGION": "us-east-1",
-            "AWS_EC2_METADATA_DISABLED": "true",
             "DIM_CACHE": str(folder / "models"),
         }
         with _mlflow(folder, environment, host) as mlflow:

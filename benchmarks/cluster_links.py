@@ -15,8 +15,8 @@ from pathlib import Path
 
 import psutil
 
-from benchmarks.cluster_chain import Store, check, follow
-from benchmarks.cluster_head import ROOT, SCRIPTS, Head, Site, end, head, told, wait_for
+from benchmarks.cluster_chain import Store, check, make_edits
+from benchmarks.cluster_head import SCRIPTS, Head, Site, end, head, told, wait_for
 from infra.ports import free_port
 
 RECORDS = 64
@@ -90,7 +90,7 @@ def run_links(place: Site, names: tuple[str, str]) -> None:
         head(place, "--num-cpus", "2", host=HEAD, prefix=inside[0]) as started,
         _worker(started, WORKER, inside[1]),
     ):
-        _make_data(started)
+        make_edits(started, RECORDS)
         print(_HEADING, flush=True)
         fault = f"link cut for {CUT_S:.0f} s"
         for name in ("features", "training"):
@@ -112,7 +112,7 @@ def run_control(place: Site) -> None:
     try:
         variables = {"RAY_REDIS_ADDRESS": f"127.0.0.1:{port}"}
         with head(place, "--num-cpus", "4", variables=variables, block=False) as started:
-            _make_data(started)
+            make_edits(started, RECORDS)
             print(_HEADING, flush=True)
             for name in ("features", "training"):
                 _both(started, name, "control killed, back after 5 s",
@@ -155,20 +155,6 @@ def _worker(of: Head, host: str, prefix: Sequence[str]) -> Iterator[None]:
         yield
     finally:
         end(process)
-
-
-def _make_data(head: Head) -> None:
-    store = head.site.store
-    commands = {
-        "ingest": ["data", "ingest", "--tabletop", str(RECORDS), "--size", "64", "--out",
-                   f"{store}/raw", "rows_per_file=8"],
-        "edit": ["data", "edit", "--config", "configs/data-tabletop-edit.yaml", "--raw",
-                 f"{store}/raw", "--designer", "oracle", "--out", f"{store}/edits",
-                 "rows_per_file=8"],
-    }  # fmt: skip
-    for name, command in commands.items():
-        job = follow(head, name, command, ROOT)
-        check(job.code == 0, f"{name}: {job.said}{job.log}")
 
 
 def _both(head: Head, name: str, fault: str, cause: Fault) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 
-from benchmarks.cluster_chain import Store, check, follow
+from benchmarks.cluster_chain import Store, check, follow, make_edits
 from benchmarks.cluster_head import ROOT, Head, Site, head, told, wait_for
 from infra.ports import free_port
 
@@ -34,7 +34,7 @@ for as many as only a node with a GPU of the right group offers."""
 def run_scaling(place: Site) -> None:
     """Features and training on nodes from zero and back; demands that can never be met."""
     with scaling_head(place) as started, Nodes(started) as nodes:
-        _make_data(started)
+        make_edits(started, RECORDS)
         print(_HEADING, flush=True)
         for name, group in (("features", ENCODERS), ("training", TRAINERS)):
             whole = [_run(started, nodes, name, group, kill) for kill in (False, True)]
@@ -153,20 +153,6 @@ class Nodes:
                     ids.setdefault(group, []).append(node.node_id.hex())
             self.alive, self.busy, self._ids = alive, busy, ids
             self.most |= alive
-
-
-def _make_data(head: Head) -> None:
-    store = head.site.store
-    commands = {
-        "ingest": ["data", "ingest", "--tabletop", str(RECORDS), "--size", "64", "--out",
-                   f"{store}/raw", "rows_per_file=8"],
-        "edit": ["data", "edit", "--config", "configs/data-tabletop-edit.yaml", "--raw",
-                 f"{store}/raw", "--designer", "oracle", "--out", f"{store}/edits",
-                 "rows_per_file=8"],
-    }  # fmt: skip
-    for name, command in commands.items():
-        job = follow(head, name, command, ROOT)
-        check(job.code == 0, f"{name}: {job.said}{job.log}")
 
 
 def _command(head: Head, name: str, killed: bool) -> tuple[list[str], str]:

@@ -126,7 +126,8 @@ def main() -> int:
         os.environ[PLAN] = str(folder / "plan.json")
         if ON_S3 in options.jobs:
             (folder / "s3" / BUCKET).mkdir(parents=True)
-            _point_at(stack.enter_context(rclone_server.running(folder / "s3")))
+            url = stack.enter_context(rclone_server.running(folder / "s3"))
+            os.environ |= rclone_server.environment(url)
         _connect()
         jobs = _inputs(folder, designer, options.jobs)
         print(HEAD, flush=True)
@@ -439,16 +440,6 @@ def _inputs(
             cpus_per_worker=0.5,
             **small,
         ),
-    }
-
-
-def _point_at(url: str) -> None:
-    """Let this process, and who it starts, find the S3 server."""
-    os.environ |= {
-        "AWS_ENDPOINT_URL": url,
-        "AWS_ACCESS_KEY_ID": rclone_server.ACCESS_KEY,
-        "AWS_SECRET_ACCESS_KEY": rclone_server.SECRET_KEY,
-        "AWS_REGION": "us-east-1",
     }
 
 

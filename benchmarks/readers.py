@@ -39,7 +39,7 @@ from dim.features.format import Preparation, pack_bf16, unpack_bf16
 from dim.learning.batch import SampleOrder, WorkerOrder
 from infra import storage
 from infra.samples import open_features
-from tests.rclone_server import ACCESS_KEY, SECRET_KEY, running
+from tests.rclone_server import ACCESS_KEY, SECRET_KEY, environment, running
 from training.data import hold_groups, make_feed
 from training.stage import StageConfig
 
@@ -263,19 +263,10 @@ READERS: dict[str, Callable[[argparse.Namespace], Iterator[Features]]] = {
 
 def _in_process(name: str, url: str, options: argparse.Namespace) -> float:
     """One round of one reader, without what another has imported, opened or kept."""
-    environment = {
-        **os.environ,
-        "AWS_ENDPOINT_URL": url,
-        "AWS_ACCESS_KEY_ID": ACCESS_KEY,
-        "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
-        "AWS_REGION": "us-east-1",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_EC2_METADATA_DISABLED": "true",
-        "OMP_NUM_THREADS": "1",
-    }
+    variables = {**os.environ, **environment(url), "OMP_NUM_THREADS": "1"}
     told = [f"--{key}={getattr(options, key)}" for key in ("samples", "batch", "window")]
     command = [sys.executable, "-m", "benchmarks.readers", f"--read={name}", *told]
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True, text=True)
+    done = subprocess.run(command, env=variables, stdout=subprocess.PIPE, check=True, text=True)
     return float(json.loads(done.stdout.splitlines()[-1]))
 
 

@@ -49,9 +49,9 @@ def running(
         server.wait()
 
 
-def point_at(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make the S3 clients of this process use a running server."""
-    environment = {
+def environment(url: str) -> dict[str, str]:
+    """What makes S3 clients use the server at ``url``."""
+    return {
         "AWS_ENDPOINT_URL": url,
         "AWS_ACCESS_KEY_ID": ACCESS_KEY,
         "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
@@ -59,7 +59,11 @@ def point_at(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
         "AWS_REGION": "us-east-1",
         "AWS_EC2_METADATA_DISABLED": "true",
     }
-    for name, value in environment.items():
+
+
+def point_at(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the S3 clients of this process use a running server."""
+    for name, value in environment(url).items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("AWS_REQUEST_CHECKSUM_CALCULATION", raising=False)
 

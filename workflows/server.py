@@ -27,6 +27,7 @@ from serving.config import ServingConfig
 
 _STARTS_WITHIN_S = 300.0
 _READY = "server.json"
+_ROOT = Path(__file__).resolve().parents[1]
 _YAML = (".yaml", ".yml")
 
 
@@ -84,7 +85,7 @@ def start(config: ServeStepConfig, out: str) -> dict[str, Any]:
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            cwd=Path(__file__).resolve().parents[1],
+            cwd=_ROOT,
         )
     try:
         _wait_for(ready, process, log)
@@ -108,7 +109,7 @@ def roll_out(config: RolloutConfig) -> dict[str, Any]:
     rollout = subprocess.run(
         [sys.executable, "-m", "serving.rollout", config.model, "--application",
          config.application],
-        env=os.environ | {"RAY_ADDRESS": server["ray"]}, cwd=Path(__file__).resolve().parents[1],
+        env=os.environ | {"RAY_ADDRESS": server["ray"]}, cwd=_ROOT,
         capture_output=True, text=True,
     )  # fmt: skip
     last = (rollout.stderr if rollout.returncode else rollout.stdout).strip().splitlines()[-1:]

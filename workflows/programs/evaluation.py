@@ -26,10 +26,11 @@ def _evaluate(config: EvaluateStepConfig, out: str, anew: bool, tell: Tell) -> D
             counted_cost(run, config.tracking.prices),
         ):
             evaluation = evaluate.run(config, overwrite=anew)
-            run.log_metrics(evaluation.metrics())
+            numbers = evaluation.metrics()
+            run.log_metrics(numbers)
     else:
         evaluation = evaluate.run(config, overwrite=anew)
-    numbers = evaluation.metrics()
+        numbers = evaluation.metrics()
     exact = ", ".join(f"{numbers[f'exact/{way}']:.0%} {evaluate.NAMES[way]}"
                       for way in evaluation.ways)  # fmt: skip
     return Done(f"exact: {exact}", {"metrics": numbers})
