@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from dim.redaction import redact
 
 
@@ -27,14 +29,18 @@ class InputError(DimError, ValueError):
     """An argument, an image or a record does not have the required form."""
 
 
+BadSample = Literal["undecodable", "unreadable", "missing_value", "damaged_features", "wrong_size"]
+"""What may be wrong with a sample of the training data; such samples are counted by it."""
+
+
 class SampleError(InputError):
     """One sample of the training data cannot be used; others can.
 
     Attributes:
-        reason: a word for the kind of trouble, by which such samples are counted.
+        reason: what is wrong with it.
     """
 
-    def __init__(self, message: str, reason: str = "unreadable") -> None:
+    def __init__(self, message: str, reason: BadSample = "unreadable") -> None:
         super().__init__(message)
         self.reason = reason
 

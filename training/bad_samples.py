@@ -9,16 +9,15 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from typing import get_args
 
 import torch
 
-from dim.errors import DimError, SampleError
-from dim.features.encoder import DAMAGED, UNDECODABLE
-from dim.features.row_groups import MISSING, UNREADABLE
+from dim.errors import BadSample, DimError, SampleError
 from training import parallel
 from training.log import RunLog
 
-REASONS = (UNDECODABLE, UNREADABLE, MISSING, DAMAGED)
+REASONS: tuple[BadSample, ...] = get_args(BadSample)
 _ENOUGH = 1000  # samples; of fewer a share says little, unless they are all there are
 _NAMED = 20  # bad samples that a worker names in its own log
 
@@ -39,7 +38,7 @@ class BadSamples:
         self._allowed = allowed
         self._enough = min(_ENOUGH, rows)
         self._used = 0
-        self._bad: Counter[str] = Counter()
+        self._bad: Counter[BadSample] = Counter()
         self._first: SampleError | None = None
         self._said = 0
 

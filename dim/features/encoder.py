@@ -36,10 +36,6 @@ from dim.model.sizes import Size, check_size, nearest_shape
 
 FetchedT = TypeVar("FetchedT")
 
-UNDECODABLE = "undecodable"
-DAMAGED = "damaged_features"
-WRONG_SIZE = "wrong_size"
-
 _READ_AT_ONCE = 4  # forward passes of the frozen parts whose encoded images are held
 
 
@@ -225,7 +221,7 @@ class FrozenEncoder:
             raise SampleError(
                 f"the image of sample {row['id']} is {image.width}x{image.height}, and its record "
                 f"says {width}x{height}, which is another shape",
-                WRONG_SIZE,
+                "wrong_size",
             )
         return shape
 
@@ -658,7 +654,7 @@ def _decoded(row: Row, column: str) -> Image.Image:
     try:
         return decode_image(row[column], name=f"the {column} of sample {row['id']}")
     except InputError as error:
-        raise SampleError(str(error), UNDECODABLE) from None
+        raise SampleError(str(error), "undecodable") from None
 
 
 @contextmanager
@@ -667,4 +663,4 @@ def _of_sample(row: Row, name: str) -> Iterator[None]:
         yield
     except ValueError as error:
         said = f"the {name} of sample {row['id']!r} are damaged: {error}"
-        raise SampleError(said, DAMAGED) from None
+        raise SampleError(said, "damaged_features") from None

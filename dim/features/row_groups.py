@@ -26,9 +26,6 @@ from dim.errors import InputError, SampleError, StorageUnavailable, UnreadableFi
 Row = dict[str, Any]
 ResultT = TypeVar("ResultT")
 
-UNREADABLE = "unreadable"
-MISSING = "missing_value"
-
 _AT_ONCE = 16  # reads in flight: an object store answers each in tens of milliseconds
 _FOOTERS = 128  # that are kept; what many files have would be gigabytes
 _TRIES = 6  # of a store that does not answer: half a minute at most
@@ -197,14 +194,14 @@ class RowGroups:
         if not missing:
             return row
         where = self.files[number].address
-        return SampleError(f"sample {row['id']!r} in {where} has no {missing[0]}", MISSING)
+        return SampleError(f"sample {row['id']!r} in {where} has no {missing[0]}", "missing_value")
 
     def _unreadable(
         self, number: int, places: NDArray[np.int64], error: Exception
     ) -> list[Row | SampleError]:
         where = self.files[number].address
         return [
-            SampleError(f"row {place} of {where} cannot be read: {error}", UNREADABLE)
+            SampleError(f"row {place} of {where} cannot be read: {error}", "unreadable")
             for place in places.tolist()
         ]
 

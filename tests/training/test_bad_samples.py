@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pickle
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 
-from dim.errors import SampleError
+from dim.errors import BadSample, SampleError
 from training import parallel
 from training.bad_samples import BadSamples, TooManyBadSamples
 
@@ -25,7 +25,7 @@ class Said:
         self.lines.append(text)
 
 
-def bad(reason: str, name: str = "x") -> SampleError:
+def bad(reason: BadSample, name: str = "x") -> SampleError:
     return SampleError(f"the image of sample {name} is damaged", reason)
 
 
@@ -42,6 +42,16 @@ def test_they_are_counted_by_reason() -> None:
     assert said.lines == [
         "3 of 83 samples could not be used and were replaced (2 undecodable, 1 unreadable)"
     ]
+
+
+@pytest.mark.parametrize("reason", get_args(BadSample))
+def test_every_kind_is_counted_and_may_stop_the_run(reason: BadSample) -> None:
+    counts = BadSamples(0.5, rows=100)
+    counts.add(40, [bad(reason)])
+    assert counts.read(Said(), CPU) == {"bad_samples": 1.0, f"bad_samples_{reason}": 1.0}
+    counts.add(0, [bad(reason)] * 60)
+    with pytest.raises(TooManyBadSamples, match=f"61 {reason}"):
+        counts.read(Said(), CPU)
 
 
 def test_a_line_comes_when_their_number_has_doubled() -> None:
@@ -95,7 +105,7 @@ def test_all_workers_stop_with_the_name_that_one_of_them_knows(
 ) -> None:
     workers = [BadSamples(0.01, 100) for _ in range(2)]
     workers[1].add(10, [bad("undecodable", "known to the second")] * 5)
-    told = [torch.tensor([0, 0, 0, 0, 0]), torch.tensor([10, 5, 0, 0, 0])]
+    told = [torch.tensor([0, 0, 0, 0, 0, 0]), torch.tensor([10, 5, 0, 0, 0, 0])]
     monkeypatch.setattr(parallel, "total", lambda value: told[0] + told[1])
     shared: list[Any] = []
     monkeypatch.setattr(parallel, "agree", lambda error: (shared.append(error), error)[1])
