@@ -7,8 +7,8 @@ import resource
 import sys
 import time
 import warnings
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -163,13 +163,22 @@ class StepLog:
         self.restart()
 
     def restart(self) -> None:
-        """Forget, so that time spent on something else does not count."""
+        """Forget what was added and how long it took."""
         self._sum.zero_()
         self._steps = self._counted = 0
         self._waited = 0.0
         self._breakdown.restart()
         self._throughput.restart()
         self._started = time.perf_counter()
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """What is done inside takes none of the steps' time."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._started += time.perf_counter() - began
 
     def add(
         self,

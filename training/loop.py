@@ -23,6 +23,7 @@ from dim.model.flow import FlowSchedule, squared_error
 from infra.memory import keep_freed_memory
 from infra.models import load_initial
 from infra.tracing import span
+from infra.tracking import TrackingError
 from training import finetune, parallel
 from training.bad_samples import TooManyBadSamples
 from training.breakdown import PREFIX, Breakdown
@@ -42,8 +43,18 @@ class DivergedError(DimError):
     """Gradients are no finite numbers, and going back is of no use. All workers see it at once."""
 
 
-STOPPED = (CheckpointError, DivergedError, LostOutputError, TooManyBadSamples, UnsavedError)
-"""What another try would meet again."""
+STOPPED = (
+    CheckpointError,
+    DivergedError,
+    LostOutputError,
+    TooManyBadSamples,
+    TrackingError,
+    UnsavedError,
+)
+"""What another try would meet again, or would train for in vain."""
+
+PREPARATION_S = 7 * 86400.0
+"""That workers wait for the slowest one to load and encode: Ray Train sees to one that is lost."""
 
 
 @dataclass
@@ -84,6 +95,7 @@ def train_loop_per_worker(config: dict[str, Any]) -> dict[str, Any]:
     keep_freed_memory()
     silence_repeats()
     rank = parallel.this_worker()[0]
+    patient = parallel.side_group(PREPARATION_S)
     with listening(), plan.trace.span("worker", stage=plan.config.stage, rank=rank):
         worker: Worker | None = None
         error: Exception | None = None
@@ -91,7 +103,7 @@ def train_loop_per_worker(config: dict[str, Any]) -> dict[str, Any]:
             worker = prepare(plan)
         except DimError as problem:
             error = problem
-        if (error := parallel.agree(error)) is not None or worker is None:
+        if (error := parallel.agree(error, patient)) is not None or worker is None:
             if isinstance(error, StorageUnavailable):
                 raise error  # Ray Train starts the workers again, at most max_failures times
             return {"error": error, "events": []}
@@ -111,9 +123,9 @@ def run(worker: Worker) -> dict[str, Any]:
             worker.trainable = parallel.wrap(state.module)
             metrics = train(worker)
         export(worker)
+        worker.log.close()
     except STOPPED as stopped:
         return {"error": stopped, "events": state.events}
-    worker.log.close()
     return {
         "error": None,
         "metrics": metrics,
@@ -263,13 +275,13 @@ def train(worker: Worker) -> dict[str, float]:
             end_early(worker, measured)
         if last or due(done, validate_every):
             metrics = without(metrics, "validation_")
-            measured |= validate(worker)
-            log.restart()
+            with log.aside():
+                measured |= validate(worker)
         metrics |= measured
         # Weights with which no gradient is finite are none to go back to.
         if last or (wants_checkpoint(worker) and not state.skips_in_a_row):
-            checkpoint(worker, measured)
-            log.restart()
+            with log.aside():
+                checkpoint(worker, measured)
     if begun == steps:  # the run ended before it could export
         metrics = without(metrics, "validation_") | validate(worker)
     worker.checkpoints.finish()

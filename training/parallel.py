@@ -153,12 +153,14 @@ def gathered(value: Any) -> Any:
     return full.cpu() if dist.get_rank() == 0 else None
 
 
-def agree(error: Exception | None) -> Exception | None:
+def agree(
+    error: Exception | None, group: dist.ProcessGroup | None = None
+) -> Exception | None:
     """The first worker's error, on every worker, so that all stop or none (a collective)."""
     if _alone():
         return error
     errors: list[Exception | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(errors, error)
+    dist.all_gather_object(errors, error, group=group)
     return next((one for one in errors if one is not None), None)
 
 
@@ -175,9 +177,10 @@ def any_sees(broken: torch.Tensor, *signs: bool) -> list[bool]:
 
 
 def side_group(timeout_s: float) -> dist.ProcessGroup | None:
-    """All workers, for what a thread of each exchanges while they train (a collective).
+    """All workers, for what has to be apart from what a step exchanges (a collective).
 
-    On the workers' own group, what it sends would meet what a step sends.
+    What a thread of each sends while they train would meet what a step sends; and a step's patience
+    is too short where one has to prepare more than another.
     """
     if _alone():
         return None

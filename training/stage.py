@@ -201,7 +201,7 @@ class StageConfig(StageInputs):
     owner_wait_s: NonNegativeInt = 0  # for another driver of the same out, if it lives, to end
     owner_timeout_s: PositiveFloat = 60.0  # without a sign of life, this driver counts as dead
     nodes_wait_s: PositiveFloat = WAIT_S  # where no node has what a worker wants, nor will come
-    collective_timeout_s: PositiveInt = 1800  # that workers wait for one another
+    collective_timeout_s: PositiveInt = 1800  # that workers wait for one another in a step
     price_per_hour: float | None = Field(default=None, ge=0)  # dollars a worker, for the metrics
     validation: ValidationConfig | None = None
     tracking: TrackingConfig = TrackingConfig()

@@ -309,12 +309,11 @@ class CachedFeatures:
         with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool:
             for places, rows in _groups(samples, texts, encode_batch):
                 pictures = list(pool.map(partial(_attempt, encoder.prepare), rows))
-                self.bad |= {
-                    place: found
-                    for place, found in zip(places, pictures, strict=True)
-                    if isinstance(found, SampleError)
-                }
-                good |= _encode(encoder, places, rows, pictures, texts)
+                for place, found in _encode(encoder, places, rows, pictures, texts).items():
+                    if isinstance(found, SampleError):
+                        self.bad[place] = found
+                    else:
+                        good[place] = found
                 done += len(rows)
                 progress(done, len(samples))
         if not good:
@@ -611,16 +610,21 @@ def _encode(
     rows: Sequence[Row | SampleError],
     pictures: Sequence[Pictures | SampleError],
     texts: Sequence[str],
-) -> dict[int, _Encoded]:
-    """The usable ones of a group of samples after one forward pass, by position."""
+) -> dict[int, _Encoded | SampleError]:
+    """A group of samples after one forward pass, by position, or what is wrong with them."""
+    found: dict[int, _Encoded | SampleError] = {
+        place: one
+        for place, one in zip(places, pictures, strict=True)
+        if isinstance(one, SampleError)
+    }
     usable = [
-        (place, row, found)
-        for place, row, found in zip(places, rows, pictures, strict=True)
-        if not isinstance(row, SampleError) and not isinstance(found, SampleError)
+        (place, row, one)
+        for place, row, one in zip(places, rows, pictures, strict=True)
+        if not isinstance(row, SampleError) and not isinstance(one, SampleError)
     ]
     if not usable:
-        return {}
-    shown = [found for _, _, found in usable]
+        return found
+    shown = [one for _, _, one in usable]
     seen = encoder.see(shown)
     states: list[list[torch.Tensor]] = [[] for _ in usable]
     for column in texts:
@@ -628,16 +632,27 @@ def _encode(
         for kept, one, tokens in zip(states, hidden, mask.sum(1).tolist(), strict=True):
             kept.append(one[:tokens].to("cpu", torch.float16))
     latents, sources = encoder.latents(shown)
-    held = [latent.to("cpu", torch.float16) for latent in latents]
-    held_sources: list[torch.Tensor | None] = [None] * len(held)
-    if sources is not None:
-        held_sources = [source.to("cpu", torch.float16) for source in sources]
-    return {
-        place: _Encoded(kept, latent, source)
-        for (place, _, _), kept, latent, source in zip(
-            usable, states, held, held_sources, strict=True
-        )
-    }
+    for number, (place, row, _) in enumerate(usable):
+        source = None if sources is None else sources[number].to("cpu", torch.float16)
+        one = _Encoded(states[number], latents[number].to("cpu", torch.float16), source)
+        found[place] = _attempt(partial(_check_finite, one), row)
+    return found
+
+
+def _check_finite(encoded: _Encoded, row: Row) -> _Encoded:
+    """What is kept of a sample.
+
+    Raises:
+        SampleError: a number of it is none in float16.
+    """
+    tensors = [*encoded.states, encoded.latent, encoded.source]
+    if all(bool(one.isfinite().all()) for one in tensors if one is not None):
+        return encoded
+    raise SampleError(
+        f"features of sample {row['id']} cannot be kept as float16, which ends at 65,504: "
+        "cache_features: false takes them as they are",
+        "damaged_features",
+    )
 
 
 def _attempt(action: Callable[[Row], FetchedT], row: Row | SampleError) -> FetchedT | SampleError:

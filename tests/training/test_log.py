@@ -134,11 +134,15 @@ def test_losses_are_averaged_and_start_anew(monkeypatch: pytest.MonkeyPatch) -> 
     assert read["loss"] == 5.0 and read["data_wait"] == 0
     steps.add(torch.tensor(7.0), torch.tensor(0.5))
     now = 1000.0
-    steps.restart()  # time that went into something else
+    steps.restart()
     steps.add(torch.tensor(9.0), torch.tensor(0.5))
     now = 1001.0
+    with steps.aside():  # validation, or a checkpoint
+        now = 2000.0
+    steps.add(torch.tensor(11.0), torch.tensor(0.5))
+    now = 2001.0
     read = steps.read(22)
-    assert read["loss"] == 9.0 and read["samples_per_second"] == 8.0
+    assert read["loss"] == 10.0 and read["samples_per_second"] == 8.0
     nothing = torch.tensor(float("nan"))
     steps.add(nothing, nothing, skipped=True)
     steps.add(torch.tensor(4.0), torch.tensor(0.5))

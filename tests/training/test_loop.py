@@ -32,7 +32,7 @@ from dim.model.autoencoder import Autoencoder
 from dim.model.conditioner import Conditioner
 from dim.model.painter import Painter
 from infra import storage
-from infra.tracking import Tracking
+from infra.tracking import Run, Tracking, TrackingError
 from tests.datasets import edit_rows, png
 from tests.feature_shards import cut_latents, write_features
 from tests.image_files import opened
@@ -871,3 +871,15 @@ def test_a_store_that_goes_away_is_left_to_ray_train(
     away_from[0] = 0  # before the first step
     with pytest.raises(StorageUnavailable, match="the store cannot be reached"):
         start(data=[edit_data], steps=12, cache_features=False)
+
+
+def test_a_tracker_that_stays_away_is_no_reason_to_train_again(
+    start: Callable[..., Any], edit_data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(*arguments: Any) -> None:
+        raise TrackingError("MLflow at there cannot log")
+
+    monkeypatch.setattr(Run, "log_metric_rows", away)
+    answer, _ = start(data=[edit_data])
+    assert isinstance(answer["error"], TrackingError)
+    assert (tmp_path / "out" / "model" / "dim.json").exists()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +64,25 @@ def test_two_workers_agree_average_and_gather(tmp_path: Path) -> None:
     assert one["not seen"] == other["not seen"] == [False]
     assert (one["scattered"], other["scattered"]) == (3, 4)
     assert one["from first"] == other["from first"] == "worker 0"
+
+
+def prepare_for_long(rank: int, folder: str) -> None:
+    short = timedelta(seconds=2)
+    meet = f"file://{folder}/meet"
+    dist.init_process_group("gloo", timeout=short, init_method=meet, rank=rank, world_size=2)
+    group = parallel.side_group(60.0)
+    if rank == 1:
+        time.sleep(2 * short.total_seconds())
+    error = parallel.agree(InputError("slowly") if rank == 1 else None, group)
+    Path(folder, f"{rank}.txt").write_text(str(error))
+    dist.destroy_process_group()
+
+
+def test_a_worker_that_prepares_for_long_is_waited_for_for_longer_than_a_step(
+    tmp_path: Path,
+) -> None:
+    start(prepare_for_long, (str(tmp_path),), 2)
+    assert [(tmp_path / f"{rank}.txt").read_text() for rank in (0, 1)] == ["slowly"] * 2
 
 
 def test_one_worker_needs_nobody() -> None:

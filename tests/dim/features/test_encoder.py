@@ -281,6 +281,25 @@ def test_nothing_that_can_be_cached_is_an_error(
         CachedFeatures(encoder_of(tiny), share, TEXTS)
 
 
+def test_what_float16_cannot_hold_is_a_bad_sample(
+    tiny: DIM, samples: TableSamples, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = FrozenEncoder.latents
+
+    def far_out(self: FrozenEncoder, pictures: Any) -> Any:
+        latents, sources = plain(self, pictures)
+        latents[0] = latents[0] + 1e5
+        return latents, sources
+
+    monkeypatch.setattr(FrozenEncoder, "latents", far_out)
+    features = CachedFeatures(encoder_of(tiny), samples, TEXTS, encode_batch=6)
+    ((place, error),) = features.bad.items()
+    assert error.reason == "damaged_features" and "cannot be kept as float16" in str(error)
+    good = [number for number in range(6) if number != place]
+    batch = features.batch(np.array(good), np.zeros(5, np.int64))
+    assert batch.latent.isfinite().all()
+
+
 def test_what_goes_to_a_gpu_is_in_pinned_memory(
     tiny: DIM, samples: TableSamples, shards: dict[str, FeatureShards], monkeypatch: Any
 ) -> None:
