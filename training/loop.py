@@ -209,7 +209,7 @@ def update(worker: Worker, step: int) -> tuple[torch.Tensor, torch.Tensor]:
     else:
         state.skipped += 1
         state.skips_in_a_row += 1
-    state.module.zero_grad()
+    parallel.clear_gradients(worker.trainable)
     state.step = step + 1
     return loss, norm
 

@@ -106,6 +106,14 @@ def averaging(module: nn.Module, last: bool) -> AbstractContextManager[Any]:
     return module.no_sync()
 
 
+def clear_gradients(module: nn.Module) -> None:
+    """End a step. Under DDP gradients stay where they are exchanged, and the next ones add up there.
+
+    Gradients of their own would be a second copy of all until the last pass, and copied in it.
+    """
+    module.zero_grad(set_to_none=not isinstance(module, DistributedDataParallel))
+
+
 def clip_gradients(module: nn.Module, max_norm: float) -> torch.Tensor:
     """Scale the gradients to a norm of ``max_norm`` at most; their norm before (a collective)."""
     parameters = [p for p in module.parameters() if p.grad is not None]

@@ -55,17 +55,8 @@ class Ema:
                 torch._foreach_copy_(_parts(self._parameters), trained)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The averages by parameter name."""
+        """The averages by parameter name; not copies, so what is read into them is taken."""
         return dict(zip(self._names, self._averages, strict=True))
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take averages saved by ``state_dict``.
-
-        Raises:
-            KeyError: a parameter has no saved average.
-        """
-        for name, average in zip(self._names, self._averages, strict=True):
-            average.copy_(state[name])
 
 
 def averaged(ema: Ema | None) -> AbstractContextManager[None]:

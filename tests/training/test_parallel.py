@@ -25,6 +25,26 @@ from tests.training.workers import start
 from training import parallel
 
 
+def copies_of_gradients() -> list[bool]:
+    """Whether the passes of a later step have gradients elsewhere than the step before had them.
+
+    (DDP makes its buckets anew after the first step.)
+    """
+    module = nn.Linear(3, 3)
+    wrapped = DistributedDataParallel(module, gradient_as_bucket_view=True)
+    places, moved = set[int](), []
+    for _ in range(4):
+        for last in (False, True):
+            with parallel.averaging(wrapped, last):
+                wrapped(torch.ones(1, 3)).sum().backward()
+            assert module.weight.grad is not None
+            moved.append(module.weight.grad.data_ptr() not in places)
+        places = {module.weight.grad.data_ptr()}
+        assert module.weight.grad.eq(2).all()  # of two passes, and of no step before
+        parallel.clear_gradients(wrapped)
+    return moved[-2:]
+
+
 def take_part(rank: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     value = torch.tensor(1.0 + rank)
@@ -36,6 +56,7 @@ def take_part(rank: int, folder: str) -> None:
             waits.append(wrapped.require_backward_grad_sync)
     found = {
         "waits": waits,
+        "copies": copies_of_gradients(),
         "mean": parallel.mean(value).item(),
         "value": value.item(),
         "seen": parallel.any_sees(value > 1.5, rank == 0, False),
@@ -60,6 +81,7 @@ def test_two_workers_agree_average_and_gather(tmp_path: Path) -> None:
     assert one["first"] == other["first"] == "InputError: worker 1 found it"
     assert one["none"] and other["none"]
     assert one["waits"] == other["waits"] == [False, True]
+    assert one["copies"] == other["copies"] == [False, False]
     assert one["seen"] == other["seen"] == [True, True, False]
     assert one["not seen"] == other["not seen"] == [False]
     assert (one["scattered"], other["scattered"]) == (3, 4)
