@@ -38,17 +38,16 @@ from pipelines import edit, features, ingest
 from pipelines.edit import EditConfig
 from pipelines.features import FeaturesConfig
 from pipelines.ingest import IngestConfig
-from training.breakdown import Breakdown
 from training.checkpoints import Checkpoints
 from training.data import Feed, make_feed
 from training.log import RunLog
 from training.loop import Worker, update
+from training.metrics import StepLog
 from training.notices import Notices
 from training.owner import Fence
 from training.plan import Plan
 from training.stage import StageConfig
 from training.state import new_state
-from training.throughput import Throughput
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 LIVE = "live"
@@ -141,8 +140,7 @@ def _worker(plan: Plan, model: DIM, feed: Feed) -> Worker:
         state=state,
         trainable=state.module,
         feed=feed,
-        breakdown=Breakdown(plan.config.source_names, torch.device("cpu")),
-        throughput=Throughput(plan, model.config, torch.device("cpu"), live=False),
+        steps=StepLog(log, plan, model.config, torch.device("cpu"), live=False),
         validation=None,
         checkpoints=Checkpoints(plan.config, 0, None, log),
         notices=Notices(None),

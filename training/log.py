@@ -3,32 +3,24 @@
 from __future__ import annotations
 
 import logging
-import resource
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
-import torch
 from PIL import Image
 
 from infra.logs import log
 from infra.metrics import of_training
 from infra.tracking import Run, Tracking, TrackingError
-from training import parallel
-from training.breakdown import Breakdown
 from training.plan import Plan
 from training.progress import Teller, find_teller
-from training.stage import learning_rate_at
-from training.throughput import Throughput
 
 SAID = "said"  # the tag that holds what was said last
 _SAID_LINES = 20
-_SAY_SECONDS = 15.0
 _FLUSH_SECONDS = 2.0
-_RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
 
 
 class RunLog:
@@ -129,131 +121,6 @@ class RunLog:
         if self._run is not None and self._rows:
             self._run.log_metric_rows(self._rows)
             self._rows.clear()
-
-
-class StepLog:
-    """The metrics of the steps, and now and then a line with the time that is left.
-
-    Args:
-        log: Where they go.
-        plan: What the worker was told.
-        device: Of the losses.
-        breakdown: To which the steps add their losses by source and noise level.
-        throughput: To which they add their tokens.
-        begun: Steps that were done before.
-    """
-
-    def __init__(
-        self,
-        log: RunLog,
-        plan: Plan,
-        device: torch.device,
-        breakdown: Breakdown,
-        throughput: Throughput,
-        begun: int = 0,
-    ) -> None:
-        self._log = log
-        self._plan = plan
-        self._breakdown = breakdown
-        self._throughput = throughput
-        self._sum = torch.zeros((), device=device)
-        self._norm = torch.zeros((), device=device)
-        self._said = time.monotonic()
-        self._written = begun
-        self.restart()
-
-    def restart(self) -> None:
-        """Forget what was added and how long it took."""
-        self._sum.zero_()
-        self._steps = self._counted = 0
-        self._waited = 0.0
-        self._breakdown.restart()
-        self._throughput.restart()
-        self._started = time.perf_counter()
-
-    @contextmanager
-    def aside(self) -> Iterator[None]:
-        """What is done inside takes none of the steps' time."""
-        began = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._started += time.perf_counter() - began
-
-    def add(
-        self,
-        loss: torch.Tensor,
-        norm: torch.Tensor,
-        *,
-        skipped: bool = False,
-        waited: float = 0.0,
-    ) -> None:
-        """Count one step: this worker's mean loss, and the norm of the gradient over all.
-
-        The loss of a skipped one is left out, for it may be no number. ``waited`` are the seconds
-        of it in which there was nothing to compute on.
-        """
-        self._steps += 1
-        self._waited += waited
-        self._norm = norm
-        self._breakdown.end_step(skipped=skipped)
-        if not skipped:
-            self._sum += loss
-            self._counted += 1
-
-    def read(self, done: int) -> dict[str, float]:
-        """Metrics of the steps since the last reading, ``done`` in all; then start anew.
-
-        Every worker calls this at the same step: losses are averaged across them, and are no number
-        if all updates were skipped. ``grad_norm`` is that of the last step,
-        ``samples_per_second`` counts all workers. ``data_wait`` is the share of the time in which
-        this worker waited for samples, ``memory_gb`` the most that it has held so far: of its GPU,
-        or of the machine where it has none. ``loss/NAME`` is the mean loss of a source's samples,
-        or of those of a quartile of the noise levels, where there were any; for tokens, ``mfu`` and
-        dollars see ``Throughput.read``.
-        """
-        plan = self._plan
-        loss = parallel.mean(self._sum / self._counted)  # 0 / 0 is nan
-        seconds = time.perf_counter() - self._started
-        samples, waited = self._steps * plan.config.batch_size, self._waited
-        parts = self._breakdown.read()
-        rates = self._throughput.read(samples, seconds)
-        self.restart()
-        return {
-            "loss": loss.item(),
-            **parts,
-            "samples_per_second": samples / max(seconds, 1e-9),
-            **rates,
-            "learning_rate": learning_rate_at(plan.config, done - 1, plan.steps),
-            "grad_norm": self._norm.item(),
-            "data_wait": waited / max(seconds, 1e-9),
-            "memory_gb": _most_memory(self._sum.device) / 1e9,
-            "epoch": done / plan.steps_per_epoch,
-            "progress": done / plan.steps,
-        }
-
-    def write(self, done: int, metrics: Mapping[str, float]) -> None:
-        """Log ``metrics`` of step ``done``; say them every 15 seconds, and at the end."""
-        self._log.add(done, metrics)
-        self._log.count((done - self._written) * self._plan.config.batch_size, metrics)
-        self._written = done
-        now, plan = time.monotonic(), self._plan
-        if now - self._said <= _SAY_SECONDS and done != plan.steps:
-            return
-        self._said = now
-        rate = metrics["samples_per_second"]
-        left = (plan.steps - done) / (rate / plan.config.batch_size) / 60
-        self._log.say(
-            f"{plan.config.stage} step {done}/{plan.steps}: loss {metrics['loss']:.4f}, "
-            f"{rate:.0f} samples/s, {left:.1f} minutes left"
-        )
-
-
-def _most_memory(device: torch.device) -> float:
-    """Bytes that this process has held at most, on its GPU or in the machine's memory."""
-    if device.type == "cuda":
-        return float(torch.cuda.max_memory_allocated(device))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT
 
 
 def open_log(plan: Plan, rank: int) -> RunLog:

@@ -26,16 +26,15 @@ from infra.tracing import span
 from infra.tracking import TrackingError
 from training import finetune, parallel
 from training.bad_samples import TooManyBadSamples
-from training.breakdown import PREFIX, Breakdown
 from training.checkpoints import Checkpoints, UnsavedError
 from training.data import Feed, choose_source, make_feed, make_order, open_shards
-from training.log import RunLog, StepLog, open_log, silence_repeats
+from training.log import RunLog, open_log, silence_repeats
+from training.metrics import PREFIX, StepLog
 from training.notices import Notices, interrupted, listening
 from training.owner import Fence, LostOutputError
 from training.plan import Plan, announcement, resumption
 from training.stage import StageConfig, learning_rate_at
 from training.state import TrainState, check_updates, new_state
-from training.throughput import Throughput
 from training.validation import Validation, open_validation
 
 
@@ -70,8 +69,7 @@ class Worker:
     state: TrainState
     trainable: nn.Module
     feed: Feed
-    breakdown: Breakdown
-    throughput: Throughput
+    steps: StepLog
     validation: Validation | None
     checkpoints: Checkpoints
     notices: Notices
@@ -173,8 +171,7 @@ def prepare(plan: Plan) -> Worker:
         state=state,
         trainable=state.module,
         feed=feed,
-        breakdown=Breakdown(config.source_names, device),
-        throughput=Throughput(plan, model.config, device, live=isinstance(features, LiveFeatures)),
+        steps=StepLog(log, plan, model.config, device, live=isinstance(features, LiveFeatures)),
         validation=validation,
         checkpoints=Checkpoints(config, rank, group, log),
         notices=Notices(config.checkpoint_minutes),
@@ -239,20 +236,17 @@ def flow_matching(worker: Worker, step: int, number: int) -> torch.Tensor:
     weight = changed_cells(batch.latent, batch.source_latent, config.changed_cell_weight)
     errors = squared_error(velocity, noise - batch.latent, weight)
     counted = worker.feed.passes.counted(number).to(worker.device)
-    worker.breakdown.add(errors, counted, index, worker.feed.sources(number))
-    worker.throughput.add(batch.mask, counted)
+    worker.steps.add_pass(errors, counted, index, worker.feed.sources(number), batch.mask)
     return (errors * counted).sum() / (config.batch_size / parallel.world_size())
 
 
 @span("steps")
 def train(worker: Worker) -> dict[str, float]:
     """Every step from where the state stands to the end; the last metrics of each kind."""
-    config, state, steps = worker.config, worker.state, worker.plan.steps
+    config, state, log, steps = worker.config, worker.state, worker.steps, worker.plan.steps
     validate_every = config.validation.every if config.validation else None
     begun = state.step
-    log = StepLog(
-        worker.log, worker.plan, worker.device, worker.breakdown, worker.throughput, begun
-    )
+    log.begin(begun)
     metrics: dict[str, float] = {}
     while state.step < steps:
         loss, norm = update(worker, state.step)

@@ -107,7 +107,7 @@ def averaging(module: nn.Module, last: bool) -> AbstractContextManager[Any]:
 
 
 def clear_gradients(module: nn.Module) -> None:
-    """End a step. Under DDP gradients stay where they are exchanged, and the next ones add up there.
+    """End a step. Under DDP gradients stay where they are exchanged, and the next add up there.
 
     Gradients of their own would be a second copy of all until the last pass, and copied in it.
     """
@@ -161,9 +161,7 @@ def gathered(value: Any) -> Any:
     return full.cpu() if dist.get_rank() == 0 else None
 
 
-def agree(
-    error: Exception | None, group: dist.ProcessGroup | None = None
-) -> Exception | None:
+def agree(error: Exception | None, group: dist.ProcessGroup | None = None) -> Exception | None:
     """The first worker's error, on every worker, so that all stop or none (a collective)."""
     if _alone():
         return error

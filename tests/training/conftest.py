@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import pytest
 import ray.train
 import ray.train.torch
 import torch
+from PIL import Image
 from ray.train import PreemptionInfo
+
+from infra.tracking import TrackingError
 
 
 class Alone:
@@ -37,3 +43,36 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> Alone:
 def tracking_uri(tmp_path_factory: pytest.TempPathFactory) -> str:
     """One MLflow database for all training tests."""
     return f"sqlite:///{tmp_path_factory.mktemp('mlflow') / 'mlflow.db'}"
+
+
+class Store:
+    """Stands in for an MLflow run that can be away for a while."""
+
+    id = "run-1"
+
+    def __init__(self) -> None:
+        self.away = False
+        self.rows: list[tuple[int, Mapping[str, float]]] = []
+        self.tags: dict[str, str] = {}
+        self.figures: list[str] = []
+
+    def log_metric_rows(self, rows: Sequence[tuple[int, Mapping[str, float]]]) -> None:
+        self._check()
+        self.rows += rows
+
+    def set_tags(self, tags: dict[str, str]) -> None:
+        self._check()
+        self.tags |= tags
+
+    def log_figure(self, image: Image.Image, name: str) -> None:
+        self._check()
+        self.figures.append(name)
+
+    def _check(self) -> None:
+        if self.away:
+            raise TrackingError("MLflow at there cannot log")
+
+
+@pytest.fixture
+def store() -> Any:
+    return Store()

@@ -40,10 +40,10 @@ from tests.training.power import power_cut
 from tests.training.saved import read_saved, steps_saved
 from training import loop, notices
 from training.bad_samples import TooManyBadSamples
-from training.breakdown import Breakdown
 from training.checkpoint_files import Snapshot
 from training.checkpoints import UnsavedError
 from training.loop import DivergedError, train_loop_per_worker
+from training.metrics import Breakdown
 from training.mixture import count_sources
 from training.plan import Plan, count_samples
 from training.shapes import find_shapes
