@@ -183,20 +183,22 @@ def prepare(plan: Plan) -> Worker:
 def update(worker: Worker, step: int) -> tuple[torch.Tensor, torch.Tensor]:
     """One step of flow matching: this worker's mean loss and the gradient norm over all.
 
-    A gradient that is no finite number on any worker is skipped on all.
+    A gradient that is no finite number on any worker is none on all, and skipped.
     """
     config, state, passes = worker.config, worker.state, worker.feed.passes.count
     loss = torch.zeros((), device=worker.device)
     for number in range(passes):
-        with parallel.averaging(worker.trainable, last=number == passes - 1):
+        last = number == passes - 1
+        with parallel.averaging(worker.trainable, last):
             part = flow_matching(worker, step, number)
+            if last:
+                worker.notices.tell(worker.device)
             part.backward()
         loss += part.detach()
 
     norm = parallel.clip_gradients(state.module, config.grad_clip)
-    broken, *signs = parallel.any_sees(~torch.isfinite(norm), *worker.notices.signs())
-    worker.notices.agree(*signs)
-    if not broken:
+    worker.notices.hear()
+    if torch.isfinite(norm):
         set_learning_rate(state.optimizers, learning_rate_at(config, step, worker.plan.steps))
         for optimizer in state.optimizers:
             optimizer.step()

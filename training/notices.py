@@ -1,7 +1,7 @@
 """What makes a run save out of turn: SIGTERM, a node that is about to go, and the clock.
 
-One worker sees it and all must act on it after the same step, so what each sees travels with what
-the workers exchange in a step anyway (``parallel.any_sees``).
+One worker sees it and all must act on it after the same step, so all tell each other in every step,
+while they compute its gradients.
 """
 
 from __future__ import annotations
@@ -14,8 +14,11 @@ from contextlib import contextmanager
 from types import FrameType
 
 import ray.train
+import torch
 from ray.exceptions import RayActorError
 from ray.train.v2._internal.execution.callback import WorkerCallback
+
+from training import parallel
 
 _ASK_EVERY_S = 10.0  # Ray Train, whether a node is about to go; all workers wait for its answer
 
@@ -87,15 +90,19 @@ class Notices:
         self.ending = ""
         self.due = False
 
-    def signs(self) -> tuple[bool, bool, bool]:
-        """What this worker sees now: SIGTERM, that a checkpoint is due, that it is time to ask."""
+    def tell(self, device: torch.device) -> None:
+        """Begin to tell all workers what this one sees now (a collective).
+
+        That is SIGTERM, that a checkpoint is due, and that it is time to ask Ray Train.
+        """
         now = time.monotonic()
         due = self._seconds is not None and now - self._saved >= self._seconds
-        return _Terminated.told, due, now - self._asked >= _ASK_EVERY_S
+        signs = (_Terminated.told, due, now - self._asked >= _ASK_EVERY_S)
+        self._told = parallel.any_sees(signs, device)
 
-    def agree(self, terminated: bool, due: bool, ask: bool) -> None:
-        """Take what any worker saw; the same on all (where they ask Ray Train, a collective)."""
-        self.due = due
+    def hear(self) -> None:
+        """Take what any worker has told; the same on all (where they ask Ray Train, a collective)."""
+        terminated, self.due, ask = self._told()
         if terminated:
             self.ending = "a worker was told to end (SIGTERM)"
         if ask:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any, TypeVar, cast
@@ -21,6 +21,9 @@ from dim.learning.step import Trainable
 from dim.model import DIM
 
 T = TypeVar("T")
+
+_BUCKET_MIB = 25.0  # torch's own
+_BUCKETS = 8  # at least
 
 
 def this_worker() -> tuple[int, int, torch.device]:
@@ -82,13 +85,21 @@ def shard(module: Trainable, mesh: DeviceMesh | None) -> None:
 
 
 def wrap(module: nn.Module) -> nn.Module:
-    """``module`` with its gradients averaged over all workers (a collective)."""
+    """``module`` with its gradients averaged over all workers (a collective).
+
+    They travel in buckets while the backward pass goes on. The last bucket has nothing to hide
+    behind, and of a small module torch's own size of it would be all there is.
+    """
     if isinstance(module, FSDPModule):
         return module
+    learning = sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad)
     return ray.train.torch.prepare_model(
         module,
         move_to_device=False,
-        parallel_strategy_kwargs={"gradient_as_bucket_view": True},
+        parallel_strategy_kwargs={
+            "gradient_as_bucket_view": True,
+            "bucket_cap_mb": min(_BUCKET_MIB, learning / _BUCKETS / 2**20),
+        },
     )
 
 
@@ -115,7 +126,10 @@ def clear_gradients(module: nn.Module) -> None:
 
 
 def clip_gradients(module: nn.Module, max_norm: float) -> torch.Tensor:
-    """Scale the gradients to a norm of ``max_norm`` at most; their norm before (a collective)."""
+    """Scale the gradients to a norm of ``max_norm`` at most; their norm before (a collective).
+
+    All workers have the same: what is averaged, or a sum of all parts.
+    """
     parameters = [p for p in module.parameters() if p.grad is not None]
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if isinstance(norm, DTensor):
@@ -170,16 +184,21 @@ def agree(error: Exception | None, group: dist.ProcessGroup | None = None) -> Ex
     return next((one for one in errors if one is not None), None)
 
 
-def any_sees(broken: torch.Tensor, *signs: bool) -> list[bool]:
-    """Whether any worker's ``broken`` is true, and the same of each of ``signs``.
+def any_sees(signs: Sequence[bool], device: torch.device) -> Callable[[], list[bool]]:
+    """Begin to tell all workers what this one sees (a collective); call what is returned to wait.
 
-    One answer for all, and one collective for all of them.
+    It says of each of ``signs`` whether any worker sees it. One collective for all of them, on its
+    way while ``device`` computes.
     """
-    told = torch.tensor(signs, dtype=torch.float32, device=broken.device)
-    seen = torch.cat([broken.float().reshape(1), told])
-    if not _alone():
-        dist.all_reduce(seen)
-    return [count > 0 for count in seen.tolist()]
+    seen = torch.tensor(signs, dtype=torch.float32, device=device)
+    telling = None if _alone() else dist.all_reduce(seen, async_op=True)
+
+    def told() -> list[bool]:
+        if telling is not None:
+            telling.wait()
+        return [count > 0 for count in seen.tolist()]
+
+    return told
 
 
 def side_group(timeout_s: float) -> dist.ProcessGroup | None:

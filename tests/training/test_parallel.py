@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray.train.torch
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -59,8 +60,7 @@ def take_part(rank: int, folder: str) -> None:
         "copies": copies_of_gradients(),
         "mean": parallel.mean(value).item(),
         "value": value.item(),
-        "seen": parallel.any_sees(value > 1.5, rank == 0, False),
-        "not seen": parallel.any_sees(value > 5),
+        "seen": parallel.any_sees([rank == 0, rank == 1, False], value.device)(),
         "scattered": parallel.scatter([3, 4] if rank == 0 else None),
         "from first": parallel.from_first(f"worker {rank}"),
         "gathered": parallel.gather([rank, rank + 10]),
@@ -83,7 +83,6 @@ def test_two_workers_agree_average_and_gather(tmp_path: Path) -> None:
     assert one["waits"] == other["waits"] == [False, True]
     assert one["copies"] == other["copies"] == [False, False]
     assert one["seen"] == other["seen"] == [True, True, False]
-    assert one["not seen"] == other["not seen"] == [False]
     assert (one["scattered"], other["scattered"]) == (3, 4)
     assert one["from first"] == other["from first"] == "worker 0"
 
@@ -113,8 +112,20 @@ def test_one_worker_needs_nobody() -> None:
     assert parallel.mean(torch.tensor(3.0)).item() == 3.0
     assert parallel.gather([1, 2]) == [1, 2]
     assert parallel.from_first("here") == "here"
-    assert parallel.any_sees(torch.tensor(True), False) == [True, False]
+    assert parallel.any_sees([True, False], torch.device("cpu"))() == [True, False]
     assert parallel.scatter([5]) == 5 and parallel.side_group(1.0) is None
+
+
+@pytest.mark.parametrize(("side", "mebibytes"), [(1024, 0.5), (1 << 15, 25.0)])
+def test_gradients_travel_in_several_buckets(
+    monkeypatch: pytest.MonkeyPatch, side: int, mebibytes: float
+) -> None:
+    monkeypatch.setattr(ray.train.torch, "prepare_model", lambda module, **options: options)
+    with torch.device("meta"):
+        module = nn.Sequential(nn.Linear(side, side, bias=False), nn.Linear(side, side))
+    module[1].requires_grad_(False)  # what does not learn does not travel
+    options: Any = parallel.wrap(module)
+    assert options["parallel_strategy_kwargs"]["bucket_cap_mb"] == mebibytes
 
 
 def test_the_precision_of_a_forward_pass() -> None:
