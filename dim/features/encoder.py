@@ -43,7 +43,8 @@ _READ_AT_ONCE = 4  # forward passes of the frozen parts whose encoded images are
 class Features:
     """One batch as the painter sees it.
 
-    ``hidden_states`` (B, N, H) float32, right-padded; ``mask`` (B, N) bool, true for tokens;
+    ``hidden_states`` (B, N, H) float32, or float16 where they are kept so, which the connector makes
+    float32 on its device; right-padded. ``mask`` (B, N) bool, true for tokens;
     ``latent`` (B, C, h, w) float32, the image to paint; ``source_latent`` the same, or ``None``.
     """
 
@@ -361,7 +362,7 @@ class CachedFeatures:
         place = torch.arange(int(lengths.max()))
         mask = place < lengths[:, None]
         tokens = torch.where(mask, self._offsets[entry][:, None] + place, 0)
-        hidden = self._states[tokens].float().masked_fill_(~mask[..., None], 0)
+        hidden = self._states[tokens].masked_fill_(~mask[..., None], 0)
         source = None if self._sources is None else self._sources.take(row).float()
         return Features(hidden, mask, self._latents.take(row).float(), source)
 
