@@ -101,7 +101,7 @@ class Notices:
         self._told = parallel.any_sees(signs, device)
 
     def hear(self) -> None:
-        """Take what any worker has told; the same on all (where they ask Ray Train, a collective)."""
+        """Take what any worker told; the same on all (where they ask Ray Train, a collective)."""
         terminated, self.due, ask = self._told()
         if terminated:
             self.ending = "a worker was told to end (SIGTERM)"

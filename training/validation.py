@@ -44,14 +44,14 @@ _NAME = re.compile(r"[\w .:-]+")  # what MLflow takes, without the slash of part
 
 @dataclass(frozen=True)
 class Painted:
-    """One validation sample after painting: images are RGB.
+    """One validation sample after painting: images are RGB, and there for the picture alone.
 
     ``scores`` are the judge's, ``None`` where it could not judge.
     """
 
     number: int
     text: str
-    images: tuple[Image.Image, ...]  # source (edits only), painted, target
+    images: tuple[Image.Image, ...]  # source (edits only), painted, target; none if not shown
     loss: float
     quartile: int  # of the noise level that the loss is of, 0 to 3
     distance: float  # mean absolute difference to the target, 0 to 1
@@ -189,10 +189,13 @@ class Validation:
             scores = self._judged(image, target, source, row)
         except InputError as error:  # hours of training are worth more than a score
             sys.stdout.write(f"validation: {error}\n")
+        number = self._numbers[place]
+        images = (image, target) if source is None else (source, image, target)
         return Painted(
-            number=self._numbers[place],
+            number=number,
             text=row[self._text],
-            images=(image, target) if source is None else (source, image, target),
+            # Those of other samples would travel to the first worker for nothing.
+            images=images if number < self._config.grid_rows else (),
             loss=loss,
             quartile=quartile,
             distance=float(difference.mean()) / 255,

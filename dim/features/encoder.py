@@ -43,9 +43,9 @@ _READ_AT_ONCE = 4  # forward passes of the frozen parts whose encoded images are
 class Features:
     """One batch as the painter sees it.
 
-    ``hidden_states`` (B, N, H) float32, or float16 where they are kept so, which the connector makes
-    float32 on its device; right-padded. ``mask`` (B, N) bool, true for tokens;
-    ``latent`` (B, C, h, w) float32, the image to paint; ``source_latent`` the same, or ``None``.
+    ``hidden_states`` (B, N, H), right-padded, float32, or float16 where they are kept so (the
+    connector widens them, on its device); ``mask`` (B, N) bool, true for tokens; ``latent``
+    (B, C, h, w) float32, the image to paint; ``source_latent`` the same, or ``None``.
     """
 
     hidden_states: torch.Tensor

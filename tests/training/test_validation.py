@@ -17,6 +17,7 @@ from dim.model import DIM
 from dim.model.sizes import nearest_shape
 from tests.datasets import edit_rows, png
 from tests.image_files import opened
+from training import parallel
 from training.data import make_encoder
 from training.stage import StageConfig
 from training.validation import Painted, Validation, _summarise, picture, read_validation
@@ -120,11 +121,16 @@ def painted_together(validation: Validation) -> list[Painted]:
     return sorted(found, key=lambda sample: sample.number)
 
 
-def test_metrics_and_picture_of_a_run(tiny: DIM, held_out_data: str) -> None:
+def test_metrics_and_picture_of_a_run(
+    tiny: DIM, held_out_data: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = stage(held_out_data, grid_rows=2)
     table, judge = read_validation(config)
+    sent: list[Painted] = []
+    monkeypatch.setattr(parallel, "gather", lambda items: (sent.extend(items), items)[1])
     outcome = Validation(config, tiny, table, judge, rank=0, world_size=1).run()
     assert outcome is not None
+    assert [len(sample.images) for sample in sent] == [3, 3, 0]  # what the picture shows
     metrics, sheet = outcome
     by_level = {name for name in metrics if name.startswith("validation_loss/sigma_q")}
     assert by_level and set(metrics) - by_level == {
