@@ -22,9 +22,6 @@ from dim.model import DIM
 
 T = TypeVar("T")
 
-_BUCKET_MIB = 25.0  # torch's own
-_BUCKETS = 8  # at least
-
 
 def this_worker() -> tuple[int, int, torch.device]:
     """This worker's rank, the number of workers, and this worker's device."""
@@ -85,21 +82,13 @@ def shard(module: Trainable, mesh: DeviceMesh | None) -> None:
 
 
 def wrap(module: nn.Module) -> nn.Module:
-    """``module`` with its gradients averaged over all workers (a collective).
-
-    They travel in buckets while the backward pass goes on. The last bucket has nothing to hide
-    behind, and of a small module torch's own size of it would be all there is.
-    """
+    """``module`` with its gradients averaged over all workers (a collective)."""
     if isinstance(module, FSDPModule):
         return module
-    learning = sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad)
     return ray.train.torch.prepare_model(
         module,
         move_to_device=False,
-        parallel_strategy_kwargs={
-            "gradient_as_bucket_view": True,
-            "bucket_cap_mb": min(_BUCKET_MIB, learning / _BUCKETS / 2**20),
-        },
+        parallel_strategy_kwargs={"gradient_as_bucket_view": True},
     )
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ray.train.torch
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -114,18 +113,6 @@ def test_one_worker_needs_nobody() -> None:
     assert parallel.from_first("here") == "here"
     assert parallel.any_sees([True, False], torch.device("cpu"))() == [True, False]
     assert parallel.scatter([5]) == 5 and parallel.side_group(1.0) is None
-
-
-@pytest.mark.parametrize(("side", "mebibytes"), [(1024, 0.5), (1 << 15, 25.0)])
-def test_gradients_travel_in_several_buckets(
-    monkeypatch: pytest.MonkeyPatch, side: int, mebibytes: float
-) -> None:
-    monkeypatch.setattr(ray.train.torch, "prepare_model", lambda module, **options: options)
-    with torch.device("meta"):
-        module = nn.Sequential(nn.Linear(side, side, bias=False), nn.Linear(side, side))
-    module[1].requires_grad_(False)  # what does not learn does not travel
-    options: Any = parallel.wrap(module)
-    assert options["parallel_strategy_kwargs"]["bucket_cap_mb"] == mebibytes
 
 
 def test_the_precision_of_a_forward_pass() -> None:
