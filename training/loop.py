@@ -151,7 +151,7 @@ def prepare(plan: Plan) -> Worker:
     model = load_initial(config.init, edits=config.edits, vlm_view=config.vlm_view)
     shards = open_shards(plan, model, rank)
     frozen_are_used = shards is None or config.validation is not None
-    parallel.place(model, device, config.precision, frozen=frozen_are_used)
+    parallel.place(model, device, config.precision, frozen=frozen_are_used, keep=rank == 0)
     finetune.attach(model, config)
     model.painter.checkpoint_gradients(config.gradient_checkpointing)
     state = new_state(model, config, mesh)

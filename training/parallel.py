@@ -29,15 +29,21 @@ def this_worker() -> tuple[int, int, torch.device]:
     return context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device()
 
 
-def place(model: DIM, device: torch.device, precision: str, *, frozen: bool) -> None:
+def place(
+    model: DIM, device: torch.device, precision: str, *, frozen: bool, keep: bool = True
+) -> None:
     """Trained parts in float32; frozen ones in bfloat16 where that is what a GPU is fast at.
 
-    Without ``frozen`` the frozen parts are not used and do not take the GPU's memory.
+    Without ``frozen`` the frozen parts are not used and do not take the GPU's memory; nor, unless
+    this worker is to ``keep`` them (to hash and to export), the machine's.
     """
     model.train()
     for part in (model.connector, model.painter):
         part.to(device).requires_grad_(True).float()
     if not frozen:
+        if not keep:
+            for unused in (model.conditioner, model.autoencoder):
+                unused.to("meta")
         return
     model.to(device)
     if precision == "bf16" and device.type == "cuda":

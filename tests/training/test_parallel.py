@@ -115,6 +115,20 @@ def test_one_worker_needs_nobody() -> None:
     assert parallel.scatter([5]) == 5 and parallel.side_group(1.0) is None
 
 
+def test_frozen_parts_that_nobody_uses_are_kept_by_the_first_worker_only(
+    tiny_model_dir: Path,
+) -> None:
+    cpu = torch.device("cpu")
+    for keep, frozen_are in ((True, "cpu"), (False, "meta")):
+        loaded = model.load(tiny_model_dir)
+        parallel.place(loaded, cpu, "fp32", frozen=False, keep=keep)
+        devices = [
+            {parameter.device.type for parameter in part.parameters()}
+            for part in (loaded.conditioner, loaded.autoencoder, loaded.connector, loaded.painter)
+        ]
+        assert devices == [{frozen_are}, {frozen_are}, {"cpu"}, {"cpu"}]
+
+
 def test_the_precision_of_a_forward_pass() -> None:
     weight = torch.ones(2, 2)
     device = torch.device("cpu")
