@@ -111,7 +111,7 @@ def train_loop_per_worker(config: dict[str, Any]) -> dict[str, Any]:
 def run(worker: Worker) -> dict[str, Any]:
     """Pick up the latest checkpoint, train, export; the answer of ``train_loop_per_worker``.
 
-    What is returned as an error here is one that all workers have met.
+    What is returned as an error here is one that all workers have met, or the tracker's in the end.
     """
     state, checkpoints = worker.state, worker.checkpoints
     try:
@@ -192,7 +192,7 @@ def update(worker: Worker, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         with parallel.averaging(worker.trainable, last):
             part = flow_matching(worker, step, number)
             if last:
-                worker.notices.tell(worker.device)
+                worker.notices.tell(worker.device)  # on its way while gradients are computed
             part.backward()
         loss += part.detach()
 
