@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -153,11 +153,17 @@ class Evaluation:
         return values
 
 
-def run(config: EvaluateConfig, *, overwrite: bool = False) -> Evaluation:
+def run(
+    config: EvaluateConfig,
+    *,
+    overwrite: bool = False,
+    on_progress: Callable[[int, int], None] = lambda painted, of: None,
+) -> Evaluation:
     """Paint and check every record of ``config.data``.
 
     An evaluation that lies in ``config.out``, of the same model, records and settings, is handed
-    back; ``overwrite``: it is made again.
+    back; ``overwrite``: it is made again. ``on_progress`` is told how many edits are painted, of
+    how many; each record is one for each way.
 
     Raises:
         CheckpointError: there is no model.
@@ -173,7 +179,7 @@ def run(config: EvaluateConfig, *, overwrite: bool = False) -> Evaluation:
         return read_written(config.out)
     with _tracked(config, shards, of) as run:
         connect(config.nodes_wait_s)
-        evaluation = _painted(config, model, shards)
+        evaluation = _painted(config, model, shards, on_progress)
         if run is not None:  # before it lies there and is not made again
             run.log_metrics(evaluation.metrics())
     if config.out is not None:
@@ -181,7 +187,9 @@ def run(config: EvaluateConfig, *, overwrite: bool = False) -> Evaluation:
     return evaluation
 
 
-def _painted(config: EvaluateConfig, model: str, shards: Shards) -> Evaluation:
+def _painted(
+    config: EvaluateConfig, model: str, shards: Shards, on_progress: Callable[[int, int], None]
+) -> Evaluation:
     painted = read(shards).map_batches(
         PaintEdits,
         fn_constructor_args=(everywhere(model), config.ways, config.steps, config.guidance_scale),
@@ -191,7 +199,11 @@ def _painted(config: EvaluateConfig, model: str, shards: Shards) -> Evaluation:
         num_cpus=config.cpus_per_worker,
         num_gpus=config.gpus_per_worker,
     )
-    tables = list(painted.iter_batches(batch_format="pyarrow", batch_size=None))
+    tables: list[pa.Table] = []
+    for table in painted.iter_batches(batch_format="pyarrow", batch_size=None):
+        tables.append(table)
+        rows = sum(each.num_rows for each in tables)
+        on_progress(rows, shards.manifest.counts.kept * len(config.ways))
     return Evaluation(pa.concat_tables(tables).sort_by([("id", "ascending")]))
 
 

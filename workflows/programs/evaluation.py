@@ -11,7 +11,10 @@ from workflows.programs.program import Done, Program, Tell, hash_of
 
 
 def _evaluate(config: EvaluateConfig, out: str, anew: bool, tell: Tell) -> Done:
-    evaluation = evaluate.run(config, overwrite=anew)
+    def on_progress(painted: int, of: int) -> None:
+        tell(painted / of, f"{painted:,} of {of:,} edits painted")
+
+    evaluation = evaluate.run(config, overwrite=anew, on_progress=on_progress)
     numbers = evaluation.metrics()
     exact = ", ".join(f"{numbers[f'exact/{way}']:.0%} {evaluate.NAMES[way]}"
                       for way in evaluation.ways)  # fmt: skip
