@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
-_SHOWN = ("loss", "validation_loss", "validation_exact", "validation_strict", "samples_per_second",
+_SHOWN = ("loss", "validation_loss", "validation_exact", "validation_strict", "exact/blueprint",
+          "exact/self", "exact/instruction", "samples_per_second",
           "kept", "rejected", "failed", "cost/usd", TOTAL)  # fmt: skip
 _MOST = 10_000
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -15,16 +17,20 @@ from pydantic import Field, field_validator
 from ray.data import ActorPoolStrategy
 from rich.console import Console
 from rich.table import Table
+from scipy.stats import binomtest
 
-from dim.config import StrictModel, load_config
+from dim.config import StrictModel, dump_config, load_config
 from dim.errors import CheckpointError, InputError
 from dim.records import EDIT
 from infra.capacity import WAIT_S
+from infra.cost import counted_cost
 from infra.models import fingerprint
 from infra.registry import located
 from infra.storage import everywhere, join, open_store
+from infra.tracking import Run, Tracking, code_version, default_uri
 from pipelines.cluster import connect
 from pipelines.command import ConfigFile, Overrides, Overwrite, settings
+from pipelines.job import TrackingConfig
 from pipelines.outputs.shards import Shards
 from pipelines.ranges import read
 from pipelines.stages.paint import BLUEPRINT, INSTRUCTION, SELF, WAYS, PaintEdits
@@ -59,6 +65,8 @@ class EvaluateConfig(StrictModel):
     batch_size: int = Field(32, ge=1)
     nodes_wait_s: float = Field(WAIT_S, gt=0)
     """Seconds to wait where no node of the cluster has what a worker wants and none will come."""
+    tracking: TrackingConfig | None = None
+    """Log to MLflow. Without this, only if MLFLOW_TRACKING_URI is set."""
 
     @field_validator("ways")
     @classmethod
@@ -86,6 +94,14 @@ class Share:
     def strict_accuracy(self) -> float:
         """The same of those that are strictly exact."""
         return self.strict / self.count if self.count else 0.0
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Wilson's 95 % interval of ``accuracy``; edits count as independent."""
+        if not self.count:
+            return 0.0, 1.0
+        found = binomtest(self.exact, self.count).proportion_ci(method="wilson")
+        return float(found.low), float(found.high)
 
 
 @dataclass(frozen=True)
@@ -121,23 +137,33 @@ class Evaluation:
         return float(pc.mean(rows["designed_right"]).as_py() or 0.0)
 
     def metrics(self) -> dict[str, float]:
-        """The numbers that go to MLflow, each from 0 to 1."""
+        """The numbers that go to MLflow, each from 0 to 1.
+
+        ``low`` and ``high`` are the ends of the 95 % interval of what stands before them.
+        """
         values: dict[str, float] = {}
         for way in self.ways:
             for end, referential in (("", None), ("/direct", False), ("/referential", True)):
                 share = self.share(way, referential=referential)
                 values[f"exact/{way}{end}"] = share.accuracy
+                values[f"exact/{way}{end}/low"], values[f"exact/{way}{end}/high"] = share.interval
                 values[f"strict/{way}{end}"] = share.strict_accuracy
         if SELF in self.ways:
             values["designed_right/self"] = self.designed_right(SELF)
         return values
 
 
-def run(config: EvaluateConfig, *, overwrite: bool = False) -> Evaluation:
+def run(
+    config: EvaluateConfig,
+    *,
+    overwrite: bool = False,
+    on_progress: Callable[[int, int], None] = lambda painted, of: None,
+) -> Evaluation:
     """Paint and check every record of ``config.data``.
 
     An evaluation that lies in ``config.out``, of the same model, records and settings, is handed
-    back; ``overwrite``: it is made again.
+    back; ``overwrite``: it is made again. ``on_progress`` is told how many edits are painted, of
+    how many; each record is one for each way.
 
     Raises:
         CheckpointError: there is no model.
@@ -151,7 +177,19 @@ def run(config: EvaluateConfig, *, overwrite: bool = False) -> Evaluation:
     of = _what_is_evaluated(config, model, shards)
     if config.out is not None and not overwrite and _is_written(config.out, of):
         return read_written(config.out)
-    connect(config.nodes_wait_s)
+    with _tracked(config, shards, of) as run:
+        connect(config.nodes_wait_s)
+        evaluation = _painted(config, model, shards, on_progress)
+        if run is not None:  # before it lies there and is not made again
+            run.log_metrics(evaluation.metrics())
+    if config.out is not None:
+        write(evaluation, config.out, of)
+    return evaluation
+
+
+def _painted(
+    config: EvaluateConfig, model: str, shards: Shards, on_progress: Callable[[int, int], None]
+) -> Evaluation:
     painted = read(shards).map_batches(
         PaintEdits,
         fn_constructor_args=(everywhere(model), config.ways, config.steps, config.guidance_scale),
@@ -161,11 +199,36 @@ def run(config: EvaluateConfig, *, overwrite: bool = False) -> Evaluation:
         num_cpus=config.cpus_per_worker,
         num_gpus=config.gpus_per_worker,
     )
-    tables = list(painted.iter_batches(batch_format="pyarrow", batch_size=None))
-    evaluation = Evaluation(pa.concat_tables(tables).sort_by([("id", "ascending")]))
-    if config.out is not None:
-        write(evaluation, config.out, of)
-    return evaluation
+    tables: list[pa.Table] = []
+    for table in painted.iter_batches(batch_format="pyarrow", batch_size=None):
+        tables.append(table)
+        rows = sum(each.num_rows for each in tables)
+        on_progress(rows, shards.manifest.counts.kept * len(config.ways))
+    return Evaluation(pa.concat_tables(tables).sort_by([("id", "ascending")]))
+
+
+@contextmanager
+def _tracked(config: EvaluateConfig, shards: Shards, of: Mapping[str, Any]) -> Iterator[Run | None]:
+    """An MLflow run around the evaluation, if one is wanted."""
+    chosen = config.tracking
+    if chosen is None and not os.environ.get("MLFLOW_TRACKING_URI"):
+        yield None
+        return
+    chosen = chosen or TrackingConfig()
+    tracking = Tracking(chosen.uri or default_uri(config.out or "."), chosen.experiment)
+    tags = {"job": "evaluate", "model_hash": str(of["model"]), **code_version()}
+    with (
+        tracking.run("evaluate", dump_config(config), tags) as run,
+        counted_cost(run, chosen.prices),
+    ):
+        run.log_dataset(
+            "evaluate input",
+            shards.store.uri,
+            str(of["data"])[:36],
+            context="input",
+            profile=shards.identity,
+        )
+        yield run
 
 
 def write(evaluation: Evaluation, out: str, of: Mapping[str, Any]) -> None:

@@ -20,7 +20,6 @@ import typer
 from pydantic import Field, NonNegativeInt, PositiveInt
 from rich.console import Console
 from rich.table import Table
-from scipy.stats import binomtest
 
 from dim.config import CONFIGS, load_config
 from dim.records import TextName
@@ -153,14 +152,6 @@ def rows(results: Sequence[Result]) -> list[tuple[str, list[Share]]]:
     return [(name, [result.share(**chosen) for result in results]) for name, chosen in groups]
 
 
-def interval(share: Share) -> tuple[float, float]:
-    """Wilson's 95 % interval of the exact ones; edits of several seeds count as independent."""
-    if not share.count:
-        return 0.0, 1.0
-    found = binomtest(share.exact, share.count).proportion_ci(method="wilson")
-    return float(found.low), float(found.high)
-
-
 def as_numbers(results: Sequence[Result]) -> dict[str, dict[str, dict[str, float]]]:
     """By row and arm: ``exact`` and ``strict`` from 0 to 1, ``low`` and ``high``, ``count``."""
     return {
@@ -168,7 +159,7 @@ def as_numbers(results: Sequence[Result]) -> dict[str, dict[str, dict[str, float
             result.arm.name: {
                 "exact": share.accuracy,
                 "strict": share.strict_accuracy,
-                **dict(zip(("low", "high"), interval(share), strict=True)),
+                **dict(zip(("low", "high"), share.interval, strict=True)),
                 "count": share.count,
             }
             for result, share in zip(results, shares, strict=True)
@@ -277,7 +268,7 @@ def _points(made: StageResult, uri: str, metric: str) -> list[tuple[int, float]]
 
 
 def _in_words(share: Share) -> str:
-    low, high = (f"{100 * bound:.0f}" for bound in interval(share))
+    low, high = (f"{100 * bound:.0f}" for bound in share.interval)
     strictly = f"{share.strict_accuracy:.0%}"
     return f"{share.accuracy:.0%} ({low}-{high}) of {share.count}, {strictly}"
 

@@ -31,7 +31,6 @@ from infra.models import on_this_machine
 from pipelines.command import Overrides
 from pipelines.evaluate import Share
 from pipelines.readers.tabletop import TabletopConfig
-from workflows.ablation import interval
 
 _SEEDS_AN_EDIT = 1000
 Paint = Callable[[tabletop.Edit, Sequence[Wanted]], Sequence[Image.Image]]
@@ -206,7 +205,7 @@ def as_rows(points: Sequence[Point]) -> list[tuple[str, ...]]:
     """The table's rows as texts."""
     rows: list[tuple[str, ...]] = []
     for point in points:
-        low, high = (f"{100 * bound:.0f}" for bound in interval(point.share))
+        low, high = (f"{100 * bound:.0f}" for bound in point.share.interval)
         exact = f"{point.share.accuracy:.0%} ({low}-{high}), {point.share.strict_accuracy:.0%}"
         cost = f"{point.images:.2f}", f"{point.seconds:.2f}"
         rows.append((str(point.best_of), str(point.rounds), exact, *cost))
@@ -238,7 +237,7 @@ def draw_curve(points: Sequence[Point], file: Path) -> None:
     axes = figure.subplots()
     for best_of in sorted({point.best_of for point in points}):
         line = [point for point in points if point.best_of == best_of]
-        bounds = [interval(point.share) for point in line]
+        bounds = [point.share.interval for point in line]
         exact = [point.share.accuracy for point in line]
         off = [[max(0.0, e - b[0]) for e, b in zip(exact, bounds, strict=True)],
                [max(0.0, b[1] - e) for e, b in zip(exact, bounds, strict=True)]]  # fmt: skip

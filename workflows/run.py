@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Annotated, Any
@@ -56,8 +56,13 @@ def run(workflow: Workflow, console: Console, *, begin_at: str | None = None) ->
     _refuse_company(workflow, receipts)
     if begin_at is not None:
         _open_again(workflow, receipts, begin_at)
-    with _stopping_on_sigterm(), View(console, list(workflow.steps)) as view:
-        _Run(workflow, receipts, view).to_the_end()
+    try:
+        with _stopping_on_sigterm(), View(console, list(workflow.steps)) as view:
+            _Run(workflow, receipts, view).to_the_end()
+    except BaseException:
+        for line in _what_goes_on(workflow, receipts):
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
+        raise
     return receipts
 
 
@@ -240,6 +245,18 @@ class _Run:
 
             ray.shutdown()
         self._owns_ray, self._ray = False, None
+
+
+def _what_goes_on(workflow: Workflow, receipts: Receipts) -> Iterator[str]:
+    """A line for each server that steps have started and that answers, for whoever stops here."""
+    servers: dict[int, str] = {}
+    with suppress(DimError):  # what stopped the run is what is to be told
+        for name, step in workflow.steps.items():
+            result = receipts.read(name).result
+            if step.program.stays and step.program.digest(step.config, result) is not None:
+                servers[result["pid"]] = result["url"]
+    for pid, url in servers.items():
+        yield f"{url}/ goes on; stop it with: kill {pid}"
 
 
 def log_of(workflow: Workflow, name: str) -> Path:

@@ -23,6 +23,7 @@ ALSO = frozenset(
      "NotACompletion"}
 )  # fmt: skip
 _BASE = "DimError"
+WARNING = "warning: "  # how a line begins that tells of trouble and lets the work go on
 _ROOMS = {
     "dim": "Models, designers, settings",
     "pipelines": "Data jobs",
@@ -71,6 +72,7 @@ _KIND = {
     "Failure": "the command line",
     "Rejection": "a record",
     "NotACompletion": "a designer's answer",
+    WARNING: "what is said meanwhile",
 }
 
 
@@ -109,8 +111,26 @@ def _messages(path: Path) -> Iterator[Message]:
     for node, kind in _made(_tree(path)):
         for argument in [*node.args, *(keyword.value for keyword in node.keywords)]:
             for text in texts(argument, path):
-                if len(re.findall(r"\w{2,}", text)) >= 2:
+                if says(text):
                     yield Message(module, text, kind)
+    for said in _said(_tree(path)):
+        for text in texts(said, path):
+            if text.startswith(WARNING):
+                yield Message(module, text, WARNING)
+
+
+def _said(tree: ast.Module) -> Iterator[ast.expr]:
+    """Every text of a file, each as a whole."""
+    whole = [node for node in ast.walk(tree) if isinstance(node, ast.JoinedStr)]
+    parts = {id(part) for text in whole for part in text.values}
+    alone = [node for node in ast.walk(tree) if isinstance(node, ast.Constant)]
+    yield from [*whole, *(node for node in alone if id(node) not in parts)]
+
+
+def says(text: str) -> bool:
+    """Whether somebody could look for it: it has words, or one and what is filled in."""
+    words = re.findall(r"[^\W\d_]{2,}", text)
+    return len(words) >= 2 or ("…" in text and any(len(word) >= 4 for word in words))
 
 
 def _made(tree: ast.Module) -> Iterator[tuple[ast.Call, str]]:
@@ -131,20 +151,28 @@ def _called(node: ast.Call) -> str:
     return ""
 
 
-def texts(node: ast.expr, path: Path) -> list[str]:
-    """What an expression in a file may say: a constant by name and a function's returns, too."""
+def texts(node: ast.expr, path: Path, *, far: bool = True) -> list[str]:
+    """What an expression in a file may say.
+
+    Constants by name and what a function returns, too. If ``far``, so is what a variable is set to
+    in the function around the expression, and what that function is given in its own file.
+    """
     match node:
         case ast.Constant(value=str(text)):
             return [_one_line(text)]
         case ast.JoinedStr(values=parts):
             return [_one_line("".join(_part(part) for part in parts))]
         case ast.IfExp(body=first, orelse=second):
-            return [*texts(first, path), *texts(second, path)]
+            return [*texts(first, path, far=far), *texts(second, path, far=far)]
+        case ast.BoolOp(values=values):
+            return [text for value in values for text in texts(value, path, far=far)]
         case ast.BinOp(op=ast.Add(), left=first, right=second):
-            left, right = texts(first, path) or ["…"], texts(second, path) or ["…"]
+            left, right = (texts(each, path, far=far) or ["…"] for each in (first, second))
             return [f"{a}{b}" for a in left for b in right]
         case ast.Name(id=name) | ast.Attribute(attr=name) if name.lstrip("_").isupper():
             return [text for value, place in _constants(name) for text in texts(value, place)]
+        case ast.Name() if far:
+            return [text for each in _local(node, path) for text in texts(each, path, far=False)]
         case ast.Call():
             returned = _returns(path, _called(node))
             return [text for value in returned if value is not node for text in texts(value, path)]
@@ -158,6 +186,35 @@ def _constants(name: str) -> Iterator[tuple[ast.expr, Path]]:
                 case ast.Assign(targets=[ast.Name(id=found)], value=ast.expr() as value):
                     if found == name:
                         yield value, path
+
+
+def _local(name: ast.Name, path: Path) -> Iterator[ast.expr]:
+    """What a variable is set to in the function around it, or given where that is called."""
+    around = [
+        node
+        for node in ast.walk(_tree(path))
+        if isinstance(node, ast.FunctionDef) and node.lineno <= name.lineno <= _end(node)
+    ]
+    if not around:
+        return
+    inner = max(around, key=lambda node: node.lineno)
+    for node in ast.walk(inner):
+        match node:
+            case ast.Assign(targets=[ast.Name(id=found)], value=value):
+                if found == name.id:
+                    yield value
+    given = [one.arg for one in inner.args.posonlyargs + inner.args.args if one.arg != "self"]
+    for node in ast.walk(_tree(path)):
+        outside = isinstance(node, ast.Call) and not inner.lineno <= node.lineno <= _end(inner)
+        if outside and _called(node) == inner.name:
+            places = dict(zip(given, node.args, strict=False))
+            places |= {keyword.arg: keyword.value for keyword in node.keywords}
+            if name.id in places:
+                yield places[name.id]
+
+
+def _end(node: ast.FunctionDef) -> int:
+    return node.end_lineno or node.lineno
 
 
 def _returns(path: Path, name: str) -> list[ast.expr]:

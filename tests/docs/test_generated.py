@@ -104,7 +104,7 @@ def test_every_sentence_that_is_raised_is_on_the_page(messages_page: str) -> Non
     assert len(passed_on) < 0.05 * len(sites), passed_on
     for where, texts in sites:
         for text in texts:
-            if len(re.findall(r"\w{2,}", text)) >= 2:
+            if messages.says(text):
                 assert f"| {messages._cell(text)} |" in messages_page, f"{where}: {text}"
 
 
@@ -112,6 +112,17 @@ def test_the_message_of_a_constant_and_of_a_function_are_found(messages_page: st
     assert "| the answer is JSON that is cut off or malformed | BlueprintError |" in messages_page
     assert "| the process that worked on its range ended … times" in messages_page
     assert "| not a tracking URI; use sqlite:///FILE" in messages_page
+
+
+def test_a_message_that_goes_through_a_variable_is_found(messages_page: str) -> None:
+    for said in (
+        "| the server is busy; try again later | HTTP |",  # handed to the function that answers
+        "| … of … samples cannot be used (…) |",  # the same in a method
+        "| cannot … …: … | StorageError |",  # one word, and what it is about
+        "| delete what is not needed, or set RAY\\_TMPDIR",  # set some lines before
+        "| warning: not registered: … | what is said meanwhile |",
+    ):
+        assert said in messages_page, said
 
 
 def test_the_page_of_troubles_has_the_words_of_the_program() -> None:

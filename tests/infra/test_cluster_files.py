@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 import subprocess
-import sys
-import sysconfig
 import tomllib
 import zipfile
 from pathlib import Path
 
-import pytest
 import yaml
 
 from dim import __version__
+from tests.wheel import PACKAGES, environment
 
 ROOT = Path(__file__).resolve().parents[2]
 CLUSTER = ROOT / "infra" / "cluster"
-PACKAGES = ("dim", "pipelines", "training", "serving", "workflows", "infra", "configs")
 PINNED = re.compile(r"^([A-Za-z0-9._-]+)(?:\[[a-z0-9,-]+\])?==([^\s\\]+)", re.MULTILINE)
 
 
@@ -93,45 +88,11 @@ def test_files_agree_on_the_versions_and_the_image() -> None:
     assert all("--no-deps" in line for line in installs)
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, built of a copy that holds what the image's build is given of the packages."""
-    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    skipped = shutil.ignore_patterns("__pycache__")
-    for name in PACKAGES:
-        shutil.copytree(ROOT / name, source / name, ignore=skipped)
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    build = f"from setuptools import build_meta; build_meta.build_wheel({str(out)!r})"
-    subprocess.run(
-        [sys.executable, "-c", build], cwd=source, check=True, capture_output=True, timeout=120
-    )
-    (made,) = out.glob("*.whl")
-    return made
-
-
-@pytest.fixture(scope="module")
-def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The programs of an environment with the wheel in it; other packages are this one's."""
-    home = tmp_path_factory.mktemp("environment")
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", home], check=True, timeout=60)
-    python = home / "bin" / "python"
-    subprocess.run(
-        [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-index",
-         "--no-deps", "--disable-pip-version-check", wheel],
-        check=True, timeout=120,
-    )  # fmt: skip
-    (site,) = home.glob("lib/python*/site-packages")
-    (site / "others.pth").write_text(sysconfig.get_path("purelib"))
-    return home / "bin"
-
-
 def run(installed: Path, folder: Path, *command: str) -> str:
     """What a command prints that is started in ``folder``."""
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(
         [installed / command[0], *command[1:]],
-        cwd=folder, env=environment, capture_output=True, text=True, timeout=120,
+        cwd=folder, env=environment(), capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -21,7 +21,6 @@ from workflows.ablation import (
     as_markdown,
     as_numbers,
     draw_curves,
-    interval,
     run,
 )
 
@@ -50,7 +49,7 @@ def test_the_table_says_how_often_each_arm_is_exact_and_how_sure_that_is(tmp_pat
     arm = numbers["all"]["oracle blueprint"]
     assert arm["exact"] == pytest.approx(13 / 15) and arm["count"] == 15
     assert numbers["referential"]["instruction"]["exact"] == 0
-    low, high = interval(RESULTS[1].share())  # Wilson's of 13 in 15
+    low, high = RESULTS[1].share().interval  # Wilson's of 13 in 15
     assert (low, high) == pytest.approx((0.6212, 0.9626), abs=1e-3)
     text = as_markdown(RESULTS)
     assert "| referential | 0% (0-43) of 5, 0% | 100% (57-100) of 5, 0% |" in text

@@ -1,13 +1,11 @@
-"""The demo at a fraction of its size: every step, the report, and the printed ``curl``."""
+"""The demo at a fraction of its size, from a wheel in an empty folder: steps, report, ``curl``."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import subprocess
-import sys
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,9 +17,9 @@ from PIL import Image
 
 from pipelines.evaluate import Evaluation
 from pipelines.stages.paint import PAINTED
+from tests.wheel import environment
 from workflows.demo import choose_example
 
-ROOT = Path(__file__).resolve().parents[2]
 SMALL = [
     "pairs=40",
     "images=24",
@@ -35,15 +33,16 @@ SMALL = [
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
+def demo(installed: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
     """What the demo wrote and printed; its server is stopped afterwards."""
-    out = tmp_path_factory.mktemp("demo") / "out"
-    command = [sys.executable, "-m", "workflows.demo", "--out", str(out), *SMALL]
-    env = {key: value for key, value in os.environ.items() if not key.startswith("AWS_")}
+    folder = tmp_path_factory.mktemp("empty")
+    out = folder / "runs" / "demo"
+    env = {key: value for key, value in environment().items() if not key.startswith("AWS_")}
     try:
         done = subprocess.run(
-            command, cwd=ROOT, capture_output=True, text=True, timeout=480, env=env
-        )
+            [installed / "dim", "demo", *SMALL],
+            cwd=folder, env=env, capture_output=True, text=True, timeout=480,
+        )  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]
         yield out, done.stdout
     finally:

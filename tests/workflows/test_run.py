@@ -10,7 +10,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import psutil
@@ -151,6 +153,38 @@ def test_a_step_that_fails_says_why_and_where(tmp_path: Path, ray_cluster: None)
     assert receipts.read("raw").state == "failed" and receipts.read("edit").state == "open"
     assert receipts.read("other").state in ("open", "done")  # beside it; never left as running
     assert "failed" in shown(status_table(loaded, receipts, lambda name: Path("nowhere")))
+
+
+def test_a_server_that_goes_on_is_named_when_a_run_is_interrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Answer(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, format: str, *args: object) -> None:
+            """Say nothing."""
+
+    def interrupt(self: object) -> None:
+        raise KeyboardInterrupt
+
+    page = {"run": "serve", "with": {"model": str(CONFIGS / "tiny.yaml")}}
+    loaded = load_workflow(written(tmp_path, page=page))
+    monkeypatch.setattr("workflows.run._Run.to_the_end", interrupt)
+    console = Console(width=200)
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server, console.capture() as said:
+        Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        done = Receipt(state="done", result={"url": url, "pid": 4711})
+        Receipts(loaded).write("page", done)
+        with pytest.raises(KeyboardInterrupt):
+            run(loaded, console)
+        server.shutdown()
+    assert said.get() == f"{url}/ goes on; stop it with: kill 4711\n"
+    with console.capture() as said, pytest.raises(KeyboardInterrupt):
+        run(loaded, console)  # and nothing of one that has ended
+    assert said.get() == ""
 
 
 def test_two_at_once_are_refused(tmp_path: Path) -> None:

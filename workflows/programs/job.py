@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,8 +16,16 @@ def data_program(config: type[StrictModel], module: Any) -> Program:
     """The job ``module``, which tells how many of its ranges are done."""
 
     def run(config: Any, out: str, anew: bool, tell: Tell) -> Done:
+        begun: tuple[int, float] | None = None
+
         def on_progress(done: int, ranges: int) -> None:
-            tell(done / ranges, f"{done} of {ranges} ranges")
+            nonlocal begun
+            now = time.monotonic()
+            begun = begun or (done, now)
+            said = f"{done} of {ranges} ranges"
+            if now > begun[1]:
+                said += f" · {60 * (done - begun[0]) / (now - begun[1]):.0f} a minute"
+            tell(done / ranges, said)
 
         manifest: Manifest = module.run(config, overwrite=anew, on_progress=on_progress)
         usd = (manifest.cost or {}).get("usd", 0.0)
