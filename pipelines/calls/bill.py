@@ -11,9 +11,8 @@ import csv
 import io
 import posixpath
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
-from itertools import groupby
 
 from dim import designers
 from infra.storage import Store
@@ -65,8 +64,8 @@ def total_cost(store: Store, known: Mapping[str, Sums] | None = None) -> Cost:
         StorageError: they cannot be read.
     """
     cost = Cost()
-    for folder, files in _folders(store):
-        sums = (known or {}).get(posixpath.basename(folder))
+    for folder, files in _folders(store).items():
+        sums = (known or {}).get(folder)
         if sums is not None and sums["bytes"] == sum(files.values()):
             cost.add_sums(sums)
             continue
@@ -113,7 +112,7 @@ def write_bill(store: Store) -> None:
     """
     with store.open_output(NAME) as file:
         file.write(_csv([["id", *(field.name for field in fields(Cost))]]))
-        for _, files in _folders(store):
+        for files in _folders(store).values():
             by_record: defaultdict[str, Cost] = defaultdict(Cost)
             for entry in read_entries(store, files):
                 by_record[entry.record].add(entry)
@@ -125,10 +124,12 @@ def is_billed(spec: str) -> bool:
     return designers.calls_a_server(spec) or designers.engine_model(spec) is not None
 
 
-def _folders(store: Store) -> Iterator[tuple[str, dict[str, int]]]:
-    """Each folder of answers, with its files and their bytes."""
-    for folder, files in groupby(answer_files(store), key=lambda file: posixpath.dirname(file[0])):
-        yield folder, dict(files)
+def _folders(store: Store) -> dict[str, dict[str, int]]:
+    """The folders of answers by their names, each with its files and their bytes."""
+    folders: defaultdict[str, dict[str, int]] = defaultdict(dict)
+    for name, size in answer_files(store):
+        folders[posixpath.basename(posixpath.dirname(name))][name] = size
+    return folders
 
 
 def _line(record: str, cost: Cost) -> list[object]:
