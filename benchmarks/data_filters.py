@@ -264,6 +264,8 @@ def _cluster(processes: int) -> Iterator[None]:
         include_dashboard=False,
         log_to_driver=False,
         logging_level="error",
+        # Ray's workers give way to whatever else runs, unless told otherwise; the others' do not.
+        _system_config={"worker_niceness": 0},
     )
     connect()
     yield

@@ -48,8 +48,9 @@ def connect(nodes_wait_s: float = WAIT_S) -> bool:
     context = DataContext.get_current()
     context.enable_progress_bars = sys.stderr.isatty()
     context.set_config(_NODES_WAIT_S, nodes_wait_s)
-    if EndHopelessWait not in context.custom_execution_callback_classes:
-        context.custom_execution_callback_classes.append(EndHopelessWait)
+    for callback in (EndHopelessWait, LearnSizeAtOnce):
+        if callback not in context.custom_execution_callback_classes:
+            context.custom_execution_callback_classes.append(callback)
     return connects
 
 
@@ -89,6 +90,20 @@ class EndHopelessWait(ExecutionCallback):
     def on_execution_step(self, executor: StreamingExecutor) -> None:
         """Look whether what still works can have what it wants."""
         self._watch.check(_demands(executor))
+
+
+class LearnSizeAtOnce(ExecutionCallback):
+    """Lets a job have the whole cluster from the start.
+
+    Ray Data asks an actor how large the cluster is and looks for the answer a second later; until
+    then it runs one task at a time. With this it looks at each step of its scheduler.
+    """
+
+    def on_execution_step(self, executor: StreamingExecutor) -> None:
+        """Look again, as long as no answer is there."""
+        manager = executor._resource_manager
+        if manager is not None and manager._global_limits.is_zero():
+            manager._global_limits_last_update_time = 0
 
 
 def _demands(executor: StreamingExecutor) -> Iterator[Demand]:

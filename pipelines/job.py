@@ -298,7 +298,7 @@ class Job:
             input=self._identity,
             counts=self._count(done, files),
             files=tuple(files),
-            cost=read_costs(self.store) if self._is_billed else None,
+            cost=self._cost(done) if self._is_billed else None,
         )
         if lost := receipts.lacking(self.store, files):
             raise DimError(self._lost(lost[0]))
@@ -312,6 +312,11 @@ class Job:
             self.store.delete(manifests.NAME)
             raise DimError(self._lost(lost[0]))
         return manifest
+
+    def _cost(self, done: Iterable[Receipt]) -> dict[str, float]:
+        """What all answers cost; those that a receipt sums up are not read again."""
+        paid = (receipt.paid for receipt in done)
+        return read_costs(self.store, {each.folder: each.sums for each in paid if each is not None})
 
     def _theirs(self) -> Manifest:
         """The output that somebody else has finished meanwhile, if it is the same."""

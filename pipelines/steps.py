@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
+from functools import partial
 from typing import Annotated, Any
 
 import pyarrow as pa
@@ -13,13 +14,14 @@ from pydantic import Field
 from dim.config import HowOnly
 from dim.designers import CallOptions
 from pipelines.calls.answers import name_of
+from pipelines.calls.bill import is_billed, sums_of
 from pipelines.calls.engine import EngineOptions, answer_beforehand
 from pipelines.calls.worker import AskingWorker, CalledModel, Step, batches_at_once
 from pipelines.filters import FilterImages, FilterPairs
 from pipelines.filters.duplicates import DuplicateRules
 from pipelines.filters.verdicts import Judged, judge
 from pipelines.job import JobConfig, Remaining
-from pipelines.outputs.receipts import RangeOutput
+from pipelines.outputs.receipts import Paid, RangeOutput
 from pipelines.outputs.shards import Shards
 from pipelines.ranges import Piece
 
@@ -122,13 +124,21 @@ class AskRanges:
         self._worker = AskingWorker(steps, model)
         self._records = judged.surely
         self._output = output
+        self._is_billed = is_billed(model.spec)
 
     def __call__(self, ranges: pa.Table) -> Iterator[pa.Table]:
         """Ranges in, receipts out; safe for several threads."""
         for each in ranges.to_pylist():
+            paid = partial(self._paid, name_of(each["pieces"]))
             with closing(self._asked(each)) as asked:
-                receipt = self._output.done(each["number"], each["rows"], asked)
+                receipt = self._output.done(each["number"], each["rows"], asked, paid)
             yield receipt
+
+    def _paid(self, name: str) -> Paid | None:
+        """What was paid for a range of which all answers are stored."""
+        if not self._is_billed:
+            return None
+        return Paid(folder=name, sums=sums_of(self._output.store, name))
 
     def _asked(self, each: dict[str, Any]) -> Generator[pa.Table]:
         """All answers are stored when these have come to an end, so before there is a receipt."""

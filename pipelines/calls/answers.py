@@ -215,13 +215,22 @@ def _copied(entries: Iterable[Entry], file: Output) -> Iterator[tuple[int, int, 
         yield _hash(entry.key), start, size
 
 
-def read_entries(store: Store) -> Iterator[Entry]:
-    """Everything that was ever answered to a job, with what it cost.
+def read_entries(store: Store, names: Iterable[str] | None = None) -> Iterator[Entry]:
+    """Everything that was ever answered to a job, or what is in some files, with what it cost.
+
+    Raises:
+        StorageError: it cannot be read.
+    """
+    return _read(store, [name for name, _ in answer_files(store)] if names is None else names)
+
+
+def answer_files(store: Store, name: str = "") -> list[tuple[str, int]]:
+    """The files of all answers, or of those about a range, in order, each with its bytes.
 
     Raises:
         StorageError: the folder cannot be read.
     """
-    return _read(store, [name for name, _ in store.list(_FOLDER)])
+    return store.list(f"{_FOLDER}/{name}" if name else _FOLDER)
 
 
 def set_unusable_aside(store: Store) -> None:

@@ -87,7 +87,7 @@ def check_content(image: Image.Image, name: str, gauge: Gauge, rules: ImageRules
         value = measures.entropy(image)
         gauge.check("entropy", value, f"{name} has an entropy of {value:.2f} bits")
     if gauge.wants("sharpness") or gauge.wants("text_area"):
-        luma = measures.grey(measures.scaled(image, rules.detail_side))
+        luma = measures.levels(measures.scaled(image, rules.detail_side))
         if gauge.wants("sharpness"):
             value = measures.sharpness(luma)
             said = f"{name} has a variance of the Laplacian of {value:.2g}"

@@ -16,7 +16,7 @@ HASH_BITS = 64
 _VISIBLE = 16  # difference in 8-bit levels that counts as a changed pixel: above JPEG noise
 _HASH_SIDE, _HASH_LOW = 32, 8
 _ENTROPY_SIDE = 64
-_STROKE = 0.12  # step of the luma between neighbours that the edge of a letter makes at least
+_STROKE = 30  # step between neighbours, in 8-bit levels, above which it is the edge of a letter
 _LINE_HEIGHT = (0.012, 0.12)  # of a line of text, over the longer side
 _LINE_LENGTH = 2.5  # width over height, at least: a word, not a dot
 _LINE_INK = (0.2, 0.9)  # share of stroke edges within a line's box
@@ -56,7 +56,12 @@ def luminance(pixels: Pixels) -> Grey:
 
 def grey(image: Image.Image) -> Grey:
     """(H, W) luma in [0, 1] of a picture, in 8-bit steps."""
-    return np.asarray(image.convert("L"), np.float32) / np.float32(255)
+    return levels(image).astype(np.float32) / np.float32(255)
+
+
+def levels(image: Image.Image) -> Pixels:
+    """(H, W) luma of a picture, in 8-bit levels."""
+    return np.asarray(image.convert("L"))
 
 
 def entropy(image: Image.Image) -> float:
@@ -65,19 +70,24 @@ def entropy(image: Image.Image) -> float:
     Taken at 64 px, where the noise of a camera or of compression on a blank picture is averaged
     away.
     """
-    levels = np.asarray(scaled(image, _ENTROPY_SIDE).convert("L"))
-    share = np.bincount(levels.ravel(), minlength=256) / levels.size
+    small = levels(scaled(image, _ENTROPY_SIDE))
+    share = np.bincount(small.ravel(), minlength=256) / small.size
     share = share[share > 0]
     return float(-(share * np.log2(share)).sum()) + 0.0  # no minus zero
 
 
-def sharpness(luma: Grey) -> float:
-    """Variance of the Laplacian (Pech-Pacheco et al. 2000) of luma in [0, 1]."""
-    return float(ndimage.laplace(luma).var())
+def sharpness(luma: Pixels) -> float:
+    """Variance of the Laplacian (Pech-Pacheco et al. 2000) of (H, W) 8-bit luma, as of [0, 1]."""
+    near = np.pad(luma.astype(np.int16), 1, mode="edge")
+    across = near[1:-1, :-2] + near[1:-1, 2:]
+    down = near[:-2, 1:-1] + near[2:, 1:-1]
+    edges = (across + down - 4 * near[1:-1, 1:-1]).ravel().astype(np.float64)
+    # Its sum is 0: what a pixel gives, its neighbour takes. All is whole numbers, so exact.
+    return float(edges @ edges / edges.size / 255**2)
 
 
-def text_area(luma: Grey) -> float:
-    """Share of the area that looks like lines of text, or a watermark of such lines.
+def text_area(luma: Pixels) -> float:
+    """Share of (H, W) 8-bit luma that looks like lines of text, or a watermark of such lines.
 
     Strong edges are joined sideways; what comes out flat, long and full of strokes is taken for a
     line. A heuristic without a model: it sees horizontal lines of contrasting strokes. It misses
@@ -85,12 +95,11 @@ def text_area(luma: Grey) -> float:
     its threshold belongs well above what a street sign covers.
     """
     longest = max(luma.shape)
-    across, down = np.abs(np.diff(luma, axis=1)), np.abs(np.diff(luma, axis=0))
-    strokes = np.zeros(luma.shape, np.uint8)
-    strokes[:, :-1] |= across > _STROKE
-    strokes[:-1] |= down > _STROKE
+    strokes = np.zeros(luma.shape, np.bool_)
+    strokes[:, :-1] |= _apart(luma[:, 1:], luma[:, :-1]) > _STROKE
+    strokes[:-1] |= _apart(luma[1:], luma[:-1]) > _STROKE
     reach = max(3, round(longest * 0.02))
-    joined = ndimage.maximum_filter1d(strokes, reach, axis=1)
+    joined = ndimage.maximum_filter1d(strokes.view(np.uint8), reach, axis=1)
     joined = ndimage.minimum_filter1d(joined, reach, axis=1)
     pieces, count = ndimage.label(joined)
     if not count:
@@ -98,7 +107,7 @@ def text_area(luma: Grey) -> float:
     boxes = np.array([[s.start, s.stop] for pair in ndimage.find_objects(pieces) for s in pair])
     (top, bottom), (left, right) = boxes[::2].T, boxes[1::2].T
     height, width = bottom - top, right - left
-    ink = np.bincount(pieces.ravel(), strokes.ravel())[1:] / (height * width)
+    ink = np.bincount(pieces[strokes], minlength=count + 1)[1:] / (height * width)
     low, high = (share * longest for share in _LINE_HEIGHT)
     is_line = (height >= max(3, low)) & (height <= high) & (width >= _LINE_LENGTH * height)
     is_line &= (ink >= _LINE_INK[0]) & (ink <= _LINE_INK[1])
@@ -120,8 +129,8 @@ def perceptual_hash(image: Image.Image) -> int:
 
 def changed_share(before: Pixels, after: Pixels) -> float:
     """Share of pixels that differ visibly in some channel; both (H, W, 3)."""
-    difference = np.abs(before.astype(np.int16) - after.astype(np.int16)).max(axis=-1)
-    return float((difference > _VISIBLE).mean())
+    visible = _apart(before, after) > _VISIBLE
+    return float((visible[..., 0] | visible[..., 1] | visible[..., 2]).mean())
 
 
 def ssim(before: Grey, after: Grey) -> float:
@@ -144,6 +153,11 @@ def global_shift(before: Grey, after: Grey) -> float:
     here, there = _overlap(before, rows, columns), _overlap(after, -rows, -columns)
     undone = np.abs(here - there).mean()
     return length if undone < _EXPLAINED * np.abs(before - after).mean() else 0.0
+
+
+def _apart(one: Pixels, other: Pixels) -> Pixels:
+    """How far 8-bit levels are from each other, in as many bits."""
+    return np.maximum(one, other) - np.minimum(one, other)
 
 
 def _overlap(luma: Grey, rows: int, columns: int) -> Grey:

@@ -48,18 +48,29 @@ FOLDER = "ranges"
 VERDICTS = "verdicts"
 """Where what the filters found lies, until the output is finished and no record of it failed."""
 
-_VERSION = 2  # raised whenever ranges are cut otherwise, or their steps make other records
+_VERSION = 3  # raised whenever ranges are cut otherwise, or their steps make other records
 _DIGITS = 16  # of a hash, in names
 _READERS = 16  # an object store answers each in its own time
 _NAME = re.compile(r"(?:data|rejected|failed)/part-(\d+)-of-(\d+)-\d+-[0-9a-f]+\.parquet")
 
 
+class Paid(StrictModel):
+    """What was paid for the answers about a range, which lie in ``folder``, by name."""
+
+    folder: str
+    sums: dict[str, float]
+
+
 class Receipt(StrictModel):
-    """A range that is done: its files, in order, and why its records were rejected."""
+    """A range that is done: its files, in order, why its records were rejected, and what it cost.
+
+    One of an earlier version, or of a job that pays nobody, does not say what was paid.
+    """
 
     number: int
     files: tuple[FileEntry, ...]
     reasons: dict[str, int]
+    paid: Paid | None = None
 
     @property
     def has_failures(self) -> bool:
@@ -87,13 +98,20 @@ class RangeOutput:
     limits: Limits
     trace: tracing.Trace = field(default_factory=tracing.here)
 
-    def done(self, number: int, rows: int, tables: Iterable[pa.Table]) -> pa.Table:
+    def done(
+        self,
+        number: int,
+        rows: int,
+        tables: Iterable[pa.Table],
+        paid: Callable[[], Paid | None] = lambda: None,
+    ) -> pa.Table:
         """Write a range, unless it was written before this process was begun in place of another.
 
         Args:
             number: of the range.
             rows: how many records it has.
             tables: they, with outcomes, in order; they are made while they are written.
+            paid: what was, when all of them are written.
 
         Returns:
             The receipt, as a row of a data set.
@@ -104,7 +122,7 @@ class RangeOutput:
         """
         receipt = self._find(number) if attempt() else None
         with self.trace.span("range", output=self.store.uri, number=number, records=rows):
-            receipt = receipt or self._write(number, rows, tables)
+            receipt = receipt or self._write(number, rows, tables, paid)
         log("range written", output=self.store.uri, range=number, records=rows)
         return pa.table({"receipt": [receipt.model_dump_json()]})
 
@@ -132,7 +150,13 @@ class RangeOutput:
             if FOLDERS[outcome] not in folders:
                 yield write_empty(self.store, schema, self.name(outcome, 0))
 
-    def _write(self, number: int, rows: int, tables: Iterable[pa.Table]) -> Receipt:
+    def _write(
+        self,
+        number: int,
+        rows: int,
+        tables: Iterable[pa.Table],
+        paid: Callable[[], Paid | None],
+    ) -> Receipt:
         schemas = schemas_of(self.schema)
         left_out: dict[str, list[pa.Table]] = defaultdict(list)
         seen = 0
@@ -158,9 +182,8 @@ class RangeOutput:
         ]
         if seen != rows or sum(file.rows for file in files) != rows:
             raise DimError(f"range {number} of {self.store.uri} has {rows} records and gave {seen}")
-        receipt = Receipt(
-            number=number, files=tuple(files), reasons=count_reasons(left_out[REJECTED])
-        )
+        reasons = count_reasons(left_out[REJECTED])
+        receipt = Receipt(number=number, files=tuple(files), reasons=reasons, paid=paid())
         self.store.write(self._path(number), receipt.model_dump_json().encode())
         return receipt
 

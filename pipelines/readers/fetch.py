@@ -14,11 +14,12 @@ import socket
 import threading
 import time
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
+from heapq import heappop, heappush
 from ipaddress import ip_address
 from typing import Annotated, Any
 from urllib.parse import urljoin
@@ -44,6 +45,9 @@ _CHUNK = 1 << 16
 _NO_SUCH_NAME = frozenset({socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME)})
 _RESOLVERS = 64  # names that are looked up at once: those of dead hosts take seconds
 _JITTER = 1.5  # a pause is up to so many times as long
+# A first attempt is given up early, when its host answers others so many times faster.
+_PATIENCE, _LEAST_PATIENCE_S, _ANSWERS_KNOWN = 8, 1.0, 8
+_LAST_ANSWER = 0.1  # what it counts in how fast a host answers, beside those before
 _LEFT_ALONE_S = 300.0  # a host that failed too often
 _MOST_HELD = 512 << 20  # bytes that wait to be taken; after that only what is wanted is begun
 _HOSTS = 10_000  # that are remembered before those are forgotten of which nothing counts
@@ -131,12 +135,25 @@ class Fetcher:
         """The bytes of each URL, or why there are none: a Rejection, or an error."""
         return self.begin(urls).take()
 
-    def begin(self, urls: Iterable[str]) -> Fetching:
-        """Let images be fetched, which may be taken later, or not at all (``results.cancel()``)."""
+    def begin(self, urls: Iterable[str], turn: int = 0) -> Fetching:
+        """Let images be fetched, which may be taken later, or not at all (``results.cancel()``).
+
+        Args:
+            urls: of the images.
+            turn: a host is asked for images of a lower one first; see :meth:`next_turn`.
+        """
         loop, job = self._running
         wanted = asyncio.Event()
-        work = job.fetch_all(sorted(set(urls)), wanted)
+        work = job.fetch_all(sorted(set(urls)), wanted, turn)
         return Fetching(loop, asyncio.run_coroutine_threadsafe(work, loop), wanted)
+
+    def next_turn(self) -> int:
+        """A turn after all that were given out: those who came first are done first."""
+        return next(self._turns)
+
+    @cached_property
+    def _turns(self) -> Iterator[int]:
+        return itertools.count(1)
 
     @cached_property
     def _running(self) -> tuple[asyncio.AbstractEventLoop, _Job]:
@@ -160,15 +177,55 @@ def _close(loop: asyncio.AbstractEventLoop, job: _Job) -> None:
 
 
 class _Busy(Exception):
-    """Worth another attempt, after ``wait`` seconds if the host said so."""
+    """Worth another attempt, after ``wait`` seconds if the host said so.
 
-    def __init__(self, message: str, wait: float | None = None) -> None:
+    ``lasted`` is how many seconds this one took.
+    """
+
+    def __init__(self, message: str, wait: float | None = None, lasted: float = 0.0) -> None:
         super().__init__(message)
         self.wait = wait
+        self.lasted = lasted
 
 
 class _SilentError(_Busy):
     """The host did not answer at all."""
+
+
+class _Slots:
+    """Requests that may be in flight to a host; of those who wait, the lowest turn is the next."""
+
+    def __init__(self, free: int) -> None:
+        self._free = free
+        self._waiting: list[tuple[int, int, asyncio.Future[None]]] = []
+        self._arrivals = itertools.count()
+
+    @asynccontextmanager
+    async def taken(self, turn: int) -> AsyncIterator[None]:
+        """One of them."""
+        if self._free:
+            self._free -= 1
+        else:
+            ready = asyncio.get_running_loop().create_future()
+            heappush(self._waiting, (turn, next(self._arrivals), ready))
+            try:
+                await ready
+            except asyncio.CancelledError:
+                if not ready.cancelled():  # it was given at the same moment
+                    self._pass_on()
+                raise
+        try:
+            yield
+        finally:
+            self._pass_on()
+
+    def _pass_on(self) -> None:
+        while self._waiting:
+            *_, ready = heappop(self._waiting)
+            if not ready.done():
+                ready.set_result(None)
+                return
+        self._free += 1
 
 
 @dataclass
@@ -178,20 +235,53 @@ class _Host:
     Attributes:
         slots: requests that may be in flight.
         next_start: when the next one may begin.
-        failed: links in a row for which it did not answer, at the first attempt.
+        failed: links in a row for which it did not answer, however long it was waited for.
         until: it is not asked before that, because it failed too often.
         users: links that are being fetched from it.
+        answers: how often it answered.
+        usual_s: how many seconds it took of late.
     """
 
-    slots: asyncio.Semaphore
+    slots: _Slots
     next_start: float = 0.0
     failed: int = 0
     until: float = 0.0
     users: int = 0
+    answers: int = 0
+    usual_s: float = 0.0
+
+    def answered(self, seconds: float) -> None:
+        """Note that it did, after so many."""
+        self.failed = 0
+        self.answers += 1
+        share = max(_LAST_ANSWER, 1 / self.answers)
+        self.usual_s += share * (seconds - self.usual_s)
+
+    @property
+    def patience_s(self) -> float | None:
+        """How long a first attempt waits for the beginning of its answer; ``None``: to its end."""
+        if self.answers < _ANSWERS_KNOWN:
+            return None
+        return max(_LEAST_PATIENCE_S, _PATIENCE * self.usual_s)
 
     def is_idle(self, now: float) -> bool:
         """Whether nothing would be lost if it was forgotten."""
         return not (self.users or self.failed) and max(self.next_start, self.until) <= now
+
+
+@dataclass
+class _Link:
+    """A link that is being fetched.
+
+    Attributes:
+        turn: when it is, beside others of its host.
+        attempts: that were begun.
+        is_counted: whether it is among those for which its host did not answer.
+    """
+
+    turn: int
+    attempts: int = 0
+    is_counted: bool = False
 
 
 class _Job:
@@ -205,7 +295,7 @@ class _Job:
         self._open = asyncio.Semaphore(config.in_flight)
         self._held = 0
 
-    async def fetch_all(self, urls: list[str], wanted: asyncio.Event) -> Fetched:
+    async def fetch_all(self, urls: list[str], wanted: asyncio.Event, turn: int) -> Fetched:
         """All of some images. When many bytes wait to be taken, only those that are wanted are
         begun."""
         held = 0
@@ -214,7 +304,7 @@ class _Job:
             nonlocal held
             if self._held > _MOST_HELD:
                 await wanted.wait()
-            data = await self.fetch(url)
+            data = await self.fetch(url, turn)
             held += len(data)
             self._held += len(data)
             return data
@@ -236,7 +326,7 @@ class _Job:
         if self._session is not None:
             await self._session.close()
 
-    async def fetch(self, url: str) -> bytes:
+    async def fetch(self, url: str, turn: int) -> bytes:
         attempts = AsyncRetrying(
             retry=retry_if_exception_type(_Busy),
             stop=stop_after_attempt(self.config.attempts),
@@ -244,27 +334,33 @@ class _Job:
             reraise=True,
         )
         try:
-            return await attempts(self._attempt, url, itertools.count())
+            return await attempts(self._attempt, url, _Link(turn))
         except _Busy as error:
             raise InputError(f"{url}: {error}") from None
 
     def _pause(self, state: RetryCallState) -> float:
-        """What the host asks for, or a growing time; never the same for those that failed
-        together."""
-        error = state.outcome.exception() if state.outcome else None
-        asked = error.wait if isinstance(error, _Busy) else None
-        pause = asked if asked is not None else 0.5 * 2**state.attempt_number
-        return min(pause * random.uniform(1.0, _JITTER), self.config.max_wait_s)
+        """What the host asks for, or a growing time since the attempt began.
 
-    async def _attempt(self, url: str, attempts: Iterator[int]) -> bytes:
-        is_first = next(attempts) == 0
+        Those that failed together do not come back together.
+        """
+        error = state.outcome.exception() if state.outcome else None
+        assert isinstance(error, _Busy)
+        jitter = random.uniform(1.0, _JITTER)
+        if error.wait is not None:
+            return min(error.wait * jitter, self.config.max_wait_s)
+        pause = 0.5 * 2**state.attempt_number * jitter - error.lasted
+        return min(max(pause, 0.0), self.config.max_wait_s)
+
+    async def _attempt(self, url: str, link: _Link) -> bytes:
+        link.attempts += 1
         for _ in range(self.config.max_redirects + 1):
             name = check_url(url, self.config.allow_private)
             with self._at(name) as host:
                 try:
-                    answer = await self._in_turn(url, name, host)
+                    answer = await self._in_turn(url, name, host, link)
                 except _SilentError:
-                    host.failed += is_first
+                    host.failed += not link.is_counted
+                    link.is_counted = True
                     if host.failed >= self.config.host_failures:
                         host.until = time.monotonic() + _LEFT_ALONE_S
                     raise
@@ -277,7 +373,7 @@ class _Job:
     def _at(self, name: str) -> Iterator[_Host]:
         """A host, which is remembered as long as anything of it counts."""
         share = self.config.per_host // self.config.workers
-        host = self._hosts.setdefault(name, _Host(asyncio.Semaphore(share)))
+        host = self._hosts.setdefault(name, _Host(_Slots(share)))
         host.users += 1
         try:
             yield host
@@ -288,12 +384,12 @@ class _Job:
                 self._hosts = {n: h for n, h in self._hosts.items() if not h.is_idle(now)}
                 self._most_hosts = max(_HOSTS, 2 * len(self._hosts))
 
-    async def _in_turn(self, url: str, name: str, host: _Host) -> bytes | str:
+    async def _in_turn(self, url: str, name: str, host: _Host, link: _Link) -> bytes | str:
         """The body, or where a redirect leads, when the host may be asked.
 
         Only who may ask its host takes one of the places that there are for all.
         """
-        async with host.slots:
+        async with host.slots.taken(link.turn):
             now = time.monotonic()
             if host.until > now:
                 raise InputError(f"{url}: {name} did not answer for {host.failed} links in a row")
@@ -301,11 +397,16 @@ class _Job:
             host.next_start = start + self.config.workers / self.config.per_host_per_second
             await asyncio.sleep(start - now)
             async with self._open:
+                # Whoever is asked again is waited for then as long as it may take.
+                asked_again = link.attempts == 1 < self.config.attempts
+                patience = asyncio.timeout(host.patience_s if asked_again else None)
+                began = time.monotonic()
                 try:
-                    return await self._get(url, host)
+                    return await self._get(url, host, patience)
                 except TimeoutError:
+                    kind = _Busy if patience.expired() else _SilentError
                     message = f"no answer within {self.config.timeout_s:g} s"
-                    raise _SilentError(message) from None
+                    raise kind(message, lasted=time.monotonic() - began) from None
                 except aiohttp.InvalidURL:
                     raise InputError(f"{url} is not a URL") from None
                 except (aiohttp.ClientError, OSError) as error:
@@ -330,10 +431,12 @@ class _Job:
             )
         return self._session
 
-    async def _get(self, url: str, host: _Host) -> bytes | str:
-        """The body, or where a redirect leads."""
-        async with self._connected().get(url, allow_redirects=False) as answer:
-            host.failed = 0
+    async def _get(self, url: str, host: _Host, patience: asyncio.Timeout) -> bytes | str:
+        """The body, or where a redirect leads; ``patience`` is for the beginning of the answer."""
+        began = time.monotonic()
+        async with patience, self._connected().get(url, allow_redirects=False) as answer:
+            patience.reschedule(None)
+            host.answered(time.monotonic() - began)
             if answer.status in _REDIRECTS and "Location" in answer.headers:
                 return answer.headers["Location"]
             if answer.status in _BUSY:

@@ -105,12 +105,13 @@ class Records:
     def fetch_ahead(self, parts: Iterable[list[Entry]]) -> Iterator[list[Entry]]:
         """The same parts, while the images of those that follow are fetched: the window slides."""
         under_way: deque[list[Entry]] = deque()
+        turn = self._fetcher.next_turn() if self._fetcher is not None else 0
         try:
             for part in parts:
                 names = self._names(part) - part[0].places.keys()
                 urls = [name for name in names if is_url(name)]
                 if urls and self._fetcher is not None:
-                    fetching = self._fetcher.begin(urls)
+                    fetching = self._fetcher.begin(urls, turn)
                     for entry in part:
                         entry.fetching = fetching
                 under_way.append(part)

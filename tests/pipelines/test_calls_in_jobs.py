@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,9 @@ from dim.blueprint import Blueprint
 from dim.designers import CallOptions
 from dim.designers.base import BreakerOptions
 from dim.errors import CallsStopped
-from infra.storage import open_store
-from pipelines import edit, ingest
+from infra.storage import Store, open_store
+from pipelines import edit, ingest, job
+from pipelines.calls import bill
 from pipelines.calls.answers import read_entries
 from pipelines.edit import EditConfig
 from pipelines.filters import PairRules
@@ -72,10 +73,17 @@ def answered(out: Path) -> int:
 
 
 def test_a_job_stops_at_its_budget_and_goes_on_with_a_larger_one(
-    raw: Path, tmp_path: Path, chat_server: ChatServer
+    raw: Path, tmp_path: Path, chat_server: ChatServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chat_server.respond = lambda request: ANSWER
     out = tmp_path / "edit"
+    from_receipts: list[bill.Sums] = []
+
+    def spy(store: Store, known: Mapping[str, bill.Sums]) -> dict[str, float]:
+        from_receipts.extend(known.values())
+        return bill.read_costs(store, known)
+
+    monkeypatch.setattr(job, "read_costs", spy)
     with pytest.raises(CallsStopped, match=r"budget of \$1.00 is spent.*larger calls.budget") as e:
         edit.run(config(raw, out, chat_server, budget=1.0, **PRICED))
     assert "\n" not in str(e.value) and not (out / "manifest.json").exists()
@@ -91,6 +99,7 @@ def test_a_job_stops_at_its_budget_and_goes_on_with_a_larger_one(
         "output_tokens": 100 * PAIRS,
         "usd": pytest.approx(0.1 * PAIRS),
     }
+    assert sum(sums["requests"] for sums in from_receipts) == PAIRS
     lines = list(csv.DictReader((out / "bill.csv").read_text().splitlines()))
     assert {line["id"] for line in lines} == {f"pair-{n}" for n in range(PAIRS)}
     assert all(float(line["usd"]) == pytest.approx(0.1) for line in lines)

@@ -5,6 +5,7 @@ import io
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageFont
+from scipy import ndimage
 
 from pipelines.filters import measures
 from tests.pipelines.samples import encoded, photo
@@ -41,10 +42,18 @@ def test_blur_lowers_sharpness() -> None:
     rng = np.random.default_rng(0)
     image = Image.fromarray(rng.integers(0, 256, (128, 128, 3), dtype=np.uint8))
     sharp, soft = (
-        measures.sharpness(measures.grey(each))
+        measures.sharpness(measures.levels(each))
         for each in (image, image.filter(ImageFilter.GaussianBlur(3)))
     )
     assert sharp > 100 * soft > 0
+
+
+def test_sharpness_is_the_variance_of_the_laplacian() -> None:
+    for seed, size in ((1, (61, 40)), (2, (8, 9)), (3, (300, 301))):
+        luma = measures.levels(photo(seed, size))
+        wanted = ndimage.laplace(luma.astype(np.float64) / 255).var()
+        assert measures.sharpness(luma) == pytest.approx(wanted, rel=1e-12)
+    assert measures.sharpness(np.full((16, 16), 200, np.uint8)) == 0.0
 
 
 def test_text_is_told_from_shapes() -> None:
@@ -55,7 +64,7 @@ def test_text_is_told_from_shapes() -> None:
     for top in range(10, 380, 30):
         line = "Stock photograph, not for sale or for training"
         ImageDraw.Draw(words).text((10, top), line, "white", ImageFont.load_default(17))
-    areas = [measures.text_area(measures.grey(image)) for image in (plain, shapes, words)]
+    areas = [measures.text_area(measures.levels(image)) for image in (plain, shapes, words)]
     assert areas[0] == 0.0 and areas[1] < 0.02 and areas[2] > 0.15
 
 

@@ -6,11 +6,13 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
+from tenacity import RetryCallState, Retrying
 
 from dim.errors import InputError
 from pipelines import ingest
@@ -160,6 +162,67 @@ def test_a_host_that_answers_now_and_then_is_asked_on(server: ImageServer) -> No
     options = {"timeout_s": 0.3, "attempts": 1, "host_failures": 3, "per_host": 1}
     found = Fetcher(FetchConfig(**{**LOCAL, **options}))([f"{server.url}/{n}" for n in range(9)])
     assert len(server.asked) == 9 and sum(data == b"x" for data in found.values()) == 3
+
+
+def test_who_came_first_is_asked_for_first(server: ImageServer) -> None:
+    free, order = threading.Event(), []
+
+    def answer(request: Any) -> None:
+        order.append(request.path)
+        if request.path == "/a":
+            free.wait(20)
+        ok(b"x")(request)
+
+    server.answers = {f"/{name}": answer for name in "abcd"}
+    fetcher = Fetcher(FetchConfig(**{**LOCAL, "per_host": 1}))
+    first, second = fetcher.next_turn(), fetcher.next_turn()
+    later = [fetcher.begin([f"{server.url}/{name}"], second) for name in "abc"]
+    sooner = fetcher.begin([f"{server.url}/d"], first)
+    with serving("127.0.0.2") as other:  # when it has answered, all others stand in their line
+        other.answers = {"/e": ok(b"x")}
+        fetcher([f"{other.url}/e"])
+    free.set()
+    for each in (*later, sooner):
+        each.take()
+    assert order == ["/a", "/d", "/b", "/c"]
+
+
+def test_a_link_that_hangs_where_others_do_not_is_asked_for_again_early(
+    server: ImageServer,
+) -> None:
+    asked_again = threading.Event()
+
+    def late(request: Any) -> None:
+        asked_again.wait(20)
+        with suppress(OSError):
+            ok(b"late")(request)
+
+    def again(request: Any) -> None:
+        asked_again.set()
+        ok(b"again")(request)
+
+    server.answers = {f"/{n}": ok(b"x") for n in range(8)} | {"/slow": in_turn(late, again)}
+    urls = [f"{server.url}/{n}" for n in range(8)]
+    fetcher = Fetcher(FetchConfig(**{**LOCAL, "timeout_s": 60, "host_failures": 1}))
+    assert set(fetcher(urls).values()) == {b"x"}
+    assert fetcher([f"{server.url}/slow"]) == {f"{server.url}/slow": b"again"}
+    assert set(fetcher(urls).values()) == {b"x"}  # the host is not said to be silent for that
+    alone = {**LOCAL, "timeout_s": 60, "attempts": 1}
+    server.answers["/slow"] = in_turn(late, again)
+    asked_again.set()
+    assert get(f"{server.url}/slow", **alone) == b"late"
+
+
+def test_a_pause_counts_from_the_beginning_of_an_attempt() -> None:
+    def pause(error: Exception) -> float:
+        state = RetryCallState(Retrying(), None, (), {})
+        state.set_exception((type(error), error, None))
+        return fetch._Job(FetchConfig())._pause(state)
+
+    assert 1.0 <= pause(fetch._SilentError("refused")) <= 1.5
+    assert 0.6 <= pause(fetch._SilentError("broke off", lasted=0.4)) <= 1.1
+    assert pause(fetch._SilentError("no answer", lasted=30.0)) == 0.0
+    assert 4.0 <= pause(fetch._Busy("answers 503", wait=4.0)) <= 6.0
 
 
 def test_a_hanging_host_holds_up_no_other(server: ImageServer) -> None:
