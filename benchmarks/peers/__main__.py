@@ -171,22 +171,26 @@ def _killed(
 def _run(python: Path, peer: str, what: str, inputs: Path, out: Path, *arguments: object) -> Ran:
     began = time.perf_counter()
     process = _start(python, peer, what, inputs, out, *arguments)
+    seen: set[psutil.Process] = set()
     peak, done = [0], threading.Event()
-    watcher = threading.Thread(target=_watch, args=(process.pid, peak, done))
+    watcher = threading.Thread(target=_watch, args=(process.pid, peak, seen, done))
     watcher.start()
     try:
         status = process.wait(_PATIENCE_S)
+        whole = time.perf_counter() - began
     except subprocess.TimeoutExpired:
         _end([*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)])
         raise PeerError(f"{what}: not done after {_PATIENCE_S:.0f} s") from None
     finally:
         done.set()
         watcher.join()
+        _, left = psutil.wait_procs(seen, timeout=_ENDS_WITHIN_S)
+        _end(left)  # so that it does not disturb who comes next
     if status:
         raise PeerError(f"{what}: {_last_line(out)}")
     said = out.with_suffix(".log").read_text().splitlines()
     seconds = next(json.loads(line)["seconds"] for line in reversed(said) if '"seconds"' in line)
-    return Ran(seconds, time.perf_counter() - began, peak[0])
+    return Ran(seconds, whole, peak[0])
 
 
 def _end(processes: list[psutil.Process]) -> None:
@@ -217,15 +221,16 @@ def _start(
         )
 
 
-def _watch(pid: int, peak: list[int], done: threading.Event) -> None:
-    """Keep the most that a process and its descendants held."""
+def _watch(pid: int, peak: list[int], seen: set[psutil.Process], done: threading.Event) -> None:
+    """Keep the most that a process and its descendants held, and who these were."""
     while not done.wait(_LOOK_S):
         try:
             root = psutil.Process(pid)
-            held = sum(map(_share, [root, *root.children(recursive=True)]))
+            there = [root, *root.children(recursive=True)]
         except psutil.Error:
             continue
-        peak[0] = max(peak[0], held)
+        seen.update(there)
+        peak[0] = max(peak[0], sum(map(_share, there)))
 
 
 def _share(process: psutil.Process) -> int:
