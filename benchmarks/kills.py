@@ -10,8 +10,8 @@ that had not, and how many ranges were begun again. Fails where a file is anothe
 or doubled, an answer paid twice, more calls made again than are under way at once (of an object
 store that is only told), or more ranges begun again than are worked on at once.
 Prints the table of ``docs/data/reliability.md``; ``--docs`` puts the rows of these jobs there.
-Everything runs on one local cluster, in ranges of a few records; "edit on S3" writes to rclone's
-S3 server.
+Everything runs on one local cluster, in ranges of a few records; "edit on S3" and the like write
+to rclone's S3 server.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,7 @@ OF_DRIVER = (MANIFEST, FINISHED)
 """Moments at which no worker does anything."""
 
 DRIVER, WORKER = "driver", "worker"
-ON_S3, BUCKET = "edit on S3", "kills"
+ON_S3, BUCKET = " on S3", "kills"
 PLAN = "DIM_KILLS_PLAN"
 HEAD = """\
 | job | killed | moment | same files | lost | doubled | paid again | calls cut off | begun again |
@@ -112,7 +113,7 @@ class Cell:
     @property
     def is_good(self) -> bool:
         """Whether nothing was lost, doubled, paid twice or made otherwise, or too much again."""
-        under_way = self.job == ON_S3 or self.cut_off <= _CALLS_AT_ONCE
+        under_way = self.job.endswith(ON_S3) or self.cut_off <= _CALLS_AT_ONCE
         same = self.same and not (self.lost or self.doubled or self.paid_again)
         return same and under_way and self.done_again <= _RANGES_AT_ONCE
 
@@ -124,17 +125,20 @@ def main() -> int:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=options.folder)))
         designer = stack.enter_context(_designer())
         os.environ[PLAN] = str(folder / "plan.json")
-        if ON_S3 in options.jobs:
+        if any(job.endswith(ON_S3) for job in options.jobs):
             (folder / "s3" / BUCKET).mkdir(parents=True)
             url = stack.enter_context(rclone_server.running(folder / "s3"))
             os.environ |= rclone_server.environment(url)
         _connect()
-        jobs = _inputs(folder, designer, options.jobs)
+        settings = _inputs(folder, designer, options.jobs)
         print(HEAD, flush=True)
         cells = []
         for job in options.jobs:
-            (folder / job).mkdir(exist_ok=True)
-            for cell in run_matrix(folder / job, job, jobs[job], designer, options.moments):
+            notes = folder / job
+            notes.mkdir()
+            outputs = f"s3://{BUCKET}/{job.split()[0]}" if job.endswith(ON_S3) else f"{notes}/out"
+            config = partial(_settings_at, settings[job.removesuffix(ON_S3)], outputs)
+            for cell in run_matrix(notes, job, config, designer, options.moments):
                 cells.append(cell)
                 print(cell.row, flush=True)
         ray.shutdown()
@@ -152,7 +156,7 @@ def with_rows(page: str, cells: Iterable[Cell]) -> str:
         raise ValueError("the page has no table of kills")
     old, blank, after = rest.partition("\n\n")
     there = [row for row in old.strip().splitlines() if row.split(" | ")[0] not in jobs]
-    order = {f"| {job}": place for place, job in enumerate(_JOBS)}
+    order = {f"| {job}": place for place, job in enumerate(_WHERE)}
     table = sorted([*there, *rows], key=lambda row: order[row.split(" | ")[0]])
     today = f"{datetime.date.today():%d %B %Y}".lstrip("0")
     after = re.sub(r"(?<=last printed )[^,;.]*(?=[,;.])", today, after, count=1)
@@ -265,7 +269,7 @@ def drive(job: str, settings: str) -> None:
     _connect()
     arm()
     _write_plan({**_plan(), "driver": os.getpid()})
-    kind = _JOBS[job][0]
+    kind = _JOBS[job.removesuffix(ON_S3)][0]
     _run(job, kind.model_validate_json(settings))
 
 
@@ -395,10 +399,15 @@ def _designer() -> Iterator[Designer]:
         server.shutdown()
 
 
+def _settings_at(settings: Callable[[str], JobConfig], outputs: str, name: str) -> JobConfig:
+    return settings(f"{outputs}/{name}")
+
+
 def _inputs(
     folder: Path, designer: Designer, jobs: Iterable[str]
 ) -> dict[str, Callable[[str], JobConfig]]:
-    """Make what the jobs read; returns the settings of each for an output of a name."""
+    """Make what the jobs read; returns the settings of each for the address of an output."""
+    jobs = {job.removesuffix(ON_S3) for job in jobs}
     pairs, images, edits = (str(folder / name) for name in ("pairs", "images", "edits"))
     small: dict[str, Any] = {"rows_per_file": RANGE}
     ingest.run(ingest.IngestConfig(tabletop=RECORDS, size=64, out=pairs, **small))
@@ -416,29 +425,21 @@ def _inputs(
         edit.run(settings_of_edit(edits, "oracle"))
     model = str(ROOT / "configs/tiny.yaml")
     return {
-        "ingest": lambda name: ingest.IngestConfig(
-            tabletop=RECORDS, size=64, out=f"{folder}/ingest/{name}", **small
+        "ingest": lambda out: ingest.IngestConfig(tabletop=RECORDS, size=64, out=out, **small),
+        "filter": lambda out: filter.FilterPairsConfig(
+            raw=pairs, out=out, filters=_PAIRS, **asking
         ),
-        "filter": lambda name: filter.FilterPairsConfig(
-            raw=pairs, out=f"{folder}/filter/{name}", filters=_PAIRS, **asking
-        ),
-        "edit": lambda name: settings_of_edit(f"{folder}/edit/{name}"),
-        ON_S3: lambda name: settings_of_edit(f"s3://{BUCKET}/{name}"),
-        "t2i": lambda name: t2i.T2IConfig(
+        "edit": settings_of_edit,
+        "t2i": lambda out: t2i.T2IConfig(
             raw=images,
-            out=f"{folder}/t2i/{name}",
+            out=out,
             captioner="oracle",
             filters=_IMAGES,
             captions=_CAPTIONS,
             **asking,
         ),
-        "features": lambda name: features.FeaturesConfig(
-            data=edits,
-            out=f"{folder}/features/{name}",
-            model=model,
-            encode_batch=2,
-            cpus_per_worker=0.5,
-            **small,
+        "features": lambda out: features.FeaturesConfig(
+            data=edits, out=out, model=model, encode_batch=2, cpus_per_worker=0.5, **small
         ),
     }
 
@@ -447,14 +448,14 @@ _JOBS: dict[str, tuple[type[JobConfig], Callable[[Any], Manifest]]] = {
     "ingest": (ingest.IngestConfig, ingest.run),
     "filter": (filter.FilterPairsConfig, filter.run),
     "edit": (edit.EditConfig, edit.run),
-    ON_S3: (edit.EditConfig, edit.run),
     "t2i": (t2i.T2IConfig, t2i.run),
     "features": (features.FeaturesConfig, features.run),
 }
+_WHERE = [f"{job}{where}" for job in _JOBS for where in ("", ON_S3)]
 
 
 def _run(job: str, config: JobConfig) -> Manifest:
-    return _JOBS[job][1](config)
+    return _JOBS[job.removesuffix(ON_S3)][1](config)
 
 
 def _connect() -> None:
@@ -488,7 +489,7 @@ def _write_plan(plan: dict[str, Any]) -> None:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--jobs", nargs="+", choices=_JOBS, default=list(_JOBS))
+    parser.add_argument("--jobs", nargs="+", choices=_WHERE, default=_WHERE)
     parser.add_argument("--moments", nargs="+", choices=MOMENTS, default=list(MOMENTS))
     parser.add_argument("--docs", action="store_true", help="put the rows into the documentation")
     parser.add_argument(

@@ -23,7 +23,7 @@ from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_rand
 
 ResultT = TypeVar("ResultT")
 
-ATTEMPTS = 8  # a busy store (503, SlowDown) is asked again with growing pauses: about a minute
+ATTEMPTS = 8  # a store that is busy or away is asked again with growing pauses: over half a minute
 _CONNECT_TIMEOUT_S = 10.0
 _REQUEST_TIMEOUT_S = 60.0
 _DELETES = 16  # requests at a time
@@ -47,6 +47,14 @@ _REFUSALS = (
 _ABSENT = frozenset({"NoSuchKey", "404"})
 _CONFLICT = frozenset({"PreconditionFailed", "412", "ConditionalRequestConflict", "409"}) | _ABSENT
 _UNKNOWN_CONDITION = frozenset({"NotImplemented", "501"})
+
+# Where boto3 gives up after three seconds; to a SlowDown it leaves its time.
+_AWAY = (
+    "NETWORKCONNECTION",
+    "INTERNALERROR",
+    "SERVICEUNAVAILABLE",
+    *(f"AWSERROR{code}" for code in (500, 502, 503, 504)),
+)
 
 
 class Keys(NamedTuple):
@@ -194,16 +202,12 @@ class Files(pafs.FileSystemHandler):
 
     def delete_file(self, path: str) -> None:
         bucket, key = _split(path)
-        self._call(lambda clients: _delete(clients.objects, bucket, [[key]]))
+        self._ask(lambda objects: _delete(objects, bucket, [[key]]))
 
     def delete_dir(self, path: str) -> None:
         """Delete every object below ``path``, and the marker that another program has left."""
         bucket, key = _split(path)
-        self._call(
-            lambda clients: _delete(
-                clients.objects, bucket, _list(clients.objects, bucket, f"{key}/")
-            )
-        )
+        self._ask(lambda objects: _delete(objects, bucket, _list(objects, bucket, f"{key}/")))
 
     def delete_dir_contents(self, path: str, missing_dir_ok: bool = False) -> None:
         self.delete_dir(path)
@@ -230,11 +234,11 @@ class Files(pafs.FileSystemHandler):
         """
         bucket, key = _split(path)
 
-        def write(clients: Clients) -> None:
+        def write(objects: Any) -> None:
             with _told(), open_body() as body:
-                clients.objects.put_object(Bucket=bucket, Key=key, Body=body)
+                objects.put_object(Bucket=bucket, Key=key, Body=body)
 
-        self._call(write)
+        self._ask(write)
 
     def presign(self, path: str, seconds: int, content_type: str) -> str:
         """A URL at which anybody reads an object for a while; it is signed here, and not asked."""
@@ -249,14 +253,14 @@ class Files(pafs.FileSystemHandler):
         """The bytes of an object and its ETag; ``None`` if there is no such object."""
         bucket, key = _split(path)
 
-        def read(clients: Clients) -> tuple[bytes, str] | None:
+        def read(objects: Any) -> tuple[bytes, str] | None:
             with _told(unless=_ABSENT) as refused:
-                found = clients.objects.get_object(Bucket=bucket, Key=key)
+                found = objects.get_object(Bucket=bucket, Key=key)
                 return found["Body"].read(), found["ETag"]
             assert refused
             return None
 
-        return self._call(read)
+        return self._ask(read)
 
     def write_version(self, path: str, data: bytes, version: str | None) -> str | None:
         """Write an object where that of ETag ``version`` lies, or none at all if it is ``None``.
@@ -268,16 +272,21 @@ class Files(pafs.FileSystemHandler):
         bucket, key = _split(path)
         condition = {"IfNoneMatch": "*"} if version is None else {"IfMatch": version}
 
-        def write(clients: Clients) -> str | None:
+        def write(objects: Any) -> str | None:
             for more in (condition, {}):
                 with _told(unless=_CONFLICT | _UNKNOWN_CONDITION) as refused:
-                    made = clients.objects.put_object(Bucket=bucket, Key=key, Body=data, **more)
+                    made = objects.put_object(Bucket=bucket, Key=key, Body=data, **more)
                     return str(made["ETag"])
                 if refused[0] in _CONFLICT:
                     return None
             raise OSError(f"AWS Error {refused[0]}: {path} cannot be written")
 
-        return self._call(write)
+        return self._ask(write)
+
+    def _ask(self, action: Callable[[Any], ResultT]) -> ResultT:
+        """What boto3's client does, with the patience of pyarrow's for a store that is away."""
+        patiently = _patiently(_is_away)
+        return self._call(lambda clients: patiently(action, clients.objects))
 
     def _call(self, action: Callable[[Clients], ResultT]) -> ResultT:
         try:
@@ -325,12 +334,7 @@ class PatientFile(io.RawIOBase):
     def read(self, size: int = -1) -> bytes:
         """The next ``size`` bytes, or all that are left."""
         start = self._file.tell()
-        patiently = Retrying(
-            retry=retry_if_exception(_is_busy),
-            stop=stop_after_attempt(ATTEMPTS),
-            wait=wait_random_exponential(0.2, max=20),
-            reraise=True,
-        )
+        patiently = _patiently(_is_busy)
         return patiently(self._read_from, start, None if size is None or size < 0 else size)
 
     def _read_from(self, start: int, size: int | None) -> bytes:
@@ -341,6 +345,15 @@ class PatientFile(io.RawIOBase):
         """Close the file."""
         self._file.close()
         super().close()
+
+
+def _patiently(when: Callable[[BaseException], bool]) -> Retrying:
+    return Retrying(
+        retry=retry_if_exception(when),
+        stop=stop_after_attempt(ATTEMPTS),
+        wait=wait_random_exponential(0.5, max=20),
+        reraise=True,
+    )
 
 
 def _keys_in_environment() -> Keys | None:
@@ -385,7 +398,13 @@ def _delete(objects: Any, bucket: str, pages: Iterable[list[str]]) -> None:
 @contextmanager
 def _told(unless: frozenset[str] = frozenset()) -> Iterator[list[str]]:
     """boto3's errors in the words of pyarrow's; a code of ``unless`` goes into the list instead."""
-    from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError
+    from botocore.exceptions import (
+        BotoCoreError,
+        ClientError,
+        ConnectionError,
+        HTTPClientError,
+        SSLError,
+    )
 
     refused: list[str] = []
     try:
@@ -397,14 +416,19 @@ def _told(unless: frozenset[str] = frozenset()) -> Iterator[list[str]]:
             refused.append(code)
             return
         raise OSError(f"AWS Error {code}: {said.get('Message') or error}") from None
-    except HTTPClientError as error:
-        raise OSError(f"AWS Error NETWORK_CONNECTION: {error}") from None
     except BotoCoreError as error:
-        raise OSError(str(error)) from None
+        away = isinstance(error, HTTPClientError | ConnectionError)
+        code = "AWS Error NETWORK_CONNECTION: " if away and not isinstance(error, SSLError) else ""
+        raise OSError(f"{code}{error}") from None
 
 
 def _is_busy(error: BaseException) -> bool:
     return isinstance(error, OSError) and "INTERNAL_FAILURE" in str(error)
+
+
+def _is_away(error: BaseException) -> bool:
+    said = squeezed(str(error))
+    return isinstance(error, OSError) and any(sign in said for sign in _AWAY)
 
 
 def _is_refusal(error: OSError) -> bool:

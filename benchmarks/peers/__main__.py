@@ -2,17 +2,19 @@
 
     python -m benchmarks.peers                        # all of them (an hour on two cores)
     python -m benchmarks.peers --peers daft --pictures 200 --questions 300   # a minute of one
+    python -m benchmarks.peers --no-kills --pictures 1000 --questions 1000   # speeds alone
 
 The filter work: decode a picture, look at its shorter side and at its aspect, take a perceptual
 hash, and write what is left. A share of the pictures is too small, too long or cut off. The call
 work: a question about every record to a local server that answers after a fixed time. A runner
 (``with_PEER.py``) does both as the tool's documentation says, and resumes as it can.
 
-Told for each: pictures a second and core, answers a second (while the tool works; what it takes to
-start is told apart), the peak of what all of its processes hold of their own, and the lines of its
-runner. Then the call work is run again, its first process is ended by SIGKILL when half of the
-questions have been asked, whatever it started ends with it, and the same command is run once more,
-for five minutes at most: records lost and doubled in the end, and questions that were asked twice.
+Told for each: the lines of its runner; seconds to bring the input into its own form; pictures a
+second and core, and answers a second (while the tool works; what it takes to start is told apart);
+and the peak of what its processes hold, with what they share counted once. Then the call work is
+run again, its first process is ended by SIGKILL when half of the questions have been asked,
+whatever it started ends with it, and the same command is run once more, for five minutes at most:
+records lost and doubled in the end, and questions that were asked twice.
 
 Environments are made under ``--envs`` by ``venv`` and pip from ``requirements/``; a peer that does
 not install or run is left out, with the reason.
@@ -45,14 +47,15 @@ from benchmarks.data_calls import Server, running
 from benchmarks.peers.inputs import make_inputs
 
 HERE = Path(__file__).parent
-PEERS = ("dim", "datasets", "daft", "distilabel", "data_juicer")
+PEERS = ("dim", "datasets", "daft", "distilabel", "data_juicer", "nemo_curator")
 OURS = "dim"
 HEAD = """\
-| | lines | pictures/s a core | answers/s | start, s | peak MiB, filter | peak MiB, calls | kept \
-wrongly | killed: lost | doubled | asked again |
-| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"""
+| | lines | prepared, s | pictures/s a core | answers/s | start, s | peak MiB, filter | peak MiB, \
+calls | kept wrongly | killed: lost | doubled | asked again |
+| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"""
 MIB = 1 << 20
 _POLL_S = 0.1
+_LOOK_S = 0.5  # at the memory of many processes, which takes time that they lack
 _ENDS_WITHIN_S = 15.0
 _PATIENCE_S = 1200.0
 _RERUN_S = 300.0
@@ -93,8 +96,10 @@ def _row(
 ) -> str:
     python, version = _environment(peer, options.envs)
     inputs = folder / "inputs"
+    began = time.perf_counter()
     if _start(python, peer, "prepare", inputs, folder / "prepared", 0).wait():
         raise PeerError(f"prepare: {_last_line(folder / 'prepared')}")
+    prepared = time.perf_counter() - began
 
     def out(name: str) -> Path:
         shutil.rmtree(folder / name, ignore_errors=True)
@@ -106,31 +111,32 @@ def _row(
     kept = Counter(
         row["id"] for row in _rows(folder / "filtered") if row.get("hash", 0) is not None
     )
-    if set(kept) < good:
-        raise PeerError(f"{len(good - set(kept))} good pictures are not kept")
+    if lacking := good - set(kept):
+        raise PeerError(f"{len(lacking)} good pictures are not kept")
     asked.times()
     arguments = (options.in_flight, asked.url)
     called = _run(python, peer, "ask", inputs, out("called"), *arguments)
     if len(asked.times()) < options.questions:
         raise PeerError("not every question reached the server")
-    lost, doubled, again = _killed(
-        lambda: _start(python, peer, "ask", inputs, folder / "killed", *arguments),
-        out("killed"),
-        asked,
-        options.questions,
-    )
+    killed: tuple[object, ...] = ("", "", "")
+    if options.kills:
+        killed = _killed(
+            lambda: _start(python, peer, "ask", inputs, folder / "killed", *arguments),
+            out("killed"),
+            asked,
+            options.questions,
+        )
     cells = [
         f"{peer} {version}",
         _lines(peer),
+        f"{prepared:.0f}",
         f"{options.pictures / filtered.seconds / options.processes:.0f}",
         f"{options.questions / called.seconds:.0f}",
         f"{called.whole - called.seconds:.0f}",
         f"{filtered.peak / MIB:.0f}",
         f"{called.peak / MIB:.0f}",
         len(set(kept) - good),
-        lost,
-        doubled,
-        again,
+        *killed,
     ]
     return f"| {' | '.join(map(str, cells))} |"
 
@@ -165,22 +171,26 @@ def _killed(
 def _run(python: Path, peer: str, what: str, inputs: Path, out: Path, *arguments: object) -> Ran:
     began = time.perf_counter()
     process = _start(python, peer, what, inputs, out, *arguments)
+    seen: set[psutil.Process] = set()
     peak, done = [0], threading.Event()
-    watcher = threading.Thread(target=_watch, args=(process.pid, peak, done))
+    watcher = threading.Thread(target=_watch, args=(process.pid, peak, seen, done))
     watcher.start()
     try:
         status = process.wait(_PATIENCE_S)
+        whole = time.perf_counter() - began
     except subprocess.TimeoutExpired:
         _end([*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)])
         raise PeerError(f"{what}: not done after {_PATIENCE_S:.0f} s") from None
     finally:
         done.set()
         watcher.join()
+        _, left = psutil.wait_procs(seen, timeout=_ENDS_WITHIN_S)
+        _end(left)  # so that it does not disturb who comes next
     if status:
         raise PeerError(f"{what}: {_last_line(out)}")
     said = out.with_suffix(".log").read_text().splitlines()
     seconds = next(json.loads(line)["seconds"] for line in reversed(said) if '"seconds"' in line)
-    return Ran(seconds, time.perf_counter() - began, peak[0])
+    return Ran(seconds, whole, peak[0])
 
 
 def _end(processes: list[psutil.Process]) -> None:
@@ -211,20 +221,22 @@ def _start(
         )
 
 
-def _watch(pid: int, peak: list[int], done: threading.Event) -> None:
-    """Keep the most that a process and its descendants held of their own."""
-    while not done.wait(_POLL_S):
+def _watch(pid: int, peak: list[int], seen: set[psutil.Process], done: threading.Event) -> None:
+    """Keep the most that a process and its descendants held, and who these were."""
+    while not done.wait(_LOOK_S):
         try:
             root = psutil.Process(pid)
-            held = sum(map(_unique, [root, *root.children(recursive=True)]))
+            there = [root, *root.children(recursive=True)]
         except psutil.Error:
             continue
-        peak[0] = max(peak[0], held)
+        seen.update(there)
+        peak[0] = max(peak[0], sum(map(_share, there)))
 
 
-def _unique(process: psutil.Process) -> int:
+def _share(process: psutil.Process) -> int:
+    """Its memory; of what several share, such as Ray's object store, its part."""
     try:
-        return int(process.memory_full_info().uss)
+        return int(process.memory_full_info().pss)
     except psutil.Error:  # gone meanwhile
         return 0
 
@@ -285,6 +297,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--in-flight", type=int, default=32, help="questions at once")
     parser.add_argument("--latency", type=float, default=0.2, help="of the server, in seconds")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
+    parser.add_argument(
+        "--kills", action=argparse.BooleanOptionalAction, default=True, help="kill each one as well"
+    )
     parser.add_argument("--folder", help="where the data lies meanwhile")
     parser.add_argument(
         "--envs", type=Path, default=Path(tempfile.gettempdir()) / "dim-peers", help="environments"

@@ -16,6 +16,9 @@ from pipelines.stages.caption import CaptionRules
 NOT_MEASURED: dict[str, Any] = dict.fromkeys(("min_entropy", "min_sharpness", "max_text_area"))
 RULES = ImageRules(min_side=256, max_aspect=3.0, **NOT_MEASURED)
 ANY = ImageRules(min_side=None, max_aspect=None, **NOT_MEASURED)
+TAKEN = CaptionRules(
+    min_words=1, min_dimensions=0, min_dimensions_in_prose=0, max_repetition=1, reasks=0
+)
 ALIKE = DuplicateRules(exact=False, max_distance=0)
 
 
@@ -52,6 +55,6 @@ def ask(inputs: Path, out: Path, in_flight: int, url: str) -> None:
             calls=CallOptions(in_flight=in_flight),
             filters=ANY,
             duplicates=DuplicateRules(exact=False, max_distance=None),
-            captions=CaptionRules(min_words=1, min_dimensions=0, min_dimensions_in_prose=0),
+            captions=TAKEN,
         )
     )

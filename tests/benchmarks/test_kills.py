@@ -22,7 +22,7 @@ def test_a_kill_that_costs_more_than_what_was_under_way_is_not_good(bad: dict[st
 
 
 def test_on_an_object_store_answers_of_the_last_second_may_be_asked_again() -> None:
-    on_s3 = dataclasses.replace(GOOD, job=ON_S3, cut_off=9)
+    on_s3 = dataclasses.replace(GOOD, job=f"edit{ON_S3}", cut_off=9)
     assert on_s3.is_good and not dataclasses.replace(on_s3, paid_again=1).is_good
 
 

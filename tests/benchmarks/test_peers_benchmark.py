@@ -47,7 +47,7 @@ def test_what_a_peer_wrote_is_read_whatever_its_form(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("peer", PEERS)
 def test_every_peer_has_a_short_runner_and_pinned_packages(peer: str) -> None:
-    assert 10 < _lines(peer) < 80
+    assert 10 < _lines(peer) < 100
     if peer != OURS:
         pinned = (HERE / f"requirements/{peer}.txt").read_text().split()
         assert all("==" in line for line in pinned)

@@ -8,6 +8,7 @@ import os
 import pickle
 import threading
 from collections.abc import Iterator
+from contextlib import ExitStack
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,12 @@ from botocore.exceptions import ClientError
 
 from dim import records
 from dim.errors import InputError, StorageError, StorageUnavailable, UnreadableFile
+from infra import s3 as s3_module
 from infra import storage
+from infra.ports import free_port
 from infra.s3 import Connection, Files
 from infra.storage import Store, open_store
+from tests import rclone_server
 from tests.fault_proxy import running
 
 
@@ -272,6 +276,31 @@ def test_a_busy_store_is_asked_again(busy_server: tuple[str, list[str]], s3_endp
     uri = f"s3://bucket/a.txt?endpoint_override={endpoint}"
     assert storage.read_bytes(uri) == b"finally"
     assert len(asked) >= 3
+
+
+def test_a_store_that_is_started_anew_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "s3/bucket").mkdir(parents=True)
+    port, is_away = free_port(), s3_module._is_away
+    rclone_server.point_at(f"http://127.0.0.1:{port}", monkeypatch)
+    store = open_store("s3://bucket/out")
+    with monkeypatch.context() as patch:
+        patch.setattr(s3_module, "ATTEMPTS", 1)
+        with pytest.raises(StorageUnavailable, match="cannot write .*: the store cannot be reach"):
+            store.write("a", b"one")
+    refused: list[BaseException] = []
+    with ExitStack() as stack:
+
+        def come_back(error: BaseException) -> bool:
+            if not refused:
+                stack.enter_context(rclone_server.running(tmp_path / "s3", port=port))
+            refused.append(error)
+            return is_away(error)
+
+        monkeypatch.setattr(s3_module, "_is_away", come_back)
+        store.write("a", b"one")
+        assert refused and store.read("a") == b"one"
 
 
 def test_of_two_writes_on_the_same_condition_one_succeeds(

@@ -13,7 +13,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ import ray.data
 from dim import records
 from dim.errors import StorageError
 from infra import storage
+from infra.storage import Store
 from pipelines import edit, ingest
 from pipelines.edit import EditConfig
 from pipelines.filter import FilterPairsConfig
@@ -32,6 +35,7 @@ from pipelines.filters import PairRules
 from pipelines.ingest import IngestConfig
 from pipelines.job import Job, JobConfig, Remaining
 from pipelines.outcome import Rejection, fail, reject, to_table
+from pipelines.outputs import manifest as manifests
 from pipelines.outputs.manifest import Manifest
 from pipelines.outputs.receipts import RangeOutput, WriteRanges
 from pipelines.outputs.verify import verify
@@ -47,20 +51,21 @@ TABLE = PairRules(min_side=32, min_changed=0.0005, min_ssim=-1)
 class Make:
     """Records from numbers; every fifth rejected, every seventh failed. Waits to be killed.
 
-    The first to reach record 30 writes its process id to ``victim`` and hangs; whoever comes after
-    it finds the file and goes on.
+    Whoever reaches record 30 writes its process id to the first of ``victims`` that is not there
+    and hangs; whoever finds all of them goes on.
     """
 
-    def __init__(self, victim: Path | None) -> None:
-        self._victim = victim
+    def __init__(self, victims: Sequence[Path]) -> None:
+        self._victims = victims
 
     def __call__(self, each: dict[str, Any]) -> Iterator[pa.Table]:
         first = RANGE * each["number"]
         for numbers in (range(first, first + 4), range(first + 4, first + RANGE)):
-            if self._victim and 30 in numbers and not self._victim.exists():
-                partial = self._victim.with_suffix(".new")
+            awaited = (victim for victim in self._victims if not victim.exists())
+            if 30 in numbers and (victim := next(awaited, None)):
+                partial = victim.with_suffix(".new")
                 partial.write_text(str(os.getpid()))
-                partial.replace(self._victim)
+                partial.replace(victim)
                 time.sleep(300)
             yield to_table(map(self._make, numbers), records.RAW_IMAGE)
 
@@ -77,22 +82,46 @@ class Make:
 class MakeRanges(WriteRanges):
     """The same for an actor."""
 
-    def __init__(self, victim: Path | None, output: RangeOutput) -> None:
-        super().__init__(Make(victim), output)
+    def __init__(self, victims: Sequence[Path], output: RangeOutput) -> None:
+        super().__init__(Make(victims), output)
 
 
-def make(out: Path | str, victim: Path | None = None, *, actors: bool = False) -> Manifest:
+@dataclass(frozen=True)
+class Filling(Store):
+    """A store whose disk is full when the receipt of the fourth range is to be written."""
+
+    def write(self, name: str, data: bytes | pa.Buffer) -> None:
+        filler = Path(self.path("filler"))
+        if name.endswith("00003.json"):
+            with suppress(OSError), filler.open("wb", buffering=0) as file:
+                while file.write(bytes(1024)):
+                    pass
+        try:
+            super().write(name, data)
+        finally:
+            filler.unlink(missing_ok=True)
+
+
+def make(
+    out: Path | str,
+    victims: Sequence[Path] = (),
+    *,
+    actors: int = 0,
+    store: type[Store] = Store,
+) -> Manifest:
     config = JobConfig(out=str(out), rows_per_file=16, target_file_mb=0.02)
     job = Job("made", config, records.RAW_IMAGE, identity={}, rows=ROWS, ranges=ROWS // RANGE)
     how = {"batch_format": "pyarrow", "batch_size": 1}
 
     def build(work: Remaining) -> ray.data.Dataset:
+        there = work.output.store
+        output = replace(work.output, store=store(there.uri, there.root, there.connection))
         rows = [{"number": number, "rows": RANGE} for number in work.todo]
         ranges = ray.data.from_items(rows, override_num_blocks=len(rows))
         if not actors:
-            return ranges.map_batches(WriteRanges(Make(victim), work.output), **how)
-        pool = ray.data.ActorPoolStrategy(size=2)
-        given = (victim, work.output)
+            return ranges.map_batches(WriteRanges(Make(victims), output), **how)
+        pool = ray.data.ActorPoolStrategy(size=actors)
+        given = (victims, output)
         return ranges.map_batches(MakeRanges, fn_constructor_args=given, compute=pool, **how)
 
     return job.run(build)
@@ -119,24 +148,27 @@ def undisturbed(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> 
     return manifest
 
 
-@pytest.mark.parametrize("actors", [False, True], ids=["task", "actor"])
+@pytest.mark.parametrize("deaths", [1, 2], ids=["once", "twice"])
+@pytest.mark.parametrize("actors", [0, 2], ids=["task", "actor"])
 def test_a_worker_that_is_killed_loses_nothing(
-    tmp_path: Path, undisturbed: Manifest, actors: bool
+    tmp_path: Path, undisturbed: Manifest, actors: int, deaths: int
 ) -> None:
-    victim = tmp_path / "victim"
+    victims = [tmp_path / f"victim-{number}" for number in range(deaths)]
     killed: list[int] = []
 
     def kill() -> None:
-        while not victim.exists():
-            time.sleep(0.05)
-        killed.append(int(victim.read_text()))
-        os.kill(killed[0], signal.SIGKILL)
+        for victim in victims:
+            while not victim.exists():
+                time.sleep(0.05)
+            killed.append(int(victim.read_text()))
+            os.kill(killed[-1], signal.SIGKILL)
 
     threading.Thread(target=kill, daemon=True).start()
-    manifest = make(tmp_path / "out", victim, actors=actors)
-    assert killed and killed[0] != os.getpid()
-    with pytest.raises(ProcessLookupError):
-        os.kill(killed[0], 0)
+    manifest = make(tmp_path / "out", victims, actors=actors)
+    assert len(set(killed) - {os.getpid()}) == deaths
+    for process in killed:
+        with pytest.raises(ProcessLookupError):
+            os.kill(process, 0)
     check(tmp_path / "out", manifest, undisturbed)
 
 
@@ -311,3 +343,41 @@ def test_a_full_disk_is_one_sentence_and_the_job_can_be_run_again(
     assert not list(out.rglob("*.tmp"))
     subprocess.run(["mount", "-o", "remount,size=16m", str(small_disk)], check=True)
     check(out, make(out), undisturbed)
+
+
+def test_a_disk_that_is_full_when_a_receipt_is_written(
+    small_disk: Path, undisturbed: Manifest
+) -> None:
+    subprocess.run(["mount", "-o", "remount,size=4m", str(small_disk)], check=True)
+    out = small_disk / "out"
+    with pytest.raises(StorageError, match="cannot write .*00003.json: no space left on the disk"):
+        make(out, store=Filling, actors=1)  # so that no other range meets the full disk
+    assert not list(out.rglob("*.tmp")) and not list(out.rglob("00003.json"))
+    assert list(out.glob("data/part-00003-*"))  # its files were whole
+    done = {path: path.stat().st_mtime_ns for path in files_with_receipts(out)}
+    check(out, make(out), undisturbed)
+    assert {path: path.stat().st_mtime_ns for path in done} == done
+
+
+def test_a_store_that_is_gone_when_the_manifest_is_written(
+    drawn: Manifest, busy_store: tuple[str, FaultProxy], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bucket, proxy = busy_store
+    monkeypatch.setattr("infra.s3.ATTEMPTS", 2)
+    write = manifests.write
+
+    def go(store: Store, manifest: Manifest) -> None:
+        proxy.busy = lambda number: True
+        write(store, manifest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(manifests, "write", go)
+        with pytest.raises(StorageError, match=r"cannot write s3://.*/manifest.json.*: the store"):
+            ingest.run(tabletop(bucket.format("raw")))
+    proxy.busy = lambda number: False
+    store = storage.open_store(bucket.format("raw"))
+    assert not store.exists("manifest.json") and store.exists("unfinished.json")
+    done: list[int] = []
+    again = ingest.run(tabletop(bucket.format("raw")), on_progress=lambda now, of: done.append(now))
+    assert done == []  # every range had its receipt
+    check(bucket.format("raw"), again, drawn)
