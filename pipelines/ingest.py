@@ -23,7 +23,7 @@ from pipelines.readers.bounds import MAX_BYTES
 from pipelines.readers.fetch import FetchConfig
 from pipelines.readers.join import MediaConfig
 from pipelines.readers.layout import load_layout
-from pipelines.readers.records import ROWS_PER_PART, Records, TabletopImages, TabletopPairs
+from pipelines.readers.records import ROWS_PER_PART, Records
 from pipelines.readers.sources import Source
 from pipelines.readers.tabletop import TabletopConfig
 
@@ -158,11 +158,8 @@ def open_source(config: IngestConfig) -> Source:
             max_bytes=max_bytes,
             read_from=config.read_from or (),
         )
-    world = config.model_dump(include={"seed", "size", "objects", "outlines"})
-    if config.tabletop_images is not None:
-        return sources.tabletop_images(config.tabletop_images, rows, TabletopImages(**world))
-    reader = TabletopPairs(**world, kinds=config.kinds, referential=config.referential)
-    return sources.tabletop_pairs(config.tabletop or 0, rows, reader)
+    count = config.tabletop or config.tabletop_images or 0
+    return sources.from_tabletop(config, count, rows, pairs=config.tabletop is not None)
 
 
 def _fetch(config: IngestConfig) -> FetchConfig | None:

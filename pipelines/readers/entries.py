@@ -89,76 +89,49 @@ class Entries(Protocol):
 
 
 @dataclass(frozen=True)
-class JsonLines:
-    """Entries from lines of a JSONL file.
+class JsonTexts:
+    """Entries from a JSON file: its lines, or values over any lines, in a list or without one.
 
     Args:
         store: the file's folder.
         name: the file.
         source: what the records call where they come from.
         layers: what the file has to be put through, if it is compressed.
+        in_lines: whether each line is a record.
     """
 
     store: Store
     name: str
     source: str
     layers: Layers = ()
+    in_lines: bool = True
 
     def of(self, each: dict[str, Any]) -> Iterator[Entry]:
-        """One entry per line that is not blank."""
-        data = read_range(self.store, self.name, self.layers, each)
-        index, repeated = each["first"], set(each["repeated"])
-        for number, text in enumerate(data.split(b"\n"), start=each["line"]):
-            if text.strip():
-                where = {"file": self.store.address(self.name), "line": number}
-                entry = Entry(index, f"line {number}", where, repeated=number in repeated)
-                try:
-                    entry.values = parse_line(text)
-                except InputError as error:
-                    entry.error = str(error)
-                yield entry
-                index += 1
-
-
-@dataclass(frozen=True)
-class JsonValues:
-    """Entries from JSON values: the items of a list, or objects one after another over any lines.
-
-    Args:
-        store: the file's folder.
-        name: the file.
-        source: what the records call where they come from.
-        layers: what the file has to be put through, if it is compressed.
-    """
-
-    store: Store
-    name: str
-    source: str
-    layers: Layers = ()
-
-    def of(self, each: dict[str, Any]) -> Iterator[Entry]:
-        """One entry per value."""
-        data = io.BytesIO(read_range(self.store, self.name, self.layers, each))
-        index, repeated = each["first"], set(each["repeated"])
-        walk = Walk(data.read)
-        while walk.peek():
-            _, text, _ = walk.value()
-            walk.take(",")
-            where = {"file": self.store.address(self.name), "item": index}
-            entry = Entry(index, f"item {index}", where, repeated=index in repeated)
+        """One entry per line that is not blank, or per value."""
+        with io.BufferedReader(compression.open_input(self.store, self.name, self.layers)) as file:
+            file.seek(each["start"])
+            data = file.read(each["end"] - each["start"])
+        repeated = set(each["repeated"])
+        kind = "line" if self.in_lines else "item"
+        numbered = _lines(data, each["line"]) if self.in_lines else _values(data, each["first"])
+        for index, (number, text) in enumerate(numbered, start=each["first"]):
+            where = {"file": self.store.address(self.name), kind: number}
+            entry = Entry(index, f"{kind} {number}", where, repeated=number in repeated)
             try:
-                entry.values = parse_line(text.encode("latin-1"))
+                entry.values = parse_line(text)
             except InputError as error:
                 entry.error = str(error)
             yield entry
-            index += 1
 
 
-def read_range(store: Store, name: str, layers: Layers, each: dict[str, Any]) -> bytes:
-    """The bytes of a text file from ``each["start"]`` to ``each["end"]``."""
-    with io.BufferedReader(compression.open_input(store, name, layers)) as file:
-        file.seek(each["start"])
-        return file.read(each["end"] - each["start"])
+def _lines(data: bytes, first: int) -> Iterator[tuple[int, bytes]]:
+    lines = enumerate(data.split(b"\n"), start=first)
+    return ((number, text) for number, text in lines if text.strip())
+
+
+def _values(data: bytes, first: int) -> Iterator[tuple[int, bytes]]:
+    values = enumerate(Walk(io.BytesIO(data).read).values(), start=first)
+    return ((number, text.encode("latin-1")) for number, (_, text, _) in values)
 
 
 @dataclass(frozen=True)

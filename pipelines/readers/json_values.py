@@ -129,9 +129,7 @@ class Walk:
             InputError: one of them is no JSON, or the list does not end.
         """
         if not self.take("["):
-            while self.peek():
-                yield self.value()
-                self.take(",")
+            yield from self.values()
             return
         while not self.take("]"):
             if not self.peek():
@@ -139,6 +137,16 @@ class Walk:
             yield self.value()
             if not self.take(",") and self.peek() not in ("]", ""):
                 raise InputError(f"not JSON: no comma at byte {self.offset}")
+
+    def values(self) -> Iterator[tuple[int, str, Any]]:
+        """All values to the end, with commas between them or without.
+
+        Raises:
+            InputError: one of them is no JSON.
+        """
+        while self.peek():
+            yield self.value()
+            self.take(",")
 
     def _more(self) -> bool:
         """Read on; what was passed is forgotten."""
