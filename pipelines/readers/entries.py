@@ -12,33 +12,20 @@ import tarfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from dim import records
 from dim.errors import InputError
 from infra.storage import Store
 from pipelines.outcome import Rejection
 from pipelines.readers import compression, forms, ids
-from pipelines.readers.bounds import (
-    MAX_BYTES,
-    TarReader,
-    batches,
-    cells,
-    read_member,
-)
+from pipelines.readers.bounds import MAX_BYTES, TarReader, batches, cells, read_member
 from pipelines.readers.compression import Layers
 from pipelines.readers.fetch import Fetching
 from pipelines.readers.json_values import Walk
 from pipelines.readers.layout import Layout
 from pipelines.readers.media import Places
-from pipelines.readers.names import is_hidden, said
-
-IMAGE_SUFFIXES = frozenset(
-    {
-        *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp"),
-        *(".bmp", ".dib", ".gif", ".tif", ".tiff"),
-    }
-)
+from pipelines.readers.names import is_hidden, is_image, said
 
 _TEXTS = ("txt", "text", "caption")
 
@@ -68,24 +55,6 @@ class Entry:
     repeated: bool = False
     places: Places = field(default_factory=dict)
     fetching: Fetching | None = None
-
-
-class Entries(Protocol):
-    """Reads the entries of a range."""
-
-    @property
-    def store(self) -> Store:
-        """The folder that the records are in."""
-        ...
-
-    @property
-    def source(self) -> str:
-        """What the records call it."""
-        ...
-
-    def of(self, each: dict[str, Any]) -> Iterator[Entry]:
-        """Exactly as many entries as the range has records, in order."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -238,6 +207,10 @@ class Files:
                 sample["__damage__"] = rejection.detail
 
 
+Entries = JsonTexts | Files
+"""Who reads the entries of a range: exactly as many as it has records, in order."""
+
+
 def _entry(
     index: int, part: dict[str, Any], where: dict[str, Any], row: int, values: dict[str, Any]
 ) -> Entry:
@@ -289,12 +262,6 @@ def _add_image(sample: dict[str, Any], name: str, data: bytes) -> None:
     else:
         images.append(name)
         sample[name] = data
-
-
-def is_image(name: str) -> bool:
-    """Whether a name is one of an image file."""
-    dot = name.rpartition(".")[2].lower()
-    return f".{dot}" in IMAGE_SUFFIXES
 
 
 def parse_json(text: bytes | str, where: str = "") -> Any:

@@ -24,7 +24,7 @@ from pipelines.readers.entries import Entries
 from pipelines.readers.layout import Layout
 from pipelines.readers.listing import Files, list_files
 from pipelines.readers.media import Media, pack
-from pipelines.readers.names import is_hidden, plain, said, spellings, without_suffix
+from pipelines.readers.names import is_hidden, is_image, plain, said, spellings, without_suffix
 from pipelines.readers.records import image_names
 from pipelines.readers.scanning import in_tasks
 
@@ -226,9 +226,9 @@ def _images(addresses: Addresses) -> tuple[list[tuple[str, int]], int]:
         InputError: a link among them leads out.
     """
     listed = list_files(addresses)
-    images = [item for item in listed.files if entries.is_image(item[0])]
+    images = [item for item in listed.files if is_image(item[0])]
     files = [item for item in images if not is_hidden(item[0])]
-    strays = [name for name in listed.strays if entries.is_image(name)]
+    strays = [name for name in listed.strays if is_image(name)]
     _check_links(addresses, [name for name in (*listed.closed, *strays) if not is_hidden(name)])
     return files, len(images) - len(files)
 
@@ -296,7 +296,7 @@ def _by_path(members: Iterator[tarfile.TarInfo]) -> Iterator[_Named]:
     """Images by path, and by sample: of several images in one, that which is plainly its image."""
     samples = groupby(members, lambda member: entries.split_key(member.name)[0])
     for sample, of_sample in samples:
-        images = [member for member in of_sample if entries.is_image(member.name)]
+        images = [member for member in of_sample if is_image(member.name)]
         plainly = [member for member in images if _column(member) in ("", "image")]
         for member in images:
             short = member.name.removeprefix("./")
@@ -316,7 +316,7 @@ def _declared(
     for _, of_sample in groupby(members, lambda member: entries.split_key(member.name)[0]):
         offset, declared = None, None
         for member in of_sample:
-            if entries.is_image(member.name):
+            if is_image(member.name):
                 offset = member.offset
             elif entries.split_key(member.name)[1] == "json":
                 text = bounds.read_member(tar, member, bounds.MAX_BYTES)

@@ -25,13 +25,13 @@ from pipelines.readers.addresses import Addresses
 from pipelines.readers.bounds import MAX_BYTES
 from pipelines.readers.containers import Containers
 from pipelines.readers.cutter import Cutter
-from pipelines.readers.entries import Entries, Files, JsonTexts, is_image, known_id, parse_line
+from pipelines.readers.entries import Entries, Files, JsonTexts, known_id, parse_line
 from pipelines.readers.fetch import FetchConfig
 from pipelines.readers.join import MediaConfig, MediaIndex
 from pipelines.readers.json_files import JsonFile
 from pipelines.readers.layout import Layout
 from pipelines.readers.listing import list_files
-from pipelines.readers.names import is_hidden, without_suffix
+from pipelines.readers.names import is_hidden, is_image, without_suffix
 from pipelines.readers.records import Records, image_files
 from pipelines.readers.tabletop import TabletopConfig
 
