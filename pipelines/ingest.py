@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Self, Unpack
 
 import ray.data
 import typer
@@ -14,7 +14,7 @@ from dim.config import load_config
 from infra import storage
 from pipelines.attempts import Attempts, TimeLimits
 from pipelines.command import ConfigFile, Out, Overrides, Overwrite, RetryFailed, settings
-from pipelines.job import Job, JobConfig, OnProgress, Remaining
+from pipelines.job import HowToRun, Job, JobConfig, Remaining
 from pipelines.outputs.manifest import Manifest
 from pipelines.outputs.receipts import WriteRanges
 from pipelines.outputs.summary import summary
@@ -72,22 +72,11 @@ class IngestConfig(TabletopConfig, JobConfig):
         return self
 
 
-def run(
-    config: IngestConfig,
-    *,
-    overwrite: bool = False,
-    retry_failed: bool = False,
-    on_progress: OnProgress | None = None,
-) -> Manifest:
+def run(config: IngestConfig, **how: Unpack[HowToRun]) -> Manifest:
     """Read the source into raw shards. See :meth:`pipelines.job.Job.run` for reruns and errors."""
     source = open_source(config)
     job = Job("ingest", config, source.schema, source.identity, source.rows, len(source.ranges))
-    return job.run(
-        lambda work: read(source, config, work),
-        overwrite=overwrite,
-        retry_failed=retry_failed,
-        on_progress=on_progress,
-    )
+    return job.run(lambda work: read(source, config, work), **how)
 
 
 def read(source: Source, config: IngestConfig, work: Remaining) -> ray.data.Dataset:

@@ -153,9 +153,7 @@ def _with(identity: dict[str, Any], hidden: int) -> dict[str, Any]:
     return {**identity, "hidden": hidden} if hidden else identity
 
 
-def from_tabletop(
-    world: TabletopConfig, count: int, rows_per_file: int, *, pairs: bool
-) -> Source:
+def from_tabletop(world: TabletopConfig, count: int, rows_per_file: int, *, pairs: bool) -> Source:
     """``count`` edit pairs of the tabletop world, or images with their captions."""
     ranges = [
         {"first": first, "count": min(rows_per_file, count - first)}
