@@ -6,7 +6,6 @@ import io
 import json
 import tarfile
 from collections.abc import Iterator
-from typing import Any
 
 import pyarrow as pa
 
@@ -68,14 +67,8 @@ def _samples(shards: Shards) -> Iterator[list[Member]]:
     for batch in shards.batches():
         images = [field.name for field in batch.schema if pa.types.is_large_binary(field.type)]
         for row in batch.to_pylist():
-            yield _sample(row, images)
-
-
-def _sample(row: dict[str, Any], images: list[str]) -> list[Member]:
-    key = f"{row['index']:09d}"
-    pictures = [(name, row.pop(name)) for name in images]
-    text = json.dumps(row, ensure_ascii=False, sort_keys=True).encode()
-    return [
-        *((f"{key}.{name}.{suffix(data)}", data) for name, data in pictures if data is not None),
-        (f"{key}.json", text),
-    ]
+            key = f"{row['index']:09d}"
+            pictures = [(name, data) for name in images if (data := row.pop(name)) is not None]
+            text = json.dumps(row, ensure_ascii=False, sort_keys=True).encode()
+            files = [(f"{key}.{name}.{suffix(data)}", data) for name, data in pictures]
+            yield [*files, (f"{key}.json", text)]
