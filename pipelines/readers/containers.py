@@ -218,7 +218,10 @@ def _scan_tar(
                     last = key
                 end = member.offset_data + member.size
             stopped = tar.offset
-        if end <= size and not _is_end(reader, stopped):
+        if end > size:
+            return
+        reader.seek(stopped)
+        if reader.read(tarfile.BLOCKSIZE).strip(b"\0"):  # neither zeros nor the end of the file
             raise _DamagedError(f"{store.address(name)} is damaged from byte {stopped} on")
 
 
@@ -231,12 +234,6 @@ def check_plain(reader: io.BufferedReader, where: str) -> None:
     codec = compression.codec_of(reader.peek(1), where)
     if codec is not None:
         raise compression.refusal(where, codec)
-
-
-def _is_end(reader: io.BufferedReader, offset: int) -> bool:
-    """Whether a tar that stopped at ``offset`` ended there: with zeros, or with the file."""
-    reader.seek(offset)
-    return not reader.read(tarfile.BLOCKSIZE).strip(b"\0")
 
 
 @dataclass

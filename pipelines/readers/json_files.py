@@ -118,8 +118,9 @@ class JsonFile:
             if sign != b"{":
                 if follows == b"{" or (whole and _has_object_line(file)):
                     return None
+                beginning = line[:200].decode("utf-8", "replace").strip()
                 raise InputError(
-                    f"{self.where} is no JSON: it begins with {shown(_readable(line))!r}; write a "
+                    f"{self.where} is no JSON: it begins with {shown(beginning)!r}; write a "
                     "JSON object a line, or a list of them"
                 )
             in_line = whole and _is_json(line)
@@ -217,10 +218,6 @@ def _is_json(text: bytes) -> bool:
     except (ValueError, RecursionError):
         return False
     return True
-
-
-def _readable(line: bytes) -> str:
-    return line[:200].decode("utf-8", "replace").strip()
 
 
 def _utf8(text: Any) -> str:

@@ -79,20 +79,18 @@ class Walk:
         """
         self.peek()
         while True:
-            error: Exception | None = None
             try:
                 value, end = self._decoder.raw_decode(self._text, self._at)
                 if end < len(self._text) or self._ended:
                     offset, text = self.offset, self._text[self._at : end]
                     self._at = end
                     return offset, text, value
-            except json.JSONDecodeError as found:
-                if self._ended or not _may_go_on(found):
-                    error = found
-            except (ValueError, RecursionError) as found:
-                error = found
-            if error is not None:
-                raise InputError(f"not JSON ({_said(error, self._base)})")
+            except json.JSONDecodeError as error:
+                if self._ended or not _may_go_on(error):
+                    place = self._base + error.pos
+                    raise InputError(f"not JSON ({error.msg}: byte {place})") from None
+            except (ValueError, RecursionError) as error:
+                raise InputError(f"not JSON ({error})") from None
             if len(self._text) - self._at > _LONGEST:
                 raise InputError(f"not JSON: a value of over {_LONGEST:,} bytes")
             self._more()
@@ -161,9 +159,3 @@ class Walk:
 def _may_go_on(error: json.JSONDecodeError) -> bool:
     """Whether a text that is cut short can raise this."""
     return error.msg.startswith("Unterminated string") or error.pos >= len(error.doc) - _NEAR
-
-
-def _said(error: Exception, base: int) -> str:
-    if isinstance(error, json.JSONDecodeError):
-        return f"{error.msg}: byte {base + error.pos}"
-    return str(error)

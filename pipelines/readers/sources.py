@@ -178,7 +178,10 @@ def _json(
     for number, start, end, text in file.records():
         if not cutter.room:
             cutter.begin(start=start, line=number or 0)
-        cutter.ids.add(_id_of(text, layout))
+        try:
+            cutter.ids.add(known_id(parse_line(text), layout))
+        except InputError:  # said when it is read
+            cutter.ids.add(None)
         cutter.count(1)
         cutter.ranges[-1]["end"] = end
         if number is not None:
@@ -188,10 +191,3 @@ def _json(
     identity = {"file": where, "sha256": file.digest.hexdigest()}
     reader = JsonTexts(store, name, source, found.layers, file.in_lines)
     return reader, cutter, identity
-
-
-def _id_of(text: bytes, layout: Layout) -> str | None:
-    try:
-        return known_id(parse_line(text), layout)
-    except InputError:
-        return None
