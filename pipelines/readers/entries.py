@@ -10,8 +10,9 @@ import io
 import json
 import tarfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import groupby, islice
 from typing import Any
 
 from dim import records
@@ -162,28 +163,15 @@ class Files:
         with self.store.open_input(name) as file:
             file.seek(offset)
             with tarfile.open(fileobj=TarReader(file, self.max_bytes), mode="r:") as tar:
-                sample: dict[str, Any] = {}
-                for member in members(tar):
-                    key, extension = split_key(member.name)
-                    if sample and sample["__key__"] != key:
-                        yield sample
-                        count -= 1
-                        sample = {}
-                        if not count:
-                            return
-                    sample.setdefault("__key__", key)
-                    self._add(sample, tar, member, extension)
-                if sample:
+                for key, files in islice(samples(members(tar)), count):
+                    sample: dict[str, Any] = {"__key__": key}
+                    for member in files:
+                        self._add(sample, tar, member)
                     yield sample
 
-    def _add(
-        self,
-        sample: dict[str, Any],
-        tar: tarfile.TarFile,
-        member: tarfile.TarInfo,
-        extension: str,
-    ) -> None:
+    def _add(self, sample: dict[str, Any], tar: tarfile.TarFile, member: tarfile.TarInfo) -> None:
         """One file of a sample as columns: JSON as its own, an image by its name without suffix."""
+        extension = split_key(member.name)[1]
         image = extension.rpartition(".")[0] or "image" if is_image(f".{extension}") else None
         column = image or ("txt" if extension in _TEXTS else None)
         if extension != "json" and column not in self.columns:
@@ -244,6 +232,13 @@ def members(tar: tarfile.TarFile, hidden: Counter[str] | None = None) -> Iterato
             yield member
         elif hidden is not None:
             hidden["members"] += 1
+
+
+def samples(
+    members: Iterable[tarfile.TarInfo],
+) -> Iterator[tuple[str, Iterator[tarfile.TarInfo]]]:
+    """The files of a tar by sample, those that follow one another with one key."""
+    return groupby(members, lambda member: split_key(member.name)[0])
 
 
 def split_key(name: str) -> tuple[str, str]:

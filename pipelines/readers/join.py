@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -281,8 +280,7 @@ def _tar_keys(store: Store, name: str, key: str | None, hidden: Counter[str]) ->
 
 def _by_path(members: Iterator[tarfile.TarInfo]) -> Iterator[_Named]:
     """Images by path, and by sample: of several images in one, that which is plainly its image."""
-    samples = groupby(members, lambda member: entries.split_key(member.name)[0])
-    for sample, of_sample in samples:
+    for sample, of_sample in entries.samples(members):
         images = [member for member in of_sample if is_image(member.name)]
         plainly = [member for member in images if _column(member) in ("", "image")]
         for member in images:
@@ -300,7 +298,7 @@ def _declared(
     tar: tarfile.TarFile, members: Iterator[tarfile.TarInfo], key: str
 ) -> Iterator[_Named]:
     """Images by what the JSON of their sample says, before or after them."""
-    for _, of_sample in groupby(members, lambda member: entries.split_key(member.name)[0]):
+    for _, of_sample in entries.samples(members):
         offset, declared = None, None
         for member in of_sample:
             if is_image(member.name):
