@@ -106,7 +106,7 @@ class Walk:
             _, _, key = self.value()
             if not isinstance(key, str) or not self.take(":"):
                 raise InputError(f"not JSON (byte {self.offset})")
-            yield self._member(key)
+            yield self._member(key.encode("latin-1", "replace").decode("utf-8", "replace"))
             if not self.take(",") and self.peek() != "}":
                 raise InputError(f"not JSON (byte {self.offset})")
 
