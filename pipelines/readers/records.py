@@ -195,16 +195,17 @@ class Records:
         if layout.target:
             row["instruction"] = _instruction(text_of(values, *layout.instruction))
         image, where = self._image(values, layout.image, found)
-        trace = {"image_path": where and redact(where)}
+        named = {"image_path": where}
         if layout.target:
             target, where = self._image(values, layout.target, found)
-            trace["image_path_target"] = where and redact(where)
-        row["provenance"] = _extend(row["provenance"], trace)
+            named["image_path_target"] = where
+        known = {key: redact(where) for key, where in named.items() if where is not None}
+        row["provenance"] = json.dumps({**json.loads(row["provenance"]), **known})
         if layout.target:
             return pair_columns(row["instruction"], image, target)
-        hints = (values[name] for name in layout.caption if values.get(name))
-        hint = next((value for value in hints if not _is_missing(value)), None)
-        return image_columns(image, str(hint) if hint is not None else None)
+        hints = (values.get(name) for name in layout.caption)
+        hint = next((str(hint) for hint in hints if hint and not _is_missing(hint)), None)
+        return image_columns(image, hint)
 
     def _image(
         self, values: dict[str, Any], names: Sequence[str], found: Found
@@ -371,10 +372,10 @@ def image_value(values: dict[str, Any], names: Sequence[str]) -> tuple[str, Any]
     """
     for name in names:
         value = values.get(name)
-        if isinstance(value, list) and len(value) > 1:
-            detail = f"{name!r} holds {len(value)} images where a pair has one"
-            raise Rejection("record.several_images", detail, len(value), 1)
         if isinstance(value, list):
+            if len(value) > 1:
+                detail = f"{name!r} holds {len(value)} images where a pair has one"
+                raise Rejection("record.several_images", detail, len(value), 1)
             value = value[0] if value else None
         if isinstance(value, int | float | Decimal) and not isinstance(value, bool):
             value = as_text(value)
@@ -422,11 +423,6 @@ def _instruction(prompt: str) -> str:
         return Blueprint.parse(prompt).instruction
     except BlueprintError:
         return prompt.strip()
-
-
-def _extend(provenance: str, more: dict[str, str | None]) -> str:
-    known = {key: value for key, value in more.items() if value is not None}
-    return json.dumps({**json.loads(provenance), **known})
 
 
 def _in_parts(
