@@ -55,26 +55,15 @@ def edit(
     raw: Shards, ranges: list[list[Piece]], config: EditConfig, work: Remaining
 ) -> ray.data.Dataset:
     """Raw pairs → filter → duplicates → triage → blueprint."""
-    todo, judged = filtered(
-        raw, ranges, FilterPairs(config.filters), config.duplicates, config, work, num_cpus=1
-    )
+    todo, judged = filtered(raw, ranges, FilterPairs(config.filters), config, work)
     triage = partial(TriageInstructions, reasks=config.reasks)
     blueprint = partial(WriteBlueprints, with_target=config.with_target, reasks=config.reasks)
     own_call = config.with_target and config.triage == "own_call"
     model = CalledModel.metered(
         config.designer, designers.create, config.calls, work.output.store, names_of(ranges)
     )
-    return asked(
-        todo,
-        judged,
-        (triage, blueprint) if own_call else (blueprint,),
-        model,
-        work.output,
-        engine=config.engine,
-        reasks=config.reasks,
-        num_cpus=config.cpus_per_worker,
-        concurrency=config.workers_for(todo),
-    )
+    steps = (triage, blueprint) if own_call else (blueprint,)
+    return asked(todo, judged, steps, model, config, work, reasks=config.reasks)
 
 
 def main(

@@ -60,9 +60,7 @@ def keep(
     work: Remaining,
 ) -> ray.data.Dataset:
     """Raw records → filter → duplicates."""
-    todo, judged = filtered(
-        raw, ranges, config.stage(), config.duplicates, config, work, num_cpus=1
-    )
+    todo, judged = filtered(raw, ranges, config.stage(), config, work)
     return ray.data.from_items(todo, override_num_blocks=tasks_for(len(todo))).map_batches(
         WriteRanges(judged.records, work.output),
         batch_format="pyarrow",

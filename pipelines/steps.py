@@ -54,11 +54,8 @@ def filtered(
     raw: Shards,
     ranges: list[list[Piece]],
     stage: FilterImages | FilterPairs,
-    duplicates: DuplicateRules,
     config: FilterConfig,
     work: Remaining,
-    *,
-    num_cpus: float,
 ) -> tuple[list[dict[str, Any]], Judged]:
     """The ranges to be done, as rows of a data set, and who reads their records; see ``judge``."""
     return judge(
@@ -66,12 +63,11 @@ def filtered(
         ranges,
         work.todo,
         stage,
-        duplicates,
+        config.duplicates,
         config.batch_size,
         store=work.output.store,
         key=work.key,
         retry=work.retry,
-        num_cpus=num_cpus,
         timeout_s=config.range_timeout_s,
     )
 
@@ -81,31 +77,29 @@ def asked(
     judged: Judged,
     steps: Sequence[Step],
     model: CalledModel,
-    output: RangeOutput,
+    config: AskingConfig,
+    work: Remaining,
     *,
-    engine: EngineOptions,
     reasks: int,
-    num_cpus: float,
-    concurrency: int,
 ) -> ray.data.Dataset:
     """Ranges → their records → each step in turn → files and receipts.
 
     All steps are in one process: they share the model, how often it is asked again, and its limits.
-    ``num_cpus`` is of a worker, of which there are ``concurrency``.
     """
+    workers = config.workers_for(todo)
     ranges = ray.data.from_items(todo, override_num_blocks=len(todo))
     answer_beforehand(
-        ranges, judged.records, steps, model, engine, workers=concurrency, reasks=reasks
+        ranges, judged.records, steps, model, config.engine, workers=workers, reasks=reasks
     )
     pool = ray.data.ActorPoolStrategy(
-        size=concurrency,
+        size=workers,
         max_concurrent_calls_per_actor=batches_at_once(model.spec),
         enable_true_multi_threading=True,
     )
     return ranges.map_batches(
         AskRanges,
-        fn_constructor_args=(steps, model, judged, output),
-        num_cpus=num_cpus,
+        fn_constructor_args=(steps, model, judged, work.output),
+        num_cpus=config.cpus_per_worker,
         compute=pool,
         batch_format="pyarrow",
         batch_size=1,
