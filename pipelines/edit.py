@@ -62,8 +62,17 @@ def edit(
     model = CalledModel.metered(
         config.designer, designers.create, config.calls, work.output.store, names_of(ranges)
     )
-    steps = (triage, blueprint) if own_call else (blueprint,)
-    return asked(todo, judged, steps, model, config, work, reasks=config.reasks)
+    return asked(
+        todo,
+        judged,
+        (triage, blueprint) if own_call else (blueprint,),
+        model,
+        work.output,
+        engine=config.engine,
+        reasks=config.reasks,
+        num_cpus=config.cpus_per_worker,
+        concurrency=config.workers_for(todo),
+    )
 
 
 def main(

@@ -77,29 +77,31 @@ def asked(
     judged: Judged,
     steps: Sequence[Step],
     model: CalledModel,
-    config: AskingConfig,
-    work: Remaining,
+    output: RangeOutput,
     *,
+    engine: EngineOptions,
     reasks: int,
+    num_cpus: float,
+    concurrency: int,
 ) -> ray.data.Dataset:
     """Ranges → their records → each step in turn → files and receipts.
 
     All steps are in one process: they share the model, how often it is asked again, and its limits.
+    ``num_cpus`` is of a worker, of which there are ``concurrency``.
     """
-    workers = config.workers_for(todo)
     ranges = ray.data.from_items(todo, override_num_blocks=len(todo))
     answer_beforehand(
-        ranges, judged.records, steps, model, config.engine, workers=workers, reasks=reasks
+        ranges, judged.records, steps, model, engine, workers=concurrency, reasks=reasks
     )
     pool = ray.data.ActorPoolStrategy(
-        size=workers,
+        size=concurrency,
         max_concurrent_calls_per_actor=batches_at_once(model.spec),
         enable_true_multi_threading=True,
     )
     return ranges.map_batches(
         AskRanges,
-        fn_constructor_args=(steps, model, judged, work.output),
-        num_cpus=config.cpus_per_worker,
+        fn_constructor_args=(steps, model, judged, output),
+        num_cpus=num_cpus,
         compute=pool,
         batch_format="pyarrow",
         batch_size=1,

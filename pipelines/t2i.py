@@ -48,10 +48,18 @@ def caption(
 ) -> ray.data.Dataset:
     """Raw images → filter → duplicates → long caption."""
     todo, judged = filtered(raw, ranges, FilterImages(config.filters), config, work)
-    write = partial(WriteCaptions, rules=config.captions)
     create, store = designers.create_captioner, work.output.store
-    model = CalledModel.metered(config.captioner, create, config.calls, store, names_of(ranges))
-    return asked(todo, judged, (write,), model, config, work, reasks=config.captions.reasks)
+    return asked(
+        todo,
+        judged,
+        (partial(WriteCaptions, rules=config.captions),),
+        CalledModel.metered(config.captioner, create, config.calls, store, names_of(ranges)),
+        work.output,
+        engine=config.engine,
+        reasks=config.captions.reasks,
+        num_cpus=config.cpus_per_worker,
+        concurrency=config.workers_for(todo),
+    )
 
 
 def main(
