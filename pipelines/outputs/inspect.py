@@ -174,12 +174,14 @@ def _choose(
         for batch in _batches(store, paths, _ROWS_AT_ONCE, without=(*_IMAGES, "measures")):
             found: dict[str, list[Row]] = defaultdict(list)
             for row in batch.to_pylist():
-                found[row.get("reason") or ""].append({**row, "pictures": []})
+                found[row.get("reason") or ""].append(row)
             for reason, rows in found.items():
                 counts[reason] += len(rows)
                 best[reason] = heapq.nsmallest(samples, [*best[reason], *rows], key=_by_hash)
         for rows in best.values():
             rows.sort(key=itemgetter("index"))
+            for row in rows:
+                row["pictures"] = []
     _check_counts(store, manifest, counted)
     return chosen
 

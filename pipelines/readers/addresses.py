@@ -162,11 +162,13 @@ class Addresses:
         """
         if _is_no_name(name) or "://" in name or self._is_there(name):
             return None  # of the last it is the reading that failed
-        foreign, refused, found = _DRIVE.match(name), None, set[Place]()
+        foreign, found = _DRIVE.match(name), set[Place]()
+        refused: InputError | None = None
         others = [] if foreign else spellings(name)
         for spelling in others:
             try:
-                found |= {place for place in [self.place(spelling)] if _is_file(place)}
+                place = self.place(spelling)
+                found |= {place} if _is_file(place) else set()
             except InputError as error:
                 refused = refused or error
         if not found and not foreign:
