@@ -106,9 +106,9 @@ def _write_all(store: Store, shards: Shards, config: ExportConfig) -> list[FileE
 def _write_public(store: Store, shards: Shards) -> list[FileEntry]:
     lines: list[str] = []
     files: list[FileEntry] = []
-    names = _Names()
+    taken: set[str] = set()
     for row in chain.from_iterable(map(pa.Table.to_pylist, shards.batches(columns=_COLUMNS))):
-        name = names.choose(row["id"])
+        name = _file_name(row["id"], taken)
         source, target = (
             _write(store, f"{IMAGES}/{name}_{role}.{suffix(image)}", 1, image)
             for role, image in (("source", row["image"]), ("target", row["image_target"]))
@@ -129,19 +129,13 @@ def _write(store: Store, path: str, rows: int, data: bytes) -> FileEntry:
     return FileEntry(path=path, rows=rows, bytes=len(data), sha256=sha256_hex(data))
 
 
-class _Names:
-    """File names from ids: safe, and different also where only letter case or signs differ."""
-
-    def __init__(self) -> None:
-        self._taken: set[str] = set()
-
-    def choose(self, record_id: str) -> str:
-        """A name for a record; its id where that can be one."""
-        name = re.sub(r"[^\w.-]+", "_", record_id)[:100].lstrip(".") or "record"
-        if name != record_id or name.casefold() in self._taken:
-            name = f"{name}-{sha256_hex(record_id.encode())[:12]}"
-        self._taken.add(name.casefold())
-        return name
+def _file_name(record_id: str, taken: set[str]) -> str:
+    """A name from an id: safe, and different also where only letter case or signs differ."""
+    name = re.sub(r"[^\w.-]+", "_", record_id)[:100].lstrip(".") or "record"
+    if name != record_id or name.casefold() in taken:
+        name = f"{name}-{sha256_hex(record_id.encode())[:12]}"
+    taken.add(name.casefold())
+    return name
 
 
 def main(
