@@ -265,11 +265,13 @@ class Singles:
         begin: all records of a range, with what is known of them beforehand.
         finish: the columns that are found out of one.
         schema: what the records are.
+        at_once: how many are finished at once; more than one where they mostly wait.
     """
 
     begin: Callable[[Row], Iterator[Row]]
     finish: Callable[[Row], Row]
     schema: pa.Schema
+    at_once: int = 1
 
     def count(self, each: Row) -> int:
         """How many records a range has."""
@@ -281,7 +283,7 @@ class Singles:
 
     def table(self, part: list[Row]) -> pa.Table:
         """Records that are begun in, raw records with outcomes out."""
-        with ThreadPoolExecutor(_FETCHES) as pool:
+        with ThreadPoolExecutor(self.at_once) as pool:
             return to_table(pool.map(self._finished, part), self.schema)
 
     def lost(self, each: Row, number: int, why: str) -> pa.Table:
@@ -320,7 +322,7 @@ def image_files(addresses: Addresses, source: str, max_bytes: int) -> Singles:
         name = addresses.checked(Place(home, row["name"]))
         return image_columns(read_file(home, name, max_bytes), None)
 
-    return Singles(begin, finish, records.RAW_IMAGE)
+    return Singles(begin, finish, records.RAW_IMAGE, _FETCHES)
 
 
 def pair_columns(instruction: str, image: bytes, target: bytes) -> Row:
