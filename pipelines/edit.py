@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Unpack
 
 import ray.data
 import typer
@@ -16,7 +16,7 @@ from pipelines.calls.worker import CalledModel
 from pipelines.command import ConfigFile, Out, Overrides, Overwrite, RetryFailed, settings
 from pipelines.filters import FilterPairs, PairRules
 from pipelines.filters.verdicts import identity_of
-from pipelines.job import Job, OnProgress, Remaining
+from pipelines.job import HowToRun, Job, Remaining
 from pipelines.outputs.manifest import Manifest
 from pipelines.outputs.shards import Shards
 from pipelines.outputs.summary import summary
@@ -41,34 +41,21 @@ class EditConfig(AskingConfig):
     filters: PairRules = PairRules()
 
 
-def run(
-    config: EditConfig,
-    *,
-    overwrite: bool = False,
-    retry_failed: bool = False,
-    on_progress: OnProgress | None = None,
-) -> Manifest:
+def run(config: EditConfig, **how: Unpack[HowToRun]) -> Manifest:
     """Make DIM-Edit. See :meth:`pipelines.job.Job.run` for reruns and errors."""
     designers.check(config.designer)
     raw = Shards.open(config.raw, RAW_PAIR)
     ranges = ranges_of(raw, rows_per_range(raw.rows, config.rows_per_file))
     identity = identity_of(raw, config.duplicates)
     job = Job("edit", config, EDIT, identity, raw.rows, len(ranges), asks=config.designer)
-    return job.run(
-        lambda work: edit(raw, ranges, config, work),
-        overwrite=overwrite,
-        retry_failed=retry_failed,
-        on_progress=on_progress,
-    )
+    return job.run(lambda work: edit(raw, ranges, config, work), **how)
 
 
 def edit(
     raw: Shards, ranges: list[list[Piece]], config: EditConfig, work: Remaining
 ) -> ray.data.Dataset:
     """Raw pairs → filter → duplicates → triage → blueprint."""
-    todo, judged = filtered(
-        raw, ranges, FilterPairs(config.filters), config.duplicates, config, work, num_cpus=1
-    )
+    todo, judged = filtered(raw, ranges, FilterPairs(config.filters), config, work)
     triage = partial(TriageInstructions, reasks=config.reasks)
     blueprint = partial(WriteBlueprints, with_target=config.with_target, reasks=config.reasks)
     own_call = config.with_target and config.triage == "own_call"

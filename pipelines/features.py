@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Unpack
 
 import pyarrow.compute as pc
 import ray.data
@@ -23,7 +23,7 @@ from infra.models import load_frozen
 from infra.registry import located
 from infra.storage import everywhere, open_store
 from pipelines.command import ConfigFile, Out, Overrides, Overwrite, RetryFailed, settings
-from pipelines.job import Job, JobConfig, OnProgress, Remaining
+from pipelines.job import HowToRun, Job, JobConfig, Remaining
 from pipelines.outputs.manifest import Manifest
 from pipelines.outputs.shards import Shards
 from pipelines.outputs.summary import summary
@@ -65,13 +65,7 @@ class FeaturesConfig(JobConfig):
     """A share lets one process read and decode while another computes on the same GPU."""
 
 
-def run(
-    config: FeaturesConfig,
-    *,
-    overwrite: bool = False,
-    retry_failed: bool = False,
-    on_progress: OnProgress | None = None,
-) -> Manifest:
+def run(config: FeaturesConfig, **how: Unpack[HowToRun]) -> Manifest:
     """Make feature shards. See :meth:`pipelines.job.Job.run` for reruns and errors.
 
     Raises:
@@ -92,12 +86,7 @@ def run(
         ranges=len(ranges),
         group_bytes=int(config.row_group_mb * 2**20),
     )
-    return job.run(
-        lambda work: encode(shards, ranges, config, options, preparation, work),
-        overwrite=overwrite,
-        retry_failed=retry_failed,
-        on_progress=on_progress,
-    )
+    return job.run(lambda work: encode(shards, ranges, config, options, preparation, work), **how)
 
 
 def encode(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Unpack
 
 import pyarrow as pa
 import ray.data
@@ -13,7 +13,7 @@ from dim.records import FILTERED_IMAGE, FILTERED_PAIR, RAW_IMAGE, RAW_PAIR, kind
 from pipelines.command import ConfigFile, Out, Overrides, Overwrite, RetryFailed, settings
 from pipelines.filters import FilterImages, FilterPairs, ImageRules, PairRules
 from pipelines.filters.verdicts import identity_of
-from pipelines.job import Job, OnProgress, Remaining
+from pipelines.job import HowToRun, Job, Remaining
 from pipelines.outputs.manifest import Manifest
 from pipelines.outputs.receipts import WriteRanges
 from pipelines.outputs.shards import Shards
@@ -44,24 +44,13 @@ class FilterImagesConfig(FilterConfig):
         return FilterImages(self.filters)
 
 
-def run(
-    config: FilterPairsConfig | FilterImagesConfig,
-    *,
-    overwrite: bool = False,
-    retry_failed: bool = False,
-    on_progress: OnProgress | None = None,
-) -> Manifest:
+def run(config: FilterPairsConfig | FilterImagesConfig, **how: Unpack[HowToRun]) -> Manifest:
     """Filter raw records. See :meth:`pipelines.job.Job.run` for reruns and errors."""
     raw = Shards.open(config.raw, config.kept)
     ranges = ranges_of(raw, rows_per_range(raw.rows, config.rows_per_file))
     identity = identity_of(raw, config.duplicates)
     job = Job("filter", config, config.kept, identity, raw.rows, len(ranges))
-    return job.run(
-        lambda work: keep(raw, ranges, config, work),
-        overwrite=overwrite,
-        retry_failed=retry_failed,
-        on_progress=on_progress,
-    )
+    return job.run(lambda work: keep(raw, ranges, config, work), **how)
 
 
 def keep(
@@ -71,9 +60,7 @@ def keep(
     work: Remaining,
 ) -> ray.data.Dataset:
     """Raw records → filter → duplicates."""
-    todo, judged = filtered(
-        raw, ranges, config.stage(), config.duplicates, config, work, num_cpus=1
-    )
+    todo, judged = filtered(raw, ranges, config.stage(), config, work)
     return ray.data.from_items(todo, override_num_blocks=tasks_for(len(todo))).map_batches(
         WriteRanges(judged.records, work.output),
         batch_format="pyarrow",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Self, Unpack
 
 import ray.data
 import typer
@@ -14,7 +14,7 @@ from dim.config import load_config
 from infra import storage
 from pipelines.attempts import Attempts, TimeLimits
 from pipelines.command import ConfigFile, Out, Overrides, Overwrite, RetryFailed, settings
-from pipelines.job import Job, JobConfig, OnProgress, Remaining
+from pipelines.job import HowToRun, Job, JobConfig, Remaining
 from pipelines.outputs.manifest import Manifest
 from pipelines.outputs.receipts import WriteRanges
 from pipelines.outputs.summary import summary
@@ -23,7 +23,7 @@ from pipelines.readers.bounds import MAX_BYTES
 from pipelines.readers.fetch import FetchConfig
 from pipelines.readers.join import MediaConfig
 from pipelines.readers.layout import load_layout
-from pipelines.readers.records import ROWS_PER_PART, Records, TabletopImages, TabletopPairs
+from pipelines.readers.records import ROWS_PER_PART, Records
 from pipelines.readers.sources import Source
 from pipelines.readers.tabletop import TabletopConfig
 
@@ -72,22 +72,11 @@ class IngestConfig(TabletopConfig, JobConfig):
         return self
 
 
-def run(
-    config: IngestConfig,
-    *,
-    overwrite: bool = False,
-    retry_failed: bool = False,
-    on_progress: OnProgress | None = None,
-) -> Manifest:
+def run(config: IngestConfig, **how: Unpack[HowToRun]) -> Manifest:
     """Read the source into raw shards. See :meth:`pipelines.job.Job.run` for reruns and errors."""
     source = open_source(config)
     job = Job("ingest", config, source.schema, source.identity, source.rows, len(source.ranges))
-    return job.run(
-        lambda work: read(source, config, work),
-        overwrite=overwrite,
-        retry_failed=retry_failed,
-        on_progress=on_progress,
-    )
+    return job.run(lambda work: read(source, config, work), **how)
 
 
 def read(source: Source, config: IngestConfig, work: Remaining) -> ray.data.Dataset:
@@ -158,11 +147,8 @@ def open_source(config: IngestConfig) -> Source:
             max_bytes=max_bytes,
             read_from=config.read_from or (),
         )
-    world = config.model_dump(include={"seed", "size", "objects", "outlines"})
-    if config.tabletop_images is not None:
-        return sources.tabletop_images(config.tabletop_images, rows, TabletopImages(**world))
-    reader = TabletopPairs(**world, kinds=config.kinds, referential=config.referential)
-    return sources.tabletop_pairs(config.tabletop or 0, rows, reader)
+    count = config.tabletop or config.tabletop_images or 0
+    return sources.from_tabletop(config, count, rows, pairs=config.tabletop is not None)
 
 
 def _fetch(config: IngestConfig) -> FetchConfig | None:

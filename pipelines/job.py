@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, TypedDict
 
 import pyarrow as pa
 from pydantic import Field
@@ -40,6 +40,15 @@ from pipelines.ranges import TIMEOUT_S
 
 OnProgress = Callable[[int, int], None]
 """Is told how many ranges are done, of how many."""
+
+
+class HowToRun(TypedDict, total=False):
+    """What the ``run`` of every job takes besides its settings; see :meth:`Job.run`."""
+
+    overwrite: bool
+    retry_failed: bool
+    on_progress: OnProgress | None
+
 
 REPORT = "report.html"
 """A page that a job may leave in its output, for MLflow to keep."""

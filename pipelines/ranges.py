@@ -177,26 +177,17 @@ def tasks_for(pieces: int) -> int:
     )
 
 
-def scan(
-    shards: Shards,
-    stage: Stage,
-    rows: int = 64,
-    *,
-    num_cpus: float = 1,
-    timeout_s: float = TIMEOUT_S,
-) -> ray.data.Dataset:
+def scan(shards: Shards, stage: Stage, rows: int = 64) -> ray.data.Dataset:
     """What ``stage`` makes of the kept records, as a Ray data set in no particular order.
 
     Args:
         shards: the records.
         stage: from a batch of at most ``rows`` records to what becomes of them.
-        num_cpus: of a task, which reads and works on a piece or several.
-        timeout_s: a piece may take; what takes longer is begun again with care.
     """
     pieces = [asdict(each) for each in pieces_of(shards)]
     tasks = ray.data.from_items(pieces, override_num_blocks=tasks_for(len(pieces)))
-    work = _Work(_Staged(shards.store, stage, rows), TimeLimits.of(timeout_s))
-    return tasks.map_batches(work, batch_format="pyarrow", batch_size=1, num_cpus=num_cpus)
+    work = _Work(_Staged(shards.store, stage, rows), TimeLimits.of(TIMEOUT_S))
+    return tasks.map_batches(work, batch_format="pyarrow", batch_size=1, num_cpus=1)
 
 
 @dataclass(frozen=True)
@@ -223,7 +214,6 @@ def gather(
     keep: Keep,
     rows: int = 64,
     *,
-    num_cpus: float = 1,
     num_gpus: float = 0,
     timeout_s: float = TIMEOUT_S,
 ) -> Iterator[Gathered]:
@@ -235,7 +225,6 @@ def gather(
         stage: as of :func:`scan`.
         keep: given a piece and how it is made, its result: to look whether it is there already.
         rows: a batch has at most.
-        num_cpus: of a task.
         num_gpus: of a task.
         timeout_s: a piece may take.
 
@@ -245,7 +234,7 @@ def gather(
     # Tasks of Ray's own wait in its queue. Ray Data starts one when it has seen another end,
     # and for the first second only one; that costs the filters a twentieth of their time.
     run = ray.remote(_Work.kept).options(
-        scheduling_strategy="SPREAD", num_cpus=num_cpus, num_gpus=num_gpus, max_retries=-1
+        scheduling_strategy="SPREAD", num_cpus=1, num_gpus=num_gpus, max_retries=-1
     )
     work = ray.put(_Work(_Staged(shards.store, stage, rows), TimeLimits.of(timeout_s)))
     cut = list(_cut_at_end(pieces))

@@ -56,11 +56,8 @@ def filtered(
     raw: Shards,
     ranges: list[list[Piece]],
     stage: FilterImages | FilterPairs,
-    duplicates: DuplicateRules,
     config: FilterConfig,
     work: Remaining,
-    *,
-    num_cpus: float,
 ) -> tuple[list[dict[str, Any]], Judged]:
     """The ranges to be done, as rows of a data set, and who reads their records; see ``judge``."""
     return judge(
@@ -68,12 +65,11 @@ def filtered(
         ranges,
         work.todo,
         stage,
-        duplicates,
+        config.duplicates,
         config.batch_size,
         store=work.output.store,
         key=work.key,
         retry=work.retry,
-        num_cpus=num_cpus,
         timeout_s=config.range_timeout_s,
     )
 

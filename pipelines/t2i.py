@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Unpack
 
 import ray.data
 import typer
@@ -15,7 +15,7 @@ from pipelines.calls.worker import CalledModel
 from pipelines.command import ConfigFile, Out, Overrides, Overwrite, RetryFailed, settings
 from pipelines.filters import FilterImages, ImageRules
 from pipelines.filters.verdicts import identity_of
-from pipelines.job import Job, OnProgress, Remaining
+from pipelines.job import HowToRun, Job, Remaining
 from pipelines.outputs.manifest import Manifest
 from pipelines.outputs.shards import Shards
 from pipelines.outputs.summary import summary
@@ -33,34 +33,21 @@ class T2IConfig(AskingConfig):
     captions: CaptionRules = CaptionRules()
 
 
-def run(
-    config: T2IConfig,
-    *,
-    overwrite: bool = False,
-    retry_failed: bool = False,
-    on_progress: OnProgress | None = None,
-) -> Manifest:
+def run(config: T2IConfig, **how: Unpack[HowToRun]) -> Manifest:
     """Make DIM-T2I. See :meth:`pipelines.job.Job.run` for reruns and errors."""
     designers.check(config.captioner, captioner=True)
     raw = Shards.open(config.raw, RAW_IMAGE)
     ranges = ranges_of(raw, rows_per_range(raw.rows, config.rows_per_file))
     identity = identity_of(raw, config.duplicates)
     job = Job("t2i", config, T2I, identity, raw.rows, len(ranges), asks=config.captioner)
-    return job.run(
-        lambda work: caption(raw, ranges, config, work),
-        overwrite=overwrite,
-        retry_failed=retry_failed,
-        on_progress=on_progress,
-    )
+    return job.run(lambda work: caption(raw, ranges, config, work), **how)
 
 
 def caption(
     raw: Shards, ranges: list[list[Piece]], config: T2IConfig, work: Remaining
 ) -> ray.data.Dataset:
     """Raw images → filter → duplicates → long caption."""
-    todo, judged = filtered(
-        raw, ranges, FilterImages(config.filters), config.duplicates, config, work, num_cpus=1
-    )
+    todo, judged = filtered(raw, ranges, FilterImages(config.filters), config, work)
     create, store = designers.create_captioner, work.output.store
     return asked(
         todo,

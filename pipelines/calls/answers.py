@@ -328,7 +328,10 @@ class _ObjectWriter:
         with self._lock:
             self._waiting[kind].append(line)
             failure, self._failure = self._failure, None
-            self._start()
+            if self._timer is None:
+                self._timer = threading.Timer(_EVERY_S, self._upload_in_time)
+                self._timer.daemon = True
+                self._timer.start()
         if failure is not None:
             raise failure
 
@@ -338,12 +341,6 @@ class _ObjectWriter:
         if timer is not None:
             timer.cancel()
         self._upload()
-
-    def _start(self) -> None:
-        if self._timer is None:
-            self._timer = threading.Timer(_EVERY_S, self._upload_in_time)
-            self._timer.daemon = True
-            self._timer.start()
 
     def _upload_in_time(self) -> None:
         with self._lock:

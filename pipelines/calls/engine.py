@@ -101,13 +101,12 @@ class CollectQuestions:
                 row = {"key": key, "record": record["id"][0].as_py(), "text": question.text}
                 schema = json.dumps(question.schema) if question.schema is not None else None
                 try:
-                    images = [
-                        data_url(image, model.max_pixels).decode() for image in question.images
-                    ]
+                    urls = [data_url(image, model.max_pixels) for image in question.images]
                 except InputError as error:
                     nothing = Usage(0, 0, 0.0, 0.0)
                     answers.add(key, Unusable(f"image not sent: {error}", nothing))
                 else:
+                    images = [url.decode() for url in urls]
                     rows.append({**row, "images": images, "schema": schema})
         return rows
 
@@ -122,9 +121,7 @@ class StoreAnswers:
     """
 
     def __init__(self, spec: str, calls: CallOptions, store: Store) -> None:
-        self._who = spec
-        self._prices = calls.prices
-        self._store = store
+        self._who, self._prices, self._store = spec, calls.prices, store
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Answered questions in, their keys out; equal questions of a range are stored once."""
@@ -252,10 +249,7 @@ def messages_of(row: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _to_engine(row: Mapping[str, Any], calls: CallOptions) -> dict[str, Any]:
-    sampling: dict[str, Any] = {
-        "temperature": calls.temperature,
-        "max_tokens": calls.max_tokens,
-    }
+    sampling: dict[str, Any] = {"temperature": calls.temperature, "max_tokens": calls.max_tokens}
     if row["schema"]:
         sampling["structured_outputs"] = {"json": row["schema"]}
     return {"messages": messages_of(row), "sampling_params": sampling}

@@ -82,17 +82,12 @@ class ClusterExchange:
         self, settled: Sequence[Settled], wants: Sequence[Want], hold_s: float
     ) -> list[Grant]:
         """See :class:`dim.designers.calls.gate.Exchange`."""
+        job, wanted = self.store.uri, list(wants)
         try:
-            return await self._exchange(settled, wants, hold_s)
+            return await self.meter.exchange.remote(job, list(settled), wanted, hold_s)
         except RayActorError:
             await asyncio.to_thread(self.open)  # which reads all answers
-            return await self._exchange([], wants, hold_s)
-
-    async def _exchange(
-        self, settled: Sequence[Settled], wants: Sequence[Want], hold_s: float
-    ) -> list[Grant]:
-        job = self.store.uri
-        return await self.meter.exchange.remote(job, list(settled), list(wants), hold_s)
+            return await self.meter.exchange.remote(job, [], wanted, hold_s)
 
 
 def share_meter(spec: str, calls: CallOptions, store: Store) -> ClusterExchange | None:

@@ -165,7 +165,6 @@ def judge(
     store: Store,
     key: str,
     retry: bool = False,
-    num_cpus: float = 1,
     timeout_s: float = TIMEOUT_S,
 ) -> tuple[list[dict[str, Any]], Judged]:
     """What becomes of raw records: what ``stage`` says, but of several alike one is kept.
@@ -180,7 +179,6 @@ def judge(
         store: the job's output, where verdicts are kept.
         key: what they follow from, as a hash.
         retry: make verdicts anew where one of them is a failure.
-        num_cpus: of a task.
         timeout_s: a piece may take.
 
     Returns:
@@ -192,9 +190,7 @@ def judge(
     check_models(stage.rules, rules)
     look = known_of if rules.wanted else _places
     kept = KeptVerdicts(store, f"{VERDICTS}/{key}", look, retry)
-    judging = partial(
-        gather, rows=rows, num_cpus=num_cpus, num_gpus=stage.rules.gpus, timeout_s=timeout_s
-    )
+    judging = partial(gather, rows=rows, num_gpus=stage.rules.gpus, timeout_s=timeout_s)
     everything = Everything()
     if rules.against is not None:
         earlier = Shards.open(rules.against, stage.schema)

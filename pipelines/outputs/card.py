@@ -91,6 +91,7 @@ def render(shards: Shards, licences: Mapping[str, str] | None = None) -> str:
             f"licences: there is no source {unknown[0]!r} in {store.uri}; "
             f"there are {', '.join(sorted(sources)) or 'none'}"
         )
+    shown = {key: value for key, value in manifest.config.items() if key not in _NOT_SHOWN}
     return pages.render(
         "pipelines.outputs",
         "card.md.j2",
@@ -104,7 +105,7 @@ def render(shards: Shards, licences: Mapping[str, str] | None = None) -> str:
         ],
         reasons=sorted(manifest.counts.by_reason.items(), key=lambda item: (-item[1], item[0])),
         words=count_words(shards, _PROMPTS[kind]) if kind in _PROMPTS else None,
-        settings=_settings(manifest.config),
+        settings=[(_cell(name), _cell(value)) for name, value in flatten(shown).items()],
         cost=manifest.cost,
         files=len(shards.files),
         bytes=sum(file.bytes for file in shards.files),
@@ -142,18 +143,16 @@ def count_words(shards: Shards, column: str) -> Words | None:
 def _front_matter(
     title: str, task: str, kind: str, schema: pa.Schema, manifest: Manifest, licence: str | None
 ) -> str:
+    kept = manifest.counts.kept
+    size = next((name for limit, name in _SIZES if kept < limit), "100M<n<1B")
+    files = [{"split": "train", "path": "data/*.parquet"}]
     data = {
         "pretty_name": title,
         **({"license": licence} if licence else {}),
         "task_categories": [task],
-        "size_categories": [_size_category(manifest.counts.kept)],
+        "size_categories": [size],
         "tags": ["draw-in-mind", kind.replace("_", "-")],
-        "configs": [
-            {
-                "config_name": "default",
-                "data_files": [{"split": "train", "path": "data/*.parquet"}],
-            }
-        ],
+        "configs": [{"config_name": "default", "data_files": files}],
         "dim": {"job": manifest.job, "schema_version": version_of(schema)},
     }
     return yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
@@ -166,15 +165,6 @@ def _licence(declared: Mapping[str, str], sources: Mapping[str, Any]) -> str | N
         return None
     (only, *more) = given or {None}
     return "other" if more or only is None else only
-
-
-def _size_category(rows: int) -> str:
-    return next((name for limit, name in _SIZES if rows < limit), "100M<n<1B")
-
-
-def _settings(config: Mapping[str, Any]) -> list[tuple[str, str]]:
-    shown = {key: value for key, value in config.items() if key not in _NOT_SHOWN}
-    return [(_cell(name), _cell(value)) for name, value in flatten(shown).items()]
 
 
 def _cell(text: str) -> str:

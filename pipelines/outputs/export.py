@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from itertools import chain
+from typing import Annotated, Literal
 
+import pyarrow as pa
 import typer
 from pydantic import Field
 
@@ -60,7 +61,7 @@ def run(config: ExportConfig, *, overwrite: bool = False) -> Manifest:
     if done and done.job == "export" and not overwrite and _same(done, shards, config):
         return done
     _claim(store, done, overwrite=overwrite)
-    files = _write(store, shards, config)
+    files = _write_all(store, shards, config)
     manifest = Manifest(
         job="export",
         config=dump_config(config),
@@ -91,7 +92,7 @@ def _claim(store: Store, done: Manifest | None, *, overwrite: bool) -> None:
         store.delete(name)
 
 
-def _write(store: Store, shards: Shards, config: ExportConfig) -> list[FileEntry]:
+def _write_all(store: Store, shards: Shards, config: ExportConfig) -> list[FileEntry]:
     if config.format == "webdataset":
         files = webdataset.write(store, shards, int(config.target_file_mb * 2**20))
     else:
@@ -105,11 +106,11 @@ def _write(store: Store, shards: Shards, config: ExportConfig) -> list[FileEntry
 def _write_public(store: Store, shards: Shards) -> list[FileEntry]:
     lines: list[str] = []
     files: list[FileEntry] = []
-    names = _Names()
-    for row in _rows(shards):
-        name = names.choose(row["id"])
+    taken: set[str] = set()
+    for row in chain.from_iterable(map(pa.Table.to_pylist, shards.batches(columns=_COLUMNS))):
+        name = _file_name(row["id"], taken)
         source, target = (
-            _write_image(store, f"{name}_{role}", image)
+            _write(store, f"{IMAGES}/{name}_{role}.{suffix(image)}", 1, image)
             for role, image in (("source", row["image"]), ("target", row["image_target"]))
         )
         files += [source, target]
@@ -120,38 +121,21 @@ def _write_public(store: Store, shards: Shards) -> list[FileEntry]:
             "prompt": row["answer"],
         }
         lines.append(json.dumps(line, ensure_ascii=False) + "\n")
-    text = "".join(lines).encode()
-    store.write(LINES, text)
-    return [
-        *files,
-        FileEntry(path=LINES, rows=len(lines), bytes=len(text), sha256=sha256_hex(text)),
-    ]
+    return [*files, _write(store, LINES, len(lines), "".join(lines).encode())]
 
 
-def _rows(shards: Shards) -> Iterator[dict[str, Any]]:
-    for table in shards.batches(columns=_COLUMNS):
-        yield from table.to_pylist()
+def _write(store: Store, path: str, rows: int, data: bytes) -> FileEntry:
+    store.write(path, data)
+    return FileEntry(path=path, rows=rows, bytes=len(data), sha256=sha256_hex(data))
 
 
-def _write_image(store: Store, name: str, image: bytes) -> FileEntry:
-    path = f"{IMAGES}/{name}.{suffix(image)}"
-    store.write(path, image)
-    return FileEntry(path=path, rows=1, bytes=len(image), sha256=sha256_hex(image))
-
-
-class _Names:
-    """File names from ids: safe, and different also where only letter case or signs differ."""
-
-    def __init__(self) -> None:
-        self._taken: set[str] = set()
-
-    def choose(self, record_id: str) -> str:
-        """A name for a record; its id where that can be one."""
-        name = re.sub(r"[^\w.-]+", "_", record_id)[:100].lstrip(".") or "record"
-        if name != record_id or name.casefold() in self._taken:
-            name = f"{name}-{sha256_hex(record_id.encode())[:12]}"
-        self._taken.add(name.casefold())
-        return name
+def _file_name(record_id: str, taken: set[str]) -> str:
+    """A name from an id: safe, and different also where only letter case or signs differ."""
+    name = re.sub(r"[^\w.-]+", "_", record_id)[:100].lstrip(".") or "record"
+    if name != record_id or name.casefold() in taken:
+        name = f"{name}-{sha256_hex(record_id.encode())[:12]}"
+    taken.add(name.casefold())
+    return name
 
 
 def main(

@@ -9,9 +9,9 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, groupby
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from dim.records import FAILED as FAILED_SCHEMA
 from dim.records import REJECT as REJECT_SCHEMA
-from infra.storage import Output, Store
+from infra.storage import Store
 from pipelines.outcome import FAILED, KEPT, REJECTED
 from pipelines.outputs.manifest import FileEntry
 
@@ -71,38 +71,29 @@ def write_files(
     Raises:
         StorageError: a file cannot be written.
     """
-    groups = _groups(tables, limits)
-    first, number = next(groups, None), 0
-    while first is not None:
-        follower: _Group | None = None
-        with (
-            _open(store, name, number) as file,
-            pq.ParquetWriter(file, schema, **_parquet_options(schema)) as writer,
-        ):
-            rows, size = 0, 0
-            for group in chain([first], groups):
-                rows, size = rows + group.table.num_rows, size + group.bytes
-                if group is not first and (
-                    rows > limits.rows_per_file or size > limits.target_bytes
-                ):
-                    rows, follower = rows - group.table.num_rows, group
-                    break
-                writer.write_table(group.table, row_group_size=group.table.num_rows)
-        path = name(number, file.sha256)
-        yield FileEntry(path=path, rows=rows, bytes=file.size, sha256=file.sha256)
-        first, number = follower, number + 1
+    in_files = groupby(_numbered(_groups(tables, limits), limits), itemgetter(0))
+    for number, numbered in in_files:
+        yield _write_file(store, schema, (group for _, group in numbered), name, number)
 
 
 def write_empty(store: Store, schema: pa.Schema, name: Name) -> FileEntry:
     """A file without records, of which a reader learns the columns."""
-    with _open(store, name, 0) as file:
-        pq.write_table(schema.empty_table(), file, **_parquet_options(schema))
-    path = name(0, file.sha256)
-    return FileEntry(path=path, rows=0, bytes=file.size, sha256=file.sha256)
+    return _write_file(store, schema, [schema.empty_table()], name, 0)
 
 
-def _open(store: Store, name: Name, number: int) -> AbstractContextManager[Output]:
-    return store.open_unnamed(name(number, ""), lambda file: name(number, file.sha256))
+def _write_file(
+    store: Store, schema: pa.Schema, groups: Iterable[pa.Table], name: Name, number: int
+) -> FileEntry:
+    rows = 0
+    with (
+        store.open_unnamed(name(number, ""), lambda file: name(number, file.sha256)) as file,
+        pq.ParquetWriter(file, schema, **_parquet_options(schema)) as writer,
+    ):
+        for group in groups:
+            writer.write_table(group, row_group_size=group.num_rows or None)
+            rows += group.num_rows
+    path = name(number, file.sha256)
+    return FileEntry(path=path, rows=rows, bytes=file.size, sha256=file.sha256)
 
 
 def split(table: pa.Table, schemas: dict[str, pa.Schema]) -> Iterator[tuple[str, pa.Table]]:
@@ -177,15 +168,19 @@ def _value_bytes(column: pa.Array) -> NDArray[np.int64]:
     return np.full(len(column), width, np.int64)
 
 
-@dataclass(frozen=True)
-class _Group:
-    """A row group, and its size before compression."""
+def _numbered(groups: Iterable[pa.Table], limits: Limits) -> Iterator[tuple[int, pa.Table]]:
+    """Row groups, each with the number of its file: a file has one at least."""
+    number, rows, size = 0, 0, 0
+    for group in groups:
+        more = int(row_bytes(group).sum())
+        is_full = rows + group.num_rows > limits.rows_per_file or size + more > limits.target_bytes
+        if rows and is_full:
+            number, rows, size = number + 1, 0, 0
+        rows, size = rows + group.num_rows, size + more
+        yield number, group
 
-    table: pa.Table
-    bytes: int
 
-
-def _groups(tables: Iterable[pa.Table], limits: Limits) -> Iterator[_Group]:
+def _groups(tables: Iterable[pa.Table], limits: Limits) -> Iterator[pa.Table]:
     """The row groups of records, each as long as the limits allow."""
     most_rows = min(GROUP_ROWS, limits.rows_per_file)
     most_bytes = min(limits.group_bytes or GROUP_BYTES, limits.target_bytes)
@@ -193,15 +188,11 @@ def _groups(tables: Iterable[pa.Table], limits: Limits) -> Iterator[_Group]:
     for table in tables:
         waiting = table if waiting is None else pa.concat_tables([waiting, table])
         *whole, last = _cut(row_bytes(waiting), most_bytes, most_rows)
-        yield from (_group(waiting, run) for run in whole)
+        for run in whole:
+            yield waiting.slice(run.start, run.stop - run.start).combine_chunks()
         waiting = waiting.slice(last.start)
     if waiting is not None and waiting.num_rows:
-        yield _group(waiting, slice(0, waiting.num_rows))
-
-
-def _group(table: pa.Table, run: slice) -> _Group:
-    rows = table.slice(run.start, run.stop - run.start).combine_chunks()
-    return _Group(rows, int(row_bytes(rows).sum()))
+        yield waiting.combine_chunks()
 
 
 def _cut(sizes: NDArray[np.int64], most_bytes: int, most_rows: int) -> list[slice]:

@@ -9,10 +9,11 @@ from __future__ import annotations
 import base64
 import heapq
 import io
-import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import chain
+from operator import itemgetter
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,7 +30,7 @@ from dim.records import short_hash
 from infra import storage
 from infra.storage import Store
 from pipelines.limits import LIMITS, Limit
-from pipelines.outcome import FAILED, KEPT, REJECTED, Row
+from pipelines.outcome import FAILED, KEPT, OUTCOMES, REJECTED, Row
 from pipelines.outputs import manifest as manifests
 from pipelines.outputs.files import FOLDERS
 from pipelines.outputs.manifest import Manifest
@@ -44,6 +45,9 @@ _ROWS_AT_ONCE = 4096  # without pictures
 _PICTURES_AT_ONCE = 16
 _LOG_FROM = 100.0  # a measure whose largest value is so many times its smallest is drawn by its log
 _WIDTH, _HEIGHT = 420, 120  # of a histogram, in pixels
+
+_Values = tuple[str, NDArray[np.float64], str, dict[str, float]]
+"""A measure, values of it, what became of their records, and its thresholds."""
 
 
 @dataclass(frozen=True)
@@ -100,25 +104,6 @@ class Histogram:
         ]
 
 
-@dataclass
-class _Sample:
-    """Records chosen evenly by a hash of their id, so that the same output shows the same."""
-
-    size: int
-    _heap: list[tuple[int, int, Row]] = field(default_factory=list)
-
-    def offer(self, row: Row) -> None:
-        entry = (-int.from_bytes(short_hash(row["id"]), "big"), -row["index"], row)
-        if len(self._heap) < self.size:
-            heapq.heappush(self._heap, entry)
-        elif self.size and entry[:2] > self._heap[0][:2]:
-            heapq.heapreplace(self._heap, entry)
-
-    @property
-    def rows(self) -> list[Row]:
-        return sorted((row for *_, row in self._heap), key=lambda row: row["index"])
-
-
 @dataclass(frozen=True)
 class Inspection:
     """What the page tells of an output."""
@@ -157,8 +142,9 @@ def inspect(uri: str, samples: int = 12) -> Inspection:
         StorageError: it cannot be read.
     """
     store, manifest = manifests.open_finished(uri)
-    kept, rejected, failed = _choose(store, manifest, samples)
-    rejected_rows = [row for rows in rejected.values() for row in rows]
+    chosen = _choose(store, manifest, samples)
+    kept, failed = chosen[KEPT][""], chosen[FAILED][""]
+    rejected = dict(sorted(chosen[REJECTED].items()))
     _add_pictures(store, _paths(manifest, KEPT), kept)
     return Inspection(
         uri=uri,
@@ -167,25 +153,45 @@ def inspect(uri: str, samples: int = 12) -> Inspection:
         rejected=rejected,
         failed=failed,
         histograms=_histograms(store, manifest),
-        no_pictures=_add_input_pictures(store, manifest, [*rejected_rows, *failed]),
+        no_pictures=_add_input_pictures(store, manifest, [*chain(*rejected.values()), *failed]),
     )
 
 
 def _choose(
     store: Store, manifest: Manifest, samples: int
-) -> tuple[list[Row], dict[str, list[Row]], list[Row]]:
-    """The records to show, without pictures; on the way, the manifest's counts are checked."""
-    chosen: dict[str, dict[str, _Sample]] = {}
+) -> dict[str, defaultdict[str, list[Row]]]:
+    """The records to show, by outcome and reason, without pictures; the manifest's counts are
+    checked on the way.
+
+    They are chosen evenly by a hash of their id, so that the same output shows the same.
+    """
+    chosen: dict[str, defaultdict[str, list[Row]]] = {}
     counted: dict[str, Counter[str]] = {}
-    for outcome in (KEPT, REJECTED, FAILED):
-        by_reason: dict[str, _Sample] = defaultdict(lambda: _Sample(samples))
-        rows: Counter[str] = Counter()
-        for row in _rows(store, _paths(manifest, outcome)):
-            reason = row.get("reason") or ""
-            rows[reason] += 1
-            by_reason[reason].offer(row)
-        chosen[outcome], counted[outcome] = by_reason, rows
-    found = tuple(sum(counted[outcome].values()) for outcome in (KEPT, REJECTED, FAILED))
+    for outcome in OUTCOMES:
+        best = chosen[outcome] = defaultdict(list)
+        counts = counted[outcome] = Counter()
+        paths = _paths(manifest, outcome)
+        for batch in _batches(store, paths, _ROWS_AT_ONCE, without=(*_IMAGES, "measures")):
+            found: dict[str, list[Row]] = defaultdict(list)
+            for row in batch.to_pylist():
+                found[row.get("reason") or ""].append(row)
+            for reason, rows in found.items():
+                counts[reason] += len(rows)
+                best[reason] = heapq.nsmallest(samples, [*best[reason], *rows], key=_by_hash)
+        for rows in best.values():
+            rows.sort(key=itemgetter("index"))
+            for row in rows:
+                row["pictures"] = []
+    _check_counts(store, manifest, counted)
+    return chosen
+
+
+def _by_hash(row: Row) -> tuple[bytes, int]:
+    return short_hash(row["id"]), row["index"]
+
+
+def _check_counts(store: Store, manifest: Manifest, counted: dict[str, Counter[str]]) -> None:
+    found = tuple(counted[outcome].total() for outcome in OUTCOMES)
     counts = manifest.counts
     said = (counts.kept, counts.rejected, counts.failed)
     if found != said or counted[REJECTED] != Counter(counts.by_reason) or not counts.add_up():
@@ -193,15 +199,6 @@ def _choose(
             f"{store.uri} holds {found} kept, rejected and failed records and its manifest says "
             f"{said} of {counts.input}"
         )
-    rejected = {reason: sample.rows for reason, sample in sorted(chosen[REJECTED].items())}
-    kept, failed = (chosen[outcome][""].rows for outcome in (KEPT, FAILED))
-    return kept, rejected, failed
-
-
-def _rows(store: Store, paths: Sequence[str]) -> Iterator[Row]:
-    """The records of some files without their pictures."""
-    for batch in _batches(store, paths, _ROWS_AT_ONCE, without=(*_IMAGES, "measures")):
-        yield from batch.to_pylist()
 
 
 def _batches(
@@ -228,12 +225,10 @@ def _paths(manifest: Manifest, outcome: str) -> list[str]:
 
 def _add_pictures(store: Store, paths: Sequence[str], rows: Sequence[Row]) -> None:
     """Give each row its pictures as :class:`list` of ``(role, data URL or None, note)``."""
-    by_index = {row["index"]: row for row in rows}
-    wanted = pc.field("index").isin(sorted(by_index))
-    for row in rows:
-        row["pictures"] = []
     if not rows:
         return
+    by_index = {row["index"]: row for row in rows}
+    wanted = pc.field("index").isin(sorted(by_index))
     for batch in _batches(store, paths, _PICTURES_AT_ONCE, without=("measures",), chosen=wanted):
         for found in batch.to_pylist():
             by_index[found["index"]]["pictures"] = [
@@ -245,8 +240,6 @@ def _add_pictures(store: Store, paths: Sequence[str], rows: Sequence[Row]) -> No
 
 def _add_input_pictures(own: Store, manifest: Manifest, rows: Sequence[Row]) -> str:
     """Pictures from the job's input, which is where those of left-out records still are."""
-    for row in rows:
-        row["pictures"] = []
     uri = manifest.config.get("raw")
     if not isinstance(uri, str) or not uri:
         return "This job's input has no pictures of its own to show."
@@ -277,22 +270,15 @@ def picture(role: str, image: bytes) -> dict[str, str | None]:
     return {"role": role, "url": f"data:image/jpeg;base64,{text}", "note": size}
 
 
-@dataclass
-class _Range:
-    low: float = math.inf
-    high: float = -math.inf
-    limits: dict[str, float] = field(default_factory=dict)
-
-
 def _histograms(store: Store, manifest: Manifest) -> list[Histogram]:
     """One per measure, and one per reason that has a value and no measure; in two passes."""
-    ranges: dict[str, _Range] = defaultdict(_Range)
-    for name, values, _, limits in _values(store, manifest):
-        spread = ranges[name]
-        spread.low = min(spread.low, float(values.min()))
-        spread.high = max(spread.high, float(values.max()))
-        spread.limits |= limits
-    drawn = {name: _empty(name, spread) for name, spread in ranges.items()}
+    limits: dict[str, dict[str, float]] = defaultdict(dict)
+    ends: dict[str, tuple[float, float]] = {}
+    for name, values, _, own in _values(store, manifest):
+        limits[name] |= own
+        outer = [*ends.get(name, ()), *own.values(), float(values.min()), float(values.max())]
+        ends[name] = min(outer), max(outer)
+    drawn = {name: _empty(name, *ends[name], limits[name]) for name in ends}
     for name, values, series, _ in _values(store, manifest):
         histogram = drawn[name]
         counts = np.histogram(values, histogram.edges)[0]
@@ -303,21 +289,17 @@ def _histograms(store: Store, manifest: Manifest) -> list[Histogram]:
     )
 
 
-def _empty(name: str, spread: _Range) -> Histogram:
-    low = min([spread.low, *spread.limits.values()])
-    high = max([spread.high, *spread.limits.values()])
+def _empty(name: str, low: float, high: float, limits: dict[str, float]) -> Histogram:
     log = low > 0 and high / low >= _LOG_FROM
     if low == high:
         low, high = low - 0.5, high + 0.5
     edges = np.geomspace(low, high, BINS + 1) if log else np.linspace(low, high, BINS + 1)
     edges[0], edges[-1] = low, high  # rounding must not leave the outermost values outside
-    return Histogram(name, edges, {}, spread.limits, log)
+    return Histogram(name, edges, {}, limits, log)
 
 
-def _values(
-    store: Store, manifest: Manifest
-) -> Iterator[tuple[str, NDArray[np.float64], str, dict[str, float]]]:
-    """(measure, values, what became of their records, thresholds), a few thousand at a time."""
+def _values(store: Store, manifest: Manifest) -> Iterator[_Values]:
+    """The values of every measure, a few thousand records at a time."""
     rules = manifest.config.get("filters") or {}
     for outcome in (KEPT, REJECTED):
         without = (*_IMAGES, *_TEXTS, "answer", "detail", "provenance")
@@ -332,7 +314,7 @@ def _values(
 
 def _measured(
     batch: pa.RecordBatch, reasons: NDArray[np.str_], rules: dict[str, Any]
-) -> Iterator[tuple[str, NDArray[np.float64], str, dict[str, float]]]:
+) -> Iterator[_Values]:
     if "measures" not in batch.schema.names:
         return
     flat = batch["measures"].flatten()
@@ -342,7 +324,7 @@ def _measured(
     for name in np.unique(names):
         here = (names == name) & np.isfinite(values)
         own = [limit for limit in LIMITS if limit.measure == name]
-        limits = dict(_thresholds(own, rules))
+        limits = _thresholds(own, rules)
         reason = reasons[owners]
         mine = np.isin(reason, [limit.reason for limit in own])
         for series, chosen in (
@@ -354,9 +336,7 @@ def _measured(
                 yield str(name), values[here & chosen], series, limits
 
 
-def _unmeasured(
-    batch: pa.RecordBatch, reasons: NDArray[np.str_]
-) -> Iterator[tuple[str, NDArray[np.float64], str, dict[str, float]]]:
+def _unmeasured(batch: pa.RecordBatch, reasons: NDArray[np.str_]) -> Iterator[_Values]:
     """Values that only rejected records have, such as the distance of near duplicates."""
     values = batch["value"].to_numpy(zero_copy_only=False)
     thresholds = batch["threshold"].to_numpy(zero_copy_only=False)
@@ -367,13 +347,14 @@ def _unmeasured(
             yield reason, values[here], "rejected by this filter", limits
 
 
-def _thresholds(limits: Sequence[Limit], rules: dict[str, Any]) -> Iterator[tuple[str, float]]:
+def _thresholds(limits: Sequence[Limit], rules: dict[str, Any]) -> dict[str, float]:
     """The thresholds that a job had, those of single sources after the common ones."""
-    for source, settings in [("", rules), *(rules.get("sources") or {}).items()]:
-        for limit in limits:
-            value = settings.get(limit.setting)
-            if value is not None:
-                yield f"{limit.setting} of {source}" if source else limit.setting, float(value)
+    return {
+        f"{limit.setting} of {source}" if source else limit.setting: float(settings[limit.setting])
+        for source, settings in [("", rules), *(rules.get("sources") or {}).items()]
+        for limit in limits
+        if settings.get(limit.setting) is not None
+    }
 
 
 def main(

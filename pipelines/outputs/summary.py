@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from rich.console import Console
 
 from dim.errors import DimError
@@ -21,18 +19,15 @@ def summary(out: str, manifest: Manifest) -> None:
     console.print(counts.in_words())
     for reason, rows in sorted(counts.by_reason.items(), key=lambda item: -item[1]):
         console.print(f"  {rows:,} {reason}")
-    if manifest.cost:
-        console.print(f"cost: {_in_words(manifest.cost)}", markup=False)
+    if cost := manifest.cost:
+        console.print(
+            f"cost: ${cost['usd']:,.2f} for {cost['requests']:,.0f} answers, "
+            f"{cost['input_tokens']:,.0f} tokens in and {cost['output_tokens']:,.0f} out",
+            markup=False,
+        )
     console.print(f"output: {out}", markup=False)
     if counts.failed and not counts.kept:
         raise DimError(
             f"no record was kept and {counts.failed:,} failed; {out}/failed says why, and "
             "--retry-failed tries again"
         )
-
-
-def _in_words(cost: Mapping[str, float]) -> str:
-    return (
-        f"${cost['usd']:,.2f} for {cost['requests']:,.0f} answers, {cost['input_tokens']:,.0f} "
-        f"tokens in and {cost['output_tokens']:,.0f} out"
-    )

@@ -13,13 +13,13 @@ import typer
 from rich.console import Console
 
 from dim import records
-from dim.errors import DimError, StorageError
+from dim.errors import DimError
 from dim.images import decode_image
 from infra.storage import Store
 from pipelines.outcome import FAILED, KEPT, REJECTED
 from pipelines.outputs import manifest as manifests
 from pipelines.outputs.files import FOLDERS, size_and_hash
-from pipelines.outputs.manifest import FileEntry, Manifest
+from pipelines.outputs.manifest import Counts, FileEntry, Manifest
 
 _AT_ONCE = 4  # files: an object store's latency is the cost
 _IMAGES = ("image", "image_target")
@@ -30,24 +30,30 @@ _KEPT = (
 )
 
 
-@dataclass
+@dataclass(frozen=True)
 class Verification:
     """What was found: how much was looked at, and everything that is wrong, in order of file."""
 
-    files: int = 0
-    rows: int = 0
-    problems: list[str] = field(default_factory=list)
+    files: int
+    rows: int
+    problems: list[str]
 
 
 @dataclass
 class _Checked:
     """What one file holds, as far as it could be read."""
 
+    entry: FileEntry
     rows: int = 0
     schema: pa.Schema | None = None
     ids: list[bytes] = field(default_factory=list)
     reasons: Counter[str] = field(default_factory=Counter)
     problems: list[str] = field(default_factory=list)
+
+    @property
+    def folder(self) -> str:
+        """Where it lies, which says what became of its records."""
+        return self.entry.path.partition("/")[0]
 
 
 def verify(uri: str, *, images: bool = False) -> Verification:
@@ -63,46 +69,38 @@ def verify(uri: str, *, images: bool = False) -> Verification:
         StorageError: its manifest cannot be read.
     """
     store, manifest = manifests.open_finished(uri)
-    result = Verification(files=len(manifest.files))
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         checked = list(pool.map(lambda entry: _check(store, entry, images), manifest.files))
-    for file in checked:
-        result.problems += file.problems
-    result.rows = sum(file.rows for file in checked)
-    result.problems += [
+    problems = [
+        *(f"{file.entry.path}: {problem}" for file in checked for problem in file.problems),
         *_strangers(store, manifest),
-        *_schemas(manifest, checked),
-        *_repeated_ids(manifest, checked),
-        *_counts(manifest, checked),
+        *_schemas(checked),
+        *_repeated_ids(checked),
+        *_counts(manifest.counts, checked),
     ]
-    return result
+    return Verification(len(checked), sum(file.rows for file in checked), problems)
 
 
 def _check(store: Store, entry: FileEntry, images: bool) -> _Checked:
-    found = _Checked()
+    found = _Checked(entry)
     try:
-        size, digest = size_and_hash(store, entry.path)
-    except (StorageError, OSError) as error:
-        found.problems.append(f"{entry.path}: {error}")
-        return found
-    if size != entry.bytes:
-        found.problems.append(f"{entry.path}: {size} bytes, the manifest says {entry.bytes}")
-    elif digest != entry.sha256:
-        found.problems.append(f"{entry.path}: the checksum is not the manifest's")
-    if not entry.path.endswith(".parquet"):
-        found.rows = entry.rows
-        return found
-    try:
-        _read(store, entry, found, images)
-    except DimError as error:
-        found.problems.append(f"{entry.path}: {error}")
-        return found
-    if found.rows != entry.rows:
-        found.problems.append(f"{entry.path}: {found.rows} rows, the manifest says {entry.rows}")
+        for problem in _problems(store, entry, found, images):
+            found.problems.append(problem)
+    except (DimError, OSError) as error:
+        found.problems.append(str(error))
     return found
 
 
-def _read(store: Store, entry: FileEntry, found: _Checked, images: bool) -> None:
+def _problems(store: Store, entry: FileEntry, found: _Checked, images: bool) -> Iterator[str]:
+    """What is wrong with a file by itself; on the way it is noted what is in it."""
+    size, digest = size_and_hash(store, entry.path)
+    if size != entry.bytes:
+        yield f"{size} bytes, the manifest says {entry.bytes}"
+    elif digest != entry.sha256:
+        yield "the checksum is not the manifest's"
+    if not entry.path.endswith(".parquet"):
+        found.rows = entry.rows
+        return
     with store.open_parquet(entry.path) as file:
         schema = file.schema_arrow
         records.check_version(schema, entry.path)
@@ -113,21 +111,21 @@ def _read(store: Store, entry: FileEntry, found: _Checked, images: bool) -> None
             table = file.read_row_group(group, columns=columns)
             found.rows += table.num_rows
             if "id" in columns:
-                found.ids += [
-                    records.short_hash(str(record_id)) for record_id in table["id"].to_pylist()
-                ]
+                found.ids += [records.short_hash(str(each)) for each in table["id"].to_pylist()]
             if "reason" in columns:
                 found.reasons.update(table["reason"].to_pylist())
             for name in pictures:
-                found.problems += _undecodable(entry.path, table, name)
+                yield from _undecodable(table, name)
+    if found.rows != entry.rows:
+        yield f"{found.rows} rows, the manifest says {entry.rows}"
 
 
-def _undecodable(path: str, table: pa.Table, name: str) -> Iterator[str]:
+def _undecodable(table: pa.Table, name: str) -> Iterator[str]:
     for record_id, image in zip(table["id"].to_pylist(), table[name], strict=True):
         try:
             decode_image(image.as_py() or b"", name=name)
         except DimError as error:
-            yield f"{path}: {record_id!r}: {error}"
+            yield f"{record_id!r}: {error}"
 
 
 def _strangers(store: Store, manifest: Manifest) -> Iterator[str]:
@@ -139,23 +137,21 @@ def _strangers(store: Store, manifest: Manifest) -> Iterator[str]:
                 yield f"{name}: not in the manifest"
 
 
-def _schemas(manifest: Manifest, checked: list[_Checked]) -> Iterator[str]:
+def _schemas(checked: list[_Checked]) -> Iterator[str]:
     first: dict[str, pa.Schema] = {}
-    for entry, file in zip(manifest.files, checked, strict=True):
+    for file in checked:
         if file.schema is None:
             continue
-        folder = entry.path.partition("/")[0]
-        kind = records.kind_of(file.schema)
+        path, folder = file.entry.path, file.folder
         others = first.setdefault(folder, file.schema)
         declared = _declared(folder, file.schema)
-        fits = any(records.is_same(file.schema, schema) for schema in declared)
-        if kind is None:
-            yield f"{entry.path}: its schema says no kind of record"
-        elif declared and not fits:
+        if records.kind_of(file.schema) is None:
+            yield f"{path}: its schema says no kind of record"
+        elif declared and not any(records.is_same(file.schema, each) for each in declared):
             wanted = records.kind_of(declared[0])
-            yield f"{entry.path}: its columns are not those of {wanted} records"
+            yield f"{path}: its columns are not those of {wanted} records"
         elif not records.is_same(file.schema, others):
-            yield f"{entry.path}: its columns are not those of the other files in {folder}/"
+            yield f"{path}: its columns are not those of the other files in {folder}/"
 
 
 def _declared(folder: str, schema: pa.Schema) -> list[pa.Schema]:
@@ -171,43 +167,38 @@ def _declared(folder: str, schema: pa.Schema) -> list[pa.Schema]:
     return []
 
 
-def _repeated_ids(manifest: Manifest, checked: list[_Checked]) -> Iterator[str]:
+def _repeated_ids(checked: list[_Checked]) -> Iterator[str]:
     """Kept records with one id; what was left out may well repeat one (that can be the reason)."""
     seen: set[bytes] = set()
-    for entry, file in zip(manifest.files, checked, strict=True):
-        if not entry.path.startswith(f"{FOLDERS[KEPT]}/"):
-            continue
-        before = len(seen)
-        seen.update(file.ids)
-        repeated = len(file.ids) - (len(seen) - before)
-        if repeated:
-            yield f"{entry.path}: {repeated} ids that an earlier record has"
+    for file in checked:
+        if file.folder == FOLDERS[KEPT]:
+            before = len(seen)
+            seen.update(file.ids)
+            if repeated := len(file.ids) - (len(seen) - before):
+                yield f"{file.entry.path}: {repeated} ids that an earlier record has"
 
 
-def _counts(manifest: Manifest, checked: list[_Checked]) -> Iterator[str]:
-    counts = manifest.counts
+def _counts(counts: Counts, checked: list[_Checked]) -> Iterator[str]:
     if not counts.add_up():
         yield f"{manifests.NAME}: its counts do not add up to its input: {counts}"
     rows: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
-    for entry, file in zip(manifest.files, checked, strict=True):
-        folder = entry.path.partition("/")[0]
-        rows[folder] += file.rows
-        if folder == FOLDERS[REJECTED]:
+    for file in checked:
+        rows[file.folder] += file.rows
+        if file.folder == FOLDERS[REJECTED]:
             reasons.update(file.reasons)
-    if any(folder in rows for folder in FOLDERS.values()):
-        said = {KEPT: counts.kept, REJECTED: counts.rejected, FAILED: counts.failed}
-        for outcome, number in said.items():
-            if rows[FOLDERS[outcome]] != number:
-                yield (
-                    f"{manifests.NAME}: {number} {outcome}, and {rows[FOLDERS[outcome]]} are there"
-                )
-        for reason in sorted(reasons.keys() | counts.by_reason.keys()):
-            if reasons[reason] != counts.by_reason.get(reason, 0):
-                yield (
-                    f"{manifests.NAME}: {counts.by_reason.get(reason, 0)} rejected for {reason}, "
-                    f"and {reasons[reason]} are there"
-                )
+    if rows.keys().isdisjoint(FOLDERS.values()):
+        return
+    said = {KEPT: counts.kept, REJECTED: counts.rejected, FAILED: counts.failed}
+    for outcome, number in said.items():
+        if rows[FOLDERS[outcome]] != number:
+            yield f"{manifests.NAME}: {number} {outcome}, and {rows[FOLDERS[outcome]]} are there"
+    for reason in sorted(reasons.keys() | counts.by_reason.keys()):
+        number = counts.by_reason.get(reason, 0)
+        if reasons[reason] != number:
+            yield (
+                f"{manifests.NAME}: {number} rejected for {reason}, and {reasons[reason]} are there"
+            )
 
 
 def main(

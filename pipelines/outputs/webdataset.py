@@ -6,7 +6,6 @@ import io
 import json
 import tarfile
 from collections.abc import Iterator
-from typing import Any
 
 import pyarrow as pa
 
@@ -36,40 +35,21 @@ def write(store: Store, shards: Shards, target_bytes: int) -> list[FileEntry]:
     Raises:
         StorageError: something cannot be read or written.
     """
-    samples = _Ahead(_samples(shards))
+    samples = _samples(shards)
+    following = next(samples, None)
     files: list[FileEntry] = []
-    while samples.next is not None or not files:
-        files.append(
-            _write_tar(store, f"{FOLDER}/train-{len(files):05d}.tar", samples, target_bytes)
-        )
+    while following is not None or not files:
+        name, rows = f"{FOLDER}/train-{len(files):05d}.tar", 0
+        with store.open_output(name) as file:
+            with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+                while following is not None:
+                    if rows and tar.offset + _size(following) + _END > target_bytes:
+                        break
+                    for member, data in following:
+                        tar.addfile(_header(member, data), io.BytesIO(data))
+                    rows, following = rows + 1, next(samples, None)
+            files.append(FileEntry(path=name, rows=rows, bytes=file.size, sha256=file.sha256))
     return files
-
-
-class _Ahead:
-    """An iterator of samples whose next one can be looked at before it is taken."""
-
-    def __init__(self, samples: Iterator[list[Member]]) -> None:
-        self._samples = samples
-        self.next = next(samples, None)
-
-    def take(self) -> list[Member]:
-        """The next sample, of which there must be one."""
-        taken, self.next = self.next, next(self._samples, None)
-        assert taken is not None
-        return taken
-
-
-def _write_tar(store: Store, name: str, samples: _Ahead, target_bytes: int) -> FileEntry:
-    rows = 0
-    with store.open_output(name) as file:
-        with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-            while samples.next is not None:
-                if rows and tar.offset + _size(samples.next) + _END > target_bytes:
-                    break
-                for member, data in samples.take():
-                    tar.addfile(_header(member, data), io.BytesIO(data))
-                rows += 1
-        return FileEntry(path=name, rows=rows, bytes=file.size, sha256=file.sha256)
 
 
 def _header(name: str, data: bytes) -> tarfile.TarInfo:
@@ -87,14 +67,8 @@ def _samples(shards: Shards) -> Iterator[list[Member]]:
     for batch in shards.batches():
         images = [field.name for field in batch.schema if pa.types.is_large_binary(field.type)]
         for row in batch.to_pylist():
-            yield _sample(row, images)
-
-
-def _sample(row: dict[str, Any], images: list[str]) -> list[Member]:
-    key = f"{row['index']:09d}"
-    pictures = [(name, row.pop(name)) for name in images]
-    text = json.dumps(row, ensure_ascii=False, sort_keys=True).encode()
-    return [
-        *((f"{key}.{name}.{suffix(data)}", data) for name, data in pictures if data is not None),
-        (f"{key}.json", text),
-    ]
+            key = f"{row['index']:09d}"
+            pictures = [(name, data) for name in images if (data := row.pop(name)) is not None]
+            text = json.dumps(row, ensure_ascii=False, sort_keys=True).encode()
+            files = [(f"{key}.{name}.{suffix(data)}", data) for name, data in pictures]
+            yield [*files, (f"{key}.json", text)]

@@ -83,7 +83,7 @@ class Addresses:
             return self._address(name, scheme[1].lower())
         if name.startswith("/"):
             return self._found(name, _parts(name, ()), True)
-        return self._found(name, _parts(name, _root(self.home)), self.home.is_local)
+        return self._found(name, _parts(name, _parts(self.home.root, ())), self.home.is_local)
 
     def checked(self, place: Place) -> str:
         """The name of a local file whose links stay where names may lead, and which is a file.
@@ -108,22 +108,22 @@ class Addresses:
 
     def holds(self, real: str) -> bool:
         """Whether a local path without links lies where names may lead."""
-        return any(_is_within(real, root) for root in self._real_roots)
+        return any(real == root or real.startswith(f"{root.rstrip('/')}/") for root in self._roots)
 
     @cached_property
-    def _real_roots(self) -> list[str]:
+    def _roots(self) -> list[str]:
+        """The local folders in which names may lead to files, without links."""
         stores = [store for store in (self.home, *self.roots) if store.is_local]
         return [root for store in stores for root in _real_roots(store.root)]
 
     @cached_property
     def _spelt_roots(self) -> list[tuple[Store, Parts]]:
         """Each store with its root; a local one also with what that is without links."""
-        spelt = []
-        for store in (self.home, *self.roots):
-            spelt.append((store, _root(store)))
-            if store.is_local:
-                spelt.append((store, _parts(os.path.realpath(store.root), ())))
-        return spelt
+        return [
+            (store, _parts(root, ()))
+            for store in (self.home, *self.roots)
+            for root in (store.root, *([os.path.realpath(store.root)] if store.is_local else []))
+        ]
 
     def _address(self, name: str, scheme: str) -> Place:
         if scheme == "s3":
@@ -148,11 +148,8 @@ class Addresses:
                 if whole == root:
                     raise InputError(f"{shown(name)!r} cannot be the name of a file")
                 return Place(store, "/".join(whole[len(root) :]))
-        raise self._refusal(name, whole, local)
-
-    def _refusal(self, name: str, whole: Parts, local: bool) -> InputError:
         folder = "/".join(whole[:-1])
-        return InputError(
+        raise InputError(
             f"{shown(name)!r} leads out of {self.home.uri}: "
             + _ESCAPE.format(shown(f"/{folder}" if local else f"s3://{folder}"))
         )
@@ -165,21 +162,21 @@ class Addresses:
         """
         if _is_no_name(name) or "://" in name or self._is_there(name):
             return None  # of the last it is the reading that failed
+        foreign, found = _DRIVE.match(name), set[Place]()
         refused: InputError | None = None
-        places: list[Place] = []
-        for spelling in [] if _DRIVE.match(name) else spellings(name):
+        others = [] if foreign else spellings(name)
+        for spelling in others:
             try:
-                places.append(self.place(spelling))
+                place = self.place(spelling)
+                found |= {place} if _is_file(place) else set()
             except InputError as error:
                 refused = refused or error
-        found = {place for place in places if _is_file(place)}
-        if not found:
-            own = () if _DRIVE.match(name) else (name, *spellings(name))
-            found = set(self._in_other_letters(own))
+        if not found and not foreign:
+            found = set(self._in_other_letters([name, *others]))
         if len(found) > 1:
             names = " and ".join(sorted(shown(place.name) for place in found)[:3])
             raise InputError(f"{shown(name)!r} fits {len(found)} files: {names}")
-        if not found and _DRIVE.match(name) and not name.startswith("/"):
+        if not found and foreign and not name.startswith("/"):
             raise InputError(
                 f"{shown(name)!r} is a path of another machine: names must be relative to "
                 f"{self.home.uri}"
@@ -222,10 +219,6 @@ def _parts(path: str, base: Parts) -> Parts:
     return tuple(parts)
 
 
-def _root(store: Store) -> Parts:
-    return _parts(store.root, ())
-
-
 def _real_roots(folder: str) -> tuple[str, ...]:
     """A folder without links; with the blobs beside it, if it is a snapshot in a cache of the
     Hugging Face hub, which consists of links to them."""
@@ -235,10 +228,6 @@ def _real_roots(folder: str) -> tuple[str, ...]:
     if snapshots and os.path.isdir(blobs):
         return real, blobs  # if that is a link itself, nothing really lies in it
     return (real,)
-
-
-def _is_within(path: str, root: str) -> bool:
-    return path == root or path.startswith(root.rstrip("/") + "/")
 
 
 def _type(path: str) -> int:

@@ -216,25 +216,11 @@ def _longest(column: pa.Array) -> int:
         return _longest(column.dictionary)
     if pa.types.is_string_view(kind) or pa.types.is_binary_view(kind):
         return _longest(column.cast(pa.large_binary()))
-    if _is_bytes(kind):
+    try:
         return pc.max(pc.binary_length(column)).as_py() or 0
-    if not kind.num_fields:
-        return 0
-    return max((column.slice(row, 1).nbytes for row in range(len(column))), default=0)
-
-
-def _is_bytes(kind: pa.DataType) -> bool:
-    of = pa.types
-    return any(
-        is_it(kind)
-        for is_it in (
-            of.is_string,
-            of.is_large_string,
-            of.is_binary,
-            of.is_large_binary,
-            of.is_fixed_size_binary,
-        )
-    )
+    except pa.ArrowNotImplementedError:  # it is neither text nor bytes
+        nested = range(len(column)) if kind.num_fields else ()
+        return max((column.slice(row, 1).nbytes for row in nested), default=0)
 
 
 def _without_dictionaries(batch: pa.RecordBatch) -> pa.RecordBatch:

@@ -11,7 +11,7 @@ import io
 import json
 import lzma
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 
@@ -25,25 +25,26 @@ MOST = 1 << 30
 Layers = tuple[str, ...]
 """What a file has to be put through, the outermost first: a codec, an encoding of text."""
 
-SUFFIXES = {
-    ".gz": "gzip",
-    ".bz2": "bz2",
-    ".zst": "zstd",
-    ".xz": "xz",
-    ".lz4": "lz4",
-    ".br": "brotli",
-    ".Z": "compress",
-}
 
+class _Codec(NamedTuple):
+    """How files of it begin, where we read them; how they are called; and what unpacks them."""
+
+    magic: bytes | None
+    suffix: str
+    command: str
+
+
+_CODECS = {
+    "gzip": _Codec(b"\x1f\x8b", ".gz", "gzip -dk"),
+    "bz2": _Codec(b"BZh", ".bz2", "bzip2 -dk"),
+    "zstd": _Codec(b"\x28\xb5\x2f\xfd", ".zst", "zstd -d"),
+    "xz": _Codec(b"\xfd7zXZ\x00", ".xz", "xz -dk"),
+    "lz4": _Codec(b"\x04\x22\x4d\x18", ".lz4", "lz4 -d"),
+    "brotli": _Codec(None, ".br", "brotli -d"),
+    "compress": _Codec(None, ".Z", "uncompress"),
+}
+_SUFFIXES = {codec.suffix: name for name, codec in _CODECS.items()}
 _OF_TARS = {".tgz": "gzip", ".tbz": "bz2", ".tbz2": "bz2", ".txz": "xz", ".tzst": "zstd"}
-
-_MAGIC = {
-    b"\x1f\x8b": "gzip",
-    b"BZh": "bz2",
-    b"\x28\xb5\x2f\xfd": "zstd",
-    b"\xfd7zXZ\x00": "xz",
-    b"\x04\x22\x4d\x18": "lz4",
-}
 _REFUSED = {
     b"PK\x03\x04": ("a zip archive", "unzip"),
     b"PK\x05\x06": ("an empty zip archive", "unzip"),
@@ -58,15 +59,6 @@ _BOMS = {
     b"\xff\xfe": "utf-16",
     b"\xfe\xff": "utf-16",
 }
-_UNPACK = {
-    "gzip": "gzip -dk",
-    "bz2": "bzip2 -dk",
-    "zstd": "zstd -d",
-    "xz": "xz -dk",
-    "lz4": "lz4 -d",
-    "brotli": "brotli -d",
-    "compress": "uncompress",
-}
 
 
 def codec_of(head: bytes, where: str) -> str | None:
@@ -79,13 +71,14 @@ def codec_of(head: bytes, where: str) -> str | None:
     for start, (what, command) in _REFUSED.items():
         if head.startswith(start):
             raise InputError(f"{where} is {what}: unpack it first ({command})")
-    return next((codec for start, codec in _MAGIC.items() if head.startswith(start)), None)
+    known = ((name, codec.magic) for name, codec in _CODECS.items() if codec.magic)
+    return next((name for name, magic in known if head.startswith(magic)), None)
 
 
 def codec_of_name(name: str) -> str | None:
     """What a file is compressed with, by its name."""
     suffix = PurePosixPath(name).suffix
-    return SUFFIXES.get(suffix) or (SUFFIXES | _OF_TARS).get(suffix.lower())
+    return _SUFFIXES.get(suffix) or (_SUFFIXES | _OF_TARS).get(suffix.lower())
 
 
 def refusal(where: str, codec: str, what: str = "a container") -> InputError:
@@ -98,7 +91,7 @@ def refusal(where: str, codec: str, what: str = "a container") -> InputError:
 
 def unpack_command(layer: str, where: str) -> str:
     """What a user can type to be rid of a layer of a file."""
-    command = _UNPACK.get(layer) or f"iconv -f {layer} -t utf-8"
+    command = _CODECS[layer].command if layer in _CODECS else f"iconv -f {layer} -t utf-8"
     return f"{command} {PurePosixPath(where.partition('?')[0]).name}"
 
 
@@ -112,7 +105,7 @@ def encoding_of(head: bytes) -> str | None:
 def without_suffix(name: str) -> str:
     """A name without ``.gz`` and the like."""
     suffix = PurePosixPath(name).suffix
-    known = suffix in SUFFIXES or suffix.lower() in SUFFIXES
+    known = suffix in _SUFFIXES or suffix.lower() in _SUFFIXES
     return name.removesuffix(suffix) if known else name
 
 
@@ -122,7 +115,7 @@ def open_input(store: Store, name: str, layers: Layers = ()) -> Any:
 
 
 class Decompressed(io.RawIOBase):
-    """A compressed file as if it lay there decompressed. Going back begins anew.
+    """A compressed file as if it lay there decompressed. It is read forward only.
 
     Args:
         store: the file's folder.
@@ -135,12 +128,9 @@ class Decompressed(io.RawIOBase):
     """
 
     def __init__(self, store: Store, name: str, layers: Layers) -> None:
-        self._store, self._name, self._layers = store, name, layers
-        self._begin()
-
-    def _begin(self) -> None:
-        file: Any = self._store.open_input(self._name)
-        for layer in self._layers:
+        self._where, self._layers, self._at = store.address(name), layers, 0
+        file: Any = store.open_input(name)
+        for layer in layers:
             if layer.startswith("utf-"):
                 file = pa.transcoding_input_stream(file, layer, "utf-8")
             elif layer == "xz":
@@ -148,7 +138,7 @@ class Decompressed(io.RawIOBase):
                 file = pa.PythonFile(unpacked, mode="r")
             else:
                 file = pa.CompressedInputStream(file, layer)
-        self._file, self._at = file, 0
+        self._file = file
 
     def close(self) -> None:
         """Close the file as well."""
@@ -160,7 +150,7 @@ class Decompressed(io.RawIOBase):
         return True
 
     def seekable(self) -> bool:
-        """Always, but at a price."""
+        """Forward, at a price."""
         return True
 
     def tell(self) -> int:
@@ -169,35 +159,24 @@ class Decompressed(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         """Fill a buffer; returns how many bytes there were."""
-        data = self._read(len(buffer))
-        buffer[: len(data)] = data
-        return len(data)
-
-    def _read(self, size: int) -> bytes:
         try:
-            data = self._file.read(size)
+            data = self._file.read(len(buffer))
         except (OSError, EOFError, ValueError, pa.ArrowException, lzma.LZMAError) as error:
             raise OSError(f"{said(error)} ({'+'.join(self._layers)})") from None
         self._at += len(data)
         if self._at > MOST:
-            where = self._store.address(self._name)
             raise InputError(
-                f"{where} has over {MOST:,} bytes decompressed, and "
+                f"{self._where} has over {MOST:,} bytes decompressed, and "
                 f"a range of a compressed file is read from its beginning: unpack it first "
-                f"({unpack_command(self._layers[0], where)})"
+                f"({unpack_command(self._layers[0], self._where)})"
             )
-        return data
+        buffer[: len(data)] = data
+        return len(data)
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Go to a position; returns it."""
-        if whence == io.SEEK_END:
-            while self._read(io.DEFAULT_BUFFER_SIZE << 7):
-                pass
-            offset += self._at
-        elif whence == io.SEEK_CUR:
-            offset += self._at
-        if offset < self._at:
-            self._begin()
-        while self._at < offset and self._read(min(offset - self._at, 1 << 20)):
+        """Go forward to a position; returns it."""
+        if whence != io.SEEK_SET or offset < self._at:
+            raise io.UnsupportedOperation("a compressed file is read forward only")
+        while self._at < offset and self.read(min(offset - self._at, 1 << 20)):
             pass
         return self._at

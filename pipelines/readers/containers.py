@@ -36,16 +36,12 @@ _JSON = (".json", ".jsonl", ".ndjson")
 _ARCHIVES = (".zip", ".7z", ".rar")
 _STATE = "state.json"  # names the files of a data set that save_to_disk wrote
 
+_Start = tuple[int, str | None]
+"""Where a record starts, a row of a table or a byte of a tar; and what it is called."""
 
-class Found(NamedTuple):
-    """One record of a file: where it starts, what it is called, and why it cannot be read.
 
-    ``offset`` is a row of a table, or a byte of a tar.
-    """
-
-    offset: int
-    identity: str | None = None
-    damage: str | None = None
+class _DamagedError(Exception):
+    """A file that is read only up to a place; the message says which."""
 
 
 class Containers(NamedTuple):
@@ -183,42 +179,12 @@ def _data_files(store: Store, name: str) -> list[str] | None:
     return files
 
 
-def scan(
-    store: Store, name: str, size: int, layout: Layout, kind: str, hidden: Counter[str]
-) -> Iterator[Found]:
-    """Every record of one file.
-
-    Args:
-        store: the file's folder.
-        name: the file.
-        size: its size in bytes.
-        layout: which columns hold what.
-        kind: ``forms.TABLE`` or ``forms.TAR``.
-        hidden: counts the hidden members of a tar.
-
-    Raises:
-        InputError: a table lacks a column that the layout needs, or a tar is compressed.
-        StorageError: the store does not give the file.
-    """
-    try:
-        if kind == forms.TAR:
-            yield from _scan_tar(store, name, size, hidden)
-        else:
-            yield from _scan_table(store, name, size, layout)
-    except (InputError, StorageError):
-        raise
-    except (pa.ArrowException, OSError, tarfile.TarError) as error:
-        yield Found(0, None, f"{store.address(name)} is damaged: {said(error)}")
-
-
-def _scan_table(store: Store, name: str, size: int, layout: Layout) -> Iterator[Found]:
+def _scan_table(store: Store, name: str, size: int, layout: Layout) -> Iterator[_Start]:
     with bounds.open_keys(store, name, size, layout.id) as (schema, found):
         check_columns(store.address(name), schema, layout)
-        row = 0
-        for batch in found:
-            for values in batch.to_pylist():
-                yield Found(row, entries.known_id(values, layout))
-                row += 1
+        rows = (values for batch in found for values in batch.to_pylist())
+        for row, values in enumerate(rows):
+            yield row, entries.known_id(values, layout)
 
 
 def check_columns(where: str, schema: pa.Schema, layout: Layout) -> None:
@@ -237,7 +203,9 @@ def check_columns(where: str, schema: pa.Schema, layout: Layout) -> None:
             )
 
 
-def _scan_tar(store: Store, name: str, size: int, hidden: Counter[str]) -> Iterator[Found]:
+def _scan_tar(
+    store: Store, name: str, size: int, called: str, hidden: Counter[str]
+) -> Iterator[_Start]:
     with store.open_input(name) as file:
         reader = bounds.TarReader(file, bounds.MAX_BYTES)
         check_plain(reader, store.address(name))
@@ -246,12 +214,15 @@ def _scan_tar(store: Store, name: str, size: int, hidden: Counter[str]) -> Itera
             for member in entries.members(tar, hidden):
                 key, _ = entries.split_key(member.name)
                 if key != last:
-                    yield Found(member.offset, key)
+                    yield member.offset, f"{called}/{key}"
                     last = key
                 end = member.offset_data + member.size
             stopped = tar.offset
-        if end <= size and not _is_end(reader, stopped):
-            yield Found(0, None, f"{store.address(name)} is damaged from byte {stopped} on")
+        if end > size:
+            return
+        reader.seek(stopped)
+        if reader.read(tarfile.BLOCKSIZE).strip(b"\0"):  # neither zeros nor the end of the file
+            raise _DamagedError(f"{store.address(name)} is damaged from byte {stopped} on")
 
 
 def check_plain(reader: io.BufferedReader, where: str) -> None:
@@ -263,12 +234,6 @@ def check_plain(reader: io.BufferedReader, where: str) -> None:
     codec = compression.codec_of(reader.peek(1), where)
     if codec is not None:
         raise compression.refusal(where, codec)
-
-
-def _is_end(reader: io.BufferedReader, offset: int) -> bool:
-    """Whether a tar that stopped at ``offset`` ended there: with zeros, or with the file."""
-    reader.seek(offset)
-    return not reader.read(tarfile.BLOCKSIZE).strip(b"\0")
 
 
 @dataclass
@@ -287,33 +252,50 @@ class Scanned:
     damage: str | None = None
     hidden: int = 0
 
+    def until(self, damage: str) -> Scanned:
+        """The same, with a record more that cannot be read."""
+        self.damage = damage
+        self.ids.add(None)
+        return self
 
-def _scan_allowed(
+
+def _scan(
     found: Containers,
     layout: Layout,
     source: str,
     addresses: Addresses,
     file: tuple[str, int, str],
 ) -> Scanned:
-    """Scan a file; it is one record that fails, if it is a link that leads out of its folder.
+    """Every record of a file; one that cannot be read to its end has one more, which fails.
 
-    ``file`` is its name, its size, and what the samples of a tar are called after.
+    Args:
+        file: its name, its size, and what the samples of a tar are called after.
+
+    Raises:
+        InputError: a table lacks a column that the layout needs, or a tar is compressed.
+        StorageError: the store does not give the file.
     """
-    (name, size, called), hidden = file, Counter[str]()
+    (name, size, called), store, hidden = file, found.store, Counter[str]()
     scanned = Scanned(Ids(source))
     try:
         if not found.single:
-            addresses.checked(Place(found.store, name))
-    except InputError as error:
-        records = iter([Found(0, None, str(error))])
+            addresses.checked(Place(store, name))
+    except InputError as error:  # it is a link that leads out of its folder
+        return scanned.until(str(error))
+    if found.kind == forms.TAR:
+        starts = _scan_tar(store, name, size, called, hidden)
     else:
-        records = scan(found.store, name, size, layout, found.kind or forms.TABLE, hidden)
-    for offset, key, damage in records:
-        is_sample = found.kind == forms.TAR and key is not None
-        scanned.ids.add(f"{called}/{key}" if is_sample else key)
-        scanned.damage = damage
-        if damage is None:
+        starts = _scan_table(store, name, size, layout)
+    try:
+        for offset, identity in starts:
+            scanned.ids.add(identity)
             scanned.offsets.append(offset)
+    except (InputError, StorageError):
+        raise
+    except _DamagedError as error:
+        scanned.until(str(error))
+    except (pa.ArrowException, OSError, tarfile.TarError) as error:
+        scanned.until(f"{store.address(name)} is damaged: {said(error)}")
     scanned.hidden = hidden.total()
     return scanned
 
@@ -343,7 +325,7 @@ def cut(
 
     addresses = Addresses(found.store, tuple(roots))
     bare = found._replace(files=[])  # or every task would be sent all names
-    scans = in_tasks(partial(_scan_allowed, bare, layout, source, addresses), files)
+    scans = in_tasks(partial(_scan, bare, layout, source, addresses), files)
     for (name, _, stem), scanned in zip(files, scans, strict=True):
         part, done = {"file": name, "kind": found.kind, "called": stem}, 0
         while done < len(scanned.offsets):

@@ -10,35 +10,23 @@ import io
 import json
 import tarfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from itertools import groupby, islice
+from typing import Any
 
 from dim import records
 from dim.errors import InputError
 from infra.storage import Store
 from pipelines.outcome import Rejection
 from pipelines.readers import compression, forms, ids
-from pipelines.readers.bounds import (
-    MAX_BYTES,
-    TarReader,
-    batches,
-    cells,
-    read_member,
-)
+from pipelines.readers.bounds import MAX_BYTES, TarReader, batches, cells, read_member
 from pipelines.readers.compression import Layers
 from pipelines.readers.fetch import Fetching
 from pipelines.readers.json_values import Walk
 from pipelines.readers.layout import Layout
 from pipelines.readers.media import Places
-from pipelines.readers.names import is_hidden, said
-
-IMAGE_SUFFIXES = frozenset(
-    {
-        *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp"),
-        *(".bmp", ".dib", ".gif", ".tif", ".tiff"),
-    }
-)
+from pipelines.readers.names import is_hidden, is_image, said
 
 _TEXTS = ("txt", "text", "caption")
 
@@ -70,95 +58,50 @@ class Entry:
     fetching: Fetching | None = None
 
 
-class Entries(Protocol):
-    """Reads the entries of a range."""
-
-    @property
-    def store(self) -> Store:
-        """The folder that the records are in."""
-        ...
-
-    @property
-    def source(self) -> str:
-        """What the records call it."""
-        ...
-
-    def of(self, each: dict[str, Any]) -> Iterator[Entry]:
-        """Exactly as many entries as the range has records, in order."""
-        ...
-
-
 @dataclass(frozen=True)
-class JsonLines:
-    """Entries from lines of a JSONL file.
+class JsonTexts:
+    """Entries from a JSON file: its lines, or values over any lines, in a list or without one.
 
     Args:
         store: the file's folder.
         name: the file.
         source: what the records call where they come from.
         layers: what the file has to be put through, if it is compressed.
+        in_lines: whether each line is a record.
     """
 
     store: Store
     name: str
     source: str
     layers: Layers = ()
+    in_lines: bool = True
 
     def of(self, each: dict[str, Any]) -> Iterator[Entry]:
-        """One entry per line that is not blank."""
-        data = read_range(self.store, self.name, self.layers, each)
-        index, repeated = each["first"], set(each["repeated"])
-        for number, text in enumerate(data.split(b"\n"), start=each["line"]):
-            if text.strip():
-                where = {"file": self.store.address(self.name), "line": number}
-                entry = Entry(index, f"line {number}", where, repeated=number in repeated)
-                try:
-                    entry.values = parse_line(text)
-                except InputError as error:
-                    entry.error = str(error)
-                yield entry
-                index += 1
-
-
-@dataclass(frozen=True)
-class JsonValues:
-    """Entries from JSON values: the items of a list, or objects one after another over any lines.
-
-    Args:
-        store: the file's folder.
-        name: the file.
-        source: what the records call where they come from.
-        layers: what the file has to be put through, if it is compressed.
-    """
-
-    store: Store
-    name: str
-    source: str
-    layers: Layers = ()
-
-    def of(self, each: dict[str, Any]) -> Iterator[Entry]:
-        """One entry per value."""
-        data = io.BytesIO(read_range(self.store, self.name, self.layers, each))
-        index, repeated = each["first"], set(each["repeated"])
-        walk = Walk(data.read)
-        while walk.peek():
-            _, text, _ = walk.value()
-            walk.take(",")
-            where = {"file": self.store.address(self.name), "item": index}
-            entry = Entry(index, f"item {index}", where, repeated=index in repeated)
+        """One entry per line that is not blank, or per value."""
+        with io.BufferedReader(compression.open_input(self.store, self.name, self.layers)) as file:
+            file.seek(each["start"])
+            data = file.read(each["end"] - each["start"])
+        repeated = set(each["repeated"])
+        kind = "line" if self.in_lines else "item"
+        numbered = _lines(data, each["line"]) if self.in_lines else _values(data, each["first"])
+        for index, (number, text) in enumerate(numbered, start=each["first"]):
+            where = {"file": self.store.address(self.name), kind: number}
+            entry = Entry(index, f"{kind} {number}", where, repeated=number in repeated)
             try:
-                entry.values = parse_line(text.encode("latin-1"))
+                entry.values = parse_line(text)
             except InputError as error:
                 entry.error = str(error)
             yield entry
-            index += 1
 
 
-def read_range(store: Store, name: str, layers: Layers, each: dict[str, Any]) -> bytes:
-    """The bytes of a text file from ``each["start"]`` to ``each["end"]``."""
-    with io.BufferedReader(compression.open_input(store, name, layers)) as file:
-        file.seek(each["start"])
-        return file.read(each["end"] - each["start"])
+def _lines(data: bytes, first: int) -> Iterator[tuple[int, bytes]]:
+    lines = enumerate(data.split(b"\n"), start=first)
+    return ((number, text) for number, text in lines if text.strip())
+
+
+def _values(data: bytes, first: int) -> Iterator[tuple[int, bytes]]:
+    values = enumerate(Walk(io.BytesIO(data).read).values(), start=first)
+    return ((number, text.encode("latin-1")) for number, (_, text, _) in values)
 
 
 @dataclass(frozen=True)
@@ -220,28 +163,15 @@ class Files:
         with self.store.open_input(name) as file:
             file.seek(offset)
             with tarfile.open(fileobj=TarReader(file, self.max_bytes), mode="r:") as tar:
-                sample: dict[str, Any] = {}
-                for member in members(tar):
-                    key, extension = split_key(member.name)
-                    if sample and sample["__key__"] != key:
-                        yield sample
-                        count -= 1
-                        sample = {}
-                        if not count:
-                            return
-                    sample.setdefault("__key__", key)
-                    self._add(sample, tar, member, extension)
-                if sample:
+                for key, files in islice(samples(members(tar)), count):
+                    sample: dict[str, Any] = {"__key__": key}
+                    for member in files:
+                        self._add(sample, tar, member)
                     yield sample
 
-    def _add(
-        self,
-        sample: dict[str, Any],
-        tar: tarfile.TarFile,
-        member: tarfile.TarInfo,
-        extension: str,
-    ) -> None:
+    def _add(self, sample: dict[str, Any], tar: tarfile.TarFile, member: tarfile.TarInfo) -> None:
         """One file of a sample as columns: JSON as its own, an image by its name without suffix."""
+        extension = split_key(member.name)[1]
         image = extension.rpartition(".")[0] or "image" if is_image(f".{extension}") else None
         column = image or ("txt" if extension in _TEXTS else None)
         if extension != "json" and column not in self.columns:
@@ -263,6 +193,10 @@ class Files:
                 sample[image] = rejection
             else:
                 sample["__damage__"] = rejection.detail
+
+
+Entries = JsonTexts | Files
+"""Who reads the entries of a range: exactly as many as it has records, in order."""
 
 
 def _entry(
@@ -300,6 +234,13 @@ def members(tar: tarfile.TarFile, hidden: Counter[str] | None = None) -> Iterato
             hidden["members"] += 1
 
 
+def samples(
+    members: Iterable[tarfile.TarInfo],
+) -> Iterator[tuple[str, Iterator[tarfile.TarInfo]]]:
+    """The files of a tar by sample, those that follow one another with one key."""
+    return groupby(members, lambda member: split_key(member.name)[0])
+
+
 def split_key(name: str) -> tuple[str, str]:
     """A member's key (all up to the first dot of its file name) and its extension."""
     folder, slash, base = name.rpartition("/")
@@ -316,12 +257,6 @@ def _add_image(sample: dict[str, Any], name: str, data: bytes) -> None:
     else:
         images.append(name)
         sample[name] = data
-
-
-def is_image(name: str) -> bool:
-    """Whether a name is one of an image file."""
-    dot = name.rpartition(".")[2].lower()
-    return f".{dot}" in IMAGE_SUFFIXES
 
 
 def parse_json(text: bytes | str, where: str = "") -> Any:

@@ -69,7 +69,8 @@ def of_file(store: Store, name: str) -> Form:
     if encoding is not None:
         return Form(JSON, (*layers, encoding))
     suffix = container_suffix(name)
-    if suffix is not None and codec is None and not _opens_json(head):
+    opens_json = head.removeprefix(_BOM).lstrip().startswith((b"{", b"["))
+    if suffix is not None and codec is None and not opens_json:
         return Form(of_suffix(suffix))  # a damaged one, which says so when it is read
     if b"\0" in head:
         raise InputError(f"{where} is neither JSON nor Parquet, Arrow or a tar")
@@ -96,7 +97,3 @@ def _container(head: bytes) -> str | None:
     except tarfile.HeaderError:
         return None
     return TAR
-
-
-def _opens_json(head: bytes) -> bool:
-    return head.removeprefix(_BOM).lstrip()[:1] in (b"{", b"[")

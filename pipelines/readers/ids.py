@@ -41,7 +41,10 @@ def as_text(value: Any) -> str | None:
     if isinstance(value, float | Decimal):
         return _number(value)
     if isinstance(value, bytes | bytearray | memoryview):
-        return _bytes(bytes(value))
+        try:
+            return bytes(value).decode() or None
+        except UnicodeDecodeError:
+            return bytes(value).hex()
     raise InputError(f"an id must be a text or a number, not {type(value).__name__}")
 
 
@@ -61,13 +64,6 @@ def _number(value: float | Decimal) -> str | None:
     if value == int(value):
         return str(int(value))
     return repr(value) if isinstance(value, float) else format(value.normalize(), "f")
-
-
-def _bytes(value: bytes) -> str | None:
-    try:
-        return value.decode() or None
-    except UnicodeDecodeError:
-        return value.hex()
 
 
 def id_of(values: Mapping[str, Any], layout: Layout) -> str | None:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import tarfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,7 +23,7 @@ from pipelines.readers.entries import Entries
 from pipelines.readers.layout import Layout
 from pipelines.readers.listing import Files, list_files
 from pipelines.readers.media import Media, pack
-from pipelines.readers.names import is_hidden, plain, said, spellings, without_suffix
+from pipelines.readers.names import is_hidden, is_image, plain, said, spellings, without_suffix
 from pipelines.readers.records import image_names
 from pipelines.readers.scanning import in_tasks
 
@@ -45,15 +44,10 @@ class MediaConfig(StrictModel):
 _SEVERAL = 2**32 - 1  # what a name leads to that is short for several images
 _NAMES_AT_ONCE = 4096  # images of a folder that are named together
 _IMAGE = np.dtype([("file", "<u4"), ("offset", "<i8")])
+_Named = tuple[int, str | None, tuple[str, ...]]
+"""An image's place in its file, its key, and what else it may be called."""
+
 _NAME = np.dtype([("hash", "<u8"), ("image", "<u4")])  # 8 bytes of a hash stand for a name
-
-
-class _Named(NamedTuple):
-    """An image's place in its file, its key, and what else it may be called."""
-
-    offset: int
-    key: str | None = None
-    others: tuple[str, ...] = ()
 
 
 class _Scanned(NamedTuple):
@@ -130,21 +124,16 @@ class _Index:
         return self.files[file].as_py(), offset
 
 
-class _Joined(NamedTuple):
+def _join(
+    index: _Index, reader: Entries, layout: Layout, each: dict[str, Any]
+) -> tuple[bytes, NDArray[np.uint32], int]:
     """What the records of a range name: the places, packed; the images; how many are not there."""
-
-    places: bytes
-    images: NDArray[np.uint32]
-    unmatched: int
-
-
-def _join(index: _Index, reader: Entries, layout: Layout, each: dict[str, Any]) -> _Joined:
     named = [name for entry in reader.of(each) for name in image_names(entry, layout)]
     found = {name: index.find(name) for name in named}
     known = {name: image for name, image in found.items() if image is not None}
     places = {name: index.place(image) for name, image in known.items()}
     images = np.array(sorted({*known.values()} - {_SEVERAL}), np.uint32)
-    return _Joined(pack(places), images, sum(not places.get(name) for name in named))
+    return pack(places), images, sum(not places.get(name) for name in named)
 
 
 class MediaIndex:
@@ -166,11 +155,13 @@ class MediaIndex:
         if found.kind == forms.JSON:
             raise InputError(f"{config.uri} is neither a tar nor Parquet or Arrow, nor a folder")
         kind, files, self.hidden = found.kind, found.files, found.hidden
+        addresses = Addresses(found.store, roots)
         if not files:
-            files, hidden = _images(Addresses(found.store, roots))
+            files, hidden = _images(addresses)
             self.hidden += hidden
         elif not found.single:
-            _check_links(Addresses(found.store, roots), [name for name, _ in files])
+            for name, _ in files:
+                addresses.checked(Place(found.store, name))
         if not files:
             raise InputError(f"there are no images, tables or tars in {config.uri}{found.advice}")
         self.media = Media(config.uri, found.store, config.image, kind, max_bytes)
@@ -204,10 +195,10 @@ class MediaIndex:
         """Give each range the places of the images that its records name, and nothing for those
         names that fit several."""
         joined = in_tasks(partial(_join, self._index, reader, layout), ranges)
-        for each, found in zip(ranges, joined, strict=True):
-            each["places"] = found.places
-            self._used[found.images] = True
-            self.unmatched += found.unmatched
+        for each, (places, images, unmatched) in zip(ranges, joined, strict=True):
+            each["places"] = places
+            self._used[images] = True
+            self.unmatched += unmatched
 
     @property
     def unused(self) -> int:
@@ -226,16 +217,13 @@ def _images(addresses: Addresses) -> tuple[list[tuple[str, int]], int]:
         InputError: a link among them leads out.
     """
     listed = list_files(addresses)
-    images = [item for item in listed.files if entries.is_image(item[0])]
+    images = [item for item in listed.files if is_image(item[0])]
     files = [item for item in images if not is_hidden(item[0])]
-    strays = [name for name in listed.strays if entries.is_image(name)]
-    _check_links(addresses, [name for name in (*listed.closed, *strays) if not is_hidden(name)])
+    strays = [name for name in listed.strays if is_image(name)]
+    for name in (*listed.closed, *strays):
+        if not is_hidden(name):
+            addresses.checked(Place(addresses.home, name))
     return files, len(images) - len(files)
-
-
-def _check_links(addresses: Addresses, names: Sequence[str]) -> None:
-    for name in names:
-        addresses.checked(Place(addresses.home, name))
 
 
 def _keys(
@@ -251,7 +239,7 @@ def _keys(
         return _tar_keys(store, name, config.key, hidden)
     if kind == forms.TABLE:
         return _table_keys(store, name, size, config)
-    return iter([_Named(0, name, (without_suffix(name),))])
+    return iter([(0, name, (without_suffix(name),))])
 
 
 def _table_keys(store: Store, name: str, size: int, config: MediaConfig) -> Iterator[_Named]:
@@ -262,11 +250,9 @@ def _table_keys(store: Store, name: str, size: int, config: MediaConfig) -> Iter
         with bounds.open_keys(store, name, size, [config.key]) as (schema, found):
             needed = Layout(image=config.image, target=(config.key,))
             containers.check_columns(where, schema, needed)
-            row = 0
-            for batch in found:
-                for value in batch.column(0).to_pylist():
-                    yield _Named(row, _key(value))
-                    row += 1
+            values = (value for batch in found for value in batch.column(0).to_pylist())
+            for row, value in enumerate(values):
+                yield row, _key(value), ()
     except InputError:
         raise
     except Exception as error:  # a damaged file can raise anything
@@ -294,14 +280,13 @@ def _tar_keys(store: Store, name: str, key: str | None, hidden: Counter[str]) ->
 
 def _by_path(members: Iterator[tarfile.TarInfo]) -> Iterator[_Named]:
     """Images by path, and by sample: of several images in one, that which is plainly its image."""
-    samples = groupby(members, lambda member: entries.split_key(member.name)[0])
-    for sample, of_sample in samples:
-        images = [member for member in of_sample if entries.is_image(member.name)]
+    for sample, of_sample in entries.samples(members):
+        images = [member for member in of_sample if is_image(member.name)]
         plainly = [member for member in images if _column(member) in ("", "image")]
         for member in images:
             short = member.name.removeprefix("./")
             by_sample = member in (plainly or images)
-            yield _Named(member.offset, member.name, (short, sample) if by_sample else (short,))
+            yield member.offset, member.name, (short, sample) if by_sample else (short,)
 
 
 def _column(member: tarfile.TarInfo) -> str:
@@ -313,14 +298,14 @@ def _declared(
     tar: tarfile.TarFile, members: Iterator[tarfile.TarInfo], key: str
 ) -> Iterator[_Named]:
     """Images by what the JSON of their sample says, before or after them."""
-    for _, of_sample in groupby(members, lambda member: entries.split_key(member.name)[0]):
+    for _, of_sample in entries.samples(members):
         offset, declared = None, None
         for member in of_sample:
-            if entries.is_image(member.name):
+            if is_image(member.name):
                 offset = member.offset
             elif entries.split_key(member.name)[1] == "json":
                 text = bounds.read_member(tar, member, bounds.MAX_BYTES)
                 value = entries.parse_line(text).get(key)
                 declared = _key(value)
         if declared is not None and offset is not None:
-            yield _Named(offset, declared)
+            yield offset, declared, ()

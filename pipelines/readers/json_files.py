@@ -6,7 +6,7 @@ import hashlib
 import io
 import json
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from dim.errors import InputError
 from infra.storage import Store
@@ -118,8 +118,9 @@ class JsonFile:
             if sign != b"{":
                 if follows == b"{" or (whole and _has_object_line(file)):
                     return None
+                beginning = line[:200].decode("utf-8", "replace").strip()
                 raise InputError(
-                    f"{self.where} is no JSON: it begins with {shown(_readable(line))!r}; write a "
+                    f"{self.where} is no JSON: it begins with {shown(beginning)!r}; write a "
                     "JSON object a line, or a list of them"
                 )
             in_line = whole and _is_json(line)
@@ -139,16 +140,16 @@ class JsonFile:
                 return self._broken(start, error)
             if walk.peek():
                 return start  # several objects, over any lines
-        found = {_utf8(member.key): member for member in members}
+        found = {member.key: member for member in members}
         if all(any(name in found for name in names) for names in layout.required):
             self._check_rows(found, layout)
             return start
         lists = [member for member in members if member.objects]
         if len(lists) > 1:
-            names = ", ".join(shown(_utf8(member.key)) for member in lists[:5])
+            names = ", ".join(shown(member.key) for member in lists[:5])
             raise InputError(
                 f"{self.where} is one object with several lists of records, {names}: write the one "
-                f"that is meant as a file of its own (jq -c '.{shown(_utf8(lists[0].key))}[]')"
+                f"that is meant as a file of its own (jq -c '.{shown(lists[0].key)}[]')"
             )
         if lists:
             self._wrapped = True
@@ -217,11 +218,3 @@ def _is_json(text: bytes) -> bool:
     except (ValueError, RecursionError):
         return False
     return True
-
-
-def _readable(line: bytes) -> str:
-    return line[:200].decode("utf-8", "replace").strip()
-
-
-def _utf8(text: Any) -> str:
-    return str(text).encode("latin-1", "replace").decode("utf-8", "replace")

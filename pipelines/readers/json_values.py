@@ -79,20 +79,18 @@ class Walk:
         """
         self.peek()
         while True:
-            error: Exception | None = None
             try:
                 value, end = self._decoder.raw_decode(self._text, self._at)
                 if end < len(self._text) or self._ended:
                     offset, text = self.offset, self._text[self._at : end]
                     self._at = end
                     return offset, text, value
-            except json.JSONDecodeError as found:
-                if self._ended or not _may_go_on(found):
-                    error = found
-            except (ValueError, RecursionError) as found:
-                error = found
-            if error is not None:
-                raise InputError(f"not JSON ({_said(error, self._base)})")
+            except json.JSONDecodeError as error:
+                if self._ended or not _may_go_on(error):
+                    place = self._base + error.pos
+                    raise InputError(f"not JSON ({error.msg}: byte {place})") from None
+            except (ValueError, RecursionError) as error:
+                raise InputError(f"not JSON ({error})") from None
             if len(self._text) - self._at > _LONGEST:
                 raise InputError(f"not JSON: a value of over {_LONGEST:,} bytes")
             self._more()
@@ -108,7 +106,7 @@ class Walk:
             _, _, key = self.value()
             if not isinstance(key, str) or not self.take(":"):
                 raise InputError(f"not JSON (byte {self.offset})")
-            yield self._member(key)
+            yield self._member(key.encode("latin-1", "replace").decode("utf-8", "replace"))
             if not self.take(",") and self.peek() != "}":
                 raise InputError(f"not JSON (byte {self.offset})")
 
@@ -129,9 +127,7 @@ class Walk:
             InputError: one of them is no JSON, or the list does not end.
         """
         if not self.take("["):
-            while self.peek():
-                yield self.value()
-                self.take(",")
+            yield from self.values()
             return
         while not self.take("]"):
             if not self.peek():
@@ -139,6 +135,16 @@ class Walk:
             yield self.value()
             if not self.take(",") and self.peek() not in ("]", ""):
                 raise InputError(f"not JSON: no comma at byte {self.offset}")
+
+    def values(self) -> Iterator[tuple[int, str, Any]]:
+        """All values to the end, with commas between them or without.
+
+        Raises:
+            InputError: one of them is no JSON.
+        """
+        while self.peek():
+            yield self.value()
+            self.take(",")
 
     def _more(self) -> bool:
         """Read on; what was passed is forgotten."""
@@ -153,9 +159,3 @@ class Walk:
 def _may_go_on(error: json.JSONDecodeError) -> bool:
     """Whether a text that is cut short can raise this."""
     return error.msg.startswith("Unterminated string") or error.pos >= len(error.doc) - _NEAR
-
-
-def _said(error: Exception, base: int) -> str:
-    if isinstance(error, json.JSONDecodeError):
-        return f"{error.msg}: byte {base + error.pos}"
-    return str(error)

@@ -74,13 +74,11 @@ class Media:
             return {key: self._member(file, offset) for offset, key in wanted}
         if self.kind == forms.TABLE:
             return self._rows(file, wanted)
-        return {key: self._file(file) for _, key in wanted}
-
-    def _file(self, file: str) -> bytes | Rejection:
         try:
-            return bounds.read_file(self.store, file, self.max_bytes)
+            image: bytes | Rejection = bounds.read_file(self.store, file, self.max_bytes)
         except Rejection as rejection:
-            return rejection
+            image = rejection
+        return {key: image for _, key in wanted}
 
     def _member(self, file: str, offset: int) -> bytes | Exception:
         with self.store.open_input(file) as opened:

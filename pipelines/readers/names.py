@@ -9,23 +9,17 @@ from urllib.parse import unquote
 
 from dim.redaction import redact
 
-_LEFT_BEHIND = frozenset(
-    {
-        "__macosx",
-        "__pycache__",
-        "_temporary",
-        "@eadir",
-        "#recycle",
-        "$recycle.bin",
-        "system volume information",
-        "lost+found",
-        "thumbs.db",
-        "ehthumbs.db",
-        "desktop.ini",
-    }
-)
+_LEFT_BEHIND = {
+    *("__macosx", "__pycache__", "_temporary", "lost+found"),
+    *("@eadir", "#recycle", "$recycle.bin", "system volume information"),
+    *("thumbs.db", "ehthumbs.db", "desktop.ini"),
+}
 """What systems and programs leave in folders, in lower case."""
 
+_IMAGES = {
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp"),
+    *(".bmp", ".dib", ".gif", ".tif", ".tiff"),
+}
 _SHOWN = 160
 _SAID = 200
 
@@ -52,6 +46,11 @@ def is_hidden_table(name: str) -> bool:
         or parts[-1].startswith("cache-")
         or any(part.startswith("_") and "=" not in part for part in parts)
     )
+
+
+def is_image(name: str) -> bool:
+    """Whether a name is one of an image file."""
+    return f".{name.rpartition('.')[2].lower()}" in _IMAGES
 
 
 def without_suffix(name: str) -> str:

@@ -15,15 +15,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import cached_property, partial
+from itertools import islice
 from typing import Any, TypeVar
 
-import numpy as np
 import pyarrow as pa
 
-from dim import records, tabletop
+from dim import records
 from dim.blueprint import Blueprint
 from dim.errors import BlueprintError, InputError
-from dim.images import encode_png
 from dim.redaction import redact
 from infra.storage import Store
 from pipelines.outcome import KEPT, Rejection, Row, fail, to_table, work_on
@@ -197,16 +196,17 @@ class Records:
         if layout.target:
             row["instruction"] = _instruction(text_of(values, *layout.instruction))
         image, where = self._image(values, layout.image, found)
-        trace = {"image_path": where and redact(where)}
+        named = {"image_path": where}
         if layout.target:
             target, where = self._image(values, layout.target, found)
-            trace["image_path_target"] = where and redact(where)
-        row["provenance"] = _extend(row["provenance"], trace)
+            named["image_path_target"] = where
+        known = {key: redact(where) for key, where in named.items() if where is not None}
+        row["provenance"] = json.dumps({**json.loads(row["provenance"]), **known})
         if layout.target:
             return pair_columns(row["instruction"], image, target)
-        hints = (values[name] for name in layout.caption if values.get(name))
-        hint = next((value for value in hints if not _is_missing(value)), None)
-        return image_columns(image, str(hint) if hint is not None else None)
+        hints = (values.get(name) for name in layout.caption)
+        hint = next((str(hint) for hint in hints if hint and not _is_missing(hint)), None)
+        return image_columns(image, hint)
 
     def _image(
         self, values: dict[str, Any], names: Sequence[str], found: Found
@@ -259,143 +259,71 @@ def _file(name: str, addresses: Addresses, most: int) -> bytes:
 
 
 @dataclass(frozen=True)
-class ImageFiles:
-    """Images from a folder, named by the ranges.
+class Singles:
+    """Records that are read or drawn each by itself: the images of a folder, the tabletop's.
+
+    Args:
+        begin: all records of a range, with what is known of them beforehand.
+        finish: the columns that are found out of one.
+        schema: what the records are.
+        at_once: how many are finished at once; more than one where they mostly wait.
+    """
+
+    begin: Callable[[Row], Iterator[Row]]
+    finish: Callable[[Row], Row]
+    schema: pa.Schema
+    at_once: int = 1
+
+    def count(self, each: Row) -> int:
+        """How many records a range has."""
+        return int(each["count"])
+
+    def parts(self, each: Row) -> Iterator[list[Row]]:
+        """The records of a range as they are begun."""
+        return _in_parts(self.begin(each))
+
+    def table(self, part: list[Row]) -> pa.Table:
+        """Records that are begun in, raw records with outcomes out."""
+        with ThreadPoolExecutor(self.at_once) as pool:
+            return to_table(pool.map(self._finished, part), self.schema)
+
+    def lost(self, each: Row, number: int, why: str) -> pa.Table:
+        """A record that could not be read or drawn."""
+        row = next(islice(self.begin(each), number, None))
+        return _failed(row, f"{shown(row['name'])}: {why}" if "name" in row else why, self.schema)
+
+    def _finished(self, row: Row) -> Row:
+        work_on([row], STAGE, self.finish)
+        return row
+
+
+def image_files(addresses: Addresses, source: str, max_bytes: int) -> Singles:
+    """The images of a folder, which the ranges name.
 
     Args:
         addresses: the folder, and where links in it may lead.
         source: what the records call it.
+        max_bytes: size of an image at most; a larger one is not read.
     """
+    home = addresses.home
 
-    addresses: Addresses
-    source: str
-    max_bytes: int = MAX_BYTES
-
-    def count(self, each: Row) -> int:
-        """How many files a range has."""
-        return len(each["names"])
-
-    def parts(self, each: Row) -> Iterator[list[Row]]:
-        """The files of a range, as the records that are begun of them."""
+    def begin(each: Row) -> Iterator[Row]:
         called = json.loads(each["called"])
-        numbered = enumerate(each["names"], start=each["first"])
-        return _in_parts(self._begun(called, name, index) for index, name in numbered)
+        for index, name in enumerate(each["names"], start=each["first"]):
+            yield {
+                "id": called.get(name) or without_suffix(name),
+                "index": index,
+                "source": source,
+                "provenance": json.dumps({"file": home.address(name)}),
+                "outcome": KEPT,
+                "name": name,
+            }
 
-    def table(self, part: list[Row]) -> pa.Table:
-        """Records that are begun in, raw images with outcomes out."""
-        with ThreadPoolExecutor(_FETCHES) as pool:
-            return to_table(pool.map(self._read, part), records.RAW_IMAGE)
+    def finish(row: Row) -> Row:
+        name = addresses.checked(Place(home, row["name"]))
+        return image_columns(read_file(home, name, max_bytes), None)
 
-    def lost(self, each: Row, number: int, why: str) -> pa.Table:
-        """A file that could not be read."""
-        name, called = each["names"][number], json.loads(each["called"])
-        row = self._begun(called, name, each["first"] + number)
-        return _failed(row, f"{shown(name)}: {why}", records.RAW_IMAGE)
-
-    def _begun(self, called: dict[str, str], name: str, index: int) -> Row:
-        return {
-            "id": called.get(name) or without_suffix(name),
-            "index": index,
-            "source": self.source,
-            "provenance": json.dumps({"file": self.addresses.home.address(name)}),
-            "outcome": KEPT,
-            "name": name,
-        }
-
-    def _read(self, row: Row) -> Row:
-        work_on([row], STAGE, lambda row: image_columns(self._image(row["name"]), None))
-        return row
-
-    def _image(self, name: str) -> bytes:
-        name = self.addresses.checked(Place(self.addresses.home, name))
-        return read_file(self.addresses.home, name, self.max_bytes)
-
-
-@dataclass(frozen=True)
-class TabletopPairs:
-    """Edit pairs of the tabletop world, record ``i`` drawn from the seed pair ``[seed, i]``."""
-
-    seed: int
-    size: int
-    kinds: tuple[str, ...]
-    referential: float
-    objects: tuple[int, int]
-    outlines: float
-
-    def count(self, each: Row) -> int:
-        """How many places a range has."""
-        return int(each["count"])
-
-    def parts(self, each: Row) -> Iterator[list[int]]:
-        """The places of a range."""
-        return _in_parts(range(each["first"], each["first"] + each["count"]))
-
-    def table(self, part: list[int]) -> pa.Table:
-        """Places in, raw pairs out."""
-        return to_table(map(self._draw, part), records.RAW_PAIR)
-
-    def lost(self, each: Row, number: int, why: str) -> pa.Table:
-        """A place that could not be drawn."""
-        row = _tabletop_identity(self.seed, each["first"] + number, {})
-        return _failed(row, why, records.RAW_PAIR)
-
-    def _draw(self, index: int) -> Row:
-        rng = np.random.default_rng([self.seed, index])
-        edit = tabletop.sample_edit(
-            rng,
-            kinds=self.kinds,
-            referential=self.referential,
-            objects=self.objects,
-            outlines=self.outlines,
-        )
-        images = (tabletop.render(scene, self.size) for scene in (edit.source, edit.target))
-        provenance = {
-            "kind": edit.kind,
-            "referential": edit.referential,
-            "source_scene": json.loads(edit.source.to_json()),
-            "target_scene": json.loads(edit.target.to_json()),
-        }
-        return {
-            **_tabletop_identity(self.seed, index, provenance),
-            "instruction": edit.instruction,
-            **pair_columns(edit.instruction, *map(encode_png, images)),
-        }
-
-
-@dataclass(frozen=True)
-class TabletopImages:
-    """Scenes of the tabletop world with their captions, drawn as the pairs are."""
-
-    seed: int
-    size: int
-    objects: tuple[int, int]
-    outlines: float
-
-    def count(self, each: Row) -> int:
-        """How many places a range has."""
-        return int(each["count"])
-
-    def parts(self, each: Row) -> Iterator[list[int]]:
-        """The places of a range."""
-        return _in_parts(range(each["first"], each["first"] + each["count"]))
-
-    def table(self, part: list[int]) -> pa.Table:
-        """Places in, raw images out."""
-        return to_table(map(self._draw, part), records.RAW_IMAGE)
-
-    def lost(self, each: Row, number: int, why: str) -> pa.Table:
-        """A place that could not be drawn."""
-        row = _tabletop_identity(self.seed, each["first"] + number, {})
-        return _failed(row, why, records.RAW_IMAGE)
-
-    def _draw(self, index: int) -> Row:
-        rng = np.random.default_rng([self.seed, index])
-        scene = tabletop.sample_scene(rng, self.objects, outlines=self.outlines)
-        image = encode_png(tabletop.render(scene, self.size))
-        return {
-            **_tabletop_identity(self.seed, index, {"scene": json.loads(scene.to_json())}),
-            **image_columns(image, tabletop.caption(scene)),
-        }
+    return Singles(begin, finish, records.RAW_IMAGE, _FETCHES)
 
 
 def pair_columns(instruction: str, image: bytes, target: bytes) -> Row:
@@ -447,10 +375,10 @@ def image_value(values: dict[str, Any], names: Sequence[str]) -> tuple[str, Any]
     """
     for name in names:
         value = values.get(name)
-        if isinstance(value, list) and len(value) > 1:
-            detail = f"{name!r} holds {len(value)} images where a pair has one"
-            raise Rejection("record.several_images", detail, len(value), 1)
         if isinstance(value, list):
+            if len(value) > 1:
+                detail = f"{name!r} holds {len(value)} images where a pair has one"
+                raise Rejection("record.several_images", detail, len(value), 1)
             value = value[0] if value else None
         if isinstance(value, int | float | Decimal) and not isinstance(value, bool):
             value = as_text(value)
@@ -500,11 +428,6 @@ def _instruction(prompt: str) -> str:
         return prompt.strip()
 
 
-def _extend(provenance: str, more: dict[str, str | None]) -> str:
-    known = {key: value for key, value in more.items() if value is not None}
-    return json.dumps({**json.loads(provenance), **known})
-
-
 def _in_parts(
     items: Iterable[ItemT], weigh: Callable[[ItemT], int] = lambda _: 0
 ) -> Iterator[list[ItemT]]:
@@ -529,12 +452,3 @@ def _bytes_of(entry: Entry) -> int:
 def _failed(row: Row, why: str, schema: pa.Schema) -> pa.Table:
     fail(row, STAGE, why)
     return to_table([row], schema)
-
-
-def _tabletop_identity(seed: int, index: int, provenance: dict[str, Any]) -> Row:
-    return {
-        "id": f"tabletop-{seed}-{index:06d}",
-        "index": index,
-        "source": "tabletop",
-        "provenance": json.dumps({"tabletop": provenance}),
-    }

@@ -20,27 +20,20 @@ from dim import records
 from dim.errors import InputError
 from infra import storage
 from pipelines.attempts import Work
-from pipelines.readers import compression, containers, ids
+from pipelines.readers import compression, containers, ids, tabletop
 from pipelines.readers.addresses import Addresses
 from pipelines.readers.bounds import MAX_BYTES
 from pipelines.readers.containers import Containers
 from pipelines.readers.cutter import Cutter
-from pipelines.readers.entries import (
-    Entries,
-    Files,
-    JsonLines,
-    JsonValues,
-    is_image,
-    known_id,
-    parse_line,
-)
+from pipelines.readers.entries import Entries, Files, JsonTexts, known_id, parse_line
 from pipelines.readers.fetch import FetchConfig
 from pipelines.readers.join import MediaConfig, MediaIndex
 from pipelines.readers.json_files import JsonFile
 from pipelines.readers.layout import Layout
 from pipelines.readers.listing import list_files
-from pipelines.readers.names import is_hidden, without_suffix
-from pipelines.readers.records import ImageFiles, Records, TabletopImages, TabletopPairs
+from pipelines.readers.names import is_hidden, is_image, without_suffix
+from pipelines.readers.records import Records, image_files
+from pipelines.readers.tabletop import TabletopConfig
 
 
 @dataclass(frozen=True)
@@ -147,10 +140,12 @@ def images_from_folder(
     for first in range(0, len(names), rows_per_file):
         part = names[first : first + rows_per_file]
         called = {name: shared[name] for name in part if name in shared} if shared else {}
-        ranges.append({"first": first, "names": part, "called": json.dumps(called)})
+        ranges.append(
+            {"first": first, "count": len(part), "names": part, "called": json.dumps(called)}
+        )
     identity = {"images": records.sha256_hex(repr(found).encode())}
-    reader = ImageFiles(addresses, source or PurePosixPath(store.root).name, max_bytes)
-    return Source(ranges, reader, len(names), _with(identity, hidden), records.RAW_IMAGE)
+    reader = image_files(addresses, source or PurePosixPath(store.root).name, max_bytes)
+    return Source(ranges, reader, len(names), _with(identity, hidden), reader.schema)
 
 
 def _with(identity: dict[str, Any], hidden: int) -> dict[str, Any]:
@@ -158,21 +153,14 @@ def _with(identity: dict[str, Any], hidden: int) -> dict[str, Any]:
     return {**identity, "hidden": hidden} if hidden else identity
 
 
-def tabletop_pairs(count: int, rows_per_file: int, reader: TabletopPairs) -> Source:
-    """``count`` edit pairs of the tabletop world."""
-    return Source(_counted(count, rows_per_file), reader, count, {}, records.RAW_PAIR)
-
-
-def tabletop_images(count: int, rows_per_file: int, reader: TabletopImages) -> Source:
-    """``count`` images of the tabletop world with their captions."""
-    return Source(_counted(count, rows_per_file), reader, count, {}, records.RAW_IMAGE)
-
-
-def _counted(count: int, rows_per_file: int) -> list[dict[str, Any]]:
-    return [
+def from_tabletop(world: TabletopConfig, count: int, rows_per_file: int, *, pairs: bool) -> Source:
+    """``count`` edit pairs of the tabletop world, or images with their captions."""
+    ranges = [
         {"first": first, "count": min(rows_per_file, count - first)}
         for first in range(0, count, rows_per_file)
     ]
+    reader = tabletop.reader(world, pairs=pairs)
+    return Source(ranges, reader, count, {}, reader.schema)
 
 
 def _name_of(uri: str) -> str:
@@ -190,20 +178,16 @@ def _json(
     for number, start, end, text in file.records():
         if not cutter.room:
             cutter.begin(start=start, line=number or 0)
-        cutter.ids.add(_id_of(text, layout))
+        try:
+            cutter.ids.add(known_id(parse_line(text), layout))
+        except InputError:  # said when it is read
+            cutter.ids.add(None)
         cutter.count(1)
         cutter.ranges[-1]["end"] = end
         if number is not None:
             lines.append(number)
     cutter.name_repeated(np.frombuffer(lines, np.int64) if file.in_lines else None)
-    kind = JsonLines if file.in_lines else JsonValues
     where = storage.join(store.uri, name)
     identity = {"file": where, "sha256": file.digest.hexdigest()}
-    return kind(store, name, source, found.layers), cutter, identity
-
-
-def _id_of(text: bytes, layout: Layout) -> str | None:
-    try:
-        return known_id(parse_line(text), layout)
-    except InputError:
-        return None
+    reader = JsonTexts(store, name, source, found.layers, file.in_lines)
+    return reader, cutter, identity

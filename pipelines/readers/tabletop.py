@@ -1,13 +1,22 @@
-"""Which part of the tabletop world a job draws from."""
+"""Records of the tabletop world: which part of it a job draws from, and the drawing."""
 
 from __future__ import annotations
 
-from typing import Self
+import json
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, Self
 
+import numpy as np
 from pydantic import Field, model_validator
 
+from dim import tabletop
 from dim.config import StrictModel
-from dim.tabletop import KINDS
+from dim.images import encode_png
+from dim.records import RAW_IMAGE, RAW_PAIR
+from dim.tabletop import KINDS, Scene
+from pipelines.outcome import KEPT, Row
+from pipelines.readers.records import Singles, image_columns, pair_columns
 
 _MOST_OBJECTS = 6  # that a table surely has room for
 
@@ -39,3 +48,59 @@ class TabletopConfig(StrictModel):
                 f"not [{fewest}, {most}]"
             )
         return self
+
+
+def reader(world: TabletopConfig, *, pairs: bool) -> Singles:
+    """Edit pairs of the world, or scenes with their captions.
+
+    Record ``i`` is drawn from the seed pair ``[seed, i]``.
+    """
+    draw, schema = (_pair, RAW_PAIR) if pairs else (_image, RAW_IMAGE)
+    return Singles(partial(_begin, world.seed), partial(draw, world), schema)
+
+
+def _begin(seed: int, each: Row) -> Iterator[Row]:
+    for index in range(each["first"], each["first"] + each["count"]):
+        yield {
+            "id": f"tabletop-{seed}-{index:06d}",
+            "index": index,
+            "source": "tabletop",
+            "provenance": _provenance(),
+            "outcome": KEPT,
+        }
+
+
+def _pair(world: TabletopConfig, row: Row) -> Row:
+    edit = tabletop.sample_edit(
+        np.random.default_rng([world.seed, row["index"]]),
+        **world.model_dump(include={"kinds", "referential", "objects", "outlines"}),
+    )
+    images = (tabletop.render(scene, world.size) for scene in (edit.source, edit.target))
+    return {
+        "provenance": _provenance(
+            kind=edit.kind,
+            referential=edit.referential,
+            source_scene=_plain(edit.source),
+            target_scene=_plain(edit.target),
+        ),
+        "instruction": edit.instruction,
+        **pair_columns(edit.instruction, *map(encode_png, images)),
+    }
+
+
+def _image(world: TabletopConfig, row: Row) -> Row:
+    rng = np.random.default_rng([world.seed, row["index"]])
+    scene = tabletop.sample_scene(rng, world.objects, outlines=world.outlines)
+    image = encode_png(tabletop.render(scene, world.size))
+    return {
+        "provenance": _provenance(scene=_plain(scene)),
+        **image_columns(image, tabletop.caption(scene)),
+    }
+
+
+def _provenance(**of: Any) -> str:
+    return json.dumps({"tabletop": of})
+
+
+def _plain(scene: Scene) -> Any:
+    return json.loads(scene.to_json())

@@ -38,10 +38,8 @@ class WriteBlueprints:
         with_target: bool = True,
         reasks: int = 2,
     ) -> None:
-        self._designer = designer
-        self._answers = answers
-        self._with_target = with_target
-        self._reasks = reasks
+        self._designer, self._answers = designer, answers
+        self._with_target, self._reasks = with_target, reasks
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Filtered pairs or ``TRIAGED`` ones with outcomes in, edit records with outcomes out."""

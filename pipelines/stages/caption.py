@@ -7,20 +7,12 @@ from collections.abc import Sequence
 import pyarrow as pa
 from pydantic import Field, model_validator
 
-from dim import records
-from dim.caption import (
-    DIMENSIONS,
-    PROMPT_VERSION,
-    SCHEMA,
-    Caption,
-    Language,
-    find_fault,
-    read,
-    request_prompt,
-)
+from dim import caption as captions
+from dim.caption import DIMENSIONS, Caption, Language
 from dim.config import StrictModel
 from dim.designers import Captioner, Question
 from dim.errors import DesignerError
+from dim.records import T2I
 from pipelines.calls.answers import Answers, answer_key
 from pipelines.calls.ask import (
     Asked,
@@ -68,22 +60,15 @@ class WriteCaptions:
         rules: which captions are kept.
     """
 
-    def __init__(
-        self,
-        captioner: Captioner,
-        answers: Answers | None,
-        rules: CaptionRules,
-    ) -> None:
-        self._captioner = captioner
-        self._answers = answers
-        self._rules = rules
+    def __init__(self, captioner: Captioner, answers: Answers | None, rules: CaptionRules) -> None:
+        self._captioner, self._answers, self._rules = captioner, answers, rules
         self._limits = rules.model_dump(exclude={"reasks"})
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Filtered images with outcomes in, T2I records with outcomes out."""
         rows = to_rows(batch)
         settle(rows, STAGE, self._ask(kept(rows)), self._take)
-        return to_table(rows, records.T2I)
+        return to_table(rows, T2I)
 
     def _ask(self, rows: Sequence[Row]) -> list[Caption | Exception]:
         captioner, answers = self._captioner, self._answers
@@ -95,21 +80,21 @@ class WriteCaptions:
         return [read_reply(self._read, reply) for reply in replies]
 
     def _asked(self, row: Row) -> Asked[Caption]:
-        text = request_prompt(self._rules.language)
-        question = Question(text, (row["image"],), SCHEMA)
+        text = captions.request_prompt(self._rules.language)
+        question = Question(text, (row["image"],), captions.SCHEMA)
         return Asked(question, self._key(row), self._read, row["id"])
 
     def _key(self, row: Row) -> str:
-        version = f"{PROMPT_VERSION} {self._rules.language}"
+        version = f"{captions.PROMPT_VERSION} {self._rules.language}"
         shown = shown_key(self._captioner, row, "image")
         return answer_key(self._captioner.fingerprint, version, shown)
 
     def _read(self, reply: str) -> Caption:
         try:
-            caption = read(reply)
+            caption = captions.read(reply)
         except DesignerError as error:
             raise Rejection("caption.unreadable", str(error)) from None
-        fault = find_fault(caption, **self._limits)
+        fault = captions.find_fault(caption, **self._limits)
         if fault is not None:
             raise Rejection(fault.reason, fault.detail, fault.value, fault.threshold)
         return caption

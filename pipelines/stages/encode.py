@@ -104,10 +104,12 @@ class EncodeFeatures:
 
     def __call__(self, piece: Piece) -> Iterator[pa.Table]:
         """The features of the records of a piece, with outcomes, by place in the input."""
+        table = self._read(piece)
         if is_given_up():
-            yield self._lost(piece)
+            traced = table.select(self._traced(table.schema))
+            yield to_table(failed(traced, _STAGE, given_up()), self._schema)
             return
-        yield from limited(self._in_order(self._read(piece)), self._timeout_s)
+        yield from limited(self._in_order(table), self._timeout_s)
 
     def _in_order(self, table: pa.Table) -> Iterator[pa.Table]:
         size = _GROUPS_TOGETHER * self.options.encode_batch
@@ -144,12 +146,12 @@ class EncodeFeatures:
         except Exception as error:  # one record must not end a job of millions
             if len(group) == 1:
                 fail(group[0], _STAGE, error)
-                return
-            for number, row in enumerate(group):
-                self._add([row], table.slice(number, 1))
-            return
-        for row, values in zip(group, features, strict=True):
-            row.update(values)
+            else:
+                for number, row in enumerate(group):
+                    self._add([row], table.slice(number, 1))
+        else:
+            for row, values in zip(group, features, strict=True):
+                row.update(values)
 
     def _features(self, table: pa.Table) -> list[Row]:
         shown = table.select(["id", *self._images]).to_pylist()
@@ -183,12 +185,6 @@ class EncodeFeatures:
 
     def _read(self, piece: Piece) -> pa.Table:
         return pa.concat_tables(piece.batches(self.source, _ROWS_AT_ONCE))
-
-    def _lost(self, piece: Piece) -> pa.Table:
-        """The records of a piece that ends the process that works on it, as failed ones."""
-        table = self._read(piece)
-        traced = table.select(self._traced(table.schema))
-        return to_table(failed(traced, _STAGE, given_up()), self._schema)
 
     def _traced(self, schema: pa.Schema) -> list[str]:
         """The columns that a record keeps: what it is, where it came from, and its texts."""

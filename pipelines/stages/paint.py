@@ -71,11 +71,16 @@ class PaintEdits:
             yield pa.Table.from_pylist(self._paint(rows, way), PAINTED)
 
     def _paint(self, rows: list[dict[str, Any]], way: str) -> list[dict[str, Any]]:
-        texts = self._texts(rows, way)
         sources = [decode_image(row["image"], name=row["id"]) for row in rows]
+        instructions = [row["instruction"] for row in rows]
+        texts: list[str | None]
+        if way == SELF:
+            texts = [*map(_blueprint_or_none, self._model.design(sources, instructions))]
+        else:
+            texts = [row[way] for row in rows]
         results = self._model.edit(
             sources,
-            [row["instruction"] for row in rows],
+            instructions,
             blueprints=texts if way != INSTRUCTION else None,
             seeds=list(range(len(rows))),
             steps=self._steps,
@@ -85,13 +90,6 @@ class PaintEdits:
             self._judge(row, way, text, encode_png(result.image))
             for row, text, result in zip(rows, texts, results, strict=True)
         ]
-
-    def _texts(self, rows: list[dict[str, Any]], way: str) -> list[str | None]:
-        if way == SELF:
-            sources = [decode_image(row["image"], name=row["id"]) for row in rows]
-            answers = self._model.design(sources, [row["instruction"] for row in rows])
-            return [_blueprint_or_none(answer) for answer in answers]
-        return [row[way] for row in rows]
 
     def _judge(
         self, row: dict[str, Any], way: str, text: str | None, edited: bytes

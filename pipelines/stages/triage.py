@@ -45,9 +45,7 @@ class TriageInstructions:
     """
 
     def __init__(self, designer: Designer, answers: Answers | None, reasks: int = 2) -> None:
-        self._designer = designer
-        self._answers = answers
-        self._reasks = reasks
+        self._designer, self._answers, self._reasks = designer, answers, reasks
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Filtered pairs with outcomes in, ``TRIAGED`` records with outcomes out."""

@@ -16,8 +16,8 @@ from dim.errors import InputError
 from dim.images import FORMATS
 from infra import storage
 from pipelines.readers import sources
-from pipelines.readers.entries import is_image
 from pipelines.readers.layout import Layout, load_layout
+from pipelines.readers.names import is_image
 from pipelines.readers.sources import Source
 from tests.pipelines.containers import (
     pair_samples,

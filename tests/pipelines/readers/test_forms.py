@@ -20,7 +20,7 @@ from infra import storage
 from pipelines import ingest
 from pipelines.ingest import IngestConfig
 from pipelines.readers import compression, json_values, sources
-from pipelines.readers.entries import JsonLines, JsonValues
+from pipelines.readers.entries import JsonTexts
 from pipelines.readers.json_values import Walk
 from pipelines.readers.layout import load_layout
 from tests.pipelines.containers import (
@@ -59,11 +59,12 @@ def items(lines: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines.splitlines()]
 
 
-def check_read(path: Path, data: bytes, kind: type = JsonLines) -> list[dict[str, Any]]:
+def check_read(path: Path, data: bytes, in_lines: bool = True) -> list[dict[str, Any]]:
     """The records of a file with these bytes: all of them, however they are cut into ranges."""
     path.write_bytes(data)
     made = opened(path, rows_per_range=2)
-    assert isinstance(made.reader.entries, kind)
+    entries = made.reader.entries
+    assert isinstance(entries, JsonTexts) and entries.in_lines is in_lines
     rows = read(made)
     assert [(row["id"], row["outcome"]) for row in rows] == [(id, "kept") for id in IDS]
     assert read(opened(path, rows_per_range=100)) == rows
@@ -84,41 +85,41 @@ def test_lines_and_lists_whatever_the_file_is_called(
 ) -> None:
     rows = check_read(tmp_path / name, lines.encode())
     assert [json.loads(row["provenance"])["line"] for row in rows] == [1, 2, 3, 4, 5]
-    rows = check_read(tmp_path / name, json.dumps(items).encode(), JsonValues)
+    rows = check_read(tmp_path / name, json.dumps(items).encode(), False)
     assert [json.loads(row["provenance"])["item"] for row in rows] == [0, 1, 2, 3, 4]
-    check_read(tmp_path / name, json.dumps(items, indent=2).encode(), JsonValues)
+    check_read(tmp_path / name, json.dumps(items, indent=2).encode(), False)
 
 
-def in_lines(text: str) -> Callable[[list[Any]], str]:
+def joined(text: str) -> Callable[[list[Any]], str]:
     return lambda items: text.join(json.dumps(item) for item in items)
 
 
 @pytest.mark.parametrize(
-    ("write", "kind"),
+    ("write", "in_lines"),
     [
-        (in_lines("\r\n\r\n  \r\n"), JsonLines),
-        (in_lines("\r"), JsonValues),
-        (in_lines(",\n"), JsonValues),
-        (in_lines(" "), JsonValues),
-        (lambda items: "\n".join(json.dumps(item, indent=1) for item in items), JsonValues),
-        (lambda items: json.dumps({"data": items}), JsonValues),
-        (lambda items: json.dumps({"data": items}, indent=2), JsonValues),
+        (joined("\r\n\r\n  \r\n"), True),
+        (joined("\r"), False),
+        (joined(",\n"), False),
+        (joined(" "), False),
+        (lambda items: "\n".join(json.dumps(item, indent=1) for item in items), False),
+        (lambda items: json.dumps({"data": items}), False),
+        (lambda items: json.dumps({"data": items}, indent=2), False),
         (
             lambda items: json.dumps({"of": {"a": [1]}, "tags": ["x"], "x": items, "n": 5}),
-            JsonValues,
+            False,
         ),
     ],
 )
 def test_records_in_every_arrangement(
     write: Callable[[list[Any]], str],
-    kind: type,
+    in_lines: bool,
     items: list[dict[str, Any]],
     tmp_path: Path,
 ) -> None:
-    check_read(tmp_path / "a.json", write(items).encode(), kind)
+    check_read(tmp_path / "a.json", write(items).encode(), in_lines)
     accented = [{**item, "prompt": "Setze «é» \U0001f600 auf [den] {Tisch}"} for item in items]
     text = write(accented).replace("\\u00e9", "é").replace("\\ud83d\\ude00", "\U0001f600")
-    rows = check_read(tmp_path / "a.json", text.encode(), kind)
+    rows = check_read(tmp_path / "a.json", text.encode(), in_lines)
     assert {row["instruction"] for row in rows} == {accented[0]["prompt"]}
 
 
@@ -189,7 +190,7 @@ def test_other_encodings(
     encoding: str, lines: str, items: list[dict[str, Any]], tmp_path: Path
 ) -> None:
     check_read(tmp_path / "a.jsonl", lines.encode(encoding))
-    check_read(tmp_path / "a.json", json.dumps(items, indent=1).encode(encoding), JsonValues)
+    check_read(tmp_path / "a.json", json.dumps(items, indent=1).encode(encoding), False)
     check_read(tmp_path / "a.gz", gzip.compress(lines.encode(encoding)))
 
 
@@ -208,7 +209,7 @@ def test_compressed_json_whatever_it_is_called(
     rows = check_read(tmp_path / name, compress(parts[0]) + compress(parts[1]))
     assert [row["content_hash"] for row in rows] == [row["content_hash"] for row in plain]
     assert [json.loads(row["provenance"])["line"] for row in rows] == [1, 2, 3, 4, 5]
-    check_read(tmp_path / name, compress(json.dumps(items).encode()), JsonValues)
+    check_read(tmp_path / name, compress(json.dumps(items).encode()), False)
 
 
 def test_numbered_records_go_by_the_name_without_what_it_is_compressed_with(tmp_path: Path) -> None:

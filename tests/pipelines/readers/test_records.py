@@ -12,8 +12,8 @@ from dim.blueprint import Blueprint
 from dim.errors import InputError, StorageError
 from pipelines.readers import sources
 from pipelines.readers.layout import load_layout
-from pipelines.readers.records import TabletopImages, TabletopPairs
 from pipelines.readers.sources import Source
+from pipelines.readers.tabletop import TabletopConfig
 from tests.pipelines.samples import edited, encoded, photo, read_here, write_pairs
 
 
@@ -171,8 +171,10 @@ def test_images_from_elsewhere(tmp_path: Path, s3: str) -> None:
 
 
 def tabletop_source(count: int, rows_per_file: int) -> Source:
-    reader = TabletopPairs(3, 32, ("remove", "move"), 0.5, (3, 4), 1.0)
-    return sources.tabletop_pairs(count, rows_per_file, reader)
+    world = TabletopConfig(
+        seed=3, size=32, kinds=("remove", "move"), referential=0.5, objects=(3, 4), outlines=1.0
+    )
+    return sources.from_tabletop(world, count, rows_per_file, pairs=True)
 
 
 def test_tabletop_records_depend_on_seed_and_place_only() -> None:
@@ -189,7 +191,8 @@ def test_tabletop_records_depend_on_seed_and_place_only() -> None:
 
 
 def test_tabletop_images_come_with_captions() -> None:
-    rows = read(sources.tabletop_images(5, 2, TabletopImages(1, 48, (2, 3), 0.5)))
+    world = TabletopConfig(seed=1, size=48, objects=(2, 3), outlines=0.5)
+    rows = read(sources.from_tabletop(world, 5, 2, pairs=False))
     assert len(rows) == 5
     for row in rows:
         scene = json.loads(row["provenance"])["tabletop"]["scene"]
