@@ -29,6 +29,9 @@ _STARTS_WITHIN_S = 300.0
 _READY = "server.json"
 _ROOT = Path(__file__).resolve().parents[1]
 _YAML = (".yaml", ".yml")
+# Ray starts workers at a niceness of 15. People wait for a page and nobody for a step, so those of a
+# server's own Ray start at 0.
+_NICENESS = "RAY_worker_niceness"
 
 
 class ServeStepConfig(ServingConfig):
@@ -86,6 +89,7 @@ def start(config: ServeStepConfig, out: str) -> dict[str, Any]:
             stderr=subprocess.STDOUT,
             start_new_session=True,
             cwd=_ROOT,
+            env={_NICENESS: "0", **os.environ},
         )
     try:
         _wait_for(ready, process, log)

@@ -79,6 +79,9 @@ def test_its_page_is_there_from_the_beginning_and_moves_to_what_was_trained(
     assert f"page: open {url}/ in a browser" in printed
     assert printed.index("page: begins") < printed.index("raw-pairs: begins")
     assert served_by(printed).startswith("edit2@") and f"serve: {url}/: dim serves" in printed
+    (server,) = servers_of(out)
+    replicas = [p for p in server.children(recursive=True) if "ServeReplica" in p.name()]
+    assert replicas and {p.nice() for p in replicas} == {server.nice()}  # training waits for them
 
 
 def served_by(printed: str) -> str:
