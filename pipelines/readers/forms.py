@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import tarfile
 from pathlib import PurePosixPath
-from typing import Any, NamedTuple
+from typing import Any
 
 from dim.errors import InputError
 from infra.storage import Store
@@ -19,13 +19,6 @@ _TABLES = {".parquet", ".arrow"}
 _STARTS = (b"PAR1", b"PARE", b"ARROW1", b"\xff\xff\xff\xff")  # the last is that of a stream
 _HEAD = 1024
 _BOM = b"\xef\xbb\xbf"
-
-
-class Form(NamedTuple):
-    """What a file is, ``TABLE``, ``TAR`` or ``JSON``, and what it has to be put through."""
-
-    kind: str
-    layers: Layers = ()
 
 
 def container_suffix(name: str) -> str | None:
@@ -42,8 +35,9 @@ def without_suffix(name: str) -> str:
     return str(PurePosixPath(compression.without_suffix(name)).with_suffix(""))
 
 
-def of_file(store: Store, name: str) -> Form:
-    """The form of a file, by what is in it.
+def of_file(store: Store, name: str) -> tuple[str, Layers]:
+    """What a file is by what is in it, ``TABLE``, ``TAR`` or ``JSON``; and what it has to be put
+    through.
 
     Raises:
         InputError: it is something that is not read; the message says what to do.
@@ -64,17 +58,17 @@ def of_file(store: Store, name: str) -> Form:
     if kind is not None and codec is not None:
         raise compression.refusal(where, codec, _WHAT[kind])
     if kind is not None:
-        return Form(kind)
+        return kind, ()
     encoding = compression.encoding_of(head)
     if encoding is not None:
-        return Form(JSON, (*layers, encoding))
+        return JSON, (*layers, encoding)
     suffix = container_suffix(name)
     opens_json = head.removeprefix(_BOM).lstrip().startswith((b"{", b"["))
     if suffix is not None and codec is None and not opens_json:
-        return Form(of_suffix(suffix))  # a damaged one, which says so when it is read
+        return of_suffix(suffix), ()  # a damaged one, which says so when it is read
     if b"\0" in head:
         raise InputError(f"{where} is neither JSON nor Parquet, Arrow or a tar")
-    return Form(JSON, layers)
+    return JSON, layers
 
 
 def of_suffix(suffix: str) -> str:

@@ -44,10 +44,10 @@ class MediaConfig(StrictModel):
 _SEVERAL = 2**32 - 1  # what a name leads to that is short for several images
 _NAMES_AT_ONCE = 4096  # images of a folder that are named together
 _IMAGE = np.dtype([("file", "<u4"), ("offset", "<i8")])
+_NAME = np.dtype([("hash", "<u8"), ("image", "<u4")])  # 8 bytes of a hash stand for a name
+
 _Named = tuple[int, str | None, tuple[str, ...]]
 """An image's place in its file, its key, and what else it may be called."""
-
-_NAME = np.dtype([("hash", "<u8"), ("image", "<u4")])  # 8 bytes of a hash stand for a name
 
 
 class _Scanned(NamedTuple):

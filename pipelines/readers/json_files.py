@@ -6,7 +6,6 @@ import hashlib
 import io
 import json
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
 
 from dim.errors import InputError
 from infra.storage import Store
@@ -22,16 +21,9 @@ _LONGEST_LINE = 256 << 20  # bytes; whatever is longer is no line
 _HEAD = 1 << 20  # bytes that are searched for a line that is an object
 
 
-class Text(NamedTuple):
-    """One record of a JSON file: its number (of a line, or ``None``), where it lies, what it says.
-
-    ``end`` is where the next one may begin.
-    """
-
-    number: int | None
-    start: int
-    end: int
-    text: bytes
+Text = tuple[int | None, int, int, bytes]
+"""One record of a JSON file: its number (of a line, or ``None``), where it lies, where the next one
+may begin, and what it says."""
 
 
 class JsonFile:
@@ -83,7 +75,7 @@ class JsonFile:
         for number, line in enumerate(file, start=1):
             self.digest.update(line)
             if line.strip():
-                yield Text(number, start, start + len(line), line)
+                yield number, start, start + len(line), line
             start += len(line)
 
     def _values(self, file: io.BufferedReader) -> Iterator[Text]:
@@ -96,7 +88,7 @@ class JsonFile:
         walk.skip(self._start)
         try:
             for start, text, _ in walk.items():
-                yield Text(None, start, walk.offset, text.encode("latin-1"))
+                yield None, start, walk.offset, text.encode("latin-1")
             if not self._wrapped and walk.peek():
                 raise InputError(f"not JSON: more than its list, from byte {walk.offset} on")
         except InputError as error:
