@@ -66,7 +66,8 @@ class EvaluateConfig(StrictModel):
     nodes_wait_s: float = Field(WAIT_S, gt=0)
     """Seconds to wait where no node of the cluster has what a worker wants and none will come."""
     tracking: TrackingConfig | None = None
-    """Log to MLflow. Without this, only if MLFLOW_TRACKING_URI is set."""
+    """Log to MLflow. Without this, only if MLFLOW_TRACKING_URI is set. Without ``out``, its file is
+    in the current folder."""
 
     @field_validator("ways")
     @classmethod
@@ -178,12 +179,17 @@ def run(
     if config.out is not None and not overwrite and _is_written(config.out, of):
         return read_written(config.out)
     with _tracked(config, shards, of) as run:
-        connect(config.nodes_wait_s)
-        evaluation = _painted(config, model, shards, on_progress)
-        if run is not None:  # before it lies there and is not made again
+        if config.out is not None and not overwrite and _holds(config.out, of):
+            evaluation = read_written(config.out)  # painted by a call that could not log it
+        else:
+            connect(config.nodes_wait_s)
+            evaluation = _painted(config, model, shards, on_progress)
+            if config.out is not None:
+                write_painted(evaluation, config.out, of)
+        if run is not None:
             run.log_metrics(evaluation.metrics())
     if config.out is not None:
-        write(evaluation, config.out, of)
+        write_numbers(evaluation, config.out)
     return evaluation
 
 
@@ -231,8 +237,8 @@ def _tracked(config: EvaluateConfig, shards: Shards, of: Mapping[str, Any]) -> I
         yield run
 
 
-def write(evaluation: Evaluation, out: str, of: Mapping[str, Any]) -> None:
-    """Keep an evaluation in the folder ``out``; its numbers come last.
+def write_painted(evaluation: Evaluation, out: str, of: Mapping[str, Any]) -> None:
+    """Keep what was painted in the folder ``out``; it is finished by ``write_numbers``.
 
     Args:
         evaluation: what came out.
@@ -243,11 +249,20 @@ def write(evaluation: Evaluation, out: str, of: Mapping[str, Any]) -> None:
         StorageError: it cannot be written.
     """
     store = open_store(out)
-    store.delete(NUMBERS_FILE)  # those of another evaluation, which the new files are not of
-    store.write(OF_FILE, _as_json(of))
+    for name in (NUMBERS_FILE, OF_FILE):  # what they tell is not of the new file
+        store.delete(name)
     with store.open_output(PAINTED_FILE) as file:
         pq.write_table(evaluation.painted, file)
-    store.write(NUMBERS_FILE, _as_json(evaluation.metrics()))
+    store.write(OF_FILE, _as_json(of))
+
+
+def write_numbers(evaluation: Evaluation, out: str) -> None:
+    """Keep what was counted, after which an evaluation is done.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    open_store(out).write(NUMBERS_FILE, _as_json(evaluation.metrics()))
 
 
 def _what_is_evaluated(config: EvaluateConfig, model: str, shards: Shards) -> dict[str, Any]:
@@ -256,10 +271,12 @@ def _what_is_evaluated(config: EvaluateConfig, model: str, shards: Shards) -> di
 
 
 def _is_written(out: str, of: Mapping[str, Any]) -> bool:
+    return open_store(out).is_file(NUMBERS_FILE) and _holds(out, of)
+
+
+def _holds(out: str, of: Mapping[str, Any]) -> bool:
     store = open_store(out)
-    if not (store.is_file(NUMBERS_FILE) and store.is_file(OF_FILE)):
-        return False
-    return store.read(OF_FILE) == _as_json(of)
+    return store.is_file(OF_FILE) and store.read(OF_FILE) == _as_json(of)
 
 
 def _as_json(values: Mapping[str, Any]) -> bytes:
@@ -267,7 +284,7 @@ def _as_json(values: Mapping[str, Any]) -> bytes:
 
 
 def read_written(out: str) -> Evaluation:
-    """The evaluation that :func:`write` has kept in ``out``.
+    """The evaluation that :func:`write_painted` has kept in ``out``.
 
     Raises:
         StorageError: there is none.

@@ -29,8 +29,8 @@ _STARTS_WITHIN_S = 300.0
 _READY = "server.json"
 _ROOT = Path(__file__).resolve().parents[1]
 _YAML = (".yaml", ".yml")
-# Ray starts workers at a niceness of 15. People wait for a page and nobody for a step, so those of a
-# server's own Ray start at 0.
+# Ray starts workers at a niceness of 15. People wait for a page and nobody for a step, so those of
+# a server's own Ray start at 0.
 _NICENESS = "RAY_worker_niceness"
 
 

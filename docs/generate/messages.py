@@ -203,7 +203,11 @@ def _local(name: ast.Name, path: Path) -> Iterator[ast.expr]:
             case ast.Assign(targets=[ast.Name(id=found)], value=value):
                 if found == name.id:
                     yield value
-    given = [one.arg for one in inner.args.posonlyargs + inner.args.args if one.arg != "self"]
+    given = [
+        one.arg
+        for one in inner.args.posonlyargs + inner.args.args
+        if one.arg not in ("self", "cls")
+    ]
     for node in ast.walk(_tree(path)):
         outside = isinstance(node, ast.Call) and not inner.lineno <= node.lineno <= _end(inner)
         if outside and _called(node) == inner.name:

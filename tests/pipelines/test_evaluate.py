@@ -19,7 +19,8 @@ from dim.errors import InputError
 from dim.images import encode_png
 from dim.records import EDIT
 from infra.storage import open_store
-from infra.tracking import open_client
+from infra.tracking import Run as Tracked
+from infra.tracking import TrackingError, open_client
 from pipelines import evaluate
 from pipelines.evaluate import EvaluateConfig, Evaluation, summary
 from pipelines.job import TrackingConfig
@@ -124,10 +125,22 @@ def test_an_evaluation_is_logged_where_it_is_asked_for(
     (read,) = run.inputs.dataset_inputs
     assert json.loads(read.dataset.source)["uri"] == data
 
+    def refuse(*_: object) -> None:
+        raise TrackingError("the store is down")
+
+    kept = config.model_copy(update={"out": str(tmp_path / "out")})
+    with monkeypatch.context() as patched:
+        patched.setattr(Tracked, "log_metrics", refuse)
+        with pytest.raises(TrackingError):
+            evaluate.run(kept)
+
     def fail(*_: object) -> Evaluation:
         raise InputError("no such thing")
 
     monkeypatch.setattr(evaluate, "_painted", fail)
+    assert evaluate.run(kept).metrics() == EVALUATION.metrics()  # logged, and not painted again
+    states = [run.info.status for run in runs("dim-data")]
+    assert states == ["FINISHED", "FAILED", "FINISHED"]
     named = TrackingConfig(uri=uri, experiment="mine")
     with pytest.raises(InputError):
         evaluate.run(config.model_copy(update={"tracking": named}))
@@ -151,7 +164,8 @@ def test_what_was_evaluated_is_not_painted_again(
     with pytest.raises(AtWorkError):
         evaluate.run(config)
     of = evaluate._what_is_evaluated(config, str(model), Shards.open(data, EDIT))
-    evaluate.write(EVALUATION, out, of)
+    evaluate.write_painted(EVALUATION, out, of)
+    evaluate.write_numbers(EVALUATION, out)
     assert evaluate.run(config).metrics() == EVALUATION.metrics()
     other = config.model_copy(update={"steps": 4})
     (tmp_path / "moved").symlink_to(data)
