@@ -8,9 +8,10 @@ All three read the same Parquet shards of edit pairs and do the same on the same
 processes: decode both images, resize, perceptual hashes, structural similarity and the other
 default rules of pairs. The pool stops there. ``datasets.map`` and our job also find duplicates
 across the whole data set and write the kept records as Parquet. The pool and Ray are started and
-warm before the clock runs; runs alternate and the best of each counts. Memory is what the job's
-driver and workers hold of their own (unique set size) at their peak, in a run of a process of its
-own for each size; the shared object store, whose size is fixed, is not part of it.
+warm before the clock runs; runs alternate and the best of each counts. ``cpu_ms_per_pair`` is the
+processor time of all processes, Ray's own among them, which a busy machine changes less. Memory is
+what the job's driver and workers hold of their own (unique set size) at their peak, in a run of a
+process of its own for each size; the shared object store, whose size is fixed, is not part of it.
 
 Leaves with status 1 when the job is below ``--pool-target`` of the pool or ``--map-target`` of
 ``datasets.map``, when the outputs differ, or when memory at ``--large`` records is above
@@ -31,7 +32,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -91,8 +92,8 @@ def main() -> int:
             shutil.rmtree(raw)
         raw = folder / "raw"
         make_pairs(raw, options.pairs, options.side)
-        rates, kept = compare(raw, folder, options)
-    return _report(options, rates, kept, sizes)
+        rates, cpu, kept = compare(raw, folder, options)
+    return _report(options, rates, cpu, kept, sizes)
 
 
 def make_pairs(folder: Path, count: int, side: int) -> None:
@@ -145,9 +146,10 @@ def _pair(number: int, side: int) -> dict[str, Any]:
 
 def compare(
     raw: Path, folder: Path, options: argparse.Namespace
-) -> tuple[dict[str, float], dict[str, int]]:
-    """Records per second of each way, and how many records each kept."""
+) -> tuple[dict[str, float], dict[str, float], dict[str, int]]:
+    """Records per second of each way, its processor time, and how many records it kept."""
     seconds: dict[str, float] = {}
+    cpu: dict[str, float] = {}
     kept: dict[str, int] = {}
     with _cluster(options.processes), _pool(options.processes) as pool:
         ways: dict[str, Callable[[Path], int]] = {
@@ -165,11 +167,22 @@ def compare(
         for _ in range(options.repeats):
             for name, run in ways.items():
                 os.sync()  # what one way left to be written must not slow the next one down
-                start = time.perf_counter()
+                start, before = time.perf_counter(), _cpu_seconds()
                 kept[name] = run(raw)
-                taken = time.perf_counter() - start
+                taken, used = time.perf_counter() - start, _cpu_seconds() - before
                 seconds[name] = min(seconds.get(name, taken), taken)
-    return {name: options.pairs / taken for name, taken in seconds.items()}, kept
+                cpu[name] = min(cpu.get(name, used), used)
+    return {name: options.pairs / taken for name, taken in seconds.items()}, cpu, kept
+
+
+def _cpu_seconds() -> float:
+    """Of this process and all that it has started, those that have ended too."""
+    own = psutil.Process()
+    total = 0.0
+    for each in [own, *own.children(recursive=True)]:
+        with suppress(psutil.Error):  # gone meanwhile: its parent has its time
+            total += sum(each.cpu_times()[:4])
+    return total
 
 
 def run_job(raw: Path, out: Path) -> Manifest:
@@ -317,6 +330,7 @@ def _unique(process: psutil.Process) -> int:
 def _report(
     options: argparse.Namespace,
     rates: dict[str, float],
+    cpu: dict[str, float],
     kept: dict[str, int],
     peaks: dict[int, int],
 ) -> int:
@@ -327,6 +341,9 @@ def _report(
         "side": options.side,
         "processes": options.processes,
         "pairs_per_second": {name: round(rate, 2) for name, rate in rates.items()},
+        "cpu_ms_per_pair": {
+            name: round(1000 * used / options.pairs, 1) for name, used in cpu.items()
+        },
         "job_to_pool": round(to_pool, 3),
         "job_to_map": round(to_map, 3),
         **{
