@@ -36,9 +36,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="Keep the site here, with a short name.")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what was started ends with it
-    for part in options.parts:
-        if part == "links":
-            inside_a_namespace(part)
+    if "links" in options.parts:
+        inside_a_namespace()
     with home(options.folder) as folder:
         for part in options.parts:
             _PARTS[part](folder)

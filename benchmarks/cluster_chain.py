@@ -261,6 +261,7 @@ def check_failure(head: Head) -> None:
                                    f"{head.site.store}/never", "--designer", "oracle"])  # fmt: skip
     check(job.code == 1 and "error: " in job.log, f"a job that fails: {job.code} {job.log}")
     check("Traceback" not in job.log + job.said, f"a job that fails: {job.log}{job.said}")
+    check(job.said.endswith(" with exit code 1\n"), f"a job that fails: {job.said}")
     print("a job that fails: its own sentence in the log, its exit code (1, and 2 of wrong usage)")
 
 
@@ -277,8 +278,8 @@ def serve(head: Head) -> None:
     url, client = f"http://127.0.0.1:{port}", head.jobs()
 
     def ready() -> bool:
-        check(client.get_job_status(job[1]).value in ("PENDING", "RUNNING"),
-               client.get_job_logs(job[1]))  # fmt: skip
+        if client.get_job_status(job[1]).is_terminal():
+            raise RuntimeError(f"the server has ended: {client.get_job_logs(job[1])}")
         return _is_ready(url)
 
     try:

@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +22,8 @@ RECORDS = 64
 CUT_S = 20.0
 SITE, HEAD, WORKER = "10.77.0.254", "10.77.0.1", "10.77.0.2"
 _INSIDE = "DIM_BENCHMARK_HOSTS"
+_CARD = {"GLOO_SOCKET_IFNAME": "eth0"}
+"""The hosts here share the machine's name, by which gloo would look for its network card."""
 _HEADING = """\
 | job | fault | whole, s |
 | --- | --- | ---: |"""
@@ -30,19 +31,19 @@ _HEADING = """\
 Fault = Callable[[], None]
 
 
-def inside_a_namespace(part: str) -> None:
-    """Have this process run in a network of its own, in which it may make hosts.
+def inside_a_namespace() -> None:
+    """Begin this program anew in a network of its own, in which it may make hosts.
 
     Raises:
-        RuntimeError: it may not: that takes root, and ``unshare`` and ``ip``.
+        RuntimeError: ``unshare`` is not there; it says itself that it takes root.
     """
     if os.environ.get(_INSIDE):
+        _ip("link set lo up")
         return
-    command = ["unshare", "--net", sys.executable, "-m", "benchmarks.cluster", part]
-    done = subprocess.run(command, env={**os.environ, _INSIDE: "1"})
-    if done.returncode:
-        raise RuntimeError(f"{part}: it needs root, `unshare` and `ip`, and must end well")
-    raise SystemExit(0)
+    if shutil.which("unshare") is None:
+        raise RuntimeError("links: unshare is not there (of util-linux)")
+    again = ["unshare", "--net", sys.executable, "-m", "benchmarks.cluster", *sys.argv[1:]]
+    os.execvpe(again[0], again, {**os.environ, _INSIDE: "1"})  # noqa: S606, ourselves
 
 
 @contextmanager
@@ -53,7 +54,6 @@ def hosts() -> Iterator[tuple[str, str]]:
     """
     names = tuple(f"dim-{each}-{os.getpid()}" for each in ("head", "worker"))
     for command in (
-        "link set lo up",
         "link add dim type bridge",
         f"addr add {SITE}/24 dev dim",
         "link set dim up",
@@ -68,6 +68,7 @@ def hosts() -> Iterator[tuple[str, str]]:
                 f"-n {name} addr add {address}/24 dev eth0",
                 f"-n {name} link set eth0 up",
                 f"-n {name} link set lo up",
+                f"-n {name} route add default via {SITE}",  # by which a host finds its own address
             ):
                 _ip(command)
         yield names[0], names[1]
@@ -87,7 +88,7 @@ def run_links(place: Site, names: tuple[str, str]) -> None:
     """A data job and a stage on both hosts, undisturbed and while the link is cut."""
     inside = [["ip", "netns", "exec", name] for name in names]
     with (
-        head(place, "--num-cpus", "2", host=HEAD, prefix=inside[0]) as started,
+        head(place, "--num-cpus", "3", host=HEAD, prefix=inside[0], variables=_CARD) as started,
         _worker(started, WORKER, inside[1]),
     ):
         make_edits(started, RECORDS)
@@ -111,7 +112,7 @@ def run_control(place: Site) -> None:
         )  # fmt: skip
     try:
         variables = {"RAY_REDIS_ADDRESS": f"127.0.0.1:{port}"}
-        with head(place, "--num-cpus", "4", variables=variables, block=False) as started:
+        with head(place, "--num-cpus", "6", variables=variables, block=False) as started:
             make_edits(started, RECORDS)
             print(_HEADING, flush=True)
             for name in ("features", "training"):
@@ -147,9 +148,12 @@ def _worker(of: Head, host: str, prefix: Sequence[str]) -> Iterator[None]:
     with (of.site.folder / f"{host}.log").open("ab") as log:
         process = subprocess.Popen(
             [*prefix, SCRIPTS / "ray", "start", "--block", "--address", of.gcs,
-             "--node-ip-address", host, "--num-cpus", "2", "--disable-usage-stats",
+             "--temp-dir", of.site.folder / "worker",
+             "--node-ip-address", host, "--num-cpus", "3", "--disable-usage-stats",
              "--object-store-memory", str(300 * 2**20)],
-            env=dict(of.site.environment), stdout=log, stderr=log, start_new_session=True,
+            # Only a head asks for the token, and shows it, where the token lies.
+            env={**of.site.environment, **_CARD, "RAY_AUTH_MODE": "token"}, stdout=log, stderr=log,
+            start_new_session=True,
         )  # fmt: skip
     try:
         yield
@@ -185,7 +189,8 @@ def _run(head: Head, name: str, cause: Fault | None) -> float:
     try:
         if cause is not None:
             wait_for(lambda: bool(there.keys(progress)), f"{name} at work", process)
-            threading.Thread(target=cause).start()
+            cause()
+            check(process.poll() is None, f"{name} had ended before the fault had")
         log, said = process.communicate(timeout=400)
     finally:
         process.kill()

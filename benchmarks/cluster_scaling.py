@@ -22,19 +22,22 @@ RECORDS = 96
 HEAD_GROUP, ENCODERS, TRAINERS = "ray.head.default", "encoder-gpu", "training-gpu"
 _NODE_ID = "RAY_OVERRIDE_NODE_ID_FOR_TESTING"
 _HEAD_ID = "f" * 51 + "00000"  # by which Ray's fake provider knows the head
-_PROVIDER = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider"
+_PROVIDER = "benchmarks.cluster_nodes.NodesWithFolders"
 _HEADING = """\
-| job | node killed | nodes at once | first node after, s | whole, s | back to 0 after, s |
-| --- | --- | ---: | ---: | ---: | ---: |"""
-_CPUS = {ENCODERS: 3, TRAINERS: 6}
+| job | node killed | nodes at work | first node after, s | whole, s | back to 0 after, s |
+| --- | --- | --- | ---: | ---: | ---: |"""
+_CPUS = {ENCODERS: 3, TRAINERS: 5}
 """What a worker of each job takes. There is no GPU here: workers compute on CPUs, of which they ask
-for as many as only a node with a GPU of the right group offers."""
+for as many as fill a node of their group, and only a node with a GPU offers."""
+_MOST = 2  # nodes of a group
+_STORE_BYTES = 200 * 2**20  # of each node, for Ray's objects
 
 
 def run_scaling(place: Site) -> None:
     """Features and training on nodes from zero and back; demands that can never be met."""
     with scaling_head(place) as started, Nodes(started) as nodes:
         make_edits(started, RECORDS)
+        wait_for(lambda: not any(nodes.alive[group] for group in _CPUS), "no node", patience_s=120)
         print(_HEADING, flush=True)
         for name, group in (("features", ENCODERS), ("training", TRAINERS)):
             whole = [_run(started, nodes, name, group, kill) for kill in (False, True)]
@@ -48,11 +51,11 @@ def scaling_head(place: Site) -> Iterator[Head]:
     gcs = free_port()
     groups = {
         group: {
-            "resources": {"CPU": cpus, "GPU": 1},
+            "resources": {"CPU": cpus, "GPU": 1, "object_store_memory": _STORE_BYTES},
             "labels": {"dim/group": group},
             "node_config": {},
             "min_workers": 0,
-            "max_workers": 2,
+            "max_workers": _MOST,
         }
         for group, cpus in _CPUS.items()
     }
@@ -101,6 +104,10 @@ class Nodes:
 
     Args:
         of: the head.
+
+    Attributes:
+        alive, busy: how many there are of each group, and of them those with something to do.
+        course: of each group, how many were busy, a number for each change.
     """
 
     def __init__(self, of: Head) -> None:
@@ -108,7 +115,7 @@ class Nodes:
         self._ended = threading.Event()
         self.alive: Counter[str] = Counter()
         self.busy: Counter[str] = Counter()
-        self.most: Counter[str] = Counter()
+        self.course: dict[str, list[int]] = {group: [0] for group in _CPUS}
         self._ids: dict[str, list[str]] = {}
 
     def __enter__(self) -> Nodes:
@@ -152,7 +159,9 @@ class Nodes:
                     busy[group] += 1
                     ids.setdefault(group, []).append(node.node_id.hex())
             self.alive, self.busy, self._ids = alive, busy, ids
-            self.most |= alive
+            for group, numbers in self.course.items():
+                if busy[group] != numbers[-1]:
+                    numbers.append(busy[group])
 
 
 def _command(head: Head, name: str, killed: bool) -> tuple[list[str], str]:
@@ -178,7 +187,7 @@ def _run(head: Head, nodes: Nodes, name: str, group: str, kill: bool) -> float:
     """One job from no node and back to none; the seconds from its submission to its end."""
     command, progress = _command(head, name, kill)
     store = Store(head.site)
-    nodes.most.clear()
+    nodes.course[group] = [0]
     began = time.monotonic()
     process = head.submit(*command)
     try:
@@ -186,7 +195,7 @@ def _run(head: Head, nodes: Nodes, name: str, group: str, kill: bool) -> float:
         first = time.monotonic() - began
         if kill:
             wait_for(lambda: bool(store.keys(progress)), f"{name} at work", process)
-            wait_for(lambda: nodes.busy[group] > 0, f"a busy node of {group}", process)
+            wait_for(lambda: nodes.busy[group] == _MOST, f"{_MOST} busy of {group}", process)
             nodes.kill(group)
         log, said = process.communicate(timeout=400)
     finally:
@@ -194,8 +203,9 @@ def _run(head: Head, nodes: Nodes, name: str, group: str, kill: bool) -> float:
     whole = time.monotonic() - began
     check(process.returncode == 0, f"{name}, {kill=}: {said}{log}")
     back = wait_for(lambda: nodes.alive[group] == 0, f"{group} back to no node", patience_s=120)
+    course = " ".join(map(str, nodes.course[group]))
     print(
-        f"| {name} | {'yes' if kill else 'no'} | {nodes.most[group]} | {first:.0f} | {whole:.0f} | "
+        f"| {name} | {'yes' if kill else 'no'} | {course} | {first:.0f} | {whole:.0f} | "
         f"{back:.0f} |",
         flush=True,
     )

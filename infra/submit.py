@@ -26,6 +26,7 @@ PATIENCE_S = 180.0
 _LOOK_S = 30.0  # between two looks at a job whose log is silent
 _LAST_WORDS_S = 5.0  # of a job that has ended
 _AGAIN_S = 1.0  # before another try to reach the cluster
+_LOG_AGAIN = ", last available logs"  # after which Ray repeats the log, which has been printed
 _LEFT_BY_RAY = "~/.ray/auth_token"
 
 
@@ -205,7 +206,8 @@ def follow(client: JobSubmissionClient, job: str) -> None:
         )
         raise
     if info.status != "SUCCEEDED":
-        said = " ".join((info.message or "no message").split())
+        message = (info.message or "no message").partition(_LOG_AGAIN)[0]
+        said = " ".join(message.split())
         raise JobFailed(f"job {job} {info.status.lower()}: {said}", info.driver_exit_code)
 
 

@@ -19,7 +19,7 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_r
 from dim.errors import DimError
 from infra.capacity import WAIT_S, Demand, Watch
 from infra.logs import ray_logging
-from infra.ray_token import show_token
+from infra.ray_cluster import join
 
 _NODES_WAIT_S = "dim_nodes_wait_s"
 
@@ -55,8 +55,7 @@ def connect(nodes_wait_s: float = WAIT_S) -> bool:
 
 
 def _init(address: str) -> None:
-    if address != "local":
-        show_token()
+    begin = ray.init if address == "local" else join
     try:
         # A head that starts so many processes at once that it does not answer in time does later.
         for attempt in Retrying(
@@ -65,7 +64,7 @@ def _init(address: str) -> None:
         ):  # fmt: skip
             with attempt:
                 # A single core must still run a designer beside the reading and writing.
-                ray.init(
+                begin(
                     address=address,
                     num_cpus=max(2, os.cpu_count() or 1) if address == "local" else None,
                     include_dashboard=False,

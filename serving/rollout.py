@@ -16,7 +16,7 @@ import typer
 
 from dim.errors import DimError
 from dim.failures import explain, find_dim_error
-from infra.ray_token import show_token
+from infra.ray_cluster import join
 from serving.release import Release, Served, find_release, write_release
 
 HOLDERS = ("painter", "designer")
@@ -106,9 +106,8 @@ def main(
     """Move a running server to another model, or another version of it, while it serves."""
     import ray
 
-    show_token()
     try:
-        ray.init(
+        join(
             address=os.environ.get("RAY_ADDRESS", "auto"),
             log_to_driver=False,
             logging_level=logging.ERROR,

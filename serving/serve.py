@@ -20,7 +20,7 @@ import typer
 from dim.config import load_config
 from dim.errors import ConfigError, DimError
 from infra.models import adapter_here, on_this_machine
-from infra.ray_token import show_token
+from infra.ray_cluster import join
 from infra.storage import open_store
 from serving.config import NAMES_BY_THEMSELVES, NO_DESIGNER, DesignerConfig, ServingConfig
 from serving.exposure import check_exposure
@@ -171,8 +171,7 @@ def start_ray() -> None:
     import ray
 
     if os.environ.get("RAY_ADDRESS"):
-        show_token()
-        ray.init(logging_level=logging.ERROR)
+        join(logging_level=logging.ERROR)
         return
     with in_environment(ONE_LOOP):  # which the replicas' processes inherit from Ray's
         # Designer and painter reserve a CPU each; a machine with one core still gets a server.

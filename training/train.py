@@ -32,7 +32,7 @@ from infra import storage, tracing
 from infra.capacity import Demand
 from infra.cost import counted_cost
 from infra.logs import ray_logging
-from infra.ray_token import show_token
+from infra.ray_cluster import join
 from infra.registry import located
 from infra.samples import extent, fingerprint
 from infra.tracking import Run, Tracking, default_uri
@@ -356,8 +356,7 @@ def _start_ray(config: StageConfig) -> None:
                 logging_config=structured,
             )
         else:
-            show_token()
-            ray.init(logging_config=structured)
+            join(logging_config=structured)
     except Exception as error:  # Ray raises bare exceptions and its many own ones here
         raise TrainingError(f"Ray at {address} did not start: {explain(error).sentence}") from error
 

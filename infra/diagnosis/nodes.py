@@ -11,7 +11,7 @@ from infra.diagnosis.bucket import examine_store
 from infra.diagnosis.finding import Finding, Status
 from infra.diagnosis.machine import examine_machine, versions
 from infra.diagnosis.tracker import examine_tracker
-from infra.ray_token import show_token
+from infra.ray_cluster import join
 
 PATIENCE_S = 120.0
 """Until a node has answered, which may have to start a worker and import torch first."""
@@ -44,9 +44,8 @@ def examine_cluster(address: str, wanted: Wanted) -> Iterator[Finding]:
     """The same of every node of the cluster at ``address``, asked there; and their versions."""
     import ray
 
-    show_token()
     try:
-        ray.init(address, log_to_driver=False, configure_logging=False)
+        join(address, log_to_driver=False, configure_logging=False)
     except Exception as error:  # of many kinds, none of which is ours
         said = f"{address} cannot be joined: {next(iter(str(error).splitlines()), 'no answer')}"
         advice = "start it (`ray start --head`, `ray up`), or unset RAY_ADDRESS"

@@ -80,7 +80,7 @@ def test_a_job_runs_on_a_cluster_and_its_failure_is_ours(tmp_path: Path) -> None
     assert done.returncode == 2  # of the job's program: wrong usage
     assert "submitted raysubmit_" in done.stderr
     assert "error: No such option: --nonsense" in done.stdout
-    assert done.stderr.splitlines()[-1].startswith("error: job raysubmit_")
+    assert done.stderr.endswith(" failed: Job entrypoint command failed with exit code 2\n")
     assert "Traceback" not in done.stderr
 
 
@@ -109,7 +109,9 @@ class JobThatEnds:
 
     def __init__(self, status: str, exit_code: int | None, interrupted: bool = False) -> None:
         self.info = SimpleNamespace(
-            status=status, driver_exit_code=exit_code, message="Job entrypoint\nfailed"
+            status=status,
+            driver_exit_code=exit_code,
+            message="Job entrypoint\nfailed, last available logs (truncated to 20,000 chars):\nit",
         )
         self.interrupted, self.stopped = interrupted, False
 

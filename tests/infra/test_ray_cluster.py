@@ -27,10 +27,12 @@ def test_a_token_is_shown_where_there_is_one(
     env |= {"HOME": str(tmp_path)} | ({} if given is None else {"RAY_AUTH_MODE": given})
     program = (
         f"{MODE}; mode()  # as an import may have asked before\n"
-        "from infra.ray_token import show_token; show_token(); print(mode() == M.TOKEN)"
+        "import ray; from infra.ray_cluster import join\n"
+        "ray.init = lambda address: print(address, mode() == M.TOKEN)\n"
+        "join('10.0.0.1:6379')"
     )
     done = subprocess.run(
         [sys.executable, "-c", program], env=env, cwd=Path(__file__).parents[2],
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
-    assert done.stdout.strip() == str(shown), done.stderr
+    assert done.stdout.strip() == f"10.0.0.1:6379 {shown}", done.stderr
