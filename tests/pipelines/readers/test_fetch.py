@@ -170,7 +170,7 @@ def test_who_came_first_is_asked_for_first(server: ImageServer) -> None:
     def answer(request: Any) -> None:
         order.append(request.path)
         if request.path == "/a":
-            free.wait(20)
+            free.wait(60)
         ok(b"x")(request)
 
     server.answers = {f"/{name}": answer for name in "abcd"}
@@ -193,7 +193,7 @@ def test_a_link_that_hangs_where_others_do_not_is_asked_for_again_early(
     asked_again = threading.Event()
 
     def late(request: Any) -> None:
-        asked_again.wait(20)
+        asked_again.wait(50)
         with suppress(OSError):
             ok(b"late")(request)
 
