@@ -1,9 +1,9 @@
 """A cluster on one machine, seen working: the whole loop by jobs, nodes that come and go, faults.
 
-    python -m benchmarks.cluster chain again     # twelve minutes on two cores
-    python -m benchmarks.cluster scaling         # eight
-    sudo python -m benchmarks.cluster links      # six; needs root, `unshare` and `ip`
-    python -m benchmarks.cluster control         # six; needs redis-server
+    python -m benchmarks.cluster chain again     # fifteen minutes on two busy cores
+    python -m benchmarks.cluster scaling         # twelve
+    sudo python -m benchmarks.cluster links      # eleven; needs root, `unshare` and `ip`
+    python -m benchmarks.cluster control         # seven; needs redis-server
 
 Starts what a site has, all on this machine and in a home folder of its own: a head of Ray that asks
 for its token, an S3 server (rclone's), an MLflow server over SQLite that keeps artifacts in S3.

@@ -39,6 +39,9 @@ TOGETHER = (
 )
 """Jobs that do not wait for one another, in order."""
 
+ALL_KEPT = " 0 rejected, 0 failed"
+"""What a data job says of its records."""
+
 ROUNDS = 3
 """Of a job that finds its work done, to see what the job API costs."""
 
@@ -269,9 +272,11 @@ def serve(head: Head) -> None:
     """``dim serve`` of the released alias as a job, and one edit over HTTP."""
     port = free_port()
     began = time.monotonic()
+    # After so few steps the model writes no blueprints itself.
     started = head.dim(
-        ["--no-wait", "--", "serve", "--model", "models:/dim@released", "--port", str(port)]
-    )
+        ["--no-wait", "--", "serve", "--model", "models:/dim@released", "--designer", "none",
+         "--port", str(port)]
+    )  # fmt: skip
     _, said = started.communicate(timeout=120)
     job = re.search(r"submitted (raysubmit_\w+)", said)
     assert job is not None, said

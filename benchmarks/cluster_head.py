@@ -249,11 +249,14 @@ def _end_all_of(home: Path) -> None:
 
 
 def end(process: subprocess.Popen[Any]) -> None:
-    """End a process with all that it has started: it leads a session of its own."""
+    """End a process with all that it has started: it leads a session of its own.
+
+    It is not waited for long: a node of Ray would drain itself for half a minute.
+    """
     if process.poll() is None:
         process.send_signal(signal.SIGTERM)
     with suppress(subprocess.TimeoutExpired):
-        process.wait(60)
+        process.wait(5)
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

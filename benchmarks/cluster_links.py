@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 
-from benchmarks.cluster_chain import Store, check, make_edits
+from benchmarks.cluster_chain import ALL_KEPT, Store, check, make_edits
 from benchmarks.cluster_head import SCRIPTS, Head, Site, end, head, told, wait_for
 from infra.ports import free_port
 
@@ -25,8 +25,8 @@ _INSIDE = "DIM_BENCHMARK_HOSTS"
 _CARD = {"GLOO_SOCKET_IFNAME": "eth0"}
 """The hosts here share the machine's name, by which gloo would look for its network card."""
 _HEADING = """\
-| job | fault | whole, s |
-| --- | --- | ---: |"""
+| job | fault | whole, s | from its first files on, s |
+| --- | --- | ---: | ---: |"""
 
 Fault = Callable[[], None]
 
@@ -162,12 +162,17 @@ def _worker(of: Head, host: str, prefix: Sequence[str]) -> Iterator[None]:
 
 
 def _both(head: Head, name: str, fault: str, cause: Fault) -> None:
-    whole = [_run(head, name, None), _run(head, name, cause)]
-    print(f"| {name} | none | {whole[0]:.0f} |\n| {name} | {fault} | {whole[1]:.0f} |", flush=True)
+    for what, its_cause in (("none", None), (fault, cause)):
+        whole, working = _run(head, name, its_cause)
+        print(f"| {name} | {what} | {whole:.0f} | {working:.0f} |", flush=True)
 
 
-def _run(head: Head, name: str, cause: Fault | None) -> float:
-    """A job that takes both hosts; the fault comes when it has left its first sign of progress."""
+def _run(head: Head, name: str, cause: Fault | None) -> tuple[float, float]:
+    """A job that takes both hosts; the fault comes when it has written something.
+
+    Returns:
+        Seconds that it took, and those of them after that.
+    """
     store, out = head.site.store, f"{name}{'-disturbed' if cause else ''}"
     commands = {
         "features": [
@@ -182,13 +187,13 @@ def _run(head: Head, name: str, cause: Fault | None) -> float:
             "registry=null",
         ],
     }  # fmt: skip
-    progress = {"features": f"{out}/ranges/", "training": f"{out}/checkpoints/"}[name]
+    progress = {"features": f"{out}/ranges/", "training": f"{out}/checkpoints/step-"}[name]
     there = Store(head.site)
     began = time.monotonic()
     process = head.submit(*commands[name])
     try:
+        before = wait_for(lambda: bool(there.keys(progress)), f"{name} at work", process)
         if cause is not None:
-            wait_for(lambda: bool(there.keys(progress)), f"{name} at work", process)
             cause()
             check(process.poll() is None, f"{name} had ended before the fault had")
         log, said = process.communicate(timeout=400)
@@ -196,7 +201,8 @@ def _run(head: Head, name: str, cause: Fault | None) -> float:
         process.kill()
     whole = time.monotonic() - began
     check(process.returncode == 0, f"{name}, {cause}: {said}{log}")
-    return whole
+    check(name != "features" or ALL_KEPT in log, f"{name}, {cause}, lost something: {log}")
+    return whole, whole - before
 
 
 def _ip(command: str) -> None:

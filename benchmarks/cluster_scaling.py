@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 
-from benchmarks.cluster_chain import Store, check, follow, make_edits
+from benchmarks.cluster_chain import ALL_KEPT, Store, check, follow, make_edits
 from benchmarks.cluster_head import ROOT, Head, Site, head, told, wait_for
 from infra.ports import free_port
 
@@ -177,10 +177,10 @@ def _command(head: Head, name: str, killed: bool) -> tuple[list[str], str]:
         ], f"{out}/ranges/"  # fmt: skip
     return [
         "train", "configs/tiny-edit1.yaml", "init=configs/tiny.yaml", f"data=[{store}/features]",
-        f"out={store}/{out}", "steps=60", "batch_size=8", f"workers={told([1, 2])}",
-        f"cpus_per_worker={_CPUS[TRAINERS]}", "resize_interval_s=5", "checkpoint_every=5",
+        f"out={store}/{out}", "steps=120", "batch_size=8", f"workers={told([1, 2])}",
+        f"cpus_per_worker={_CPUS[TRAINERS]}", "resize_interval_s=5", "checkpoint_every=10",
         "registry=null",
-    ], f"{out}/checkpoints/"  # fmt: skip
+    ], f"{out}/checkpoints/step-"  # fmt: skip
 
 
 def _run(head: Head, nodes: Nodes, name: str, group: str, kill: bool) -> float:
@@ -202,6 +202,7 @@ def _run(head: Head, nodes: Nodes, name: str, group: str, kill: bool) -> float:
         process.kill()
     whole = time.monotonic() - began
     check(process.returncode == 0, f"{name}, {kill=}: {said}{log}")
+    check(name != "features" or ALL_KEPT in log, f"{name}, {kill=}, lost something: {log}")
     back = wait_for(lambda: nodes.alive[group] == 0, f"{group} back to no node", patience_s=120)
     course = " ".join(map(str, nodes.course[group]))
     print(

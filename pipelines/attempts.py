@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from multiprocessing.connection import Connection
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -27,6 +28,7 @@ import pyarrow as pa
 import ray
 from ray import cloudpickle
 from ray._private.state import actors  # Ray tells it nowhere else without a dashboard
+from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
 
 from dim.errors import DimError
 
@@ -195,7 +197,22 @@ def attempt() -> int:
     gives its results one after another: there it is always 0.
     """
     worker: Any = ray._private.worker.global_worker  # Ray tells a task of it nowhere else
-    return int(worker.core_worker.get_current_task_attempt_number()) if worker.connected else 0
+    number = worker.core_worker.get_current_task_attempt_number() if worker.connected else 0
+    return _begun(worker.current_task_id.hex(), number) if number else 0
+
+
+@lru_cache(maxsize=64)
+def _begun(task: str, number: int) -> int:
+    """How often a task was begun before, of which Ray says that it is attempt ``number`` > 0.
+
+    Ray counts as well how often it could not reach a worker: where that one's machine is gone, once
+    a second until it knows. So each attempt that begins leaves a number in Ray's control; the
+    first one, which leaves none, is taken to have begun.
+    """
+    key = f"dim/begun/{task}"
+    before = int(_internal_kv_get(key) or 0) + 1
+    _internal_kv_put(key, str(before), overwrite=True)
+    return before
 
 
 def is_given_up() -> bool:

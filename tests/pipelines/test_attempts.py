@@ -348,6 +348,14 @@ def test_a_process_ends_at_the_first_of_the_deadlines_of_its_threads(
     assert min(seconds for seconds in set_to if seconds is not None) <= 10
 
 
+def test_attempts_that_reached_no_worker_do_not_count() -> None:
+    task = os.urandom(8).hex()
+    assert attempts._begun(task, 7) == 1  # the first that runs after the one whose machine went
+    assert attempts._begun(task, 7) == 1  # asked again
+    assert attempts._begun(task, 9) == 2
+    assert attempts._begun(os.urandom(8).hex(), 9) == 1
+
+
 @ray.remote(max_restarts=-1, num_cpus=0.1)
 class Restarted:
     """An actor that says how often it was started."""
