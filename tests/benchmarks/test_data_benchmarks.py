@@ -20,6 +20,7 @@ OPTIONS = argparse.Namespace(
     small=10, large=100,
 )  # fmt: skip
 RATES = {"job": 9.0, "pool": 10.0, "map": 9.0}
+CPU = dict.fromkeys(RATES, 1.5)
 KEPT = {"job": 8, "pool": 8, "map": 8}
 PEAKS = {10: 100, 100: 110}
 
@@ -38,7 +39,7 @@ PEAKS = {10: 100, 100: 110}
 def test_a_filter_job_that_is_below_a_bar_fails(
     capsys: pytest.CaptureFixture[str], changes: dict[str, dict[str, float]], failure: str | None
 ) -> None:
-    figures = {"rates": RATES, "kept": KEPT, "peaks": PEAKS, **changes}
+    figures = {"rates": RATES, "cpu": CPU, "kept": KEPT, "peaks": PEAKS, **changes}
     assert data_filters._report(OPTIONS, **figures) == (1 if failure else 0)
     failed = capsys.readouterr().err.splitlines()
     assert failed == ([f"FAILED: {failure}"] if failure else [])

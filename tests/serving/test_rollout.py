@@ -155,7 +155,7 @@ def test_a_model_that_cannot_be_served_leaves_the_old_one(
     half = build(tmp_path / "half", seed=3)
     (Path(half) / "connector.safetensors").unlink()
     small = build(tmp_path / "small", 3, "sampling.resolution=32")
-    monkeypatch.setattr("ray.init", lambda **_: None)  # the cluster of this process
+    monkeypatch.setattr("ray.init", lambda *_, **__: None)  # the cluster of this process
     monkeypatch.setattr("ray.shutdown", lambda: None)
 
     def command(*arguments: str) -> str:
