@@ -78,10 +78,11 @@ def check_pair(source: Image.Image, target: Image.Image, gauge: Gauge, rules: Pa
     before, after = measures.at_common_size(source, target, rules.change_side)
     changed = measures.changed_share(np.asarray(before), np.asarray(after))
     gauge.check("changed", changed, f"{changed:.2%} of the pixels change")
+    before, after = before.convert("L"), after.convert("L")
     if gauge.wants("shift"):
         shift = measures.global_shift(measures.grey(before), measures.grey(after))
         gauge.check("shift", shift, f"the picture has moved by {shift:.1%} of its longer side")
     if gauge.wants("ssim"):
         small = measures.at_common_size(before, after, rules.ssim_side)
-        similarity = measures.ssim(*(measures.luminance(np.asarray(image)) for image in small))
+        similarity = measures.ssim(*map(measures.grey, small))
         gauge.check("ssim", similarity, f"structural similarity {similarity:.3f}")

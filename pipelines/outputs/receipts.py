@@ -48,7 +48,7 @@ FOLDER = "ranges"
 VERDICTS = "verdicts"
 """Where what the filters found lies, until the output is finished and no record of it failed."""
 
-_VERSION = 3  # raised whenever ranges are cut otherwise, or their steps make other records
+_VERSION = 4  # raised whenever ranges are cut otherwise, or their steps make other records
 _DIGITS = 16  # of a hash, in names
 _READERS = 16  # an object store answers each in its own time
 _NAME = re.compile(r"(?:data|rejected|failed)/part-(\d+)-of-(\d+)-\d+-[0-9a-f]+\.parquet")

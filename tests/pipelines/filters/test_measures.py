@@ -4,6 +4,7 @@ import io
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageFont
 from scipy import ndimage
 
@@ -66,6 +67,34 @@ def test_text_is_told_from_shapes() -> None:
         ImageDraw.Draw(words).text((10, top), line, "white", ImageFont.load_default(17))
     areas = [measures.text_area(measures.levels(image)) for image in (plain, shapes, words)]
     assert areas[0] == 0.0 and areas[1] < 0.02 and areas[2] > 0.15
+
+
+def test_text_lines_are_joined_as_a_morphological_closing_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pictures = []
+    for side in (9, 150, 400, 611):  # of odd and even reach, and lines at both ends
+        image = Image.new("L", (side, side), "black")
+        for top in range(0, side, 23):
+            line = "Not for sale or for training " * 3
+            ImageDraw.Draw(image).text((top - 40, top), line, "white", ImageFont.load_default(17))
+        pictures.append(measures.levels(image))
+    areas = [measures.text_area(luma) for luma in pictures]
+    assert max(areas) > 0.15
+    walks = {np.logical_or: ndimage.maximum_filter1d, np.logical_and: ndimage.minimum_filter1d}
+
+    def walked(marks: NDArray[np.bool_], reach: int, join: np.ufunc) -> NDArray[np.bool_]:
+        return np.asarray(walks[join](marks.view(np.uint8), reach, axis=1), np.bool_)
+
+    monkeypatch.setattr(measures, "_within", walked)
+    assert areas == [measures.text_area(luma) for luma in pictures]
+
+
+def test_scaling_by_whole_steps_is_the_same_mean() -> None:
+    image = photo(3, (96, 60))
+    by_steps = np.asarray(measures.resized(image, (32, 20)), np.int16)
+    wanted = np.asarray(image, np.float64).reshape(20, 3, 32, 3, 3).mean((1, 3))
+    assert abs(by_steps - wanted).max() < 1  # it rounds to 8 bits
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(0, 9), (-12, 0), (6, -7)])
