@@ -196,7 +196,9 @@ def arm() -> None:
     written, output, store, kept = RangeOutput._write, Output.write, Store.write, KeptVerdicts._find
     here = threading.local()
 
-    def watched_range(self: RangeOutput, number: int, rows: int, tables: Iterable[pa.Table]) -> Any:
+    def watched_range(
+        self: RangeOutput, number: int, rows: int, tables: Iterable[pa.Table], *paid: Any
+    ) -> Any:
         note(f"range {number}")
         here.number = number
 
@@ -209,7 +211,7 @@ def arm() -> None:
                 yield table
 
         try:
-            return written(self, number, rows, made())
+            return written(self, number, rows, made(), *paid)
         finally:
             here.number = None
 

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 
 import pytest
 
-from benchmarks.kills import DOCS, DRIVER, HEAD, ON_S3, WORKER, Cell, Designer, with_rows
+from benchmarks.kills import DOCS, DRIVER, HEAD, ON_S3, WORKER, Cell, Designer, arm, with_rows
+from infra.storage import Output, Store
+from pipelines.filters.verdicts import KeptVerdicts
+from pipelines.outputs.receipts import RangeOutput
 
 GOOD = Cell("edit", "reading", DRIVER, True, 0, 0, 0, 2, 3)
 
@@ -45,3 +49,19 @@ def test_rows_take_the_place_of_those_of_the_same_job_in_the_order_of_the_jobs()
 def test_the_page_has_a_table_to_put_rows_in() -> None:
     page = DOCS.read_text()
     assert "last printed " in page and GOOD.row in with_rows(page, [GOOD])
+
+
+def test_the_moments_are_watched_where_the_jobs_pass_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    methods = (
+        (RangeOutput, "_write"),
+        (Output, "write"),
+        (Store, "write"),
+        (KeptVerdicts, "_find"),
+    )
+    passed = {}
+    for owner, name in methods:
+        passed[owner, name] = list(inspect.signature(getattr(owner, name)).parameters)
+        monkeypatch.setattr(owner, name, getattr(owner, name))  # as it is put back in the end
+    arm()
+    for owner, name in methods:
+        inspect.signature(getattr(owner, name)).bind(*passed[owner, name])
