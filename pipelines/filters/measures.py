@@ -159,7 +159,7 @@ def _within(marks: NDArray[np.bool_], reach: int, join: np.ufunc) -> NDArray[np.
     """Any (``np.logical_or``) or all (``np.logical_and``) of the ``reach`` marks around each of
     (H, W), along its row; beyond the ends is nothing that would change the answer.
 
-    Windows are joined to ones of twice their width: a tenth of the steps of a filter that walks.
+    Windows are joined to ones of twice their width, in a few steps for the whole picture.
     """
     before = reach // 2
     beyond = ((0, 0), (before, reach - 1 - before))
