@@ -118,6 +118,15 @@ class Cell:
         return same and under_way and self.done_again <= _RANGES_AT_ONCE
 
 
+WATCHED: tuple[tuple[type, str], ...] = (
+    (RangeOutput, "_write"),
+    (Output, "write"),
+    (Store, "write"),
+    (KeptVerdicts, "_find"),
+)
+"""What the jobs pass at the moments."""
+
+
 def main() -> int:
     """Run the matrix; returns the exit status."""
     options = _options()
@@ -236,13 +245,9 @@ def arm() -> None:
             strike(READING)
         return kept(self, piece)
 
-    for owner, method, watched in (
-        (RangeOutput, "_write", watched_range),
-        (Output, "write", watched_output),
-        (Store, "write", watched_store),
-        (KeptVerdicts, "_find", watched_verdicts),
-    ):
-        setattr(owner, method, watched)
+    watched = (watched_range, watched_output, watched_store, watched_verdicts)
+    for (owner, method), instead in zip(WATCHED, watched, strict=True):
+        setattr(owner, method, instead)
 
 
 def strike(moment: str) -> None:

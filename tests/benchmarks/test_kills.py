@@ -7,10 +7,18 @@ import inspect
 
 import pytest
 
-from benchmarks.kills import DOCS, DRIVER, HEAD, ON_S3, WORKER, Cell, Designer, arm, with_rows
-from infra.storage import Output, Store
-from pipelines.filters.verdicts import KeptVerdicts
-from pipelines.outputs.receipts import RangeOutput
+from benchmarks.kills import (
+    DOCS,
+    DRIVER,
+    HEAD,
+    ON_S3,
+    WATCHED,
+    WORKER,
+    Cell,
+    Designer,
+    arm,
+    with_rows,
+)
 
 GOOD = Cell("edit", "reading", DRIVER, True, 0, 0, 0, 2, 3)
 
@@ -52,16 +60,10 @@ def test_the_page_has_a_table_to_put_rows_in() -> None:
 
 
 def test_the_moments_are_watched_where_the_jobs_pass_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    methods = (
-        (RangeOutput, "_write"),
-        (Output, "write"),
-        (Store, "write"),
-        (KeptVerdicts, "_find"),
-    )
     passed = {}
-    for owner, name in methods:
+    for owner, name in WATCHED:
         passed[owner, name] = list(inspect.signature(getattr(owner, name)).parameters)
         monkeypatch.setattr(owner, name, getattr(owner, name))  # as it is put back in the end
     arm()
-    for owner, name in methods:
+    for owner, name in WATCHED:
         inspect.signature(getattr(owner, name)).bind(*passed[owner, name])
