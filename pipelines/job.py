@@ -6,7 +6,7 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,12 +29,12 @@ from pipelines.calls.answers import set_unusable_aside
 from pipelines.calls.bill import is_billed, read_costs, write_bill
 from pipelines.cluster import connect
 from pipelines.outcome import FAILED, KEPT, REJECTED
-from pipelines.outputs import card, receipts
+from pipelines.outputs import card, histograms, receipts
 from pipelines.outputs import manifest as manifests
 from pipelines.outputs.files import FOLDERS, Limits
 from pipelines.outputs.manifest import Counts, FileEntry, Manifest
 from pipelines.outputs.progress import Progress, observed
-from pipelines.outputs.receipts import RangeOutput, Receipt
+from pipelines.outputs.receipts import Done, RangeOutput, Receipt
 from pipelines.outputs.shards import Shards
 from pipelines.ranges import TIMEOUT_S
 
@@ -199,16 +199,16 @@ class Job:
             connect(self._config.nodes_wait_s)
             started = time.monotonic()
             work, there = self._what_is_left(before, None if overwrite else done)
-            progress = Progress(self.name, self.store.uri, work.output.of, len(there))
+            progress = Progress(self.name, self.store.uri, work.output.of, len(there.receipts))
             if work.todo:
                 dataset = build(work)
                 tables = dataset.iter_batches(batch_size=None, batch_format="pyarrow")
                 for one in receipts.receipts_in(tables):
-                    there[one.number] = one
+                    there.add(one)
                     progress.add(one)
                     if on_progress is not None:
-                        on_progress(len(there), work.output.of)
-            manifest = self._publish(work.output, there.values(), before)
+                        on_progress(len(there.receipts), work.output.of)
+            manifest = self._publish(work.output, there, before)
             if before is not None:  # what went with the output that was there
                 for name in (card.NAME, REPORT):
                     self.store.delete(name)
@@ -261,8 +261,8 @@ class Job:
 
     def _what_is_left(
         self, before: bytes | None, retried: Manifest | None
-    ) -> tuple[Remaining, dict[int, Receipt]]:
-        """What there is to do, and the receipts of what is done.
+    ) -> tuple[Remaining, Done]:
+        """What there is to do, and what is done.
 
         Args:
             before: the manifest that stands, in place of which the new one comes.
@@ -285,29 +285,32 @@ class Job:
             self._schema,
             Limits(config.rows_per_file, int(config.target_file_mb * 2**20), self._group_bytes),
         )
-        there = receipts.whole(self.store, output.found())
+        there = Done()
+        for one in receipts.whole(self.store, output.found()):
+            there.add(one)
         if retried is not None:
             kept = receipts.without_failures(self.store, retried, self._ranges)
-            there = receipts.whole(self.store, kept) | there
-        todo = [number for number in range(self._ranges) if number not in there]
+            for one in receipts.whole(self.store, kept):
+                there.add(one)
+        todo = [number for number in range(self._ranges) if number not in there.receipts]
         key = receipts.key_of(*what, replaced if retried is None else None)
         return Remaining(output, todo, key, retried is not None), there
 
-    def _publish(
-        self, output: RangeOutput, done: Collection[Receipt], before: bytes | None
-    ) -> Manifest:
+    def _publish(self, output: RangeOutput, done: Done, before: bytes | None) -> Manifest:
         """Let all ranges be the output, unless somebody else has put one there meanwhile."""
-        files = receipts.files_in_order(done)
+        ranges = done.receipts.values()
+        files = receipts.files_in_order(ranges)
         files = receipts.files_in_order(
-            [*done, Receipt(number=0, files=tuple(output.write_missing(files)), reasons={})]
+            [*ranges, Receipt(number=0, files=tuple(output.write_missing(files)), reasons={})]
         )
         manifest = Manifest(
             job=self.name,
             config=self._settings,
             input=self._identity,
-            counts=self._count(done, files),
+            counts=self._count(ranges, files),
             files=tuple(files),
-            cost=self._cost(done) if self._is_billed else None,
+            cost=self._cost(ranges) if self._is_billed else None,
+            measured=None if done.measured is None else histograms.in_order(done.measured),
         )
         if lost := receipts.lacking(self.store, files):
             raise DimError(self._lost(lost[0]))

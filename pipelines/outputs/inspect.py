@@ -10,18 +10,16 @@ import base64
 import heapq
 import io
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from operator import itemgetter
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import typer
-from numpy.typing import NDArray
 from rich.console import Console
 
 from dim.errors import DimError, InputError
@@ -29,79 +27,19 @@ from dim.images import decode_image
 from dim.records import short_hash
 from infra import storage
 from infra.storage import Store
-from pipelines.limits import LIMITS, Limit
+from pipelines.limits import LIMITS, limits_of
 from pipelines.outcome import FAILED, KEPT, OUTCOMES, REJECTED, Row
+from pipelines.outputs import histograms
 from pipelines.outputs import manifest as manifests
 from pipelines.outputs.files import FOLDERS
+from pipelines.outputs.histograms import Histogram
 from pipelines.outputs.manifest import Manifest
 from pipelines.outputs.pages import render
 
-BINS = 40
-
 _IMAGES = {"image": "source", "image_target": "target"}
-_TEXTS = ("instruction", "caption", "blueprint")
 _THUMBNAIL = 176  # pixels
 _ROWS_AT_ONCE = 4096  # without pictures
 _PICTURES_AT_ONCE = 16
-_LOG_FROM = 100.0  # a measure whose largest value is so many times its smallest is drawn by its log
-_WIDTH, _HEIGHT = 420, 120  # of a histogram, in pixels
-
-_Values = tuple[str, NDArray[np.float64], str, dict[str, float]]
-"""A measure, values of it, what became of their records, and its thresholds."""
-
-
-@dataclass(frozen=True)
-class Histogram:
-    """Values of one measure.
-
-    Attributes:
-        name: of the measure, or the reason code where only rejected records have a value.
-        edges: (BINS + 1,) bounds of the bars.
-        series: counts (BINS,) by what became of the records: kept, this filter, other filters.
-        limits: the thresholds, by what they are called.
-        log: whether the bars are equally wide in the logarithm.
-    """
-
-    name: str
-    edges: NDArray[np.float64]
-    series: dict[str, NDArray[np.int64]]
-    limits: dict[str, float]
-    log: bool
-
-    def place(self, value: float) -> float:
-        """Where ``value`` lies between the first edge (0) and the last (1)."""
-        scale = np.log if self.log else np.asarray
-        low, high, here = (float(scale(v)) for v in (self.edges[0], self.edges[-1], value))
-        return (here - low) / (high - low)
-
-    def bars(self) -> list[dict[str, Any]]:
-        """Rectangles of the drawing, the series one on another."""
-        tallest = max(int(sum(self.series.values()).max()), 1)  # type: ignore[union-attr]
-        base = np.zeros(BINS)
-        drawn = []
-        for name, counts in self.series.items():
-            for number in np.flatnonzero(counts):
-                height = counts[number] / tallest * _HEIGHT
-                low, high = self.edges[number], self.edges[number + 1]
-                drawn.append(
-                    {
-                        "series": name,
-                        "x": round(number * _WIDTH / BINS, 2),
-                        "y": round(_HEIGHT - base[number] - height, 2),
-                        "width": round(_WIDTH / BINS - 0.5, 2),
-                        "height": round(float(height), 2),
-                        "title": f"{low:.4g} to {high:.4g}: {counts[number]:,} {name}",
-                    }
-                )
-                base[number] += height
-        return drawn
-
-    def lines(self) -> list[dict[str, Any]]:
-        """The thresholds of the drawing."""
-        return [
-            {"x": round(self.place(value) * _WIDTH, 2), "title": f"{name} = {value:g}"}
-            for name, value in self.limits.items()
-        ]
 
 
 @dataclass(frozen=True)
@@ -124,8 +62,8 @@ class Inspection:
             "inspect.html.j2",
             page=self,
             counts=self.manifest.counts,
-            width=_WIDTH,
-            height=_HEIGHT,
+            width=histograms.WIDTH,
+            height=histograms.HEIGHT,
         )
 
 
@@ -152,7 +90,7 @@ def inspect(uri: str, samples: int = 12) -> Inspection:
         kept=kept,
         rejected=rejected,
         failed=failed,
-        histograms=_histograms(store, manifest),
+        histograms=_histograms(store, manifest, rejected),
         no_pictures=_add_input_pictures(store, manifest, [*chain(*rejected.values()), *failed]),
     )
 
@@ -206,13 +144,15 @@ def _batches(
     paths: Sequence[str],
     rows: int,
     *,
-    without: Iterable[str] = (),
+    without: Collection[str] = (),
+    only: Collection[str] | None = None,
     chosen: pc.Expression | None = None,
 ) -> Iterator[pa.RecordBatch]:
     if not paths:
         return
     dataset = store.open_dataset(paths)
-    columns = [name for name in dataset.schema.names if name not in set(without)]
+    names = dataset.schema.names
+    columns = [n for n in names if n not in without and (only is None or n in only)]
     yield from dataset.to_batches(
         columns=columns, filter=chosen, batch_size=rows, fragment_readahead=1, batch_readahead=1
     )
@@ -270,89 +210,35 @@ def picture(role: str, image: bytes) -> dict[str, str | None]:
     return {"role": role, "url": f"data:image/jpeg;base64,{text}", "note": size}
 
 
-def _histograms(store: Store, manifest: Manifest) -> list[Histogram]:
-    """One per measure, and one per reason that has a value and no measure; in two passes."""
-    limits: dict[str, dict[str, float]] = defaultdict(dict)
-    ends: dict[str, tuple[float, float]] = {}
-    for name, values, _, own in _values(store, manifest):
-        limits[name] |= own
-        outer = [*ends.get(name, ()), *own.values(), float(values.min()), float(values.max())]
-        ends[name] = min(outer), max(outer)
-    drawn = {name: _empty(name, *ends[name], limits[name]) for name in ends}
-    for name, values, series, _ in _values(store, manifest):
-        histogram = drawn[name]
-        counts = np.histogram(values, histogram.edges)[0]
-        histogram.series[series] = histogram.series.get(series, np.zeros(BINS, np.int64)) + counts
-    order = [limit.measure for limit in LIMITS]
-    return sorted(
-        drawn.values(), key=lambda h: (order.index(h.name) if h.name in order else 99, h.name)
-    )
-
-
-def _empty(name: str, low: float, high: float, limits: dict[str, float]) -> Histogram:
-    log = low > 0 and high / low >= _LOG_FROM
-    if low == high:
-        low, high = low - 0.5, high + 0.5
-    edges = np.geomspace(low, high, BINS + 1) if log else np.linspace(low, high, BINS + 1)
-    edges[0], edges[-1] = low, high  # rounding must not leave the outermost values outside
-    return Histogram(name, edges, {}, limits, log)
-
-
-def _values(store: Store, manifest: Manifest) -> Iterator[_Values]:
-    """The values of every measure, a few thousand records at a time."""
+def _histograms(
+    store: Store, manifest: Manifest, rejected: Mapping[str, Sequence[Row]]
+) -> list[Histogram]:
+    """One per measure, and one per reason that has a value and no measure."""
+    measured = manifest.measured
     rules = manifest.config.get("filters") or {}
+    limits = {limit.measure: _thresholds(limit.measure, rules) for limit in LIMITS}
+    for reason, rows in rejected.items():
+        if rows and rows[0]["threshold"] is not None:
+            limits[reason] = {"threshold": float(rows[0]["threshold"])}
+    return histograms.draw(_counted(store, manifest) if measured is None else measured, limits)
+
+
+def _counted(store: Store, manifest: Manifest) -> histograms.Counts:
+    """What was measured, from the records; their manifest does not say."""
+    counts: histograms.Counts = {}
     for outcome in (KEPT, REJECTED):
-        without = (*_IMAGES, *_TEXTS, "answer", "detail", "provenance")
-        for batch in _batches(store, _paths(manifest, outcome), _ROWS_AT_ONCE, without=without):
-            reasons = np.array(
-                batch["reason"].to_pylist() if outcome == REJECTED else [""] * batch.num_rows
-            )
-            yield from _measured(batch, reasons, rules)
-            if outcome == REJECTED:
-                yield from _unmeasured(batch, reasons)
+        paths = _paths(manifest, outcome)
+        for batch in _batches(store, paths, _ROWS_AT_ONCE, only=histograms.COLUMNS):
+            histograms.add(counts, histograms.count(pa.Table.from_batches([batch])))
+    return counts
 
 
-def _measured(
-    batch: pa.RecordBatch, reasons: NDArray[np.str_], rules: dict[str, Any]
-) -> Iterator[_Values]:
-    if "measures" not in batch.schema.names:
-        return
-    flat = batch["measures"].flatten()
-    owners = pc.list_parent_indices(batch["measures"]).to_numpy()
-    names = np.array(flat.field("name").to_pylist(), dtype=np.str_)
-    values = flat.field("value").to_numpy(zero_copy_only=False)
-    for name in np.unique(names):
-        here = (names == name) & np.isfinite(values)
-        own = [limit for limit in LIMITS if limit.measure == name]
-        limits = _thresholds(own, rules)
-        reason = reasons[owners]
-        mine = np.isin(reason, [limit.reason for limit in own])
-        for series, chosen in (
-            ("kept", reason == ""),
-            ("rejected by this filter", mine),
-            ("rejected by another", ~mine & (reason != "")),
-        ):
-            if (here & chosen).any():
-                yield str(name), values[here & chosen], series, limits
-
-
-def _unmeasured(batch: pa.RecordBatch, reasons: NDArray[np.str_]) -> Iterator[_Values]:
-    """Values that only rejected records have, such as the distance of near duplicates."""
-    values = batch["value"].to_numpy(zero_copy_only=False)
-    thresholds = batch["threshold"].to_numpy(zero_copy_only=False)
-    for reason in set(reasons.tolist()) - {limit.reason for limit in LIMITS}:
-        here = (reasons == reason) & np.isfinite(values) & np.isfinite(thresholds)
-        if here.any():
-            limits = {"threshold": float(thresholds[here][0])}
-            yield reason, values[here], "rejected by this filter", limits
-
-
-def _thresholds(limits: Sequence[Limit], rules: dict[str, Any]) -> dict[str, float]:
+def _thresholds(measure: str, rules: dict[str, Any]) -> dict[str, float]:
     """The thresholds that a job had, those of single sources after the common ones."""
     return {
         f"{limit.setting} of {source}" if source else limit.setting: float(settings[limit.setting])
         for source, settings in [("", rules), *(rules.get("sources") or {}).items()]
-        for limit in limits
+        for limit in limits_of(measure)
         if settings.get(limit.setting) is not None
     }
 

@@ -13,11 +13,12 @@ from dim.config import StrictModel
 from dim.errors import InputError, StorageError
 from dim.redaction import redacted
 from infra.storage import Store, open_store
+from pipelines.outputs import histograms
 
 NAME = "manifest.json"
 MARKER = "unfinished.json"
 """Says whose an output is while it has no manifest."""
-VERSION = 1
+VERSION = 2
 """Raised whenever an older program would read a manifest wrongly."""
 
 
@@ -70,6 +71,8 @@ class Manifest(StrictModel):
     ``input`` identifies what the job read: the same value and the same ``config`` give the same
     files. ``cost`` is what the records cost, as numbers by name (``requests``, ``input_tokens``,
     ``output_tokens``, ``usd``), from the job that paid; a job that pays nothing has none.
+    ``measured`` is how the filters' measures are spread, see :mod:`pipelines.outputs.histograms`;
+    ``None`` where some ranges did not say.
     """
 
     version: int = VERSION
@@ -79,6 +82,7 @@ class Manifest(StrictModel):
     counts: Counts
     files: tuple[FileEntry, ...]
     cost: dict[str, float] | None = None
+    measured: histograms.Counts | None = None
 
     def rows_in(self, folder: str) -> int:
         """Rows of all files below ``folder``."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,6 +30,7 @@ from infra.logs import log
 from infra.storage import Store
 from pipelines.attempts import attempt
 from pipelines.outcome import FAILED, KEPT, OUTCOMES, REJECTED
+from pipelines.outputs import histograms
 from pipelines.outputs.files import (
     FOLDERS,
     Limits,
@@ -62,20 +63,49 @@ class Paid(StrictModel):
 
 
 class Receipt(StrictModel):
-    """A range that is done: its files, in order, why its records were rejected, and what it cost.
+    """A range that is done: its files, in order, why records of it were rejected, how what was
+    measured of them is spread, and what it cost.
 
-    One of an earlier version, or of a job that pays nobody, does not say what was paid.
+    One of an earlier version, or one made from a finished output, does not say what was measured;
+    one of a job that pays nobody says nothing of a cost either.
     """
 
     number: int
     files: tuple[FileEntry, ...]
     reasons: dict[str, int]
+    measured: histograms.Counts | None = None
     paid: Paid | None = None
 
     @property
     def has_failures(self) -> bool:
         """Whether a record of it failed."""
         return any(file.rows for file in self.files if file.path.startswith(FOLDERS[FAILED]))
+
+
+class Done:
+    """The ranges that are done.
+
+    What was measured is summed up: that of a range is several times as long as the rest of its
+    receipt, and the driver holds all of them.
+
+    Attributes:
+        receipts: theirs, by number, without what was measured.
+        measured: in all of them; ``None`` if one does not say.
+    """
+
+    def __init__(self) -> None:
+        self.receipts: dict[int, Receipt] = {}
+        self.measured: histograms.Counts | None = {}
+
+    def add(self, receipt: Receipt) -> None:
+        """One more; of two of a range the first counts."""
+        if receipt.number in self.receipts:
+            return
+        self.receipts[receipt.number] = receipt.model_copy(update={"measured": None})
+        if self.measured is None or receipt.measured is None:
+            self.measured = None
+        else:
+            histograms.add(self.measured, receipt.measured)
 
 
 @dataclass(frozen=True)
@@ -126,8 +156,8 @@ class RangeOutput:
         log("range written", output=self.store.uri, range=number, records=rows)
         return pa.table({"receipt": [receipt.model_dump_json()]})
 
-    def found(self) -> dict[int, Receipt]:
-        """The receipts that there are, by number of the range.
+    def found(self) -> Iterator[Receipt]:
+        """The receipts that there are, as they are read.
 
         Raises:
             StorageError: they cannot be read.
@@ -135,8 +165,9 @@ class RangeOutput:
         listed = [name for name, _ in self.store.list(f"{FOLDER}/{self.key}", suffix=".json")]
         numbers = [int(stem) for name in listed if (stem := _stem(name)).isdecimal()]
         with ThreadPoolExecutor(_READERS) as pool:
-            receipts = list(pool.map(self._find, numbers))
-        return {receipt.number: receipt for receipt in receipts if receipt is not None}
+            for receipt in pool.map(self._find, numbers):
+                if receipt is not None:
+                    yield receipt
 
     def name(self, outcome: str, number: int) -> Name:
         """What the files of one outcome of a range are called."""
@@ -159,6 +190,7 @@ class RangeOutput:
     ) -> Receipt:
         schemas = schemas_of(self.schema)
         left_out: dict[str, list[pa.Table]] = defaultdict(list)
+        measured: histograms.Counts = {}
         seen = 0
 
         def kept() -> Iterator[pa.Table]:
@@ -167,6 +199,8 @@ class RangeOutput:
             for table in tables:
                 seen += table.num_rows
                 for outcome, part in split(table, schemas):
+                    if outcome != FAILED:
+                        histograms.add(measured, histograms.count(part))
                     if outcome == KEPT:
                         yield part
                     else:
@@ -183,7 +217,9 @@ class RangeOutput:
         if seen != rows or sum(file.rows for file in files) != rows:
             raise DimError(f"range {number} of {self.store.uri} has {rows} records and gave {seen}")
         reasons = count_reasons(left_out[REJECTED])
-        receipt = Receipt(number=number, files=tuple(files), reasons=reasons, paid=paid())
+        receipt = Receipt(
+            number=number, files=tuple(files), reasons=reasons, measured=measured, paid=paid()
+        )
         self.store.write(self._path(number), receipt.model_dump_json().encode())
         return receipt
 
@@ -229,7 +265,7 @@ def key_of(*what: Any) -> str:
     return records.sha256_hex(text.encode())[:_DIGITS]
 
 
-def whole(store: Store, receipts: Mapping[int, Receipt]) -> dict[int, Receipt]:
+def whole(store: Store, receipts: Iterable[Receipt]) -> Iterator[Receipt]:
     """Those of which every file is there, with the length that they say.
 
     A name is there when its file is whole, and it holds the hash of what was written; to read
@@ -239,11 +275,9 @@ def whole(store: Store, receipts: Mapping[int, Receipt]) -> dict[int, Receipt]:
         StorageError: the files cannot be listed.
     """
     lengths = _lengths(store)
-    return {
-        number: receipt
-        for number, receipt in receipts.items()
-        if all(lengths.get(file.path) == file.bytes for file in receipt.files)
-    }
+    for receipt in receipts:
+        if all(lengths.get(file.path) == file.bytes for file in receipt.files):
+            yield receipt
 
 
 def lacking(store: Store, files: Iterable[FileEntry]) -> list[str]:
@@ -256,7 +290,7 @@ def lacking(store: Store, files: Iterable[FileEntry]) -> list[str]:
     return [file.path for file in files if lengths.get(file.path) != file.bytes]
 
 
-def without_failures(store: Store, done: Manifest, of: int) -> dict[int, Receipt]:
+def without_failures(store: Store, done: Manifest, of: int) -> list[Receipt]:
     """The ranges of a finished output in which no record failed.
 
     Args:
@@ -271,15 +305,17 @@ def without_failures(store: Store, done: Manifest, of: int) -> dict[int, Receipt
     for file in done.files:
         found = _NAME.fullmatch(file.path)
         if found is None or int(found[2]) != of or int(found[1]) >= of:
-            return {}
+            return []
         if file.rows:
             files[int(found[1])].append(file)
-    receipts = {}
-    for number, own in files.items():
-        receipt = Receipt(number=number, files=tuple(own), reasons={})
-        if not receipt.has_failures:
-            receipts[number] = receipt.model_copy(update={"reasons": _reasons(store, own)})
-    return receipts
+    receipts = (
+        Receipt(number=number, files=tuple(own), reasons={}) for number, own in files.items()
+    )
+    return [
+        receipt.model_copy(update={"reasons": _reasons(store, receipt.files)})
+        for receipt in receipts
+        if not receipt.has_failures
+    ]
 
 
 def receipts_in(tables: Iterable[pa.Table]) -> Iterator[Receipt]:

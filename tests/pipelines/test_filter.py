@@ -20,6 +20,7 @@ from pipelines.filters import PairRules
 from pipelines.filters.duplicates import DuplicateRules
 from pipelines.filters.verdicts import judge
 from pipelines.ingest import IngestConfig
+from pipelines.outputs import histograms
 from pipelines.outputs.inspect import inspect
 from pipelines.outputs.manifest import Manifest
 from pipelines.outputs.verify import verify
@@ -170,6 +171,15 @@ def test_the_page_shows_what_was_kept_and_what_was_not(made: tuple[Path, Manifes
     names = {histogram.name for histogram in page.histograms}
     assert {"ssim", "changed"} <= names and set(page.rejected) == set(REASONS)
     assert page.no_pictures == ""
+
+
+def test_the_manifest_says_how_what_was_measured_is_spread(made: tuple[Path, Manifest]) -> None:
+    out, manifest = made
+    counts: histograms.Counts = {}
+    for folder in ("data", "rejected"):
+        for path in (out / folder).iterdir():
+            histograms.add(counts, histograms.count(pq.read_table(path)))
+    assert manifest.measured == counts and counts["ssim"]["kept"]
 
 
 def test_images_are_filtered_as_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

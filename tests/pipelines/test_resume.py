@@ -239,6 +239,7 @@ def test_only_ranges_with_failures_are_tried_again(tmp_path: Path) -> None:
     assert verify(str(tmp_path)).problems == []
     last = Maker(tmp_path)
     assert last.run(retry_failed=True).counts.failed == 0 and last.did == [3]
+    assert first.measured == {} and second.measured is None  # of ranges that were not done again
     assert shades(tmp_path) == {1}
     assert pq.read_table(next((tmp_path / "failed").iterdir())).num_rows == 0
 

@@ -108,17 +108,17 @@ def test_a_range_without_records_of_an_outcome_has_no_file_of_it(tmp_path: Path)
 def test_a_range_that_lost_or_doubled_records_stops_the_job(tmp_path: Path) -> None:
     with pytest.raises(DimError, match="range 1 of .* has 10 records and gave 9"):
         write(output(tmp_path), [rows(9)], number=1, rows=10)
-    assert not output(tmp_path).found()
+    assert not list(output(tmp_path).found())
 
 
 def test_receipts_are_found_again_and_those_of_other_settings_are_not(tmp_path: Path) -> None:
     first = write(output(tmp_path), [rows(5)], number=0)
     second = write(output(tmp_path), [rows(9)], number=2)
     write(output(tmp_path, key="other"), [rows(7)], number=1)
-    assert output(tmp_path).found() == {0: first, 2: second}
+    assert list(output(tmp_path).found()) == [first, second]
     (tmp_path / "ranges/k/00002.json").write_text('{"number": 2')  # no receipt yet
     (tmp_path / "ranges/k/00001.json").write_text((tmp_path / "ranges/k/00000.json").read_text())
-    assert output(tmp_path).found() == {0: first}
+    assert list(output(tmp_path).found()) == [first]
 
 
 def test_what_a_task_has_done_before_it_was_begun_again_it_does_not_do_twice(
@@ -138,13 +138,13 @@ def test_what_a_task_has_done_before_it_was_begun_again_it_does_not_do_twice(
 def test_a_range_whose_files_are_not_what_it_says_is_not_done(tmp_path: Path) -> None:
     store = open_store(str(tmp_path))
     target = output(tmp_path, of=4)
-    made = {number: write(target, [rows(12)[3 * number :]], number) for number in range(4)}
-    assert receipts.whole(store, made) == made
+    made = [write(target, [rows(12)[3 * number :]], number) for number in range(4)]
+    assert list(receipts.whole(store, made)) == made
     short, gone = (tmp_path / data(made[number])[0].path for number in (0, 2))
     short.write_bytes(short.read_bytes()[:-1])
     gone.unlink()
-    assert receipts.whole(store, made) == {1: made[1], 3: made[3]}
-    lacking = receipts.lacking(store, [file for one in made.values() for file in one.files])
+    assert list(receipts.whole(store, made)) == [made[1], made[3]]
+    lacking = receipts.lacking(store, [file for one in made for file in one.files])
     assert lacking == [data(made[number])[0].path for number in (0, 2)]
 
 
@@ -162,11 +162,12 @@ def test_the_ranges_of_a_finished_output_in_which_nothing_failed(tmp_path: Path)
     store = open_store(str(tmp_path))
     made = [write(output(tmp_path), [rows(count)], n) for n, count in enumerate((5, 9, 6))]
     assert made[1].has_failures
-    assert receipts.without_failures(store, finished(made), 3) == {0: made[0], 2: made[2]}
+    without = [made[number].model_copy(update={"measured": None}) for number in (0, 2)]
+    assert receipts.without_failures(store, finished(made), 3) == without
     # Cut otherwise, or by a program that knew no ranges, it says nothing of a range.
-    assert receipts.without_failures(store, finished(made), 4) == {}
+    assert receipts.without_failures(store, finished(made), 4) == []
     older = {data(made[0])[0].path: "data/part-00000.parquet"}
-    assert receipts.without_failures(store, finished(made, older), 3) == {}
+    assert receipts.without_failures(store, finished(made, older), 3) == []
 
 
 def sized(count: int, size: int) -> list[dict[str, Any]]:

@@ -49,18 +49,19 @@ def test_differences_have_dotted_names() -> None:
 
 def test_a_newer_manifest_is_refused_in_words(tmp_path: Path) -> None:
     store = open_store(str(tmp_path))
-    store.write(manifest.NAME, b'{"version": 2, "job": "edit", "parts": []}')
-    with pytest.raises(StorageError, match="is of version 2, and this program knows 1 and older"):
+    store.write(manifest.NAME, b'{"version": 3, "job": "edit", "parts": []}')
+    with pytest.raises(StorageError, match="is of version 3, and this program knows 2 and older"):
         manifest.read(store)
 
 
-def test_an_older_manifest_has_no_cost(tmp_path: Path) -> None:
+def test_an_older_manifest_says_nothing_of_costs_and_measures(tmp_path: Path) -> None:
     store = open_store(str(tmp_path))
     old = Manifest(job="edit", config={}, input={}, counts=counts(), files=()).model_dump()
-    del old["cost"]
+    del old["cost"], old["measured"]
+    old["version"] = 1
     store.write(manifest.NAME, json.dumps(old).encode())
     found = manifest.read(store)
-    assert found is not None and found.cost is None
+    assert found is not None and found.cost is found.measured is None
 
 
 @pytest.mark.parametrize(

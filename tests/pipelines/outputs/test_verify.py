@@ -155,7 +155,7 @@ def test_what_is_not_finished_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is not finished"):
         verify(store.uri)
     store.write(manifest.NAME, b'{"version": 99, "more": 1}')
-    with pytest.raises(StorageError, match="is of version 99, and this program knows 1"):
+    with pytest.raises(StorageError, match="is of version 99, and this program knows 2"):
         verify(store.uri)
 
 
