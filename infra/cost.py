@@ -70,8 +70,9 @@ class NodeHours:
 
         Those of now, where there were none: Ray was reached in between.
         """
+        nodes = _nodes()
         with self._lock:
-            self.add(_nodes(), time.monotonic())
+            self.add(nodes, time.monotonic())
 
     def add(self, nodes: Sequence[NodeKind], now: float) -> None:
         """The same with ``nodes`` there at ``now``, in seconds of one monotonic clock."""
@@ -82,7 +83,8 @@ class NodeHours:
 
     def metrics(self, prices: Mapping[str, float]) -> dict[str, float]:
         """What is known, by the name of the metric; dollars only where every node has a price."""
-        hours = {kind: seconds / 3600 for kind, seconds in self._seconds.items()}
+        with self._lock:
+            hours = {kind: seconds / 3600 for kind, seconds in self._seconds.items()}
         each = (
             sum(hours.values()),
             sum(kind.cpus * found for kind, found in hours.items()),
@@ -98,7 +100,7 @@ class NodeHours:
 
     def unpriced(self, prices: Mapping[str, float]) -> list[str]:
         """The kinds of nodes that the table has no price for."""
-        return sorted({kind.name for kind in self._seconds if kind.price(prices) is None})
+        return sorted({kind.name for kind in list(self._seconds) if kind.price(prices) is None})
 
 
 @contextmanager

@@ -38,8 +38,8 @@ from pipelines.outputs.receipts import Done, RangeOutput, Receipt
 from pipelines.outputs.shards import Shards
 from pipelines.ranges import TIMEOUT_S
 
-OnProgress = Callable[[int, int], None]
-"""Is told how many ranges are done, of how many."""
+OnProgress = Callable[[int, int, float], None]
+"""Is told how many ranges are done, of how many, and the dollars that were paid for them."""
 
 
 class HowToRun(TypedDict, total=False):
@@ -207,7 +207,7 @@ class Job:
                     there.add(one)
                     progress.add(one)
                     if on_progress is not None:
-                        on_progress(len(there.receipts), work.output.of)
+                        on_progress(len(there.receipts), work.output.of, there.usd)
             manifest = self._publish(work.output, there, before)
             if before is not None:  # what went with the output that was there
                 for name in (card.NAME, REPORT):

@@ -20,7 +20,7 @@ from dim.config import suggestion
 from dim.errors import ConfigError, DimError
 from dim.failures import Failure
 from infra import tracing
-from infra.cost import NodeHours, counted_cost
+from infra.cost import NODES, NodeHours, counted_cost
 from infra.storage import is_local, join, local_path
 from infra.tracking import PARENT_RUN, Tracking
 from pipelines.cluster import connect
@@ -182,13 +182,13 @@ class _Run:
                 self._finish(process, said)
             elif isinstance(said, Failure):
                 self._fail(process, said)
-            elif said is not None:
+            else:
                 self._view.tell(process.step.name, *said)
         if time.monotonic() - self._beat > BEAT_S:
             self._beat = time.monotonic()
             for name in self._at_work:
                 self._note(name, maker=maker())
-        self._view.refresh()
+        self._view.refresh(self._cost.metrics(self._workflow.tracking.prices).get(NODES))
 
     def _finish(self, process: StepProcess, done: Done) -> None:
         step = process.step

@@ -71,10 +71,10 @@ class StepProcess:
         self._process.start()
         theirs.close()
 
-    def take(self) -> tuple[float | None, str] | Done | Failure | None:
-        """What it says next, if it has said something; how it ended is the last."""
+    def take(self) -> tuple[float | None, str, float] | Done | Failure:
+        """What it says next (as :class:`Tell` takes it); how it ended is the last."""
         try:
-            said: tuple[float | None, str] | Done | Failure = self.connection.recv()
+            said: tuple[float | None, str, float] | Done | Failure = self.connection.recv()
         except EOFError:
             self._process.join()
             return Failure(f"its process was killed (exit status {self._process.exitcode})", 1)
@@ -101,7 +101,12 @@ def _run(task: Task, connection: Connection) -> None:
         program = programs.program(task.program)
         config = program.config.model_validate(task.config)
         connection.send(
-            program.run(config, task.out, task.anew, lambda *said: connection.send(said))
+            program.run(
+                config,
+                task.out,
+                task.anew,
+                lambda share, said, usd=0.0: connection.send((share, said, usd)),
+            )
         )
     except BaseException as error:
         failure = explain(error)

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
@@ -66,9 +66,11 @@ class View:
         row.state, row.begun, row.said = _RUNS, time.monotonic(), ""
         self._line(f"{name}: begins (log: {log})")
 
-    def tell(self, name: str, share: float | None, said: str) -> None:
-        """A step is at ``share`` of its work (0 to 1, where that is known) and says something."""
-        self._rows[name].share, self._rows[name].said = share, said
+    def tell(self, name: str, share: float | None, said: str, usd: float) -> None:
+        """A step is at ``share`` of its work (0 to 1, where that is known), says something, and has
+        paid ``usd`` dollars to others."""
+        row = self._rows[name]
+        row.share, row.said, row.usd = share, said, usd
 
     def done(
         self, name: str, said: str, seconds: float, usd: float, *, before: bool = False
@@ -84,10 +86,16 @@ class View:
         row.state, row.said = _FAILED, sentence
         row.seconds = time.monotonic() - row.begun
 
-    def refresh(self) -> None:
-        """Show how it stands."""
-        if self._live is not None:
-            self._live.update(self._table(), refresh=True)
+    def refresh(self, nodes_usd: float | None = None) -> None:
+        """Show how it stands; ``nodes_usd`` is what the cluster's nodes have cost, where known."""
+        if self._live is None:
+            return
+        shown: list[Table | Text] = [self._table()]
+        if nodes_usd is not None:
+            paid = sum(row.usd for row in self._rows.values())
+            line = f"${nodes_usd:,.2f} for nodes in this run, ${paid:,.2f} paid by steps"
+            shown.append(Text(line, "dim"))
+        self._live.update(Group(*shown), refresh=True)
 
     def _line(self, text: str) -> None:
         if self._live is None:

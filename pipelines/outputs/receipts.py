@@ -91,17 +91,20 @@ class Done:
     Attributes:
         receipts: theirs, by number, without what was measured.
         measured: in all of them; ``None`` if one does not say.
+        usd: what was paid for those that say so, in dollars.
     """
 
     def __init__(self) -> None:
         self.receipts: dict[int, Receipt] = {}
         self.measured: histograms.Counts | None = {}
+        self.usd = 0.0
 
     def add(self, receipt: Receipt) -> None:
         """One more; of two of a range the first counts."""
         if receipt.number in self.receipts:
             return
         self.receipts[receipt.number] = receipt.model_copy(update={"measured": None})
+        self.usd += receipt.paid.sums["usd"] if receipt.paid is not None else 0.0
         if self.measured is None or receipt.measured is None:
             self.measured = None
         else:

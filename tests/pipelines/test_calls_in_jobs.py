@@ -90,7 +90,11 @@ def test_a_job_stops_at_its_budget_and_goes_on_with_a_larger_one(
     paid = len(chat_server.requests)
     assert answered(out) == paid and 8 <= paid <= 14
 
-    manifest = edit.run(config(raw, out, chat_server, budget=100.0, **PRICED))
+    told: list[tuple[int, int, float]] = []
+    manifest = edit.run(
+        config(raw, out, chat_server, budget=100.0, **PRICED),
+        on_progress=lambda *progress: told.append(progress),
+    )
     assert len(chat_server.requests) == PAIRS  # nothing was paid for twice
     assert manifest.counts.kept == manifest.counts.input == PAIRS
     assert manifest.cost == {
@@ -99,6 +103,8 @@ def test_a_job_stops_at_its_budget_and_goes_on_with_a_larger_one(
         "output_tokens": 100 * PAIRS,
         "usd": pytest.approx(0.1 * PAIRS),
     }
+    assert told[-1][0] == told[-1][1] and told[-1][2] == pytest.approx(0.1 * PAIRS)
+    assert [usd for *_, usd in told] == sorted(usd for *_, usd in told)
     assert sum(sums["requests"] for sums in from_receipts) == PAIRS
     lines = list(csv.DictReader((out / "bill.csv").read_text().splitlines()))
     assert {line["id"] for line in lines} == {f"pair-{n}" for n in range(PAIRS)}

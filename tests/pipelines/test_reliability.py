@@ -378,6 +378,8 @@ def test_a_store_that_is_gone_when_the_manifest_is_written(
     store = storage.open_store(bucket.format("raw"))
     assert not store.exists("manifest.json") and store.exists("unfinished.json")
     done: list[int] = []
-    again = ingest.run(tabletop(bucket.format("raw")), on_progress=lambda now, of: done.append(now))
+    again = ingest.run(
+        tabletop(bucket.format("raw")), on_progress=lambda now, of, usd: done.append(now)
+    )
     assert done == []  # every range had its receipt
     check(bucket.format("raw"), again, drawn)

@@ -18,14 +18,14 @@ def data_program(config: type[StrictModel], module: Any) -> Program:
     def run(config: Any, out: str, anew: bool, tell: Tell) -> Done:
         begun: tuple[int, float] | None = None
 
-        def on_progress(done: int, ranges: int) -> None:
+        def on_progress(done: int, ranges: int, usd: float) -> None:
             nonlocal begun
             now = time.monotonic()
             begun = begun or (done, now)
             said = f"{done} of {ranges} ranges"
             if now > begun[1]:
                 said += f" · {60 * (done - begun[0]) / (now - begun[1]):.0f} a minute"
-            tell(done / ranges, said)
+            tell(done / ranges, said, usd)
 
         manifest: Manifest = module.run(config, overwrite=anew, on_progress=on_progress)
         usd = (manifest.cost or {}).get("usd", 0.0)

@@ -5,14 +5,19 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from dim.config import StrictModel, what_decides
 from dim.errors import StorageError
 from infra import storage
 
-Tell = Callable[[float | None, str], None]
-"""Takes how much of a step is done (0 to 1, where it is known) and what it does now."""
+
+class Tell(Protocol):
+    """Takes how far a step is."""
+
+    def __call__(self, share: float | None, said: str, usd: float = 0.0, /) -> None:
+        """``share`` of it is done (0 to 1, where that is known); ``said`` is what it does now, and
+        ``usd`` what it has paid to others so far, in dollars."""
 
 
 @dataclass(frozen=True)
