@@ -113,7 +113,10 @@ class _Alter(_OnThing):
         changed = self.altered(thing)
         if changed == thing:
             raise InputError(f"{self.reference.text} is a {describe(thing)} already")
-        return placed(scene.without(thing), changed)
+        others = scene.without(thing)
+        # One that grows no larger has its room, also where a place that was read off an image is a
+        # little too near to something.
+        return placed(others, changed) if changed.radius > thing.radius else others.having(changed)
 
     def outcome(self, scene: Scene) -> str:
         return f"{describe(self.altered(self.reference.resolve(scene)))}; {_REST}"

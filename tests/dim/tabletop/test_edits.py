@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -9,6 +11,7 @@ from dim import tabletop
 from dim.blueprint import Blueprint
 from dim.errors import InputError
 from dim.tabletop import KINDS, PLACES, Edit, Scene, Thing
+from dim.tabletop.world import fits
 
 RED = Thing("circle", "red", "large", 0.2, 0.3)
 BLUE = Thing("square", "blue", "small", 0.8, 0.55)
@@ -99,6 +102,23 @@ def test_referential_instructions_are_resolved() -> None:
 def test_what_cannot_be_done_says_why(instruction: str, message: str) -> None:
     with pytest.raises(InputError, match=message):
         tabletop.understand(SCENE, instruction)
+
+
+def test_what_grows_no_larger_has_its_room() -> None:
+    """Places that are read off an image are a little off."""
+    over = Thing("star", "orange", "large", 0.69, 0.83)
+    scene = Scene((over, Thing("circle", "red", "small", 0.3, 0.3)), "marble")
+    assert not fits(over, scene.objects[1:])
+    for instruction, changed in (
+        ("replace the orange star with a blue circle", {"colour": "blue", "shape": "circle"}),
+        ("make the orange star green", {"colour": "green"}),
+        ("make the orange star small", {"size": "small"}),
+    ):
+        target = tabletop.understand(scene, instruction).target
+        assert dataclasses.replace(over, **changed) in target.objects
+    with pytest.raises(InputError, match="no room on the table"):
+        edge = Scene((Thing("star", "orange", "small", 0.9, 0.9),), "marble")
+        tabletop.understand(edge, "make the orange star large")
 
 
 def test_captions_list_everything() -> None:
