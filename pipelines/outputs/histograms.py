@@ -1,8 +1,9 @@
 """How what was measured of records is spread: counted where they are written, drawn to look at.
 
-Values are counted by their first two digits. So counts of any parts of an output can be added, and
-a measure takes at most 180 of them for each power of ten that its values cover, however many
-records there are.
+Values are counted by their first two digits, whole numbers below 10,000 by all of theirs (a side of
+512 pixels is not one of 510). So counts of any parts of an output can be added, and however many
+records there are, a measure takes at most 180 of them for each power of ten that its values cover,
+or as many as there are sides of pictures.
 """
 
 from __future__ import annotations
@@ -24,12 +25,13 @@ WIDTH, HEIGHT = 420, 120  # of a drawing, in pixels
 COLUMNS = ("measures", "reason", "value", "threshold")
 """The columns that are counted."""
 
+_WHOLE = 10_000
 _LOG_FROM = 100.0  # a measure whose largest value is so many times its smallest is drawn by its log
 _KEPT, _BY_THIS, _BY_OTHERS = "kept", "rejected by this filter", "rejected by another"
 
 Counts = dict[str, dict[str, dict[str, int]]]
 """Records by measure (or by the reason code, where only rejected ones have a value), by what became
-of them, and by the value, as a decimal number of two digits."""
+of them, and by the value, as a decimal number."""
 
 _Values = tuple[str, str, NDArray[np.float64]]
 """A measure, what became of the records, and their values."""
@@ -47,9 +49,14 @@ def count(part: pa.Table) -> Counts:
     ]:
         own = counts.setdefault(name, {}).setdefault(series, {})
         for value, rows in zip(*np.unique(values, return_counts=True), strict=True):
-            text = f"{float(f'{value:.2g}'):g}"
+            text = _text(value)
             own[text] = own.get(text, 0) + int(rows)
     return counts
+
+
+def _text(value: float) -> str:
+    whole = abs(value) < _WHOLE and value == int(value)
+    return f"{value:.0f}" if whole else f"{float(f'{value:.2g}'):g}"
 
 
 def add(total: Counts, more: Counts) -> None:
@@ -140,40 +147,48 @@ def draw(counts: Counts, limits: Mapping[str, Mapping[str, float]]) -> list[Hist
 
 
 def _drawn(name: str, by_series: dict[str, dict[str, int]], limits: dict[str, float]) -> Histogram:
-    numbers = {
-        series: (np.array([float(text) for text in own]), np.array([*own.values()], float))
-        for series, own in by_series.items()
-    }
-    ends = np.concatenate([np.concatenate(_covered(values)) for values, _ in numbers.values()])
-    outer = [*limits.values(), *ends.tolist()]
+    values = np.unique([float(text) for own in by_series.values() for text in own])
+    half = _half(values)
+    outer = [*limits.values(), *(values - half).tolist(), *(values + half).tolist()]
     low, high = min(outer), max(outer)
     log = low > 0 and high / low >= _LOG_FROM
     if low == high:
         low, high = low - 0.5, high + 0.5
     edges = np.geomspace(low, high, BINS + 1) if log else np.linspace(low, high, BINS + 1)
     edges[0], edges[-1] = low, high  # rounding must not leave the outermost values outside
-    series = {name: _spread(*numbers[name], edges) for name in numbers}
+    shares = _shares(values, half, edges)
+    series = {}
+    for which, own in by_series.items():
+        rows = np.zeros(len(values))
+        rows[np.searchsorted(values, [float(text) for text in own])] = list(own.values())
+        series[which] = rows @ shares
     return Histogram(name, edges, series, limits, log)
 
 
-def _spread(
-    values: NDArray[np.float64], rows: NDArray[np.float64], edges: NDArray[np.float64]
-) -> NDArray[np.float64]:
-    """Rows in each bar, those of a value divided among the bars that its rounding covers."""
-    low, high = (ends[:, None] for ends in _covered(values))
-    shares = np.clip(np.minimum(high, edges[1:]) - np.maximum(low, edges[:-1]), 0, None)
-    exact = np.flatnonzero(low == high)
-    bars = np.searchsorted(edges, values[exact], side="right") - 1
-    shares[exact, np.minimum(bars, BINS - 1)] = 1
-    return np.asarray(rows @ (shares / shares.sum(axis=1, keepdims=True)))
+def _half(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """How far numbers may lie from those of two digits that they were rounded to.
 
-
-def _covered(values: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """From where to where numbers are rounded to each of ``values``; nought is itself."""
+    A value without a neighbour of the same size, and whole numbers where a measure has no others,
+    such as the sides of pictures, are taken as they are.
+    """
     sizes = np.abs(values)
     powers = np.floor(np.log10(sizes, where=sizes > 0, out=np.zeros_like(sizes)))
     half = np.where(sizes > 0, 0.05 * 10**powers, 0)
-    return values - half, values + half
+    gaps = np.concatenate([[np.inf], np.diff(values), [np.inf]])
+    half = np.where(np.minimum(gaps[1:], gaps[:-1]) < 3 * half, half, 0)
+    return np.where((sizes < _WHOLE) & (values == values.round()).all(), 0, half)
+
+
+def _shares(
+    values: NDArray[np.float64], half: NDArray[np.float64], edges: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """How much of each value (rows) is in each bar (columns): it covers what is rounded to it."""
+    low, high = (values - half)[:, None], (values + half)[:, None]
+    shares = np.clip(np.minimum(high, edges[1:]) - np.maximum(low, edges[:-1]), 0, None)
+    exact = np.flatnonzero(half == 0)
+    bars = np.searchsorted(edges, values[exact], side="right") - 1
+    shares[exact, np.minimum(bars, BINS - 1)] = 1
+    return np.asarray(shares / shares.sum(axis=1, keepdims=True))
 
 
 def _measured(measures: Sequence[pa.Array], reasons: NDArray[np.str_]) -> Iterator[_Values]:

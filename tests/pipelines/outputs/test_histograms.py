@@ -53,7 +53,9 @@ def test_parts_add_up_to_the_whole() -> None:
         counts = whole[name]["kept"]
         assert sum(counts.values()) == 500
         assert counts == histograms.in_order(whole)[name]["kept"]
-        exact = [float(f"{value:.1e}") for value in values]
+        exact = [
+            value if value == round(value) < 10_000 else float(f"{value:.1e}") for value in values
+        ]
         assert sorted(float(text) for text in counts) == sorted(set(exact))
         assert all(counts[f"{value:g}"] == exact.count(value) for value in set(exact))
 
@@ -104,12 +106,31 @@ def test_drawings_hold_every_record_where_it_is() -> None:
     assert drawn["changed"].series["kept"][0] >= 7
 
 
-@pytest.mark.parametrize(("text", "ends"), [("0", (-0.5, 0.5)), ("512", (505, 515)), ("-1", None)])
-def test_a_single_value_is_drawn(text: str, ends: tuple[float, float] | None) -> None:
-    value = f"{float(f'{float(text):.2g}'):g}"
-    (drawn,) = histograms.draw({"side": {"kept": {value: 5}}}, {})
-    assert drawn.series["kept"].sum() == pytest.approx(5)
-    assert ends is None or (drawn.edges[0], drawn.edges[-1]) == pytest.approx(ends)
-    assert sum(bar["height"] for bar in drawn.bars()) == pytest.approx(
-        120 * 5 / max(drawn.series["kept"].max(), 1), rel=0.01
-    )
+@pytest.mark.parametrize("value", [0.0, 512.0, -1.0, 3e7])
+def test_a_value_without_neighbours_is_one_bar(value: float) -> None:
+    """Pictures of one size have one side, and not about that."""
+    counts = {f"{value:g}": 5}
+    (alone,) = histograms.draw({"side": {"kept": counts}}, {})
+    assert (alone.edges[0], alone.edges[-1]) == (value - 0.5, value + 0.5)
+    assert [round(bar["height"]) for bar in alone.bars()] == [120]
+    (limited,) = histograms.draw({"side": {"kept": counts}}, {"side": {"min_side": value - 9}})
+    assert limited.series["kept"].tolist() == [0.0] * 39 + [5.0]
+
+
+def test_sides_of_pictures_are_counted_as_they_are() -> None:
+    """Or what is just large enough would lie on the other side of its limit."""
+    sides = [511, 512, 512, 513, 1024, 9999, 20_049]
+    part = pa.table({"measures": [[{"name": "side", "value": float(side)}] for side in sides]})
+    counts = histograms.count(part)
+    expected = {"511": 1, "512": 2, "513": 1, "1024": 1, "9999": 1, "20000": 1}
+    assert counts == {"side": {"kept": expected}}
+    (drawn,) = histograms.draw(counts, {"side": {"min_side": 512}})
+    places = [np.searchsorted(drawn.edges, side, side="right") - 1 for side in (511, 1024, 9999)]
+    assert [drawn.series["kept"][place] for place in places] == [4, 1, 1]
+
+
+def test_neighbours_of_two_digits_are_spread_over_the_bars_between() -> None:
+    counts = {f"{number / 100:g}": 10 for number in range(90, 100)}
+    (drawn,) = histograms.draw({"ssim": {"kept": counts}}, {})
+    assert drawn.edges[0] == pytest.approx(0.895) and drawn.edges[-1] == pytest.approx(0.995)
+    assert drawn.series["kept"] == pytest.approx(np.full(40, 2.5))

@@ -113,7 +113,7 @@ def test_histograms_hold_every_value_and_threshold(output: Path) -> None:
     }
     assert side.limits == {"min_side": 32.0}
     (line,) = side.lines()
-    assert line["x"] == pytest.approx(420 * (32 - 19.5) / (96.5 - 19.5), abs=0.1)
+    assert line["x"] == pytest.approx(420 * (32 - 20) / (96 - 20), abs=0.1)
     assert found["changed"].limits == {
         "min_changed": 0.001,
         "max_changed": 1.0,
