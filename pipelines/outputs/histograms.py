@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
+from pydantic import AfterValidator, Field
 
 from pipelines.limits import LIMITS, limits_of
 
@@ -26,10 +27,21 @@ COLUMNS = ("measures", "reason", "value", "threshold")
 """The columns that are counted."""
 
 _WHOLE = 10_000
+_MOST = 1e100
 _LOG_FROM = 100.0  # a measure whose largest value is so many times its smallest is drawn by its log
 _KEPT, _BY_THIS, _BY_OTHERS = "kept", "rejected by this filter", "rejected by another"
 
-Counts = dict[str, dict[str, dict[str, int]]]
+
+def _check_number(text: str) -> str:
+    """What a manifest of others says is drawn, too."""
+    if not abs(float(text)) < _MOST:
+        raise ValueError(f"{text!r} is not a number below {_MOST:g}")
+    return text
+
+
+_Number = Annotated[str, AfterValidator(_check_number)]
+_Rows = Annotated[int, Field(ge=0)]
+Counts = dict[str, dict[str, dict[_Number, _Rows]]]
 """Records by measure (or by the reason code, where only rejected ones have a value), by what became
 of them, and by the value, as a decimal number."""
 
@@ -142,7 +154,8 @@ def draw(counts: Counts, limits: Mapping[str, Mapping[str, float]]) -> list[Hist
         limits: thresholds by measure, each by what it is called.
     """
     places = {limit.measure: number for number, limit in enumerate(LIMITS)}
-    names = sorted(counts, key=lambda name: (places.get(name, len(places)), name))
+    measured = (name for name, by_series in counts.items() if any(by_series.values()))
+    names = sorted(measured, key=lambda name: (places.get(name, len(places)), name))
     return [_drawn(name, counts[name], dict(limits.get(name, {}))) for name in names]
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import heapq
 import io
+import math
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -215,7 +216,7 @@ def _histograms(
 ) -> list[Histogram]:
     """One per measure, and one per reason that has a value and no measure."""
     measured = manifest.measured
-    rules = manifest.config.get("filters") or {}
+    rules = manifest.config.get("filters")
     limits = {limit.measure: _thresholds(limit.measure, rules) for limit in LIMITS}
     for reason, rows in rejected.items():
         if rows and rows[0]["threshold"] is not None:
@@ -233,14 +234,21 @@ def _counted(store: Store, manifest: Manifest) -> histograms.Counts:
     return counts
 
 
-def _thresholds(measure: str, rules: dict[str, Any]) -> dict[str, float]:
-    """The thresholds that a job had, those of single sources after the common ones."""
+def _thresholds(measure: str, rules: Any) -> dict[str, float]:
+    """The thresholds that a job had, those of single sources after the common ones; what is none,
+    in a manifest of others, is left out."""
+    of_sources = _settings(_settings(rules).get("sources"))
     return {
-        f"{limit.setting} of {source}" if source else limit.setting: float(settings[limit.setting])
-        for source, settings in [("", rules), *(rules.get("sources") or {}).items()]
+        f"{limit.setting} of {source}" if source else limit.setting: float(found)
+        for source, settings in [("", rules), *of_sources.items()]
         for limit in limits_of(measure)
-        if settings.get(limit.setting) is not None
+        if isinstance(found := _settings(settings).get(limit.setting), int | float)
+        and math.isfinite(found)
     }
+
+
+def _settings(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 def main(

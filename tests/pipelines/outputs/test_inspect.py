@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from dim import cli, records
-from dim.errors import DimError, InputError
+from dim.errors import DimError, InputError, StorageError
 from infra.storage import open_store
 from pipelines.filters import FilterPairs, PairRules, PairThresholds
 from pipelines.outcome import fail, to_rows, to_table
@@ -137,6 +137,40 @@ def test_histograms_are_of_the_manifest_where_it_says_what_was_measured(output: 
     manifest.write(store, told.model_copy(update={"measured": {"ssim": {"kept": {"0.5": 8}}}}))
     (drawn,) = inspect.inspect(str(output)).histograms
     assert drawn.name == "ssim" and drawn.limits == {"min_ssim": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("measured", "told"),
+    [
+        ({"ssim": {"kept": {"<b>": 1}}}, "could not convert string to float"),
+        ({"ssim": {"kept": {"nan": 1}}}, "'nan' is not a number"),
+        ({"ssim": {"kept": {"1e999": 1}}}, "'1e999' is not a number"),
+        ({"ssim": {"kept": {"1": -1}}}, "greater than or equal to 0"),
+        ({"ssim": {"kept": 5}}, "should be an object"),
+    ],
+)
+def test_measures_of_a_strangers_manifest_are_checked(
+    output: Path, measured: Any, told: str
+) -> None:
+    path = output / "manifest.json"
+    text = json.loads(path.read_text()) | {"measured": measured}
+    path.write_text(json.dumps(text))
+    with pytest.raises(StorageError, match=f"is no manifest: measured.*{told}"):
+        inspect.inspect(str(output))
+
+
+@pytest.mark.parametrize("rules", [5, {"min_ssim": "<b>"}, {"sources": 3}, {"sources": {"a": 1}}])
+def test_settings_of_a_strangers_manifest_that_are_none_are_not_drawn(
+    output: Path, rules: Any
+) -> None:
+    path = output / "manifest.json"
+    text = json.loads(path.read_text())
+    text["config"]["filters"] = rules
+    text["measured"] = {"ssim": {"kept": {"0.5": 1}, "<i>": {"0.6": 2}}, "x": {"kept": {}}, "y": {}}
+    path.write_text(json.dumps(text))
+    found = inspect.inspect(str(output))
+    assert [(each.name, each.limits) for each in found.histograms] == [("ssim", {})]
+    assert "<i>" not in found.render()
 
 
 def test_the_page_is_whole_and_safe(output: Path, tmp_path: Path, capsys: Any) -> None:
