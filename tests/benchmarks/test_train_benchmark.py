@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -23,7 +25,7 @@ def steps(seconds: float, loss: float = 0.5) -> Steps:
 
 
 GOOD = {PLAIN: [steps(1.0), steps(1.2)], ONE: [steps(1.3), steps(1.04)], TWO: [steps(0.6)]}
-GOOD[APART] = [steps(0.56), steps(0.7)]
+GOOD[APART] = [replace(steps(0.56), in_step=0.65), steps(0.7)]
 
 
 @pytest.mark.parametrize(
@@ -43,6 +45,10 @@ def test_a_bar_that_is_missed_fails(
     assert train.report(train.judge(GOOD | changes, batch=8)) == (1 if missed else 0)
     said, failed = capsys.readouterr()
     assert "plain PyTorch          1000.0 ms a step      8.0 samples/s" in said
+    if not changes:
+        assert (
+            "exchange nothing: 1.86 x one worker\n    in step, by their own times: 1.60 x" in said
+        )
     assert [line for line in said.splitlines() if line.startswith("MISSED")] == [
         line for line in said.splitlines() for name in missed if f"MISSED {name}: " in line
     ]
@@ -90,6 +96,7 @@ def test_the_plain_loop_takes_the_steps_of_the_trainer(
     assert len(set(plain.losses)) == 3
     assert all(0 < way.seconds < 60 for way in (through_ray, plain, apart))
     assert len(apart.losses) == 3 and apart.losses != plain.losses  # of half of the batch
+    assert apart.in_step is not None and apart.in_step >= min(np.diff(apart.begins))
     assert training.train.train_loop_per_worker is training.loop.train_loop_per_worker
 
 
