@@ -13,7 +13,7 @@ from typing import Any
 
 from dim.errors import DimError
 
-WAIT_S = 45.0
+WAIT_S = 30.0
 """For nodes that may be on their way, where no autoscaler says that they are."""
 _TIMEOUT_S = 10
 _SOON_S, _LATER_S = 1.0, 10.0  # between two looks, while there is no hope and while there is
