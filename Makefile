@@ -1,6 +1,6 @@
 # Two commands on a fresh machine: `make demo` and `make test`. Each makes .venv when it is not current.
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-all check docs format clean
+.PHONY: help venv demo test test-slow test-all check docs format clean
 
 PY := .venv/bin/python
 PYTEST := $(PY) -m pytest -n 2 --dist loadscope --no-loadscope-reorder --durations 30
@@ -19,8 +19,10 @@ demo: venv  ## the whole loop on this machine: data, training, serving, a report
 test: check  ## lint, types, layout and the tests, without those of minutes
 	$(PYTEST) -m "not slow" || $(ONCE_MORE)
 
-test-all: check  ## the same with every test
-	$(PYTEST) || $(ONCE_MORE)
+test-slow: venv  ## the tests of minutes alone
+	$(PYTEST) -m slow || $(ONCE_MORE)
+
+test-all: test test-slow  ## lint, types, layout and every test
 
 check: venv  ## lint, format, types and layout only
 	$(PY) -m ruff check .
