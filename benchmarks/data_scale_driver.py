@@ -1,39 +1,47 @@
-"""What the driver of a job holds of a record, with duplicates looked for, on synthetic records.
+"""What the driver of a job holds of a record, on synthetic records.
 
-    python -m benchmarks.data_scale_driver                     # as reported, some minutes
-    python -m benchmarks.data_scale_driver --few 2000 --many 20000   # to see that it runs
+    python -m benchmarks.data_scale_driver                     # as reported, a quarter of an hour
+    python -m benchmarks.data_scale_driver --job ingest --few 2000 --many 20000   # that it runs
 
-The filter job runs from raw shards to its manifest, once with few records and once with many, in a
-process of its own each time. A record has a picture of eight bytes that nobody decodes: its hash
-follows from its place, and one in ten is a duplicate. The most resident memory of the driver
-counts, with what it maps of Ray's object store.
+A job runs to its manifest, once with few records and once with many, in a process of its own each
+time; the most resident memory of the driver counts, with what it maps of Ray's object store.
+``filter`` reads raw shards and looks for duplicates: a record has a picture of eight bytes that
+nobody decodes, its hash follows from its place, and one in ten is a duplicate. ``ingest`` reads
+Parquet files with a tiny picture and a caption in each row.
 """
 
 from __future__ import annotations
 
+import io
 import resource
 import shutil
 import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 import typer
+from PIL import Image
 
 from benchmarks.row import Row as Figure
 from dim import records
 from pipelines.filter import FilterImagesConfig, run
 from pipelines.filters import FilterImages, ImageRules
+from pipelines.ingest import IngestConfig
+from pipelines.ingest import run as ingest
 from pipelines.outcome import Row, to_rows
 from pipelines.outputs import manifest
 from pipelines.outputs.manifest import Counts, FileEntry, Manifest
 
+Job = Literal["filter", "ingest"]
+JOBS: tuple[Job, ...] = ("filter", "ingest")
 FEW, MANY = 100_000, 1_000_000
 ROWS_PER_FILE, ROWS_PER_GROUP = 16_384, 256
 _MIX = 0x9E3779B97F4A7C15
@@ -90,28 +98,47 @@ def make_images(folder: Path, count: int) -> None:
     (folder / manifest.NAME).write_text(done.model_dump_json())
 
 
-def peak_of_driver(raw: Path, out: Path) -> int:
+def make_tables(folder: Path, count: int) -> None:
+    """Parquet files of so many pictures, as somebody may bring them."""
+    folder.mkdir(parents=True)
+    file = io.BytesIO()
+    Image.new("RGB", (4, 4), "teal").save(file, "PNG")
+    for first in range(0, count, ROWS_PER_FILE):
+        places = range(first, min(first + ROWS_PER_FILE, count))
+        captions = [f"scene {place}" for place in places]
+        table = pa.table({"image": [file.getvalue()] * len(places), "caption": captions})
+        name = f"part-{first // ROWS_PER_FILE:05d}.parquet"
+        pq.write_table(table, folder / name, row_group_size=ROWS_PER_GROUP)
+
+
+def peak_of_driver(job: Job, raw: Path, out: Path) -> int:
     """The most bytes of memory of this process while it drives the job."""
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=1 << 30)
-    done = run(SyntheticConfig(raw=str(raw), out=str(out)))
-    assert done.counts.rejected == done.counts.input // 10, done.counts
+    if job == "filter":
+        counts = run(SyntheticConfig(raw=str(raw), out=str(out))).counts
+        assert counts.rejected == counts.input // 10, counts
+    else:
+        counts = ingest(IngestConfig(images=str(raw), out=str(out))).counts
+        assert counts.kept == counts.input, counts
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def peak(count: int) -> int:
+def peak(job: Job, count: int) -> int:
     """The same of a job with so many records, in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         raw = Path(folder) / "raw"
-        make_images(raw, count)
-        command = [sys.executable, "-m", "benchmarks.data_scale_driver", "--drive", str(raw)]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        (make_images if job == "filter" else make_tables)(raw, count)
+        command = ["benchmarks.data_scale_driver", "--job", job, "--drive", str(raw)]
+        done = subprocess.run(
+            [sys.executable, "-m", *command], stdout=subprocess.PIPE, text=True, check=True
+        )
         shutil.rmtree(raw)
     return int(done.stdout.split()[-1])
 
 
-def bytes_a_record(few: int = FEW, many: int = MANY) -> float:
+def bytes_a_record(job: Job, few: int = FEW, many: int = MANY) -> float:
     """By how much the driver grows with each record."""
-    return (peak(many) - peak(few)) / (many - few)
+    return (peak(job, many) - peak(job, few)) / (many - few)
 
 
 ROWS = (
@@ -121,7 +148,15 @@ ROWS = (
         613,  # from 20,000 to 100,000
         100,
         "less",
-        bytes_a_record,
+        partial(bytes_a_record, "filter"),
+    ),
+    Figure(
+        "ingest-driver",
+        "the same of an ingest",
+        None,
+        100,
+        "less",
+        partial(bytes_a_record, "ingest"),
     ),
 )
 
@@ -129,13 +164,15 @@ ROWS = (
 def main(
     few: Annotated[int, typer.Option(min=1)] = FEW,
     many: Annotated[int, typer.Option(min=2)] = MANY,
+    job: Annotated[Job | None, typer.Option(help="Only this one.")] = None,
     drive: Annotated[Path | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Print by how many bytes the driver grows with each record."""
-    if drive is not None:
-        print(peak_of_driver(drive, drive.parent / "out"))
-    else:
-        print(f"{bytes_a_record(few, many):.1f} bytes of the driver a record")
+    if drive is not None and job is not None:
+        print(peak_of_driver(job, drive, drive.parent / "out"))
+        return
+    for each in JOBS if job is None else (job,):
+        print(f"{each}: {bytes_a_record(each, few, many):.1f} bytes of the driver a record")
 
 
 if __name__ == "__main__":

@@ -64,8 +64,9 @@ PICTURES = ((96, 4), (384, 2), (384, 4), (384, 12))
 """The same of pictures of 512 px."""
 SIDE = 512
 CORES = max(2, os.cpu_count() or 1)  # of the Ray that a job starts
-DRIVER = (1_000, 6_000)
-"""Tabletop records of the runs from which the memory of drivers is known."""
+DRIVER = (5_000, 25_000)
+"""Tabletop records of the runs from which the memory of drivers is known. Up to a few thousand it
+grows by what Ray and Arrow take for themselves once there is work, several times as fast."""
 COMMAND = "python -m benchmarks.plan --write configs/plan-costs.yaml"
 
 _SAMPLE_S = 0.1
