@@ -219,8 +219,9 @@ def _histograms(
     rules = manifest.config.get("filters")
     limits = {limit.measure: _thresholds(limit.measure, rules) for limit in LIMITS}
     for reason, rows in rejected.items():
-        if rows and rows[0]["threshold"] is not None:
-            limits[reason] = {"threshold": float(rows[0]["threshold"])}
+        found = rows[0]["threshold"] if rows else None
+        if found is not None and math.isfinite(found):
+            limits[reason] = {"threshold": found}
     return histograms.draw(_counted(store, manifest) if measured is None else measured, limits)
 
 
