@@ -3,6 +3,7 @@
     python -m benchmarks.peers                        # all of them (an hour on two cores)
     python -m benchmarks.peers --peers daft --pictures 200 --questions 300   # a minute of one
     python -m benchmarks.peers --no-kills --pictures 1000 --questions 1000   # speeds alone
+    python -m benchmarks.peers --peers nemo_curator --pictures 0   # the calls alone
 
 The filter work: decode a picture, look at its shorter side and at its aspect, take a perceptual
 hash, and write what is left. A share of the pictures is too small, too long or cut off. The call
@@ -106,13 +107,15 @@ def _row(
         (folder / name).mkdir()
         return folder / name
 
-    filtered = _run(python, peer, "filter", inputs, out("filtered"), options.processes)
-    # A row without a hash is easily dropped, where a peer's function could not do that itself.
-    kept = Counter(
-        row["id"] for row in _rows(folder / "filtered") if row.get("hash", 0) is not None
-    )
-    if lacking := good - set(kept):
-        raise PeerError(f"{len(lacking)} good pictures are not kept")
+    pace, peak, wrongly = "", "", ""
+    if options.pictures:
+        filtered = _run(python, peer, "filter", inputs, out("filtered"), options.processes)
+        # A row without a hash is easily dropped, where a peer's function could not do that itself.
+        kept = {row["id"] for row in _rows(folder / "filtered") if row.get("hash", 0) is not None}
+        if lacking := good - kept:
+            raise PeerError(f"{len(lacking)} good pictures are not kept")
+        pace = f"{options.pictures / filtered.seconds / options.processes:.0f}"
+        peak, wrongly = f"{filtered.peak / MIB:.0f}", str(len(kept - good))
     asked.times()
     arguments = (options.in_flight, asked.url)
     called = _run(python, peer, "ask", inputs, out("called"), *arguments)
@@ -130,12 +133,12 @@ def _row(
         f"{peer} {version}",
         _lines(peer),
         f"{prepared:.0f}",
-        f"{options.pictures / filtered.seconds / options.processes:.0f}",
+        pace,
         f"{options.questions / called.seconds:.0f}",
         f"{called.whole - called.seconds:.0f}",
-        f"{filtered.peak / MIB:.0f}",
+        peak,
         f"{called.peak / MIB:.0f}",
-        len(set(kept) - good),
+        wrongly,
         *killed,
     ]
     return f"| {' | '.join(map(str, cells))} |"

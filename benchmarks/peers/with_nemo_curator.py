@@ -7,6 +7,7 @@ import sys
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import imagehash
 import numpy as np
@@ -20,6 +21,7 @@ from nemo_curator.stages.image.io.image_reader import ImageReaderStage
 from nemo_curator.stages.text.io.reader import JsonlReader
 from nemo_curator.stages.text.io.writer import ParquetWriter
 from nemo_curator.tasks import DocumentBatch, ImageBatch
+from nvidia import dali
 from PIL import Image
 
 MIN_SIDE, MAX_ASPECT = 256, 3.0
@@ -57,6 +59,18 @@ def start(processes: int) -> None:
     command = [sys.executable, "-c", CLUSTER, str(min(processes, os.cpu_count() or 1))]
     cluster = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     os.environ["RAY_ADDRESS"] = cluster.stdout.readline().strip()
+
+
+class OnTheCPU(ImageReaderStage):
+    """Its reader, which asks DALI for a GPU also where it decodes on the CPU."""
+
+    def _create_dali_pipeline(self, tar_paths: list[str]) -> object:
+        plain = dali.pipeline_def
+        without = mock.patch.object(
+            dali, "pipeline_def", lambda **given: plain(**given | {"device_id": None})
+        )
+        with without:
+            return super()._create_dali_pipeline(tar_paths)
 
 
 @dataclass
@@ -111,7 +125,7 @@ class Ask(ProcessingStage[DocumentBatch, DocumentBatch]):
 def filter_images(inputs: Path, out: Path, processes: int) -> None:
     """Read, hash, write."""
     files = FilePartitioningStage(f"{inputs}/tars", files_per_partition=1, file_extensions=[".tar"])
-    _run([files, ImageReaderStage(num_threads=1), Hash(), ParquetWriter(f"{out}/data")], out)
+    _run([files, OnTheCPU(num_threads=1), Hash(), ParquetWriter(f"{out}/data")], out)
 
 
 def ask(inputs: Path, out: Path, in_flight: int, url: str) -> None:
