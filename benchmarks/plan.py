@@ -57,9 +57,11 @@ from dim.blueprint import Blueprint
 from workflows.scaling.costs import Amounts, Costs, JobCost, Run, fit, load_costs, ranges_for
 
 TOLERANCE = 0.20
-SMALL = ((64, 4), (200, 2), (200, 4), (200, 8))
+SMALL = ((100, 4), (1_000, 4), (1_000, 8), (1_000, 16))
 """Tabletop records and ranges of the runs that are fitted. There are as many ranges as cores at
-least, for a job cuts the last ones of each core further."""
+least, for a job cuts the last ones of each core further, and no range has more than the 256 records
+at which jobs cut small inputs themselves. What a thousand records cost is well above what one run
+differs from the next by."""
 PICTURES = ((96, 4), (384, 2), (384, 4), (384, 12))
 """The same of pictures of 512 px."""
 SIDE = 512
@@ -558,7 +560,7 @@ def _machine() -> str:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--predict", type=int, nargs="+", default=[400, 800])
+    parser.add_argument("--predict", type=int, nargs="+", default=[2_000, 4_000])
     parser.add_argument("--write", help="measure the costs of photographs into this file")
     parser.add_argument(
         "--only", nargs="+", choices=KINDS, default=KINDS, help="with --write: some of the costs"
