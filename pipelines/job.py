@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Annotated, Any, TypedDict
 
 import pyarrow as pa
@@ -285,13 +286,13 @@ class Job:
             self._schema,
             Limits(config.rows_per_file, int(config.target_file_mb * 2**20), self._group_bytes),
         )
-        there = Done()
-        for one in receipts.whole(self.store, output.found()):
-            there.add(one)
+        # Receipts are listed before the files are, which are there when their receipt is.
+        found = [output.found()]
         if retried is not None:
-            kept = receipts.without_failures(self.store, retried, self._ranges)
-            for one in receipts.whole(self.store, kept):
-                there.add(one)
+            found.append(iter(receipts.without_failures(self.store, retried, self._ranges)))
+        there = Done()
+        for one in receipts.whole(self.store, chain(*found)):
+            there.add(one)
         todo = [number for number in range(self._ranges) if number not in there.receipts]
         key = receipts.key_of(*what, replaced if retried is None else None)
         return Remaining(output, todo, key, retried is not None), there

@@ -160,17 +160,13 @@ class RangeOutput:
         return pa.table({"receipt": [receipt.model_dump_json()]})
 
     def found(self) -> Iterator[Receipt]:
-        """The receipts that there are, as they are read.
+        """The receipts that there are now, as they are read.
 
         Raises:
             StorageError: they cannot be read.
         """
         listed = [name for name, _ in self.store.list(f"{FOLDER}/{self.key}", suffix=".json")]
-        numbers = [int(stem) for name in listed if (stem := _stem(name)).isdecimal()]
-        with ThreadPoolExecutor(_READERS) as pool:
-            for receipt in pool.map(self._find, numbers):
-                if receipt is not None:
-                    yield receipt
+        return self._read([int(stem) for name in listed if (stem := _stem(name)).isdecimal()])
 
     def name(self, outcome: str, number: int) -> Name:
         """What the files of one outcome of a range are called."""
@@ -229,6 +225,12 @@ class RangeOutput:
     def _files(self, number: int, outcome: str, tables: Iterable[pa.Table]) -> Iterator[FileEntry]:
         schema = schemas_of(self.schema)[outcome]
         return write_files(self.store, schema, tables, self.limits, self.name(outcome, number))
+
+    def _read(self, numbers: Iterable[int]) -> Iterator[Receipt]:
+        with ThreadPoolExecutor(_READERS) as pool:
+            for receipt in pool.map(self._find, numbers):
+                if receipt is not None:
+                    yield receipt
 
     def _find(self, number: int) -> Receipt | None:
         """The receipt of a range; one that cannot be read is none."""

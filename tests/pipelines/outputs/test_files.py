@@ -115,10 +115,15 @@ def test_receipts_are_found_again_and_those_of_other_settings_are_not(tmp_path: 
     first = write(output(tmp_path), [rows(5)], number=0)
     second = write(output(tmp_path), [rows(9)], number=2)
     write(output(tmp_path, key="other"), [rows(7)], number=1)
+    before = output(tmp_path).found()
     assert list(output(tmp_path).found()) == [first, second]
     (tmp_path / "ranges/k/00002.json").write_text('{"number": 2')  # no receipt yet
     (tmp_path / "ranges/k/00001.json").write_text((tmp_path / "ranges/k/00000.json").read_text())
     assert list(output(tmp_path).found()) == [first]
+    # It was looked for when it was asked for: what is listed afterwards has the files of all.
+    third = write(output(tmp_path), [rows(9)], number=2)
+    write(output(tmp_path), [rows(7)], number=1)
+    assert third == second and list(before) == [first, second]
 
 
 def test_what_a_task_has_done_before_it_was_begun_again_it_does_not_do_twice(
