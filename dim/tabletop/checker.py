@@ -9,7 +9,11 @@ counts against the image.
 from __future__ import annotations
 
 import functools
+import itertools
+from bisect import insort
 from dataclasses import dataclass
+from operator import itemgetter
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,6 +52,7 @@ MOST_DRIFT = 0.03
 # How many of the templates are tried at shifted positions, and the shifts in pixels.
 _FINALISTS = 4
 _SHIFTS = (-1.0, -0.5, 0.0, 0.5, 1.0)
+_ROUNDING = 1e-3  # of sums in single precision, more than there can be
 
 
 @dataclass(frozen=True)
@@ -272,45 +277,70 @@ def _name(
     share = ((pixels - bare) * along).sum(-1) / np.maximum((along * along).sum(-1), 1)
     observed = np.where(near, np.clip(share, 0, 1), 0)
     rows, columns = ndimage.center_of_mass(observed)
-    rough = ((columns + 0.5) / width, (rows + 0.5) / height)
-    candidates = [
-        (Thing(shape, colour, size, *rough), style)
-        for shape in SHAPES
-        for size in SIZES
-        for style in STYLES
-    ]
-    # Most candidates are out of the question before their position matters.
-    candidates.sort(key=lambda candidate: _misfit(candidate[0], candidate[1], observed))
-    fits = [_fit(thing, style, observed) for thing, style in candidates[:_FINALISTS]]
-    misfit, placed, style = min(fits, key=lambda fit: fit[0])
-    return None if misfit > _WORST_FIT else (placed, style)
+    x, y = (columns + 0.5) / width, (rows + 0.5) / height
+    seen = _Seen(observed, observed.sum())
+    # Most kinds are out of the question before their position matters.
+    likely: list[tuple[float, _Kind]] = []
+    for kind in itertools.product(SHAPES, SIZES, STYLES):
+        worst = likely[-1][0] if len(likely) == _FINALISTS else np.inf
+        insort(likely, (_misfit(kind, x, y, seen, worst), kind), key=itemgetter(0))
+        del likely[_FINALISTS:]
+    best = _Fit(np.inf, likely[0][1], x, y)
+    for _, kind in likely:
+        best = _shifted(kind, x, y, seen, best)
+    shape, size, style = best.kind
+    named = (Thing(shape, colour, size, best.x, best.y), style)
+    return None if best.misfit > _WORST_FIT else named
 
 
-def _fit(candidate: Thing, style: str, observed: NDArray[np.floating]) -> tuple[float, Thing, str]:
-    """The best placed copy of ``candidate`` over shifts of up to one pixel, and its misfit."""
-    height, width = observed.shape
-    shifted = [
-        candidate.at(candidate.x + dx / width, candidate.y + dy / height)
-        for dy in _SHIFTS
-        for dx in _SHIFTS
-    ]
-    misfits = [_misfit(thing, style, observed) for thing in shifted]
-    best = int(np.argmin(misfits))
-    return misfits[best], shifted[best], style
+class _Seen(NamedTuple):
+    """How far each pixel is on the way from the table to a colour, and the sum of that."""
+
+    shares: Array
+    total: np.floating
 
 
-def _misfit(candidate: Thing, style: str, observed: NDArray[np.floating]) -> float:
-    """Difference between the candidate's coverage and the observed, per unit of its area."""
-    height, width = observed.shape
-    x, y = _half(candidate.x * width), _half(candidate.y * height)
-    alpha, up, left = _template(candidate.shape, candidate.size, style, width, height, x % 1, y % 1)
+_Kind = tuple[str, str, str]  # shape, size and style
+
+
+class _Fit(NamedTuple):
+    misfit: float
+    kind: _Kind
+    x: float
+    y: float
+
+
+def _shifted(kind: _Kind, x: float, y: float, seen: _Seen, best: _Fit) -> _Fit:
+    """The best of a thing's fits over shifts of up to one pixel, and of ``best``."""
+    height, width = seen.shares.shape
+    for dy in _SHIFTS:
+        for dx in _SHIFTS:
+            place = x + dx / width, y + dy / height
+            misfit = _misfit(kind, *place, seen, best.misfit)
+            if misfit < best.misfit:
+                best = _Fit(misfit, kind, *place)
+    return best
+
+
+def _misfit(kind: _Kind, x: float, y: float, seen: _Seen, worst: float) -> float:
+    """Difference between a thing's coverage and the observed, per unit of its area; infinite where
+    their sums alone are further apart than by ``worst``."""
+    height, width = seen.shares.shape
+    x, y = _half(x * width), _half(y * height)
+    alpha, area, up, left = _template(*kind, width, height, x % 1, y % 1)
     top, start = int(y) - up, int(x) - left
     rows = slice(max(0, top), min(height, top + alpha.shape[0]))
     columns = slice(max(0, start), min(width, start + alpha.shape[1]))
-    window = observed[rows, columns]
-    inside = alpha[rows.start - top : rows.stop - top, columns.start - start : columns.stop - start]
-    difference = np.abs(window - inside).sum() + observed.sum() - window.sum()
-    return float(difference) / max(float(inside.sum()), 1.0)
+    window = seen.shares[rows, columns]
+    if window.shape != alpha.shape:  # some of it would lie beyond the edge
+        alpha = alpha[rows.start - top : rows.stop - top, columns.start - start :][
+            :, : window.shape[1]
+        ]
+        area = float(alpha.sum())
+    elif abs(seen.total - area) > (worst + _ROUNDING) * max(area, 1.0):
+        return np.inf
+    difference = np.abs(window - alpha).sum() + seen.total - window.sum()
+    return float(difference) / max(area, 1.0)
 
 
 def _half(pixels: float) -> float:
@@ -321,12 +351,13 @@ def _half(pixels: float) -> float:
 @functools.lru_cache(maxsize=1024)
 def _template(
     shape: str, size: str, style: str, width: int, height: int, dx: float, dy: float
-) -> tuple[Array, int, int]:
-    """Coverage of a thing (dx, dy) pixels off a pixel's corner, and that corner's place in it."""
+) -> tuple[Array, float, int, int]:
+    """Coverage of a thing (dx, dy) pixels off a pixel's corner, its sum, and that corner's place
+    in it."""
     column, row = width // 2, height // 2
     thing = Thing(shape, "red", size, (column + dx) / width, (row + dy) / height)
     alpha, rows, columns = stamp(thing, style, width, height)
-    return alpha, row - rows.start, column - columns.start
+    return alpha, float(alpha.sum()), row - rows.start, column - columns.start
 
 
 def _strangers(labels: NDArray[np.int64]) -> int:
