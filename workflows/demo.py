@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import pyarrow.compute as pc
 import typer
@@ -21,14 +21,15 @@ from rich.console import Console
 from dim.config import CONFIGS, load_config
 from dim.model.config import ModelConfig
 from infra.storage import open_store
-from pipelines import evaluate
 from pipelines.command import Overrides
 from pipelines.outputs.manifest import open_finished
-from pipelines.stages.paint import SELF
 from workflows.receipts import Receipts
-from workflows.report import Report
+from workflows.run import begin_imports
 from workflows.run import run as run_workflow
 from workflows.workflow import Workflow, load_workflow, place
+
+if TYPE_CHECKING:
+    from pipelines.evaluate import Evaluation
 
 _TITLE = "Draw-In-Mind on a laptop"
 _JOBS = {
@@ -50,6 +51,10 @@ def run(workflow: Workflow, console: Console) -> Path:
     Raises:
         DimError: a step could not be done; the message says which and why.
     """
+    # Not at the top: the models come with them, and the steps' processes import those meanwhile.
+    from pipelines import evaluate
+    from workflows.report import Report
+
     started = time.monotonic()
     receipts = run_workflow(workflow, console)
     seconds = time.monotonic() - started
@@ -82,12 +87,14 @@ def run(workflow: Workflow, console: Console) -> Path:
     return page
 
 
-def choose_example(evaluation: evaluate.Evaluation) -> tuple[dict[str, Any], str]:
+def choose_example(evaluation: Evaluation) -> tuple[dict[str, Any], str]:
     """A held-out edit to try by hand, and what to know of it.
 
     One that comes out right, if there is one: it is there to show what the server does, and how
     often that succeeds is said beside it.
     """
+    from pipelines.stages.paint import SELF
+
     rows = evaluation.painted.filter((pc.field("way") == SELF) & ~pc.field("referential"))
     right = rows.filter(pc.field("exact") & pc.field("designed_right"))
     share = evaluation.share(SELF, referential=False).accuracy
@@ -138,6 +145,7 @@ def main(
 
     No GPU, no account and no download is needed. Run again, it goes on where it was interrupted.
     """
+    begin_imports(config)
     given = [] if out is None else [f"out={json.dumps(str(out))}"]
     run(load_workflow(config, [*given, *(overrides or [])]), Console())
 

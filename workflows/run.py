@@ -28,7 +28,7 @@ from workflows.programs.program import Done
 from workflows.receipts import BEAT_S, FOLDER, Receipt, Receipts, maker
 from workflows.step_process import StepProcess, prepare
 from workflows.view import View, plan_table, status_table
-from workflows.workflow import Step, Workflow, load_workflow
+from workflows.workflow import Step, Workflow, load_workflow, programs_of
 
 _LOOK_S = 0.5
 
@@ -87,6 +87,16 @@ class _Run:
         if len(self._digests) == len(self._workflow.steps):
             return
         prepare(self._workflow.config.steps[name].run for name in self._open())
+        try:
+            self._work()
+        finally:
+            for process in self._at_work.values():
+                process.stop()
+                self._note(process.step.name, state="open")
+            self._leave_ray()
+
+    def _work(self) -> None:
+        self._begin_what_can_be(stays=True)  # somebody waits for it, and it logs to no run
         tracking = self._workflow.tracking
         tracked = Tracking(str(tracking.uri), tracking.experiment)
         name = f"workflow {Path(self._workflow.config.out).name}"
@@ -96,15 +106,9 @@ class _Run:
             counted_cost(parent, tracking.prices) as self._cost,
         ):
             self._parent = parent.id
-            try:
-                while len(self._digests) < len(self._workflow.steps):
-                    self._begin_what_can_be()
-                    self._wait()
-            finally:
-                for process in self._at_work.values():
-                    process.stop()
-                    self._note(process.step.name, state="open")
-                self._leave_ray()
+            while len(self._digests) < len(self._workflow.steps):
+                self._begin_what_can_be()
+                self._wait()
 
     def _find_done(self) -> None:
         for step in self._workflow.steps.values():
@@ -126,10 +130,13 @@ class _Run:
                 "another out"
             )
 
-    def _begin_what_can_be(self) -> None:
+    def _begin_what_can_be(self, *, stays: bool = False) -> None:
+        """Begin the steps that may be; with ``stays`` only servers, which stay."""
         for step in self._workflow.steps.values():
             if len(self._at_work) == self._workflow.config.parallel:
                 return
+            if stays and not step.program.stays:
+                continue
             waits = not all(name in self._digests for name in step.inputs)
             if waits or step.name in self._digests or step.name in self._at_work:
                 continue
@@ -247,6 +254,17 @@ class _Run:
         self._owns_ray, self._ray = False, None
 
 
+def begin_imports(path: Path) -> None:
+    """Have the steps' programs imported in the background: reading a workflow's settings takes the
+    same seconds of imports in this process.
+
+    Args:
+        path: of the workflow's file. What is wrong with it is told when it is read.
+    """
+    with suppress(DimError):
+        prepare(programs_of(path))
+
+
 def _what_goes_on(workflow: Workflow, receipts: Receipts) -> Iterator[str]:
     """A line for each server that steps have started and that answers, for whoever stops here."""
     servers: dict[int, str] = {}
@@ -323,6 +341,8 @@ def main(
 
     Killed anywhere and run again, it goes on.
     """
+    if not plan:
+        begin_imports(workflow)
     loaded, console = load_workflow(workflow, overrides or []), Console()
     if plan:
         console.print(plan_table(loaded, Receipts(loaded), begin_at))

@@ -143,6 +143,18 @@ def load_workflow(path: str | Path, overrides: Sequence[str] = ()) -> Workflow:
     return Workflow(config, tracking, steps)
 
 
+def programs_of(path: str | Path) -> set[str]:
+    """The programs that a workflow file's steps run, without reading their settings.
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
+    steps = read_yaml(Path(shipped(str(path)))).get("steps")
+    named = steps.values() if isinstance(steps, dict) else ()
+    runs = [step.get("run") for step in named if isinstance(step, dict)]
+    return {name for name in MODULES if name in runs}
+
+
 def place(config: WorkflowConfig, name: str) -> str:
     """The folder of the step ``name``."""
     return join(config.out, program(config.steps[name].run).folder, name)

@@ -22,11 +22,12 @@ from mlflow import MlflowClient
 from rich.console import Console
 
 from dim.errors import ConfigError
+from infra.tracking import TrackingError
 from workflows import receipts as kept
 from workflows.receipts import Maker, Receipt, Receipts
 from workflows.run import StepError, run
 from workflows.view import plan_table, status_table
-from workflows.workflow import Workflow, load_workflow
+from workflows.workflow import Step, Workflow, load_workflow
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"
@@ -185,6 +186,33 @@ def test_a_server_that_goes_on_is_named_when_a_run_is_interrupted(
     with console.capture() as said, pytest.raises(KeyboardInterrupt):
         run(loaded, console)  # and nothing of one that has ended
     assert said.get() == ""
+
+
+def test_a_server_does_not_wait_for_the_tracker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, ended = [], []
+
+    class Process:
+        def __init__(self, step: Step, program: str, **how: Any) -> None:
+            begun.append(step.name)
+            self.step, self.log = step, how["log"]
+
+        def stop(self) -> None:
+            ended.append(self.step.name)
+
+    def away(*args: object) -> None:
+        raise TrackingError("the tracker is away")
+
+    monkeypatch.setattr("workflows.run.StepProcess", Process)
+    monkeypatch.setattr("workflows.run.prepare", list)
+    monkeypatch.setattr("workflows.run.Tracking.run", away)
+    page = {"run": "serve", "with": {"model": str(CONFIGS / "tiny.yaml")}}
+    loaded = load_workflow(written(tmp_path, page=page))
+    with pytest.raises(TrackingError):
+        run(loaded, Console(quiet=True))
+    assert begun == ended == ["page"]  # people wait for it, and it logs to no run
+    assert Receipts(loaded).read("page").state == "open"
 
 
 def test_two_at_once_are_refused(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from infra.tracking import TrackingError
 from pipelines.ingest import IngestConfig
 from training.stage import StageConfig
 from workflows.run import log_of
-from workflows.workflow import load_workflow, place
+from workflows.workflow import load_workflow, place, programs_of
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 STEPS: dict[str, Any] = {
@@ -102,6 +102,15 @@ def test_what_is_wrong_is_said_before_anything_starts(
     with pytest.raises(ConfigError) as error:
         load_workflow(written(tmp_path, steps=steps), overrides)
     assert said in str(error.value) and str(tmp_path) in str(error.value)
+
+
+def test_programs_are_found_before_settings_are_read(tmp_path: Path) -> None:
+    assert programs_of(written(tmp_path)) == {"ingest", "edit", "train", "evaluate"}
+    assert "rollout" in programs_of("configs/demo.yaml")  # of the package, wherever one stands
+    for steps in (None, [], {"a": None, "b": {"run": ["ingest"]}, "c": {"run": "ingst"}}):
+        assert programs_of(written(tmp_path, steps=steps)) == set()  # what is wrong is told later
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml"):
+        programs_of(tmp_path / "nowhere.yaml")
 
 
 def test_a_workflow_in_a_bucket_needs_a_tracker_somewhere(
