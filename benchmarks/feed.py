@@ -37,7 +37,8 @@ from dim.features.row_groups import whole
 from dim.features.shards import Share
 from dim.images import decode_image
 from dim.learning.batch import SampleOrder, WorkerOrder
-from dim.model.pixels import centre_crop, to_bytes
+from dim.model.framing import centre_crop
+from dim.model.pixels import to_bytes
 from infra.samples import open_images
 from training.data import Feed, hold_groups
 from training.stage import StageConfig

@@ -16,12 +16,13 @@ from dim.config import load_config, shipped
 from dim.errors import CheckpointError, InputError, StorageError
 from dim.model import DIM, parts
 from dim.model.autoencoder import Autoencoder
-from dim.model.checkpoint import content, folder
+from dim.model.checkpoint import folder
 from dim.model.checkpoint.folder import Description
 from dim.model.conditioner import Conditioner
 from dim.model.config import ModelConfig, VlmView
 from dim.model.lora.adapter import LORA_FILE
 from infra import storage
+from infra.fingerprint import fingerprint
 from infra.storage import Store
 
 
@@ -141,12 +142,6 @@ def _description(store: Store) -> Description:
         if store.is_file(folder.DESCRIPTION):
             Path(copy, folder.DESCRIPTION).write_bytes(store.read(folder.DESCRIPTION))
         return folder.read_description(Path(copy))
-
-
-def fingerprint(address: str) -> str:
-    """A hash of a model folder or model YAML. Of large files only both ends are read."""
-    store = storage.open_store(address)
-    return content.digest([("", 0)] if store.is_file() else store.list(), store.open_input)
 
 
 def _load(init: str) -> DIM:

@@ -17,7 +17,7 @@ from dim.config import shipped
 from dim.errors import InputError
 from dim.redaction import redact
 from infra import storage
-from infra.models import fingerprint
+from infra.fingerprint import fingerprint
 from infra.tracking import TrackingError, call, open_client
 
 if TYPE_CHECKING:

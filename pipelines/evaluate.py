@@ -24,7 +24,7 @@ from dim.errors import CheckpointError, InputError
 from dim.records import EDIT
 from infra.capacity import WAIT_S
 from infra.cost import counted_cost
-from infra.models import fingerprint
+from infra.fingerprint import fingerprint
 from infra.registry import located
 from infra.storage import everywhere, join, open_store
 from infra.tracking import Run, Tracking, code_version, default_uri

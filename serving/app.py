@@ -44,7 +44,6 @@ from serving.body_limit import BodyLimit
 from serving.checks import check
 from serving.config import ServingConfig
 from serving.contributions import ContributionRoutes
-from serving.deployments import application
 from serving.errors import (
     BadRequestError,
     OpenAIErrorRoute,
@@ -71,7 +70,6 @@ from serving.protocol import (
     ImagesResponse,
     Job,
 )
-from serving.release import find_release
 from serving.replicas import Designers
 from serving.requests import Design, Edit, read_design, read_edit
 from serving.result_cache import HEADER, ResultCache
@@ -325,6 +323,10 @@ class AdmittingRoute(OpenAIErrorRoute):
 
 def build(args: ServingConfig | dict[str, Any]) -> Application:
     """The whole application: ``serving.app:build`` in a Serve config file, with its ``args``."""
+    # Not at the top: the models come with them, of which this entry's own process needs none.
+    from serving.deployments import application
+    from serving.release import find_release
+
     config = args if isinstance(args, ServingConfig) else read_args(args)
     return application(config, find_release(config.model), serve.ingress()(Ingress))
 

@@ -10,7 +10,8 @@ from ray.serve import Application
 
 from serving.config import NO_DESIGNER, PoolConfig, Rates, ServingConfig
 from serving.contributions import Contributions
-from serving.designer import OtherDesigners, OwnDesigner
+from serving.designer import OtherDesigners
+from serving.own_designer import OwnDesigner
 from serving.painter import PainterDeployment
 from serving.rates import RateMeter
 from serving.release import Release

@@ -20,8 +20,8 @@ from dim.devices import best_device
 from dim.errors import CheckpointError
 from dim.images import decode_image
 from dim.model import DIM
+from dim.model.framing import composite
 from dim.model.lora.merge import hashes
-from dim.model.pixels import composite
 from infra.models import adapter_here, on_this_machine
 from serving.config import ServingConfig
 from serving.encoding import Output, encode

@@ -20,7 +20,7 @@ from dim.errors import CheckpointError
 from dim.model.checkpoint.content import release_of
 from dim.model.checkpoint.folder import DESCRIPTION
 from infra import storage
-from infra.models import fingerprint
+from infra.fingerprint import fingerprint
 from infra.registry import is_registered, look_up
 from serving.config import model_name
 
@@ -36,7 +36,7 @@ class Release:
 
     ``address``: of its folder, no alias. ``name``: as clients may read it, such as ``dim/3`` of a
     registered version, else the folder's name and the beginning of its hash. ``model_hash``: see
-    ``infra.models.fingerprint``.
+    ``infra.fingerprint``.
     """
 
     address: str

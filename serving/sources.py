@@ -11,7 +11,7 @@ from PIL import Image
 
 from dim.errors import InputError
 from dim.images import decode_image, encode_png
-from dim.model.pixels import centre_crop
+from dim.model.framing import centre_crop
 from dim.model.sizes import Size
 from serving.errors import BadRequestError
 from serving.shipping import Shipped, ship

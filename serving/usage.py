@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from dim.model import DIM
 from dim.model.sizes import Size
 from serving.protocol import TokenDetails, Usage
+
+if TYPE_CHECKING:
+    from dim.model import DIM
 
 
 @dataclass(frozen=True)

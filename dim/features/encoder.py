@@ -31,7 +31,8 @@ from dim.features.shards import FeatureShards, Samples
 from dim.images import decode_image
 from dim.model.conditioner import ImageFeatures, Patches
 from dim.model.config import VlmView
-from dim.model.pixels import centre_box, centre_crop, from_bytes, to_bytes
+from dim.model.framing import centre_box, centre_crop
+from dim.model.pixels import from_bytes, to_bytes
 from dim.model.sizes import Size, check_size, nearest_shape
 
 FetchedT = TypeVar("FetchedT")

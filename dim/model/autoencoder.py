@@ -8,7 +8,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dim.errors import InputError
-from dim.model.pixels import centre_crop, to_pixels, upright_rgb
+from dim.model.framing import centre_crop, upright_rgb
+from dim.model.pixels import to_pixels
 from dim.model.sizes import check_size
 
 

@@ -15,7 +15,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from dim.errors import CheckpointError, InputError
-from dim.model.pixels import Box, stretched, upright_rgb
+from dim.model.framing import Box, stretched, upright_rgb
 from dim.model.prompt import IMAGE_PAD, ChatFormat, Prompt
 
 TURN_END = "<|im_end|>"

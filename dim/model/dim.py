@@ -21,11 +21,11 @@ from dim.model.checkpoint.folder import Provenance
 from dim.model.conditioner import Conditioner, ImageFeatures, OnText, Patches
 from dim.model.config import Fit, ModelConfig, SamplingConfig, require_choice
 from dim.model.connector import Connector
+from dim.model.framing import centre_box, upright_rgb
 from dim.model.lora.merge import merge_for_good
 from dim.model.lora.rows import Adapters
 from dim.model.paint import Painting, begin, encode_sources, paint
 from dim.model.painter import Painter
-from dim.model.pixels import centre_box, upright_rgb
 from dim.model.quantize import quantize
 from dim.model.request import (
     Conditioning,

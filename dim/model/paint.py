@@ -14,8 +14,9 @@ from torch import Tensor
 from dim.model import continuous, sampler
 from dim.model.autoencoder import Autoencoder
 from dim.model.config import Fit, SamplingConfig
+from dim.model.framing import centre_crop, stretched
 from dim.model.painter import Painter
-from dim.model.pixels import centre_crop, stretched, to_images, to_pixels
+from dim.model.pixels import to_images, to_pixels
 from dim.model.request import Conditioning, OnStep, Progress, Row
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from diffusers.pipelines.pixart_alpha.pipeline_pixart_alpha import ASPECT_RATIO_1024_BIN
-
 from dim.errors import InputError
 
 Size = tuple[int, int]
@@ -21,6 +19,9 @@ def shapes(resolution: int, cell: int) -> dict[float, Size]:
     At 1024 these are diffusers' ``ASPECT_RATIO_1024_BIN``, at 512 its ``ASPECT_RATIO_512_BIN``; at
     other resolutions the same shapes, each side rounded to a multiple of ``cell`` pixels.
     """
+    # Not at the top: it brings all models with it, and a server's entry asks for sizes alone.
+    from diffusers.pipelines.pixart_alpha.pipeline_pixart_alpha import ASPECT_RATIO_1024_BIN
+
     scale = resolution / TABLE_RESOLUTION / cell
 
     def side(pixels: float) -> int:

@@ -18,13 +18,14 @@ from dim.designers import DesignRequest
 from dim.designers.self_play import SelfDesigner
 from dim.errors import ConfigError, DesignerError
 from dim.images import encode_png
-from serving import designer
+from serving import own_designer
 from serving.config import NO_DESIGNER, ServingConfig
 from serving.deployments import application, designers
-from serving.designer import OtherDesigners, OwnDesigner, is_paid, presented
+from serving.designer import OtherDesigners, is_paid, presented
 from serving.drafts import Draft
 from serving.errors import error_response
 from serving.jobs import DesignJob
+from serving.own_designer import OwnDesigner
 from serving.serve import named
 from tests.chat_server import Response, completion
 from tests.chat_server import running as chat_server
@@ -326,7 +327,7 @@ def test_a_blueprint_comes_while_it_is_written(monkeypatch: pytest.MonkeyPatch) 
                 time.sleep(0.1)
             return [ANSWER] * len(instructions)
 
-    monkeypatch.setattr(designer, "load_own", lambda *_: SelfDesigner(Writes()))
+    monkeypatch.setattr(own_designer, "load_own", lambda *_: SelfDesigner(Writes()))
     pool = OwnDesigner(config(designers={"best": "self"}, batch_wait_s=0.2), ["best"], RELEASE)
 
     async def alone(asked: Any) -> Any:  # Serve's own batches are for its replicas

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Sequence
 from functools import partial
 from typing import Annotated
@@ -25,6 +27,20 @@ from serving.rates import RateMeter
 from serving.requests import Edit, read_edit
 from serving.studio import seeds
 from serving.work import Work, check_output, painted_size, work_of
+
+
+@pytest.mark.parametrize("module", ["app", "designer", "rates", "contributions"])
+def test_what_holds_no_model_does_without_the_models_libraries(module: str) -> None:
+    # Their replicas would start seconds later, and take 400 MB each.
+    code = (
+        f"import sys, serving.{module}\n"
+        "heavy = {'torch', 'diffusers', 'transformers'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_admission_counts_work_and_frees_its_places() -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from dim.errors import ConfigError
-from infra.models import fingerprint
+from infra.fingerprint import fingerprint
 from training.record import StageRecord, discard_partial, identify, read_record
 from training.stage import StageConfig
 

@@ -30,8 +30,8 @@ from dim.features.shards import Share, TableSamples
 from dim.images import encode_jpeg
 from dim.model import DIM
 from dim.model.conditioner import ImageFeatures
+from dim.model.framing import centre_box, centre_crop
 from dim.model.paint import encode_sources
-from dim.model.pixels import centre_box, centre_crop
 from dim.model.request import Row
 from dim.model.sizes import nearest_shape
 from infra.models import load_frozen

@@ -6,7 +6,8 @@ import torch
 from PIL import Image
 
 from dim.errors import InputError
-from dim.model.pixels import centre_crop, to_images, to_pixels, upright_rgb
+from dim.model.framing import centre_crop, upright_rgb
+from dim.model.pixels import to_images, to_pixels
 
 
 def test_pixels_become_cells_and_come_back_in_shape(tiny):

@@ -12,7 +12,7 @@ from PIL import Image
 
 from dim.errors import InputError
 from dim.images import decode_image, encode_png
-from dim.model.pixels import centre_crop, composite, stretched, upright_rgb
+from dim.model.framing import centre_crop, composite, stretched, upright_rgb
 from tests.image_files import DISPLAY_P3, screen
 
 WIDTH, HEIGHT = 72, 56
