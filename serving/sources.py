@@ -48,7 +48,7 @@ def read_source(data: bytes, max_pixels: int, shape: Size | None = None) -> Sour
 def read_mask(data: bytes, size: Size) -> bytes:
     """A client's mask as PNG bytes of mode L: 255 where its alpha is 0, which is "edit here".
 
-    From 128 on nothing changes, see ``dim.model.pixels.composite``.
+    From 128 on nothing changes, see ``dim.model.framing.composite``.
 
     Args:
         data: a PNG or WebP with an alpha channel.

@@ -16,8 +16,8 @@ from typing import Any
 from dim.config import dump_config, what_decides
 from dim.errors import ConfigError
 from dim.redaction import redacted
-from infra import models, storage
-from infra.samples import fingerprint
+from infra import samples, storage
+from infra.fingerprint import fingerprint
 from training.shapes import SHAPES_FILE
 from training.stage import CHANGEABLE_KEYS, OPERATIONAL_KEYS, StageConfig
 
@@ -141,6 +141,6 @@ def identify(config: StageConfig, steps: int) -> dict[str, Any]:
     return {
         **values,
         "steps": steps,
-        "data": fingerprint(config.uris),
-        "init": models.fingerprint(config.init),
+        "data": samples.fingerprint(config.uris),
+        "init": fingerprint(config.init),
     }

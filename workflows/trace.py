@@ -21,7 +21,8 @@ from pydantic import ValidationError
 from dim import provenance
 from dim.errors import DimError, InputError
 from dim.redaction import redacted
-from infra import models, samples, storage
+from infra import samples, storage
+from infra.fingerprint import fingerprint
 from infra.registry import Registered, Registry, located
 from infra.tracking import call, default_uri, open_client
 from pipelines.outputs import manifest as manifests
@@ -82,7 +83,7 @@ def trace(said: Mapping[str, str], model: str | None, uri: str | None) -> Iterat
 
 def _compared(model: str, content: str, uri: str | None) -> Link:
     folder = located(model, uri)
-    found = models.fingerprint(folder)
+    found = fingerprint(folder)
     if found == content:
         return Link("model", folder, {"hash": found})
     why = f"the image was painted by another model: it names {content[:12]}…, not {found[:12]}…"
@@ -114,7 +115,7 @@ def _version(version: Registered, content: str) -> Link:
     if version.aliases:
         said["aliases"] = " ".join(f"@{alias}" for alias in version.aliases)
     try:
-        now = models.fingerprint(version.address)
+        now = fingerprint(version.address)
     except DimError as error:
         return Link("model", version.address, said, f"its folder cannot be read: {error}")
     same = now == content
@@ -173,7 +174,7 @@ def _changed(config: StageConfig, record: StageRecord) -> str:
     try:
         if samples.fingerprint(config.uris) != record.identity.get("data"):
             return "its data hold something else by now"
-        if models.fingerprint(config.init) != record.identity.get("init"):
+        if fingerprint(config.init) != record.identity.get("init"):
             return "the model that it began with is another by now"
     except (DimError, OSError, ValueError, KeyError) as error:
         return f"what it began with cannot be read any more: {error}"

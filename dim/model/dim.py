@@ -176,7 +176,7 @@ class DIM(nn.Module):
         the instruction itself.
 
         Args:
-            images: PIL images of any size and kind (see ``dim.model.pixels.upright_rgb``).
+            images: PIL images of any size and kind (see ``dim.model.framing.upright_rgb``).
             instructions: one an image.
             blueprints: one an image, None where there is none.
             designer: such as ``dim.designers.create("openai:MODEL@URL")`` gives, or ``"self"``:

@@ -14,7 +14,8 @@ from PIL import ExifTags, Image, PngImagePlugin
 
 from dim import cli, provenance
 from dim.config import dump_config
-from infra import models, samples
+from infra import samples
+from infra.fingerprint import fingerprint
 from infra.registry import Registry
 from infra.storage import open_store
 from infra.tracking import Tracking
@@ -70,7 +71,7 @@ class House:
         for name in ("dim.json", "connector.safetensors"):
             (self.out / "model" / name).write_bytes((model / name).read_bytes())
         self.model = str(self.out / "model")
-        self.hash = models.fingerprint(self.model)
+        self.hash = fingerprint(self.model)
         with Tracking(self.uri, "dim-training").run("edit1") as run:
             run.log_metrics({"loss": 0.25})
         self.run = run.id
@@ -83,7 +84,7 @@ class House:
         identity = {
             "stage": "edit1",
             "data": samples.fingerprint([self.edit]),
-            "init": models.fingerprint(str(init)),
+            "init": fingerprint(str(init)),
         }
         StageRecord(identity, dump_config(config), run.id, finished=True).write(str(self.out))
         registry = Registry(self.uri)
