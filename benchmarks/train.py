@@ -10,7 +10,8 @@ step: a step through Ray Train with one worker takes at most 1.05 times the plai
 workers: two workers of one thread take at least 1.7 times the samples a second of one, and 0.85
     times those of two processes that make the plain loop side by side and exchange nothing: what
     two cores that share a cache, the memory and the system's own work are good for. Told besides:
-    what they would reach if each step waited for the slower one, as an exchange makes it.
+    what they would reach if each step waited for the slower one, as an exchange makes it, and what
+    the machine's cores did meanwhile.
 wait: live reading with prefetch keeps a step waiting at most 5 % of the time (``benchmarks.feed``).
 cached: features made before are at least 2.5 times as fast as live ones at the published widths of
     the layers, a tenth of their number (``benchmarks.features`` on ``published_widths.yaml``).
@@ -33,6 +34,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import psutil
 import ray
 import torch
 from torch import nn
@@ -79,17 +81,45 @@ class Bar(NamedTuple):
     met: bool
 
 
+class Cores(NamedTuple):
+    """What a machine's cores did for some time: seconds, or how many cores it was at a time.
+
+    ``own``: this process. ``all``: every process and the kernel. ``taken``: the host, for others.
+    """
+
+    wall: float
+    own: float
+    all: float
+    taken: float
+
+    @classmethod
+    def now(cls) -> Cores:
+        """Seconds since whenever; only differences mean something."""
+        of_machine = psutil.cpu_times()._asdict()
+        busy = sum(
+            of_machine.get(name, 0.0) for name in ("user", "nice", "system", "irq", "softirq")
+        )
+        taken = of_machine.get("steal", 0.0)
+        return cls(time.perf_counter(), time.process_time(), busy, taken)
+
+    def since(self, before: Cores) -> Cores:
+        """Cores at a time from ``before`` to this."""
+        wall, *seconds = (after - then for after, then in zip(self, before, strict=True))
+        return Cores(wall, *(each / wall for each in seconds))
+
+
 @dataclass(frozen=True)
 class Steps:
     """Of one round: when each step began (seconds), and its loss.
 
     ``in_step`` is for two processes: seconds of a step, the median, if each had waited for the
-    other one at its end.
+    other one at its end. ``cores``: what was computed in the round, as one process saw it.
     """
 
     begins: list[float]
     losses: list[float]
     in_step: float | None = None
+    cores: Cores | None = None
 
     @property
     def seconds(self) -> float:
@@ -167,6 +197,7 @@ def plain_loop(config: StageConfig, rows: int) -> Steps:
     channels, *sides = features.batch(order.batch(0)[:1], texts[:1]).latent.shape[1:]
     shape = (channels, sides[0], sides[1])
     begins, losses = [], []
+    before = Cores.now()
     for step in range(config.steps or 0):
         begins.append(time.perf_counter())
         positions, total = order.batch(step), 0.0
@@ -190,7 +221,7 @@ def plain_loop(config: StageConfig, rows: int) -> Steps:
         optimizer.step()
         optimizer.zero_grad()
         losses.append(total)
-    return Steps(begins, losses)
+    return Steps(begins, losses, cores=Cores.now().since(before))
 
 
 def side_by_side(config: StageConfig, rows: int) -> Steps:
@@ -225,16 +256,18 @@ def through_ray(config: StageConfig, rows: int) -> Steps:
     outcome = result.return_value  # type: ignore[attr-defined]
     if outcome["error"] is not None:
         raise outcome["error"]
-    return Steps(outcome["begins"], outcome["losses"])
+    return Steps(outcome["begins"], outcome["losses"], cores=outcome["cores"])
 
 
 def noted_loop(config: dict[str, Any]) -> dict[str, Any]:
-    """``train_loop_per_worker``, whose answer also has when its steps began, and their losses."""
+    """``train_loop_per_worker``, whose answer also has what ``Steps`` has."""
     begins: list[float] = []
     losses: list[torch.Tensor] = []
+    cores: list[Cores] = []
     plain = loop.update
 
     def noted(worker: loop.Worker, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        cores.append(Cores.now())
         begins.append(time.perf_counter())
         loss, norm = plain(worker, step)
         losses.append(loss)
@@ -245,7 +278,10 @@ def noted_loop(config: dict[str, Any]) -> dict[str, Any]:
         outcome = loop.train_loop_per_worker(config)
     finally:
         loop.update = plain
-    return {**outcome, "begins": begins, "losses": [loss.item() for loss in losses]}
+    losses_made = [loss.item() for loss in losses]
+    return {
+        **outcome, "begins": begins, "losses": losses_made, "cores": cores[-1].since(cores[0])
+    }  # fmt: skip
 
 
 def judge(taken: dict[str, list[Steps]], batch: int) -> list[Bar]:
@@ -253,6 +289,12 @@ def judge(taken: dict[str, list[Steps]], batch: int) -> list[Bar]:
     best = {way: min(steps.seconds for steps in rounds) for way, rounds in taken.items()}
     for way, seconds in best.items():
         print(f"{way:20} {1000 * seconds:8.1f} ms a step {batch / seconds:8.1f} samples/s")
+        cores = min(taken[way], key=lambda steps: steps.seconds).cores
+        if cores is not None:
+            print(
+                f"    cores at a time: {cores.own:.2f} by one of its processes, {cores.all:.2f} by "
+                f"all of the machine's, {cores.taken:.2f} taken by its host"
+            )
     bars = []
     if PLAIN in best:
         ratio = best[ONE] / best[PLAIN]

@@ -14,7 +14,7 @@ import training.loop
 import training.train
 from benchmarks import train
 from benchmarks.gpu import UNDERSTANDING
-from benchmarks.train import APART, ONE, PLAIN, TWO, Bar, Steps
+from benchmarks.train import APART, ONE, PLAIN, TWO, Bar, Cores, Steps
 from dim.config import load_config
 from dim.model import parts
 from dim.model.config import ModelConfig
@@ -25,6 +25,7 @@ def steps(seconds: float, loss: float = 0.5) -> Steps:
 
 
 GOOD = {PLAIN: [steps(1.0), steps(1.2)], ONE: [steps(1.3), steps(1.04)], TWO: [steps(0.6)]}
+GOOD[TWO][0] = replace(GOOD[TWO][0], cores=Cores(9.0, 0.88, 1.86, 0.01))
 GOOD[APART] = [replace(steps(0.56), in_step=0.65), steps(0.7)]
 
 
@@ -46,6 +47,7 @@ def test_a_bar_that_is_missed_fails(
     said, failed = capsys.readouterr()
     assert "plain PyTorch          1000.0 ms a step      8.0 samples/s" in said
     if not changes:
+        assert "ms a step     13.3 samples/s\n    cores at a time: 0.88 by one of its " in said
         assert (
             "exchange nothing: 1.86 x one worker\n    in step, by their own times: 1.60 x" in said
         )
@@ -72,6 +74,15 @@ def test_the_bar_of_another_benchmark_is_its_exit_status(
         [sys.executable, "-m", "benchmarks.features"],
     ]
     assert ran[1][ran[1].index("--target") + 1] == "2.5"
+
+
+def test_cores_are_told_by_how_many_were_at_work_at_a_time() -> None:
+    later = Cores(12.0, 6.0, 109.0, 1.0).since(Cores(2.0, 1.0, 90.0, 0.5))
+    assert later == Cores(10.0, 0.5, 1.9, 0.05)
+    before = Cores.now()
+    sum(range(3_000_000))
+    done = Cores.now().since(before)
+    assert 0 < done.own <= 1.1 and done.all >= 0
 
 
 def test_only_what_the_bars_need_is_measured() -> None:
