@@ -182,7 +182,7 @@ def test_a_plan_of_what_is_here_needs_nothing_more(
         str(CONFIGS / "tiny-edit2.yaml"), f"init={tiny_model_dir}", f"data=[{edit_data}]",
         f"out={tmp_path}/out", "validation=null", "--plan",
     )  # fmt: skip
-    assert "4,000 of 24 samples" in said and "memory of each of 2" in said
+    assert "2,000 of 48 samples" in said and "memory of each of 2" in said
     assert "hours" not in said and not (tmp_path / "out").exists()
 
 
@@ -190,7 +190,10 @@ def test_a_plan_says_what_is_mixed(
     plan: Callable[..., str], tiny_model_dir: Path, edit_data: str, held_out_data: str
 ) -> None:
     data = f"data=[{{uri: {edit_data}, weight: 1, name: one}}, {{uri: {held_out_data}, weight: 1}}]"
-    stage = (str(CONFIGS / "tiny-edit2.yaml"), f"init={tiny_model_dir}", data, "validation=null")
+    stage = (
+        str(CONFIGS / "tiny-edit2.yaml"), f"init={tiny_model_dir}", data, "validation=null",
+        "batch_size=24",
+    )  # fmt: skip
     said = plan(*stage, "steps=null", "epochs=3", "--plan")
     assert "an epoch │ 50.0% one (20 samples, 3 times each), 50.0% " in said
     assert "15 of 24 samples" in said

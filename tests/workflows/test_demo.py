@@ -77,7 +77,7 @@ def test_its_page_is_there_from_the_beginning_and_moves_to_what_was_trained(
     out, printed = demo
     url = json.loads((out / "serving" / "page" / "server.json").read_text())["url"]
     assert f"page: open {url}/ in a browser" in printed
-    assert printed.index("page: begins") < printed.index("raw-pairs: begins")
+    assert printed.index("page: open") < printed.index("raw-pairs: begins")
     assert served_by(printed).startswith("edit2@") and f"serve: {url}/: dim serves" in printed
     (server,) = servers_of(out)
     replicas = [p for p in server.children(recursive=True) if "ServeReplica" in p.name()]

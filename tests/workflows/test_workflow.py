@@ -131,6 +131,9 @@ def test_the_demo_is_a_workflow(tmp_path: Path) -> None:
     assert pairs.filters.min_side == 32 and pairs.filters.min_entropy is None  # type: ignore[attr-defined]
     seeds = [demo.steps[f"raw-{name}"].config.seed for name in ("pairs", "held-out", "images")]  # type: ignore[attr-defined]
     assert len(set(seeds)) == 3  # no held-out scene is one of those trained on
+    # People wait for the page, so the data jobs wait for it; training, for both cores.
+    assert demo.steps["raw-pairs"].inputs == ("page",)
+    assert set(demo.steps["t2i"].inputs) == {"images", "pairs", "held-out"}
     assert demo.steps["serve"].inputs == ("page", "edit2", "evaluate")
 
 
