@@ -10,6 +10,15 @@ Size = tuple[int, int]
 """(width, height) in pixels."""
 
 TABLE_RESOLUTION = 1024
+# (height, width) of diffusers' ASPECT_RATIO_1024_BIN, whose import brings all models with it:
+# seconds that a server's entry would spend in the middle of its first request.
+_TABLE = (
+    (512, 2048), (512, 1856), (576, 1792), (576, 1728), (576, 1664), (640, 1600), (640, 1536),
+    (704, 1472), (704, 1408), (704, 1344), (768, 1344), (768, 1280), (832, 1216), (832, 1152),
+    (896, 1152), (896, 1088), (960, 1088), (960, 1024), (1024, 1024), (1024, 960), (1088, 960),
+    (1088, 896), (1152, 896), (1152, 832), (1216, 832), (1280, 768), (1344, 768), (1408, 704),
+    (1472, 704), (1536, 640), (1600, 640), (1728, 576), (2048, 512),
+)  # fmt: skip
 
 
 @lru_cache
@@ -19,18 +28,12 @@ def shapes(resolution: int, cell: int) -> dict[float, Size]:
     At 1024 these are diffusers' ``ASPECT_RATIO_1024_BIN``, at 512 its ``ASPECT_RATIO_512_BIN``; at
     other resolutions the same shapes, each side rounded to a multiple of ``cell`` pixels.
     """
-    # Not at the top: it brings all models with it, and a server's entry asks for sizes alone.
-    from diffusers.pipelines.pixart_alpha.pipeline_pixart_alpha import ASPECT_RATIO_1024_BIN
-
     scale = resolution / TABLE_RESOLUTION / cell
 
     def side(pixels: float) -> int:
         return max(1, round(pixels * scale)) * cell
 
-    return {
-        float(ratio): (side(width), side(height))
-        for ratio, (height, width) in ASPECT_RATIO_1024_BIN.items()
-    }
+    return {round(height / width, 2): (side(width), side(height)) for height, width in _TABLE}
 
 
 def nearest_shape(size: Size, resolution: int, cell: int) -> Size:

@@ -34,6 +34,8 @@ def test_what_holds_no_model_does_without_the_models_libraries(module: str) -> N
     # Their replicas would start seconds later, and take 400 MB each.
     code = (
         f"import sys, serving.{module}\n"
+        "from dim.model.sizes import nearest_shape\n"
+        "nearest_shape((300, 200), 1024, 32)\n"  # nor a request that asks for a shape
         "heavy = {'torch', 'diffusers', 'transformers'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
